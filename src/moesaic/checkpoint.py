@@ -1,0 +1,198 @@
+"""Checkpoints on disk: opening one checks it whole, reading streams it, writing never shows half of it.
+
+A checkpoint is a Hugging Face directory: ``config.json``, safetensors shards and, with several shards, their index.
+Opening reads only the headers. Shards follow the method: per layer one file of experts and one of everything else, so
+that a child whose experts stay frozen shares those files with its parent byte for byte.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moesaic import gpt_oss, mxfp4
+from moesaic.architecture import Architecture
+from moesaic.errors import ArtifactError, StageError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked, read-only checkpoint. Tensors are memory-mapped and copied only when asked for."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    shape: gpt_oss.ModelShape
+    architecture: Architecture
+    packed: bool
+    files: Mapping[str, Path]
+    """For every tensor name the shard that holds it."""
+
+    @classmethod
+    def open(cls, directory: Path) -> "Checkpoint":
+        """Open and check a checkpoint by its headers; no weight is read.
+
+        Raises:
+            ArtifactError: if something is missing, truncated, of another shape than the config says, or pickled.
+        """
+        config = _read_json(directory / CONFIG)
+        shape, architecture = gpt_oss.read_config(config)
+        files = _locate_tensors(directory)
+        packed = any(name.endswith("_blocks") for name in files)
+        checkpoint = cls(directory, config, shape, architecture, packed, files)
+        checkpoint._check_headers()
+        return checkpoint
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has."""
+        return self.architecture.num_layers
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is on disk."""
+        return self._handles[self.files[name]].get_tensor(name)
+
+    def layer_names(self, layer: int) -> list[str]:
+        """The names of one layer's tensors, in the order of the layout table."""
+        return list(gpt_oss.layer_specs(self.shape, layer, self.architecture.blocks[layer], self.packed))
+
+    def layer_state(self, layer: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """One layer in the names and layout that transformers' decoder layer loads, experts unpacked, cast to dtype."""
+        prefix = gpt_oss.layer_prefix(layer)
+        names = [name for name in self.layer_names(layer) if not name.endswith(("_blocks", "_scales"))]
+        state = {name.removeprefix(prefix): self.tensor(name).to(dtype) for name in names}
+        for projection in gpt_oss.PACKED_PROJECTIONS if self.packed else ():
+            name = f"{prefix}mlp.experts.{projection}"
+            rows = mxfp4.dequantize(self.tensor(f"{name}_blocks"), self.tensor(f"{name}_scales"), dtype)
+            state[f"mlp.experts.{projection}"] = rows.transpose(-1, -2).contiguous()
+        return state
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {path: safe_open(path, framework="pt") for path in set(self.files.values())}
+
+    def _check_headers(self) -> None:
+        expected = gpt_oss.tensor_specs(self.shape, self.architecture, self.packed)
+        missing = sorted(set(expected) - set(self.files))
+        if missing:
+            raise ArtifactError(f"{self.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        for name, spec in expected.items():
+            found = self._handles[self.files[name]].get_slice(name)
+            if tuple(found.get_shape()) != spec.shape:
+                raise ArtifactError(
+                    f"{self.files[name].name}: {name} has shape {tuple(found.get_shape())}, "
+                    f"the config asks for {spec.shape}; config and weights are not of the same model"
+                )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; a model is a directory with {CONFIG} and safetensors files")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as broken:
+        raise ArtifactError(f"{path} is not valid JSON: {broken}") from broken
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _locate_tensors(directory: Path) -> dict[str, Path]:
+    if (directory / INDEX).is_file():
+        listed = {name: directory / file for name, file in _read_json(directory / INDEX)["weight_map"].items()}
+        shards = sorted(set(listed.values()))
+    else:
+        listed, shards = None, sorted(directory.glob("*.safetensors"))
+    if not shards:
+        pickles = [path.name for pattern in _PICKLES for path in directory.glob(pattern)]
+        hint = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
+        raise ArtifactError(f"{directory} holds no safetensors files{hint}")
+    found = {name: path for path in shards for name in _tensor_names(path)}
+    absent = sorted(set(listed or ()) - set(found))
+    if absent:
+        raise ArtifactError(f"{directory / INDEX} lists {absent[0]}, which its shard does not hold")
+    return found
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return list(shard.keys())
+    except (SafetensorError, OSError) as broken:
+        raise ArtifactError(f"{path} cannot be read as safetensors ({broken}); copy or download it again") from broken
+
+
+def write_checkpoint(
+    directory: Path, config: Mapping[str, Any], shards: Iterable[tuple[str, dict[str, Tensor]]], extra: Iterable[Path] = ()
+) -> None:
+    """Write a checkpoint shard by shard; ``directory`` appears only when all of it is on disk.
+
+    Args:
+        directory: must not exist yet, or be empty.
+        config: what goes into ``config.json``.
+        shards: file stem and tensors of each shard, produced lazily so that one shard is in memory at a time.
+        extra: files to copy beside the weights (tokenizer, chat template, modelling code).
+    """
+    with _appearing(directory) as partial:
+        weight_map: dict[str, str] = {}
+        total = 0
+        for stem, tensors in shards:
+            save_file(tensors, partial / f"{stem}.safetensors", metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, f"{stem}.safetensors")
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for path in extra:
+            shutil.copyfile(path, partial / path.name)
+
+
+def layer_shards(layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Split one layer's tensors into its two shards: the experts, and everything else."""
+    experts = {name: tensor for name, tensor in tensors.items() if gpt_oss.is_expert_weight(name)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in experts}
+    yield f"model-layer-{layer:03d}-experts", experts
+    yield f"model-layer-{layer:03d}-rest", rest
+
+
+@contextmanager
+def _appearing(directory: Path) -> Iterator[Path]:
+    """A scratch directory beside ``directory`` that takes its place on success and vanishes on failure."""
+    if directory.exists() and any(directory.iterdir()):
+        raise ArtifactError(f"{directory} is not empty; choose another output or remove it")
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _sync(partial)
+        partial.rename(directory)
+    except OSError as failure:
+        if failure.errno == errno.ENOSPC:
+            raise StageError(f"the disk that holds {directory.parent} is full; free space and run again") from failure
+        raise
+    except SafetensorError as failure:
+        raise StageError(f"writing {directory} failed: {failure}; nothing of it was kept") from failure
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,245 @@
+"""The configuration of every stage: frozen, checked, each default written once.
+
+A config says *what* is built. Where things lie (paths, stores, devices, servers) never enters one: the same config,
+and so the same digest, runs on a laptop and on a cluster.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moesaic.errors import ConfigError
+
+Effort = Literal["low", "medium", "high"]
+Criterion = Literal["removal_difference", "ranked_choice", "reap", "frequency", "random"]
+DamageMetric = Literal["hidden_mse", "kl", "lm_loss", "cosine", "top1"]
+Precision = Literal["float32", "bfloat16"]
+CacheDtype = Literal["bf16", "fp8"]
+Positive = Annotated[int, Field(ge=1)]
+Window = Annotated[int, Field(ge=2)]
+
+
+class Config(BaseModel):
+    """What all configs share: they cannot change, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a config from JSON; a ConfigError lists every problem with its place, its value and what is allowed."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as invalid:
+            raise ConfigError(f"{cls.__name__} is not valid:\n" + "\n".join(_explain(invalid))) from invalid
+
+    def to_json(self) -> str:
+        """Canonical JSON: every value, keys in order."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _explain(invalid: ValidationError) -> list[str]:
+    lines = []
+    for problem in invalid.errors():
+        place = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
+        lines.append(f"  {place} = {problem['input']!r}: {problem['msg']}")
+    return lines
+
+
+class Workload(Config):
+    """A kind of request the child must serve, and how many of them at once."""
+
+    name: str
+    """What limits and plots call it, such as ``long`` or ``short``."""
+    input_tokens: Positive
+    """Prompt tokens of one request."""
+    output_tokens: Positive
+    """Generated tokens of one request."""
+    concurrency: Positive
+    """Requests in flight."""
+
+
+class SearchSpace(Config):
+    """The variants each block may be replaced by (paper A: expert counts and window attention)."""
+
+    expert_counts: tuple[Positive, ...]
+    """Expert counts on offer; the parent's own is always one of them."""
+    windows: tuple[Window, ...] = ()
+    """Windows on offer, in tokens, to the layers that are full in the parent; staying full always is."""
+    expert_parallel_size: Positive = 1
+    """Every expert count must be divisible by this."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        for count in self.expert_counts:
+            if count % self.expert_parallel_size:
+                raise ValueError(f"expert count {count} is not divisible by expert_parallel_size {self.expert_parallel_size}")
+        return self
+
+
+class IngestConfig(Config):
+    """Which inputs a pipeline run starts from, by the digests of their manifests in the store."""
+
+    parent: str
+    """The model to compress."""
+    calibration_short: str
+    """Conversations that rank experts and score blocks."""
+    calibration_long: str
+    """Conversations whose answers depend on far context."""
+    tests: str
+    """Problems to evaluate on."""
+
+
+class RankExpertsConfig(Config):
+    """The order in which a layer's experts matter."""
+
+    criterion: Criterion = "removal_difference"
+    """The importance formula, see ``moesaic.ranking``."""
+    max_sequences: Positive = 128
+    """Calibration sequences to use, from the start of the set."""
+    max_tokens: Positive = 8192
+    """Longer sequences are cut here."""
+    batch_tokens: Positive = 16384
+    """Padded tokens that go through a layer at once."""
+    precision: Precision = "float32"
+    """What layers compute in; sums are always float64."""
+    seed: int = 0
+    """For the random criterion."""
+
+
+class ScoreBlocksConfig(Config):
+    """Replace-one-block damage of every variant."""
+
+    space: SearchSpace
+    """The variants to score."""
+    metric: DamageMetric = "hidden_mse"
+    """The metric that becomes the damage; all of them are recorded."""
+    long_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Damage = short score + long_weight * long score, each normalised as ``moesaic.scoring`` says."""
+    max_sequences: Positive = 128
+    """Sequences to use of each calibration set, from its start."""
+    max_tokens: Positive = 8192
+    """Longer sequences are cut here."""
+    batch_tokens: Positive = 16384
+    """Padded tokens that go through a layer at once."""
+    variants_per_batch: Positive = 4
+    """Variants whose hidden states go through the later layers together."""
+    precision: Precision = "float32"
+    """What layers compute in; damage is summed in float64."""
+
+
+class MeasureCostsConfig(Config):
+    """Memory and runtime of every variant under every workload."""
+
+    space: SearchSpace
+    """The variants to cost."""
+    workloads: tuple[Workload, ...]
+    """What the child will serve."""
+    source: Literal["measure", "model"] = "measure"
+    """Time blocks on this device, or compute them from a hardware table."""
+    hardware: str = "h100"
+    """Hardware table for ``source: model``."""
+    num_gpus: Positive = 1
+    """GPUs the model is spread over by tensor parallelism."""
+    kv_cache: CacheDtype = "bf16"
+    """Element type of the KV cache."""
+    repeats: Positive = 5
+    """Timings of each block; the median counts."""
+    precision: Precision = "float32"
+    """What timed blocks compute in."""
+
+
+class Limits(Config):
+    """Upper or lower bounds on one assembly. Each is absolute, or relative to the parent where its name says so."""
+
+    memory_mib: float | None = None
+    """Weights plus KV cache of the workload's concurrent requests, at most."""
+    memory_ratio: float | None = None
+    """The same, as a share of the parent's."""
+    throughput_tokens_per_s: float | None = None
+    """Output tokens per second, at least."""
+    throughput_ratio: float | None = None
+    """The same, as a multiple of the parent's."""
+    latency_ms: float | None = None
+    """Time of one decode step, at most."""
+    latency_ratio: float | None = None
+    """The same, as a share of the parent's."""
+
+
+class SearchArchitectureConfig(Config):
+    """The MIP: least damage under every workload's limits at once."""
+
+    limits: dict[str, Limits] = {}
+    """Per workload name."""
+    max_parameters: Positive | None = None
+    """Parameters of the child, at most."""
+    max_parameters_ratio: float | None = None
+    """The same, as a share of the parent's."""
+    max_experts_ratio: float | None = None
+    """Experts of the child, at most, as a share of the parent's."""
+    max_layouts: Positive | None = None
+    """Different attention windows (full counts as one), at most."""
+    min_windowed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the parent's full layers that must become windows, at least."""
+    num_solutions: Positive = 3
+    """Diverse solutions to return, best first."""
+    diversity: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of blocks that a further solution may have in common with each earlier one, at most."""
+    frontier_points: Positive = 12
+    """Points of the damage-against-speed frontier."""
+    random_seeds: tuple[int, ...] = (0, 1, 2)
+    """One random baseline per seed."""
+    time_limit_s: float = 60.0
+    """For each solve; status, bound and gap are always reported."""
+    relative_gap: float = 1e-6
+    """Stop when proven within this of the optimum."""
+
+
+class PruneModelConfig(Config):
+    """Which of the architectures found becomes a checkpoint."""
+
+    candidate: str = "puzzle"
+    """``puzzle`` is the search's best; baselines have their names, see ``moesaic.search``."""
+
+
+class EvaluateConfig(Config):
+    """Accuracy and generated tokens on verifiable problems."""
+
+    efforts: tuple[Effort, ...] = ("low", "medium", "high")
+    """Reasoning efforts to ask for."""
+    problems_per_task: Positive = 100
+    """Problems of each task, from the start of the set."""
+    max_new_tokens: Positive = 512
+    """Generation stops here; a truncated answer is wrong."""
+    batch_size: Positive = 128
+    """Requests generated together."""
+    precision: Precision = "float32"
+    """What the model computes in."""
+
+
+class BenchmarkConfig(Config):
+    """Decode and prefill speed of parent and child, interleaved on this device."""
+
+    batch_sizes: tuple[Positive, ...] = (1, 8, 32)
+    """Concurrent requests."""
+    input_tokens: tuple[Positive, ...] = (128, 2048)
+    """Context lengths."""
+    output_tokens: Positive = 32
+    """Generated tokens of each request."""
+    repeats: Positive = 5
+    """Timings of each point; the median counts, the spread is kept."""
+    precision: Precision = "float32"
+    """What the models compute in."""
+
+
+class ReportConfig(Config):
+    """The report page."""
+
+    title: str = "Moesaic report"
+    """Its heading."""

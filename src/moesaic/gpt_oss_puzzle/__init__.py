@@ -1,0 +1,38 @@
+"""The child's own model class, and the one place where Moesaic loads whole models.
+
+The two modules beside this one are copied into every child checkpoint, so that it loads in plain transformers with
+``trust_remote_code=True``; here they are registered instead, and no remote code runs.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from moesaic import attention
+from moesaic.checkpoint import Checkpoint
+
+from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from .modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
+
+def register() -> None:
+    """Let transformers' auto classes find ``gpt_oss_puzzle``; calling it again changes nothing."""
+    AutoConfig.register("gpt_oss_puzzle", GptOssPuzzleConfig, exist_ok=True)
+    AutoModelForCausalLM.register(GptOssPuzzleConfig, GptOssPuzzleForCausalLM, exist_ok=True)
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a parent or a child for inference, experts unpacked to ``dtype``.
+
+    Raises:
+        ArtifactError: if the checkpoint is missing, damaged or of another family.
+    """
+    Checkpoint.open(directory)
+    register()
+    attention.register()
+    transformers_logging.disable_progress_bar()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, local_files_only=True
+    )
+    return model.eval()

@@ -1,0 +1,30 @@
+"""Cutting a child's block out of its parent's (paper A: experts are removed, nothing is retrained here).
+
+A child layer with ``n`` experts keeps the ``n`` best of the layer's ranking, in their original order. Every tensor
+whose first axis counts experts (packed weights, their scales and biases, router rows) loses the other rows; nothing is
+unpacked, so a kept expert's bytes are its parent's. Windows change no tensor at all.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moesaic import gpt_oss
+from moesaic.errors import ConfigError
+
+
+def kept_experts(order: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    """The first ``num_experts`` of a ranking, by ascending id so that an unpruned layer comes out unchanged."""
+    if not 1 <= num_experts <= len(order):
+        raise ConfigError(f"cannot keep {num_experts} of {len(order)} ranked experts; keep 1 to {len(order)}")
+    return tuple(sorted(order[:num_experts]))
+
+
+def prune_layer(tensors: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+    """One layer's tensors as stored, without the experts that are not ``kept``."""
+    rows = torch.tensor(kept)
+    return {
+        name: tensor.index_select(0, rows) if gpt_oss.is_expert_indexed(name) and len(kept) < len(tensor) else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,114 @@
+"""Opening a checkpoint finds every kind of damage by its headers; writing one is all or nothing."""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moesaic import checkpoint as checkpoint_module
+from moesaic.checkpoint import CONFIG, INDEX, Checkpoint, write_checkpoint
+from moesaic.errors import ArtifactError, StageError
+
+
+@pytest.fixture
+def copy(tiny_parent: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_parent, tmp_path / "copy"))
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_layers_are_what_transformers_reads(tiny_parent: Path, tiny_checkpoint: Checkpoint) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_parent, dtype=torch.float32)
+    for layer in range(tiny_checkpoint.num_layers):
+        expected = model.model.layers[layer].state_dict()
+        state = tiny_checkpoint.layer_state(layer)
+        assert state.keys() == expected.keys()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_missing_model_says_what_a_model_is(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="does not exist; a model is a directory"):
+        Checkpoint.open(tmp_path / "nowhere")
+
+
+def test_another_model_family_is_named(copy: Path) -> None:
+    _edit(copy / CONFIG, model_type="mixtral")
+    with pytest.raises(ArtifactError, match="'mixtral'.*'gpt_oss'"):
+        Checkpoint.open(copy)
+
+
+def test_a_truncated_shard_is_named(copy: Path) -> None:
+    shard = copy / "model-layer-002-experts.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match=shard.name):
+        Checkpoint.open(copy)
+
+
+def test_a_missing_shard_is_named(copy: Path) -> None:
+    (copy / "model-layer-001-rest.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="model-layer-001-rest"):
+        Checkpoint.open(copy)
+
+
+def test_a_tensor_missing_from_index_and_shards_is_named(copy: Path) -> None:
+    _edit(copy / CONFIG, num_hidden_layers=5, layer_types=["full_attention"] * 5)
+    with pytest.raises(ArtifactError, match=r"model\.layers\.4"):
+        Checkpoint.open(copy)
+
+
+def test_weights_of_another_shape_are_refused(copy: Path) -> None:
+    _edit(copy / CONFIG, num_local_experts=7)
+    with pytest.raises(ArtifactError, match=r"has shape \(8,.*asks for \(7,"):
+        Checkpoint.open(copy)
+
+
+def test_fewer_experts_than_a_token_uses_is_refused(copy: Path) -> None:
+    _edit(copy / CONFIG, num_local_experts=1)
+    with pytest.raises(ArtifactError, match="1 experts, fewer than the 2"):
+        Checkpoint.open(copy)
+
+
+def test_pickles_are_never_read(copy: Path) -> None:
+    for shard in [*copy.glob("*.safetensors"), copy / INDEX]:
+        shard.unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ArtifactError, match=r"pytorch_model\.bin is a pickle"):
+        Checkpoint.open(copy)
+
+
+def _one_shard() -> Iterator[tuple[str, dict[str, Tensor]]]:
+    yield "model-0", {"a": torch.ones(2)}
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    with pytest.raises(StageError, match="is full"):
+        write_checkpoint(tmp_path / "model", {}, _one_shard())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from _one_shard()
+        raise RuntimeError("the second shard cannot be made")
+
+    with pytest.raises(RuntimeError):
+        write_checkpoint(tmp_path / "model", {}, shards())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_checkpoint_is_not_overwritten(copy: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not empty"):
+        write_checkpoint(copy, {}, _one_shard())
