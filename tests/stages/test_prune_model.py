@@ -46,7 +46,13 @@ def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def child_model(child: Path) -> PreTrainedModel:
-    return load_model(child).double()  # float64: rounding never flips a near tie in the router
+    return _exact(load_model(child))
+
+
+def _exact(model: PreTrainedModel) -> PreTrainedModel:
+    """In float64, so that rounding never flips a near tie in the router; grouped_mm has no float64 kernel."""
+    model.set_experts_implementation("eager")
+    return model.double()
 
 
 def _tokens(batch: int, length: int) -> torch.Tensor:
@@ -79,7 +85,7 @@ def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Che
 def test_child_equals_the_parent_with_the_other_experts_masked(
     child_model: PreTrainedModel, tiny_parent: Path, tiny_checkpoint: Checkpoint
 ) -> None:
-    parent = load_model(tiny_parent).double()
+    parent = _exact(load_model(tiny_parent))
     for layer, block in zip(parent.model.layers, MIXED.blocks, strict=True):
         layer.mlp.router.bias[ORDER[block.num_experts :]] = -1e9
     tokens = _tokens(2, 12)  # shorter than the shortest window that changed
@@ -87,8 +93,7 @@ def test_child_equals_the_parent_with_the_other_experts_masked(
 
 
 @torch.no_grad()
-def test_windows_limit_what_a_layer_sees(child_model: PreTrainedModel, tiny_parent: Path) -> None:
-    parent = load_model(tiny_parent).double()
+def test_windows_limit_what_a_layer_sees(child_model: PreTrainedModel) -> None:
     attention = [layer.self_attn for layer in child_model.model.layers]
     assert [layer.sliding_window for layer in attention] == [8, 16, 8, None]
     tokens = _tokens(1, 40)
@@ -96,9 +101,8 @@ def test_windows_limit_what_a_layer_sees(child_model: PreTrainedModel, tiny_pare
     far[0, 0] = (far[0, 0] + 1) % 58 + 6
     hidden = [child_model(ids, output_hidden_states=True).hidden_states for ids in (near, far)]
     # three window layers reach back 7 + 15 + 7 positions together; only the full layer carries the first token further
-    assert torch.equal(hidden[0][3][:, 30:], hidden[1][3][:, 30:])
-    assert not torch.equal(hidden[0][4][:, 30:], hidden[1][4][:, 30:])
-    assert not torch.equal(parent(tokens).logits, child_model(tokens).logits)
+    difference = [(near - far)[:, 30:].abs().max() for near, far in zip(*hidden, strict=True)]
+    assert difference[3] < 1e-12 < 1e-6 < difference[4]
 
 
 @torch.no_grad()
@@ -127,7 +131,7 @@ def test_left_padding_changes_nothing(child_model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def test_child_loads_in_plain_transformers_with_its_own_code(child: Path, child_model: PreTrainedModel) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(child, dtype=torch.float32, trust_remote_code=True).double()
+    plain = _exact(AutoModelForCausalLM.from_pretrained(child, dtype=torch.float32, trust_remote_code=True))
     tokens = _tokens(2, 40)
     torch.testing.assert_close(plain(tokens).logits, child_model(tokens).logits, atol=1e-5, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(child).eos_token == "<|return|>"

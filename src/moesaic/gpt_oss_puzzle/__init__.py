@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.utils import logging as transformers_logging
 
 from moesaic import attention
@@ -35,4 +36,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, local_files_only=True
     )
+    for module in model.modules():
+        if isinstance(module, GptOssExperts):
+            module.to(dtype)  # transformers unpacks MXFP4 to bfloat16 whatever it is asked for; the values are exact in it
     return model.eval()
