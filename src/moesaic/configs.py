@@ -18,6 +18,7 @@ DamageMetric = Literal["hidden_mse", "kl", "lm_loss", "cosine", "top1"]
 Precision = Literal["float32", "bfloat16"]
 CacheDtype = Literal["bf16", "fp8"]
 Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(gt=0)]
 Window = Annotated[int, Field(ge=2)]
 
 
@@ -158,17 +159,17 @@ class MeasureCostsConfig(Config):
 class Limits(Config):
     """Upper or lower bounds on one assembly. Each is absolute, or relative to the parent where its name says so."""
 
-    memory_mib: float | None = None
+    memory_mib: Amount | None = None
     """Weights plus KV cache of the workload's concurrent requests, at most."""
-    memory_ratio: float | None = None
+    memory_ratio: Amount | None = None
     """The same, as a share of the parent's."""
-    throughput_tokens_per_s: float | None = None
+    throughput_tokens_per_s: Amount | None = None
     """Output tokens per second, at least."""
-    throughput_ratio: float | None = None
+    throughput_ratio: Amount | None = None
     """The same, as a multiple of the parent's."""
-    latency_ms: float | None = None
+    latency_ms: Amount | None = None
     """Time of one decode step, at most."""
-    latency_ratio: float | None = None
+    latency_ratio: Amount | None = None
     """The same, as a share of the parent's."""
 
 
@@ -179,12 +180,14 @@ class SearchArchitectureConfig(Config):
     """Per workload name."""
     max_parameters: Positive | None = None
     """Parameters of the child, at most."""
-    max_parameters_ratio: float | None = None
+    max_parameters_ratio: Amount | None = None
     """The same, as a share of the parent's."""
-    max_experts_ratio: float | None = None
+    max_experts_ratio: Amount | None = None
     """Experts of the child, at most, as a share of the parent's."""
     max_layouts: Positive | None = None
     """Different attention windows (full counts as one), at most."""
+    kv_group_size: Positive | None = None
+    """Layers that the serving engine's KV allocator groups; memory then pays for unfilled groups. None: it pays exactly."""
     min_windowed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the parent's full layers that must become windows, at least."""
     num_solutions: Positive = 3
@@ -195,9 +198,9 @@ class SearchArchitectureConfig(Config):
     """Points of the damage-against-speed frontier."""
     random_seeds: tuple[int, ...] = (0, 1, 2)
     """One random baseline per seed."""
-    time_limit_s: float = 60.0
+    time_limit_s: Amount = 60.0
     """For each solve; status, bound and gap are always reported."""
-    relative_gap: float = 1e-6
+    relative_gap: Annotated[float, Field(ge=0)] = 1e-6
     """Stop when proven within this of the optimum."""
 
 
@@ -211,6 +214,8 @@ class PruneModelConfig(Config):
 class EvaluateConfig(Config):
     """Accuracy and generated tokens on verifiable problems."""
 
+    name: str = "model"
+    """What the report calls the model: ``parent``, or the candidate of ``search_architecture`` that it is."""
     efforts: tuple[Effort, ...] = ("low", "medium", "high")
     """Reasoning efforts to ask for."""
     problems_per_task: Positive = 100
@@ -219,6 +224,10 @@ class EvaluateConfig(Config):
     """Generation stops here; a truncated answer is wrong."""
     batch_size: Positive = 128
     """Requests generated together."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 decodes greedily; otherwise tokens are sampled at this temperature."""
+    seed: int = 0
+    """For sampling."""
     precision: Precision = "float32"
     """What the model computes in."""
 
@@ -232,6 +241,8 @@ class BenchmarkConfig(Config):
     """Context lengths."""
     output_tokens: Positive = 32
     """Generated tokens of each request."""
+    workloads: tuple[Workload, ...] = ()
+    """Further points: the workloads the search was limited by, so that its predictions can be held against timings."""
     repeats: Positive = 5
     """Timings of each point; the median counts, the spread is kept."""
     precision: Precision = "float32"
