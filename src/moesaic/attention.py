@@ -1,0 +1,162 @@
+"""Attention with sinks in bounded memory, under the name ``moesaic`` in transformers' attention interface.
+
+gpt-oss gives every head a learned *sink*: a logit ``c`` that takes part in the softmax and has no value::
+
+    p[i, j] = exp(s[i, j]) / (exp(c) + sum_j' exp(s[i, j'])),    s[i, j] = scale * q_i . k_j,    o_i = sum_j p[i, j] v_j
+
+over the keys j that query i sees: ``i - window < j <= i`` (all ``j <= i`` without a window) and not padding. The sink
+is one more key here: queries get one more feature, the sink's logit, that is 0 in every key and 1 in the sink's.
+
+Queries are processed in chunks against only the keys the chunk can see, so that a window layer costs
+``tokens * window`` and no layer ever holds ``tokens * tokens`` logits of all heads. Source: OpenAI's gpt-oss model
+card; windows in place of full attention are the search dimension of paper A.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "moesaic"
+
+_CHUNK = 64
+"""Queries of one chunk, when a window does not ask for fewer."""
+_SMALLEST_CHUNK = 16
+_LOGITS = {"cpu": 2**19}
+"""Logits held at once: what a core's second-level cache takes. Accelerators hold more."""
+_LOGITS_ELSEWHERE = 2**26
+
+
+def register() -> None:
+    """Make ``attn_implementation="moesaic"`` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """What transformers hands to the attention as its mask: which keys are tokens, or None if all are.
+
+    Raises:
+        ValueError: for a cache whose last entry is not the newest token, such as a static one.
+    """
+    if int(q_offset) + q_length != kv_offset + kv_length:
+        raise ValueError("the moesaic attention needs a cache that grows with the sequence; static caches do not")
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, -kv_length:]
+    return None if mask.all() else mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The signature transformers calls; see :func:`sink_attention`."""
+    if s_aux is None or dropout:
+        raise ValueError("the moesaic attention is for gpt-oss: it needs sinks and knows no dropout")
+    output = sink_attention(query, key, value, s_aux, scaling, sliding_window, attention_mask)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def sink_attention(
+    query: Float[Tensor, "batch head query dim"],
+    key: Float[Tensor, "batch kv_head key dim"],
+    value: Float[Tensor, "batch kv_head key dim"],
+    sinks: Float[Tensor, " head"],
+    scale: float,
+    window: int | None = None,
+    is_token: Bool[Tensor, "batch key"] | None = None,
+) -> Float[Tensor, "batch head query dim"]:
+    """Causal attention in which the last query is at the last key.
+
+    Args:
+        query: queries after RoPE; a multiple of ``kv_head`` heads, consecutive ones share a key head.
+        key: keys after RoPE.
+        value: values.
+        sinks: the sink's logit of each head.
+        scale: what dot products are multiplied by.
+        window: how many keys a query sees, its own included; None for all.
+        is_token: False where a key is padding; None if no key is.
+    """
+    sink_feature = sinks.view(1, -1, 1, 1).expand(*query.shape[:3], 1).to(query.dtype)
+    query = torch.cat((query * scale, sink_feature), dim=-1)
+    key = F.pad(key, (0, 1))
+    rows, step = _chunk_sizes(query, key.shape[2], window)
+    outputs = [
+        _attend_rows(query[row : row + rows], key[row : row + rows], value[row : row + rows], step, window, mask)
+        for row in range(0, query.shape[0], rows)
+        for mask in [None if is_token is None else is_token[row : row + rows]]
+    ]
+    return torch.cat(outputs)
+
+
+def _chunk_sizes(query: Tensor, num_keys: int, window: int | None) -> tuple[int, int]:
+    """Sequences and queries whose logits are held at once."""
+    heads, num_queries = query.shape[1:3]
+    limit = _LOGITS.get(query.device.type, _LOGITS_ELSEWHERE)
+    step = _CHUNK if window is None else max(_SMALLEST_CHUNK, min(_CHUNK, window))
+    visible = num_keys if window is None else min(num_keys, window + step)
+    step = min(step, num_queries, max(_SMALLEST_CHUNK, limit // (heads * visible)))
+    return max(1, limit // (heads * step * visible)), step
+
+
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, step: int, window: int | None, is_token: Tensor | None
+) -> Tensor:
+    offset = key.shape[2] - query.shape[2]
+    sink_key = F.pad(key.new_ones(*key.shape[:2], 1, 1), (key.shape[3] - 1, 0))
+    sink_value = value.new_zeros(*value.shape[:2], 1, value.shape[3])
+    outputs = []
+    for start in range(0, query.shape[2], step):
+        chunk = query[:, :, start : start + step]
+        first, stop = offset + start, offset + start + chunk.shape[2]
+        low = 0 if window is None else max(0, first - window + 1)
+        bias = _visibility(range(first, stop), range(low, stop), window, is_token, query)
+        keys = torch.cat((key[:, :, low:stop], sink_key), dim=2)
+        values = torch.cat((value[:, :, low:stop], sink_value), dim=2)
+        outputs.append(_attend_chunk(chunk, keys, values, bias))
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Softmax, in float32 at least, over the given keys, the last of which is the sink."""
+    batch, heads, num_queries, _ = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, query.shape[3])
+    precise = torch.promote_types(query.dtype, torch.float32)
+    logits = (grouped @ key.transpose(-1, -2)).to(precise).view(batch, key.shape[1], -1, num_queries, key.shape[2])
+    weights = torch.softmax(logits.add_(bias), dim=-1).to(value.dtype)
+    return (weights.view(*grouped.shape[:3], -1) @ value).view(batch, heads, num_queries, -1)
+
+
+def _visibility(queries: range, keys: range, window: int | None, is_token: Tensor | None, like: Tensor) -> Tensor:
+    """0 where a query sees a key and -inf elsewhere, [batch or 1, 1, 1, query, key + sink]; the sink is always seen."""
+    position = torch.arange(queries.start, queries.stop, device=like.device).unsqueeze(1)
+    key = torch.arange(keys.start, keys.stop, device=like.device)
+    seen = key <= position
+    if window is not None:
+        seen = seen & (key > position - window)
+    seen = seen.view(1, 1, 1, *seen.shape)
+    if is_token is not None:
+        seen = seen & is_token[:, None, None, None, keys.start : keys.stop]
+    bias = torch.zeros(seen.shape, device=like.device).masked_fill_(~seen, float("-inf"))
+    return F.pad(bias, (0, 1))

@@ -1,0 +1,168 @@
+"""Calibration sets: conversations in, right-padded batches of tokens out, with the assistant's own tokens marked.
+
+A set is a JSON-lines file; a row is ``{"messages": [...], "effort": "low" | "medium" | "high"}``, and an assistant
+message may carry ``thinking``. Rows are rendered with the checkpoint's chat template. *Response tokens* are what the
+assistant generated: everything after the generation prompt (analysis, final answer, end token), not what it was given.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from moesaic.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row of a calibration set."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    effort: str | None
+    """Reasoning effort it was held at; None leaves it to the chat template."""
+    place: str
+    """File and line, for messages."""
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A rendered conversation."""
+
+    token_ids: tuple[int, ...]
+    is_response: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of similar length, padded on the right."""
+
+    token_ids: Int[Tensor, "batch time"]
+    is_token: Bool[Tensor, "batch time"]
+    """False where a sequence has ended."""
+    is_response: Bool[Tensor, "batch time"]
+    """True at tokens the assistant generated."""
+
+    @property
+    def num_positions(self) -> int:
+        """The length of its longest sequence."""
+        return self.token_ids.shape[1]
+
+
+def load_batches(data: Path, model: Path, *, max_sequences: int, max_tokens: int, batch_tokens: int) -> list[Batch]:
+    """Read, render, cut and batch the first ``max_sequences`` rows of a calibration set for a checkpoint.
+
+    Raises:
+        ArtifactError: if the set is missing, empty or has a bad row, or the checkpoint has no tokenizer.
+    """
+    conversations = read_conversations(data)[:max_sequences]
+    tokenizer = load_tokenizer(model)
+    return make_batches([tokenize(tokenizer, row, max_tokens) for row in conversations], batch_tokens)
+
+
+def read_conversations(data: Path) -> list[Conversation]:
+    """All rows of a JSON-lines file, or of the only one in a directory."""
+    path = _find_jsonl(data)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [_read_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ArtifactError(f"{path} is empty; a calibration set needs at least one conversation per line")
+    return rows
+
+
+def _find_jsonl(data: Path) -> Path:
+    if data.is_file():
+        return data
+    found = sorted(data.glob("*.jsonl"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or ("nothing" if data.is_dir() else "no such directory")
+        raise ArtifactError(f"{data} must be a .jsonl file or a directory that holds exactly one; found {names}")
+    return found[0]
+
+
+def _read_row(line: str, place: str) -> Conversation:
+    try:
+        row = json.loads(line)
+    except ValueError as broken:
+        raise ArtifactError(f"{place} is not valid JSON: {broken}") from broken
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ArtifactError(f"{place} has no conversation; a row needs messages, each with role and content")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ArtifactError(f"{place}: each message needs a text for role and for content, got {message!r}")
+    return Conversation(tuple(messages), row.get("effort"), place)
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
+    """A checkpoint's tokenizer; no code that comes with it is run."""
+    if not (model / "tokenizer.json").is_file():
+        raise ArtifactError(f"{model} has no tokenizer.json; copy the tokenizer's files beside the weights")
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model)
+    if not tokenizer.chat_template:
+        raise ArtifactError(f"{model} has no chat template; calibration renders conversations with chat_template.jinja")
+    return tokenizer
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: int) -> TokenSequence:
+    """Render one conversation, mark its response tokens, cut it at ``max_tokens``."""
+    text = _render(tokenizer, row, len(row.messages))
+    spans = _response_spans(tokenizer, row, text)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    written = [any(start <= first < stop for start, stop in spans) for first, _ in encoded["offset_mapping"]]
+    return TokenSequence(tuple(encoded["input_ids"][:max_tokens]), tuple(written[:max_tokens]))
+
+
+def _response_spans(tokenizer: PreTrainedTokenizerFast, row: Conversation, text: str) -> list[tuple[int, int]]:
+    """Where in ``text`` each assistant turn stands as it was generated.
+
+    A turn counts if ``text`` begins with what was rendered when the turn was the last. Templates that rewrite earlier
+    turns (gpt-oss drops their analysis) leave only the final one.
+    """
+    spans = []
+    for index, message in enumerate(row.messages):
+        if message["role"] == "assistant":
+            prompt = _render(tokenizer, row, index, prompt=True)
+            answered = _render(tokenizer, row, index + 1)
+            if text.startswith(answered) and answered.startswith(prompt):
+                spans.append((len(prompt), len(answered)))
+    return spans
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, row: Conversation, num_messages: int, prompt: bool = False) -> str:
+    """The text of the first messages, and the generation prompt if asked for."""
+    messages = [dict(message) for message in row.messages[:num_messages]]
+    effort: dict[str, Any] = {} if row.effort is None else {"reasoning_effort": row.effort}
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **effort))
+    except Exception as refused:  # the template is the user's program and may raise anything
+        raise ArtifactError(f"{row.place}: the chat template refuses this conversation: {refused}") from refused
+
+
+def make_batches(sequences: list[TokenSequence], batch_tokens: int) -> list[Batch]:
+    """Batch by length; at most ``batch_tokens`` positions each, padding included, but at least one sequence."""
+    batches: list[list[TokenSequence]] = []
+    for sequence in sorted(sequences, key=lambda sequence: len(sequence.token_ids)):
+        if batches and (len(batches[-1]) + 1) * len(sequence.token_ids) <= batch_tokens:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return [_pad(batch) for batch in batches]
+
+
+def _pad(sequences: list[TokenSequence]) -> Batch:
+    longest = len(sequences[-1].token_ids)
+    token_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    is_token = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    is_response = is_token.clone()
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.token_ids)
+        token_ids[row, :length] = torch.tensor(sequence.token_ids)
+        is_token[row, :length] = True
+        is_response[row, :length] = torch.tensor(sequence.is_response)
+    return Batch(token_ids, is_token, is_response)
