@@ -24,7 +24,9 @@ class Block:
         if self.num_experts < 1:
             raise ConfigError(f"a block needs at least 1 expert, got num_experts={self.num_experts}")
         if self.window is not None and self.window < 2:
-            raise ConfigError(f"an attention window must be at least 2 tokens, got {self.window}; None means full attention")
+            raise ConfigError(
+                f"an attention window must be at least 2 tokens, got {self.window}; None means full attention"
+            )
 
     @property
     def label(self) -> str:
@@ -91,7 +93,9 @@ class Architecture:
     def check_child_of(self, parent: "Architecture") -> None:
         """Raise ConfigError unless every block can be cut out of the parent's block in the same layer."""
         if self.num_layers != parent.num_layers:
-            raise ConfigError(f"the child has {self.num_layers} layers, its parent {parent.num_layers}; they must agree")
+            raise ConfigError(
+                f"the child has {self.num_layers} layers, its parent {parent.num_layers}; they must agree"
+            )
         for layer, (child, whole) in enumerate(zip(self.blocks, parent.blocks, strict=True)):
             if not child.narrows(whole):
                 raise ConfigError(

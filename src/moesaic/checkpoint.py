@@ -65,7 +65,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is on disk."""
-        return self._handles[self.files[name]].get_tensor(name)
+        tensor: Tensor = self._handles[self.files[name]].get_tensor(name)
+        return tensor
 
     def layer_names(self, layer: int) -> list[str]:
         """The names of one layer's tensors, in the order of the layout table."""
@@ -138,7 +139,10 @@ def _tensor_names(path: Path) -> list[str]:
 
 
 def write_checkpoint(
-    directory: Path, config: Mapping[str, Any], shards: Iterable[tuple[str, dict[str, Tensor]]], extra: Iterable[Path] = ()
+    directory: Path,
+    config: Mapping[str, Any],
+    shards: Iterable[tuple[str, dict[str, Tensor]]],
+    extra: Iterable[Path] = (),
 ) -> None:
     """Write a checkpoint shard by shard; ``directory`` appears only when all of it is on disk.
 

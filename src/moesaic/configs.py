@@ -80,7 +80,9 @@ class SearchSpace(Config):
     def _divisible(self) -> Self:
         for count in self.expert_counts:
             if count % self.expert_parallel_size:
-                raise ValueError(f"expert count {count} is not divisible by expert_parallel_size {self.expert_parallel_size}")
+                raise ValueError(
+                    f"expert count {count} is not divisible by expert_parallel_size {self.expert_parallel_size}"
+                )
         return self
 
 
@@ -187,7 +189,7 @@ class SearchArchitectureConfig(Config):
     max_layouts: Positive | None = None
     """Different attention windows (full counts as one), at most."""
     kv_group_size: Positive | None = None
-    """Layers that the serving engine's KV allocator groups; memory then pays for unfilled groups. None: it pays exactly."""
+    """Layers that the serving engine's KV allocator groups; memory then pays for unfilled groups. None: no padding."""
     min_windowed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the parent's full layers that must become windows, at least."""
     num_solutions: Positive = 3
@@ -214,8 +216,8 @@ class PruneModelConfig(Config):
 class EvaluateConfig(Config):
     """Accuracy and generated tokens on verifiable problems."""
 
-    name: str = "model"
-    """What the report calls the model: ``parent``, or the candidate of ``search_architecture`` that it is."""
+    name: str | None = None
+    """What the report calls the model. None: the candidate that the checkpoint says it is, or ``parent``."""
     efforts: tuple[Effort, ...] = ("low", "medium", "high")
     """Reasoning efforts to ask for."""
     problems_per_task: Positive = 100

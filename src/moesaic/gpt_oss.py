@@ -106,7 +106,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelShape, Architecture]:
     for layer, block in enumerate(blocks.blocks):
         if block.num_experts < shape.experts_per_token:
             raise ArtifactError(
-                f"layer {layer} has {block.num_experts} experts, fewer than the {shape.experts_per_token} each token uses"
+                f"layer {layer} has {block.num_experts} experts, fewer than a token's {shape.experts_per_token}"
             )
     return shape, blocks
 
@@ -180,7 +180,12 @@ def _attention_specs(shape: ModelShape) -> dict[str, TensorSpec]:
         "post_attention_layernorm.weight": _bf16(hidden),
         "self_attn.sinks": _bf16(shape.num_heads),
     }
-    for projection, rows, columns in (("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)):
+    for projection, rows, columns in (
+        ("q", queries, hidden),
+        ("k", keys, hidden),
+        ("v", keys, hidden),
+        ("o", hidden, queries),
+    ):
         specs[f"self_attn.{projection}_proj.weight"] = _bf16(rows, columns)
         specs[f"self_attn.{projection}_proj.bias"] = _bf16(rows)
     return specs

@@ -10,6 +10,8 @@ and 6.3. Departure: the scale is the smallest power of two for which nothing in 
 ``ceil(log2(amax / 6))``, where the specification's example algorithm lets the largest values clip.
 """
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -24,7 +26,9 @@ _FLUSH = 2.0**-126
 """Blocks whose scale would fall below this are stored as zeros."""
 
 
-def quantize(weight: Float[Tensor, "*rows col"]) -> tuple[UInt8[Tensor, "*rows block 16"], UInt8[Tensor, "*rows block"]]:
+def quantize(
+    weight: Float[Tensor, "*rows col"],
+) -> tuple[UInt8[Tensor, "*rows block 16"], UInt8[Tensor, "*rows block"]]:
     """Pack ``weight`` into ``(blocks, scales)``, rounding each value to the nearest code, ties to the even code.
 
     Raises:
@@ -55,7 +59,7 @@ def dequantize(
 def _round_to_code(magnitude: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Count the midpoints between neighbouring magnitudes that each value passes; on a tie the even code wins."""
     codes = torch.zeros(magnitude.shape, dtype=torch.uint8, device=magnitude.device)
-    for lower, (below, above) in enumerate(zip(_E2M1[:-1], _E2M1[1:], strict=True)):
+    for lower, (below, above) in enumerate(pairwise(_E2M1)):
         midpoint = (below + above) / 2
         codes += (magnitude > midpoint) if lower % 2 == 0 else (magnitude >= midpoint)
     return codes

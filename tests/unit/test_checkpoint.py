@@ -36,13 +36,13 @@ def test_layers_are_what_transformers_reads(tiny_parent: Path, tiny_checkpoint: 
 
 
 def test_a_missing_model_says_what_a_model_is(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="does not exist; a model is a directory"):
+    with pytest.raises(ArtifactError, match="does not exist; a model is"):
         Checkpoint.open(tmp_path / "nowhere")
 
 
 def test_another_model_family_is_named(copy: Path) -> None:
     _edit(copy / CONFIG, model_type="mixtral")
-    with pytest.raises(ArtifactError, match="'mixtral'.*'gpt_oss'"):
+    with pytest.raises(ArtifactError, match=r"'mixtral'.*'gpt_oss'"):
         Checkpoint.open(copy)
 
 
@@ -73,7 +73,7 @@ def test_weights_of_another_shape_are_refused(copy: Path) -> None:
 
 def test_fewer_experts_than_a_token_uses_is_refused(copy: Path) -> None:
     _edit(copy / CONFIG, num_local_experts=1)
-    with pytest.raises(ArtifactError, match="1 experts, fewer than the 2"):
+    with pytest.raises(ArtifactError, match="1 experts, fewer than a token's 2"):
         Checkpoint.open(copy)
 
 

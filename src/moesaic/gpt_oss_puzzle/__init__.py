@@ -17,6 +17,7 @@ from moesaic.checkpoint import Checkpoint
 from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from .modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
 
+
 def register() -> None:
     """Let transformers' auto classes find ``gpt_oss_puzzle``; calling it again changes nothing."""
     AutoConfig.register("gpt_oss_puzzle", GptOssPuzzleConfig, exist_ok=True)
@@ -38,5 +39,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
     )
     for module in model.modules():
         if isinstance(module, GptOssExperts):
-            module.to(dtype)  # transformers unpacks MXFP4 to bfloat16 whatever it is asked for; the values are exact in it
+            module.to(
+                dtype
+            )  # transformers unpacks MXFP4 to bfloat16 whatever it is asked for; the values are exact in it
     return model.eval()

@@ -10,20 +10,18 @@ from transformers import GptOssConfig
 
 
 class GptOssPuzzleConfig(GptOssConfig):
-    """gpt-oss plus ``block_configs``: per layer ``num_local_experts`` and ``sliding_window`` (None is full attention)."""
+    """gpt-oss plus ``block_configs``: per layer ``num_local_experts`` and ``sliding_window`` (None means full)."""
 
     model_type = "gpt_oss_puzzle"
     block_configs: list[dict[str, int | None]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Without ``block_configs`` every layer is its parent's; with them, each layer must agree with ``layer_types``."""
+        """Without ``block_configs`` every layer is its parent's; with them, they must agree with ``layer_types``."""
         super().__post_init__(**kwargs)
         if self.block_configs is None:
             self.block_configs = [self._parent_block(kind) for kind in self.layer_types]
         if len(self.block_configs) != self.num_hidden_layers:
-            raise ValueError(
-                f"block_configs has {len(self.block_configs)} entries for {self.num_hidden_layers} layers; give one each"
-            )
+            raise ValueError(f"block_configs has {len(self.block_configs)} entries for {self.num_hidden_layers} layers")
         for layer, (kind, window) in enumerate(zip(self.layer_types, self.windows, strict=True)):
             if (kind == "full_attention") != (window is None):
                 raise ValueError(f"layer {layer}: layer_types says {kind}, block_configs says window {window}")

@@ -28,7 +28,9 @@ from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 def new_cache(config: GptOssPuzzleConfig) -> DynamicCache:
     """An empty KV cache: a window layer keeps its window's tokens, a full layer all of them."""
     cache = DynamicCache()
-    cache.layers = [DynamicLayer() if window is None else DynamicSlidingWindowLayer(window) for window in config.windows]
+    cache.layers = [
+        DynamicLayer() if window is None else DynamicSlidingWindowLayer(window) for window in config.windows
+    ]
     cache.layer_class_to_replicate = None
     return cache
 
@@ -51,7 +53,7 @@ class GptOssPuzzleModel(GptOssModel):
 
     def _build_layer(self, layer: int) -> GptOssDecoderLayer:
         block = GptOssDecoderLayer(self.config.get_gpt_oss_config_for_layer(layer), layer)
-        # The layer keeps its own sizes; what may be switched later (attention and expert kernels) it reads from the model.
+        # The layer keeps its own sizes; which kernels to use it reads from the model's config, where that may be set.
         block.self_attn.config = self.config
         block.mlp.experts.config = self.config
         return block
@@ -91,7 +93,9 @@ class GptOssPuzzleModel(GptOssModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
-    def _masks(self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> dict[int | None, Tensor | None]:
+    def _masks(
+        self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> dict[int | None, Tensor | None]:
         """One mask per distinct window, sized by the first layer that has it."""
         masks: dict[int | None, Tensor | None] = {}
         for layer, window in enumerate(self.config.windows):
@@ -121,6 +125,8 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """``generate`` would make one window for all layers; give it the cache that knows each layer's own."""
         if generation_config.cache_implementation is not None:
-            raise ValueError(f"cache_implementation={generation_config.cache_implementation!r} has one window; leave it unset")
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} has one window; leave it unset"
+            )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = new_cache(self.config)

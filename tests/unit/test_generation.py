@@ -1,0 +1,142 @@
+"""Generation gives the tokens of transformers' own ``generate``, whatever the batches."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moesaic.errors import ConfigError
+from moesaic.generation import Decoding, Generated, Sampling, generate, stop_ids
+from moesaic.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.gpt_oss_puzzle.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
+
+STOPS = frozenset(range(5, 13))
+"""Many stop tokens, so that random models stop at many lengths."""
+NEVER: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def parent(tiny_parent: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_parent, dtype=torch.float32, attn_implementation="eager").float().eval()
+
+
+@pytest.fixture(scope="module")
+def child(parent: PreTrainedModel) -> PreTrainedModel:
+    """A random child: different expert counts, and windows of 3 and 12 tokens beside full attention."""
+    blocks = [(4, 8), (8, None), (2, 3), (5, 12)]
+    values = parent.config.to_dict() | {
+        "model_type": "gpt_oss_puzzle",
+        "block_configs": [{"num_local_experts": experts, "sliding_window": window} for experts, window in blocks],
+        "layer_types": ["sliding_attention" if window else "full_attention" for _, window in blocks],
+    }
+    values.pop("quantization_config", None)
+    torch.manual_seed(0)
+    config = GptOssPuzzleConfig.from_dict(values)
+    config._attn_implementation = "eager"
+    model = GptOssPuzzleForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+@pytest.fixture(params=["parent", "child"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return request.getfixturevalue(request.param)
+
+
+def draw_prompts(count: int, longest: int = 40) -> list[list[int]]:
+    dice = random.Random(0)
+    return [[dice.randrange(20, 64) for _ in range(dice.randint(1, longest))] for _ in range(count)]
+
+
+def one_by_one(model: PreTrainedModel, prompts: Sequence[Sequence[int]], limit: int) -> list[Generated]:
+    """The oracle: ``generate`` of transformers, a single request at a time, so without any padding."""
+    replies = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        whole = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=sorted(STOPS),
+            pad_token_id=0,
+        )
+        reply = whole[0, len(prompt) :].tolist()
+        replies.append(Generated(tuple(reply), reply[-1] not in STOPS))
+    return replies
+
+
+@pytest.fixture(scope="module")
+def expected(parent: PreTrainedModel, child: PreTrainedModel) -> dict[PreTrainedModel, list[Generated]]:
+    return {model: one_by_one(model, draw_prompts(12), limit=12) for model in (parent, child)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_tokens_are_those_of_transformers(
+    model: PreTrainedModel,
+    expected: dict[PreTrainedModel, list[Generated]],
+    batch_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moesaic.generation.PREFILL_TOKENS", 100)
+    replies = expected[model]
+    found = dict(generate(model, draw_prompts(12), Sampling(12, STOPS), batch_size))
+    assert [found[index] for index in range(12)] == replies
+    assert len({reply.num_tokens for reply in replies}) > 4
+    assert {reply.truncated for reply in replies} == {True, False}
+
+
+def test_a_reply_outgrows_the_spare_room_of_the_cache(model: PreTrainedModel) -> None:
+    """140 tokens are more than twice the room that cache and mask reserve; each must be the argmax of a full recompute."""
+    prompt = draw_prompts(1)[0]
+    reply = dict(generate(model, [prompt], Sampling(140, NEVER), 1))[0]
+    assert (reply.num_tokens, reply.truncated) == (140, True)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *reply.token_ids]])).logits[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(reply.token_ids)
+
+
+def test_cached_logits_equal_a_full_recompute_after_rows_are_dropped(model: PreTrainedModel) -> None:
+    prompts = draw_prompts(4)
+    with torch.inference_mode():
+        decoding = Decoding(model, prompts)
+        decoding.step(torch.tensor([30, 31, 32, 33]))
+        decoding.keep([1, 3])
+        decoding.step(torch.tensor([40, 41]))
+        full = [model(torch.tensor([prompt])).logits[0, -1] for prompt in ([*prompts[1], 31, 40], [*prompts[3], 33, 41])]
+    torch.testing.assert_close(decoding.logits, torch.stack(full), rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_follows_its_seed_and_temperature(parent: PreTrainedModel) -> None:
+    prompts = draw_prompts(3)
+
+    def draw(temperature: float, seed: int) -> list[Generated]:
+        return [reply for _, reply in sorted(generate(parent, prompts, Sampling(12, STOPS, temperature, seed), 8), key=lambda r: r[0])]
+
+    assert draw(1.0, 1) == draw(1.0, 1)
+    assert draw(1.0, 1) != draw(1.0, 2)
+    assert draw(1e-4, 1) == draw(0.0, 0)
+
+
+def test_long_prompts_come_first_and_every_index_once(parent: PreTrainedModel) -> None:
+    prompts = [[30], [30] * 3, [30] * 2]
+    assert [index for index, _ in generate(parent, prompts, Sampling(1, NEVER), 2)] == [1, 2, 0]
+    assert list(generate(parent, [], Sampling(1, NEVER), 2)) == []
+
+
+def test_requests_that_do_not_fit_are_refused_before_any_work(parent: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="prompt 1 has no tokens"):
+        next(generate(parent, [[30], []], Sampling(1, NEVER), 2))
+    with pytest.raises(ConfigError, match="500 tokens with a reply of up to 13 does not fit the model's 512 positions"):
+        next(generate(parent, [[30] * 500], Sampling(13, NEVER), 2))
+
+
+def test_stop_ids_come_from_the_checkpoint(parent: PreTrainedModel) -> None:
+    assert stop_ids(parent) == {5}
+    parent.generation_config.eos_token_id = [5, 7]
+    assert stop_ids(parent) == {5, 7}
+    parent.generation_config.eos_token_id = 5
