@@ -17,7 +17,13 @@ def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """Yield ``items`` and show how far along they are, on standard error."""
     console = Console(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as progress:
             yield from progress.track(items, total=total, description=what)
     else:

@@ -20,7 +20,14 @@ PRUNING = "pruning.json"
 _MODELLING_FILES = sorted((Path(__file__).parents[1] / "gpt_oss_puzzle").glob("*_gpt_oss_puzzle.py"))
 """The child's own model class, which travels with it; found by path because importing it would load transformers."""
 
-_COMPANIONS = ("tokenizer*", "chat_template*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt")
+_COMPANIONS = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab*",
+    "merges.txt",
+)
 
 
 def run(
@@ -35,12 +42,16 @@ def run(
     pruning.write_text(json.dumps({"candidate": config.candidate, "kept_experts": kept}) + "\n")
     companions = sorted(path for pattern in _COMPANIONS for path in parent.glob(pattern))
     write_checkpoint(
-        output, gpt_oss.child_config(whole.config, child), _shards(whole, kept), [*companions, *_MODELLING_FILES, pruning]
+        output,
+        gpt_oss.child_config(whole.config, child),
+        _shards(whole, kept),
+        [*companions, *_MODELLING_FILES, pruning],
     )
     written = Checkpoint.open(output)
     return {
         "parameters": float(gpt_oss.num_parameters(written.shape, written.architecture)),
-        "parameters_ratio": gpt_oss.num_parameters(written.shape, child) / gpt_oss.num_parameters(whole.shape, whole.architecture),
+        "parameters_ratio": gpt_oss.num_parameters(written.shape, child)
+        / gpt_oss.num_parameters(whole.shape, whole.architecture),
         "experts_ratio": child.num_experts / whole.architecture.num_experts,
         "checkpoint_ratio": gpt_oss.num_bytes(written.shape, child, written.packed)
         / gpt_oss.num_bytes(whole.shape, whole.architecture, whole.packed),
@@ -52,14 +63,18 @@ def _read_candidate(path: Path, name: str) -> Architecture:
     if name not in found["candidates"]:
         reason = found.get("skipped", {}).get(name)
         allowed = ", ".join(found["candidates"])
-        raise ConfigError(f"candidate {name!r} is not in {path.name} ({reason or 'unknown name'}); choose one of {allowed}")
+        raise ConfigError(
+            f"candidate {name!r} is not in {path.name} ({reason or 'unknown name'}); choose one of {allowed}"
+        )
     return Architecture.of(Block.from_config(entry) for entry in found["candidates"][name]["blocks"])
 
 
 def _choose_experts(path: Path, child: Architecture) -> list[tuple[int, ...]]:
     orders = [layer["order"] for layer in json.loads(path.read_text())["layers"]]
     if len(orders) != child.num_layers:
-        raise ArtifactError(f"{path.name} ranks {len(orders)} layers, the architecture has {child.num_layers}; rerun rank_experts")
+        raise ArtifactError(
+            f"{path.name} ranks {len(orders)} layers, the architecture has {child.num_layers}; rerun rank_experts"
+        )
     return [kept_experts(order, block.num_experts) for order, block in zip(orders, child.blocks, strict=True)]
 
 

@@ -1,0 +1,41 @@
+# Logic lives in Python; these are names for it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: setup check test demo parent compile report help
+
+setup: $(STAMP) ## make .venv with exactly the pinned packages (done once; again when the pins change)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[dev]'
+	touch $(STAMP)
+
+check: $(STAMP) ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/unit/test_imports.py
+
+test: $(STAMP) ## all tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+demo: $(STAMP) ## the whole search on the tiny reasoner; run again to go on after an interruption
+	$(BIN)/moesaic run search --recipe tiny_cpu --output runs/demo
+
+parent: $(STAMP) ## train the tiny reasoner anew (hours)
+	$(BIN)/python -m examples.tiny_reasoner.train
+
+compile: $(STAMP) ## compile the pipelines into manifests/
+	$(BIN)/python -m pipelines.compiling
+
+report: $(STAMP) ## show the outcome of the last demo
+	$(BIN)/moesaic report runs/demo
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

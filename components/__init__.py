@@ -1,0 +1,1 @@
+"""What Kubeflow sees of the stages: one folder each, a signature and one call."""

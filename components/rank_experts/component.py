@@ -1,0 +1,26 @@
+"""Kubeflow component of the stage `rank_experts`."""
+
+from kfp import dsl
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from components import images
+
+
+@dsl.component(base_image=images.SEARCH, install_kfp_package=False)
+def rank_experts(
+    config: str,
+    version: str,
+    parent: Input[Model],
+    calibration_short: Input[Dataset],
+    ranking: Output[Artifact],
+    metrics: Output[Metrics],
+):
+    """Order the experts of every layer by how much their removal changes it."""
+    from moesaic.runtime import run_stage
+
+    run_stage(
+        "rank_experts",
+        config,
+        inputs={"parent": parent, "calibration_short": calibration_short},
+        outputs={"ranking": ranking, "metrics": metrics},
+    )

@@ -1,0 +1,41 @@
+"""Kubeflow component of the stage `report`."""
+
+from kfp import dsl
+from kfp.dsl import Artifact, Input, Metrics, Output
+
+from components import images
+
+
+@dsl.component(base_image=images.SEARCH, install_kfp_package=False)
+def report(
+    config: str,
+    version: str,
+    ranking: Input[Artifact],
+    scores: Input[Artifact],
+    costs: Input[Artifact],
+    architecture: Input[Artifact],
+    evaluation_parent: Input[Artifact],
+    evaluation_child: Input[Artifact],
+    baselines: Input[list[Artifact]],
+    measurements: Input[Artifact],
+    report: Output[Artifact],
+    metrics: Output[Metrics],
+):
+    """Make the report page, its pictures and its summary."""
+    from moesaic.runtime import run_stage
+
+    run_stage(
+        "report",
+        config,
+        inputs={
+            "ranking": ranking,
+            "scores": scores,
+            "costs": costs,
+            "architecture": architecture,
+            "evaluation_parent": evaluation_parent,
+            "evaluation_child": evaluation_child,
+            "baselines": baselines,
+            "measurements": measurements,
+        },
+        outputs={"report": report, "metrics": metrics},
+    )

@@ -1,0 +1,263 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 the input cannot be used."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import moesaic
+from moesaic.errors import ArtifactError, ConfigError, MoesaicError
+
+_EXAMPLE = Path("examples/tiny_reasoner")
+_SETS = {
+    "calibration_short": "calibration_short.jsonl",
+    "calibration_long": "calibration_long.jsonl",
+    "tests": "test.jsonl",
+}
+"""Inputs of a pipeline run by the file that holds each in a data directory."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except MoesaicError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished stage", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moesaic",
+        description="Turn a mixture-of-experts reasoning model into a smaller, faster one.",
+        epilog="Exit codes: 0 done, 1 failed, 2 the input cannot be used.",
+    )
+    parser.add_argument("--version", action="version", version=f"moesaic {moesaic.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a whole pipeline on this machine; goes on where a killed run stopped")
+    run.set_defaults(command=_run)
+    run.add_argument("pipeline", help="name of a pipeline, such as search")
+    run.add_argument("--recipe", required=True, help="name of a recipe of pipelines/recipes.py, such as tiny_cpu")
+    run.add_argument("--parent", type=Path, default=_EXAMPLE / "parent", help="checkpoint directory (%(default)s)")
+    run.add_argument(
+        "--data", type=Path, default=_EXAMPLE / "data", help=f"directory of {', '.join(_SETS.values())} (%(default)s)"
+    )
+    run.add_argument("--output", type=Path, default=Path("runs/search"), help="directory of the run (%(default)s)")
+    run.add_argument("--store", type=Path, help="directory of the store (OUTPUT/store)")
+
+    stage = commands.add_parser("stage", help="run one stage on directories, without Kubeflow")
+    stage.set_defaults(command=_stage)
+    stage.add_argument("name", help="name of a stage, such as rank_experts")
+    stage.add_argument("config", help="its config: JSON, or a file that holds it; '{}' for the defaults")
+    stage.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an input directory; repeat it for every input, and for every member of a list",
+    )
+    stage.add_argument("--output", type=Path, required=True, help="directory to make")
+    stage.add_argument("--store", type=Path, help="directory of the store, where an input is a manifest")
+
+    inspect = commands.add_parser("inspect", help="sizes and layout of a checkpoint, from its headers alone")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("model", type=Path, help="checkpoint directory")
+
+    report = commands.add_parser("report", help="show the outcome of a finished run")
+    report.set_defaults(command=_report)
+    report.add_argument("run", type=Path, help="directory of the run, as given to run --output")
+
+    doctor = commands.add_parser("doctor", help="what is installed and usable here, and what to do about the rest")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from moesaic.local import run_compiled
+    from moesaic.records import code_version
+    from moesaic.runtime import Place
+    from moesaic.tracking import pipeline_run
+
+    manifest, recipe = _find_pipeline(options.pipeline), _find_recipe(options.recipe)
+    _check_inputs(options.parent, options.data)
+    console = Console(stderr=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    place = Place.for_local_run(options.output, options.store)
+    arguments = recipe.arguments(_add_inputs(place.store, options.parent, options.data), code_version())
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    name = f"{options.pipeline} ({options.recipe})"
+    assert place.tracking_uri is not None, "a local run always has a place for its MLflow runs"
+    console.print(f"{name}: the run lies in {options.output}", highlight=False)
+    with pipeline_run(place.tracking_uri, name, arguments, digest) as run_id:
+        outputs = run_compiled(manifest, arguments, place.inside(run_id), console)
+    _link_outputs(options.output, place.store, outputs)
+    _show_outcome(options.output)
+    print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {place.tracking_uri}")
+
+
+def _find_pipeline(name: str) -> Path:
+    from pipelines import MANIFESTS
+
+    versions: list[Path] = sorted(MANIFESTS.glob(f"{name}-*.yaml"))
+    if not versions:
+        known = sorted({path.name.rsplit("-", 1)[0] for path in MANIFESTS.glob("*.yaml")})
+        raise ConfigError(f"there is no compiled pipeline {name!r} in {MANIFESTS}; choose one of {', '.join(known)}")
+    return versions[-1]
+
+
+def _find_recipe(name: str) -> Any:
+    from pipelines.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def _check_inputs(parent: Path, data: Path) -> None:
+    """Refuse what no stage could use before anything is copied or started."""
+    from moesaic.stages.ingest import check_model, count_rows
+
+    check_model(parent)
+    for file in _SETS.values():
+        if not (data / file).is_file():
+            raise ArtifactError(f"{data} holds no {file}; a data directory holds {', '.join(_SETS.values())}")
+        count_rows(data / file)
+
+
+def _add_inputs(store: Path, parent: Path, data: Path) -> Any:
+    from moesaic.configs import IngestConfig
+    from moesaic.store import Store
+
+    contents = Store.at(store)
+    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest")
+    sets = {
+        name: contents.add_file(data / file, "dataset", format="jsonl", producer="ingest").id
+        for name, file in _SETS.items()
+    }
+    return IngestConfig(parent=model.id, **sets)
+
+
+def _link_outputs(run: Path, store: Path, outputs: dict[str, Path]) -> None:
+    """Give each output a short path in the run's directory; a model's leads to its files in the store."""
+    from moesaic.store import Manifest, Store
+    from moesaic.store.manifest import MANIFEST
+
+    for name, path in outputs.items():
+        whole = Store.at(store).materialize(Manifest.read(path)) if (path / MANIFEST).is_file() else path
+        link = run / f".{name}.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(whole, run.absolute()))
+        link.replace(run / name)
+
+
+def _show_outcome(run: Path) -> None:
+    from moesaic.outcome import comparison_table, rivals_table
+
+    summary = run / "report" / "summary.json"
+    if not summary.is_file():
+        raise ArtifactError(f"{run} holds no finished run; `moesaic run --output {run}` makes one or goes on with it")
+    console = Console()
+    found = json.loads(summary.read_text())
+    console.print(comparison_table(found), rivals_table(found["rivals"]))
+    print(f"Report: {run / 'report' / 'report.html'}")
+    print(f"Child:  {run / 'child'}")
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from moesaic.runtime import perform, plan_task
+    from moesaic.store import Store
+
+    given = _named_paths(options.input)
+    task = plan_task(
+        options.name, _read_config(options.config), given, Store.at(options.store) if options.store else None
+    )
+    if options.output.exists():
+        raise ConfigError(f"--output {options.output} exists already; choose another or remove it")
+    work = options.output.with_name(f".{options.output.name}.{task.key[:12]}")
+    output, scratch = work / "output", work / "scratch"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    scratch.mkdir(exist_ok=True)
+    record = perform(task, output, scratch, options.store)
+    output.rename(options.output)
+    shutil.rmtree(work)
+    table = Table("metric", "value", box=None)
+    for name, value in record.metrics.items():
+        table.add_row(name, f"{value:.6g}")
+    Console().print(table)
+    print(f"{options.output} ({record.duration_s:.1f} s, {record.peak_memory_mib:.0f} MiB)")
+
+
+def _read_config(given: str) -> str:
+    if given.lstrip().startswith("{"):
+        return given
+    if not Path(given).is_file():
+        raise ConfigError(f"config {given!r} is neither JSON nor a file that holds it; '{{}}' stands for the defaults")
+    return Path(given).read_text()
+
+
+def _named_paths(pairs: Sequence[str]) -> dict[str, Path | list[Path]]:
+    """``NAME=PATH`` options; a stage that takes a list gets one even of a single member."""
+    named: dict[str, Path | list[Path]] = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not separator:
+            raise ConfigError(f"--input {pair!r} is not NAME=PATH")
+        if name == "baselines":
+            members = named.setdefault(name, [])
+            assert isinstance(members, list)
+            members.append(Path(path))
+        elif name in named:
+            raise ConfigError(f"--input {name} is given twice")
+        else:
+            named[name] = Path(path)
+    return named
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from moesaic import gpt_oss
+    from moesaic.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(options.model)
+    shape, architecture = checkpoint.shape, checkpoint.architecture
+    console = Console()
+    sizes = Table("", "", box=None, show_header=False)
+    sizes.add_row("parameters", f"{gpt_oss.num_parameters(shape, architecture):,}")
+    sizes.add_row("weights", f"{gpt_oss.num_bytes(shape, architecture, checkpoint.packed) / 2**20:,.1f} MiB")
+    sizes.add_row("experts", f"{architecture.num_experts}, top-{shape.experts_per_token}")
+    sizes.add_row("expert format", "MXFP4" if checkpoint.packed else "as the other weights")
+    sizes.add_row("hidden size", f"{shape.hidden_size}, {shape.num_heads} heads of {shape.head_dim}")
+    sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
+    console.print(sizes)
+    layers = Table("layer", "experts", "window", box=None)
+    for layer, block in enumerate(architecture.blocks):
+        layers.add_row(str(layer), str(block.num_experts), str(block.window or "full"))
+    console.print(layers)
+
+
+def _report(options: argparse.Namespace) -> None:
+    _show_outcome(options.run)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from moesaic.doctor import diagnose, print_findings
+
+    print_findings(diagnose(), Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

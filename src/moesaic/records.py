@@ -1,0 +1,132 @@
+"""The record beside every payload: what was made, from what, by what, where, and how long it took."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import moesaic
+from moesaic.errors import ArtifactError
+from moesaic.store import Manifest
+from moesaic.store.manifest import MANIFEST
+
+RECORD = "record.json"
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "highspy", "kfp", "mlflow")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of one stage."""
+
+    stage: str
+    subject: str
+    """The model that the run is about, such as ``parent``, ``puzzle`` or ``random-0``; empty where it is about none."""
+    config: Mapping[str, Any]
+    config_digest: str
+    inputs: Mapping[str, Any]
+    """Content digests by input name."""
+    versions: Mapping[str, str]
+    code_digest: str
+    hardware: Mapping[str, Any]
+    seed: int | None
+    metrics: Mapping[str, float]
+    started: str
+    """UTC, ISO 8601."""
+    duration_s: float
+    peak_memory_mib: float
+
+    def write(self, directory: Path) -> None:
+        """Put ``record.json`` into an output directory."""
+        (directory / RECORD).write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Record":
+        """The record in an output directory."""
+        path = directory / RECORD
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError as missing:
+            raise ArtifactError(f"{directory} holds no {RECORD}: it is not the output of a stage") from missing
+
+
+def subject_of(directory: Path) -> str:
+    """The subject that the record in ``directory`` names, empty where there is no record."""
+    return Record.read(directory).subject if (directory / RECORD).is_file() else ""
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a payload: the manifest's id where there is one, else of all names and contents but the record."""
+    if (path / MANIFEST).is_file():
+        return Manifest.read(path).id
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        name = file.relative_to(path).as_posix()
+        if name != RECORD:
+            digest.update(f"{name}\0{_file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """Digest of Moesaic's own source, so that a changed checkout is told from its release."""
+    package = Path(moesaic.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\0{_file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def code_version() -> str:
+    """The package version with the start of the code digest; part of every task's cache key."""
+    return f"{moesaic.__version__}+{code_digest()[:12]}"
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Moesaic, Python and the packages whose numbers may differ between releases."""
+    found = {"moesaic": moesaic.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Processor, memory and, where torch is loaded and sees them, GPUs."""
+    torch = sys.modules.get("torch")
+    gpus = torch.cuda.device_count() if torch and torch.cuda.is_available() else 0
+    return {
+        "processor": _processor(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads() if torch else 1,
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(gpus)] if torch else [],
+    }
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

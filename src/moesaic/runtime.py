@@ -1,0 +1,335 @@
+"""Runs one stage where it is told to: what Kubeflow components call, and ``moesaic stage`` without Kubeflow.
+
+A stage sees plain directories. Around it this module resolves inputs, keeps a scratch directory that survives a killed
+run, moves the finished output into place, writes the record and logs to MLflow. *Where* things are comes from the
+environment, and only :meth:`Place.from_environment` reads it.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard, TypeVar
+
+from moesaic import records
+from moesaic.configs import Config, PruneModelConfig
+from moesaic.errors import ArtifactError, ConfigError, MoesaicError
+from moesaic.records import RECORD, Record
+from moesaic.stages import Stage, find_stage
+from moesaic.store import Manifest, Store
+from moesaic.store.manifest import MANIFEST
+from moesaic.store.root import explained_disk_full
+from moesaic.tracking import Tracker
+
+FAILURE = "failure.json"
+"""Written into the run's directory by a stage that failed; the command line reads it."""
+
+Result = TypeVar("Result")
+Given = Mapping[str, Path | list[Path]]
+"""Input directories by name; a list where a stage takes any number of them."""
+
+
+class ArtifactPath(Protocol):
+    """What is used of a Kubeflow artifact."""
+
+    @property
+    def path(self) -> str:
+        """Where it lies in this container."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage runs; never part of a config."""
+
+    store: Path
+    tracking_uri: str | None = None
+    run_id: str | None = None
+    """The MLflow run that a scheduler opened for this very task."""
+    parent_run_id: str | None = None
+    """The MLflow run of the pipeline."""
+    run_directory: Path | None = None
+    """Where to leave word of a failure."""
+    driver_pid: int | None = None
+    """The process without which there is no point in going on."""
+
+    @classmethod
+    def from_environment(cls) -> "Place":
+        """Read ``MOESAIC_STORE``, MLflow's own variables, and what ``moesaic run`` sets for its tasks."""
+        read = os.environ.get
+        if not (store := read("MOESAIC_STORE")):
+            raise ConfigError("MOESAIC_STORE is not set; set it to the directory of the store")
+        directory, pid = read("MOESAIC_RUN_DIRECTORY"), read("MOESAIC_DRIVER_PID")
+        return cls(
+            store=Path(store),
+            tracking_uri=read("MLFLOW_TRACKING_URI") or None,
+            run_id=read("MLFLOW_RUN_ID"),
+            parent_run_id=read("MOESAIC_PARENT_RUN_ID"),
+            run_directory=Path(directory) if directory else None,
+            driver_pid=int(pid) if pid else None,
+        )
+
+    @classmethod
+    def for_local_run(cls, run_directory: Path, store: Path | None) -> "Place":
+        """Everything under one directory, unless the store or ``MLFLOW_TRACKING_URI`` points elsewhere."""
+        directory = run_directory.absolute()
+        return cls(
+            store=(store or directory / "store").absolute(),
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}",
+            run_directory=directory,
+            driver_pid=os.getpid(),
+        )
+
+    def inside(self, parent_run_id: str) -> "Place":
+        """The same place for the stages of one pipeline run."""
+        return replace(self, parent_run_id=parent_run_id)
+
+    def as_environment(self) -> dict[str, str]:
+        """The variables from which :meth:`from_environment` reads the same place."""
+        variables = {
+            "MOESAIC_STORE": self.store,
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "MLFLOW_RUN_ID": self.run_id,
+            "MOESAIC_PARENT_RUN_ID": self.parent_run_id,
+            "MOESAIC_RUN_DIRECTORY": self.run_directory,
+            "MOESAIC_DRIVER_PID": self.driver_pid,
+        }
+        return {name: str(value) for name, value in variables.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage with its config and checked inputs, ready to run."""
+
+    stage: Stage
+    config: Config
+    inputs: Given
+    """Directories with the files themselves, manifests resolved."""
+    digests: Mapping[str, str | list[str]]
+    """Content digests of the inputs."""
+    parents: tuple[str, ...]
+    """Ids of the manifests among the inputs."""
+    subject: str
+    """The model that the run is about, see :class:`moesaic.records.Record`."""
+
+    @property
+    def key(self) -> str:
+        """Digest of all that decides the result: stage, config, inputs, code."""
+        decisive = [self.stage.name, self.config.digest, dict(self.digests), records.code_digest()]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def run_stage(
+    name: str, config: str, inputs: Mapping[str, ArtifactPath | list[Any]], outputs: Mapping[str, ArtifactPath]
+) -> None:
+    """Run a stage inside a Kubeflow task: artifacts in, artifacts and metrics out.
+
+    Raises:
+        SystemExit: with the error's exit code, if it failed for a reason that its message explains.
+    """
+    place = Place.from_environment()
+    if place.driver_pid:
+        _end_with(place.driver_pid)
+    if place.run_directory and (place.run_directory / FAILURE).exists():
+        raise SystemExit(MoesaicError.exit_code)  # Another stage of this run has failed.
+    try:
+        given = {key: _paths(value) for key, value in inputs.items()}
+        task = plan_task(name, config, given, Store.at(place.store))
+        record = _run_task(place, task, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"})
+    except MoesaicError as failure:
+        _leave_word(place, name, str(failure), failure.exit_code)
+        raise SystemExit(failure.exit_code) from failure
+    except Exception as failure:
+        _leave_word(place, name, f"{type(failure).__name__}: {failure}", MoesaicError.exit_code)
+        raise
+    if "metrics" in outputs:
+        _hand_on_metrics(record.metrics, outputs["metrics"])
+
+
+def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task:
+    """Check a stage's name, config and inputs before anything is run.
+
+    Raises:
+        ConfigError: for an unknown stage, a bad config, or inputs the stage does not take.
+        ArtifactError: for inputs that are not there.
+    """
+    stage = find_stage(name)
+    parsed = stage.config.parse(config)
+    missing, unknown = sorted(set(stage.inputs) - set(given)), sorted(set(given) - set(stage.inputs))
+    if missing or unknown:
+        raise ConfigError(f"{name} takes the inputs {list(stage.inputs)}; missing: {missing}, unknown: {unknown}")
+    return Task(
+        stage=stage,
+        config=parsed,
+        inputs={key: _each(lambda path: _resolve(path, store), value) for key, value in given.items()},
+        digests={key: _each(records.content_digest, value) for key, value in given.items()},
+        parents=tuple(sorted({Manifest.read(path).id for path in filter(_is_manifest, given.values())})),
+        subject=_subject(parsed, given),
+    )
+
+
+def perform(task: Task, output: Path, scratch: Path, store: Path | None = None) -> Record:
+    """Run a planned stage's function on directories and write the record beside its payload."""
+    extra = {"store": store} if task.stage.reads_store else {}
+    started, clock = datetime.now(UTC), time.monotonic()
+    with explained_disk_full(output):
+        metrics = task.stage.run(task.config, **task.inputs, **extra, output=output, scratch=scratch)
+        record = Record(
+            stage=task.stage.name,
+            subject=task.subject,
+            config=task.config.model_dump(mode="json"),
+            config_digest=task.config.digest,
+            inputs=task.digests,
+            versions=records.installed_versions(),
+            code_digest=records.code_digest(),
+            hardware=records.describe_hardware(),
+            seed=getattr(task.config, "seed", None),
+            metrics=metrics,
+            started=started.isoformat(timespec="seconds"),
+            duration_s=round(time.monotonic() - clock, 3),
+            peak_memory_mib=round(records.peak_memory_mib(), 1),
+        )
+        record.write(output)
+    return record
+
+
+def baselines_of(architecture: str) -> list[str]:
+    """Configs of ``prune_model`` for every candidate in an architecture.json that is not the search's own."""
+    found = json.loads((Path(architecture) / "architecture.json").read_text())["candidates"]
+    return [PruneModelConfig(candidate=name).to_json() for name in found if not name.startswith("puzzle")]
+
+
+def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
+    """Run in a scratch directory of the store, log, and move the result to where the artifacts lie."""
+    store, tracker = Store.at(place.store), Tracker(place.tracking_uri, place.parent_run_id, place.run_id)
+    started_ms, clock = time.time_ns() // 10**6, time.monotonic()
+    _say(task, "started")
+    with _workspace(place.store / "scratch" / task.key) as workspace:
+        output = workspace / "output"
+        try:
+            record = perform(task, output, workspace / "scratch", place.store)
+        except Exception as failure:
+            tracker.log_failure(task.stage.name, task.subject, started_ms, task.config.model_dump(mode="json"), failure)
+            raise
+        if task.stage.makes_weights:
+            _exchange_for_manifest(store, task, output)
+        tracker.log_stage(record, started_ms, [path for path in output.iterdir() if path.is_file()])
+        _hand_on(task.stage, record, output, targets)
+    _say(task, f"done in {time.monotonic() - clock:.1f} s")
+    return record
+
+
+@contextmanager
+def _workspace(directory: Path) -> Iterator[Path]:
+    """A directory with an empty ``output`` and a kept ``scratch``; held by one process, removed after success."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with directory.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(directory / "output", ignore_errors=True)
+        (directory / "output").mkdir(parents=True)
+        (directory / "scratch").mkdir(exist_ok=True)
+        yield directory
+        shutil.rmtree(directory)
+
+
+def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
+    """Move the weights into the store and leave their manifest, with the record, in their place."""
+    record = (output / RECORD).read_bytes()
+    (output / RECORD).unlink()
+    manifest = store.add_directory(
+        output,
+        "model",
+        format="safetensors",
+        producer=task.stage.name,
+        parents=task.parents,
+        config_digest=task.config.digest,
+        move=True,
+    )
+    shutil.rmtree(output)
+    output.mkdir()
+    (output / MANIFEST).write_text(manifest.to_json())
+    (output / RECORD).write_bytes(record)
+
+
+def _hand_on(stage: Stage, record: Record, output: Path, targets: Mapping[str, Path]) -> None:
+    """Move the payload to each artifact's place; with several, each is a folder of the output and its own subject."""
+    for name in stage.outputs:
+        source, target = (output / name, targets[name]) if len(stage.outputs) > 1 else (output, targets[name])
+        if len(stage.outputs) > 1:
+            replace(record, subject=name).write(source)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(source, target)
+
+
+def _hand_on_metrics(values: Mapping[str, float], metrics: Any) -> None:
+    """Show the metrics in Kubeflow, and leave a file: a Metrics artifact without one is never reused from the cache."""
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    for name, value in finite.items():
+        metrics.log_metric(name, value)
+    Path(metrics.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(metrics.path).write_text(json.dumps(finite, indent=1, sort_keys=True) + "\n")
+
+
+def _is_manifest(given: Path | list[Path]) -> TypeGuard[Path]:
+    return isinstance(given, Path) and (given / MANIFEST).is_file()
+
+
+def _paths(value: ArtifactPath | list[Any]) -> Path | list[Path]:
+    return [Path(one.path) for one in value] if isinstance(value, list) else Path(value.path)
+
+
+def _resolve(path: Path, store: Store | None) -> Path:
+    """The directory with the files themselves: a manifest's tree, or the path as it is."""
+    if not path.exists():
+        raise ArtifactError(f"input {path} does not exist")
+    if not (path / MANIFEST).is_file():
+        return path
+    if store is None:
+        raise ConfigError(f"{path} is a manifest; name the store that holds its files with --store")
+    return store.materialize(Manifest.read(path))
+
+
+def _each(function: Callable[[Path], Result], value: Path | list[Path]) -> Result | list[Result]:
+    return [function(path) for path in value] if isinstance(value, list) else function(value)
+
+
+def _subject(config: Config, given: Given) -> str:
+    """A pruned model is called as its candidate is, and whatever is done with a model is about that model."""
+    if isinstance(config, PruneModelConfig):
+        return config.candidate
+    model = given.get("model")
+    return records.subject_of(model) if isinstance(model, Path) else ""
+
+
+def _say(task: Task, what: str) -> None:
+    about = f" ({task.subject})" if task.subject else ""
+    print(f"{task.stage.name}{about}: {what}", file=sys.stderr, flush=True)
+
+
+def _leave_word(place: Place, stage: str, message: str, exit_code: int) -> None:
+    """Kubeflow's local runner names a failed task but not why: say it here, and where the command line looks."""
+    print(f"error: {stage}: {message}", file=sys.stderr, flush=True)
+    if place.run_directory:
+        word = {"stage": stage, "message": message, "exit_code": exit_code}
+        (place.run_directory / FAILURE).write_text(json.dumps(word, indent=1) + "\n")
+
+
+def _end_with(driver_pid: int) -> None:
+    """End this process when its driver is gone, so that a killed run leaves nothing behind that goes on computing."""
+
+    def watch() -> None:
+        while Path(f"/proc/{driver_pid}").exists():
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
