@@ -15,6 +15,8 @@ from rich.table import Table
 
 import moesaic
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
+from moesaic.store import Address, parse_address
+from moesaic.store_commands import add_store_commands
 
 _EXAMPLE = Path("examples/tiny_reasoner")
 _SETS = {
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, default=_EXAMPLE / "data", help=f"directory of {', '.join(_SETS.values())} (%(default)s)"
     )
     run.add_argument("--output", type=Path, default=Path("runs/search"), help="directory of the run (%(default)s)")
-    run.add_argument("--store", type=Path, help="directory of the store (OUTPUT/store)")
+    run.add_argument("--store", type=parse_address, help="directory or s3://bucket/prefix of the store (OUTPUT/store)")
 
     stage = commands.add_parser("stage", help="run one stage on directories, without Kubeflow")
     stage.set_defaults(command=_stage)
@@ -71,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         help="an input directory; repeat it for every input, and for every member of a list",
     )
     stage.add_argument("--output", type=Path, required=True, help="directory to make")
-    stage.add_argument("--store", type=Path, help="directory of the store, where an input is a manifest")
+    stage.add_argument(
+        "--store", type=parse_address, help="directory or s3://bucket/prefix of the store, where an input is a manifest"
+    )
 
     inspect = commands.add_parser("inspect", help="sizes and layout of a checkpoint, from its headers alone")
     inspect.set_defaults(command=_inspect)
@@ -80,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="show the outcome of a finished run")
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, help="directory of the run, as given to run --output")
+
+    add_store_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed and usable here, and what to do about the rest")
     doctor.set_defaults(command=_doctor)
@@ -138,7 +144,7 @@ def _check_inputs(parent: Path, data: Path) -> None:
         count_rows(data / file)
 
 
-def _add_inputs(store: Path, parent: Path, data: Path) -> Any:
+def _add_inputs(store: Address, parent: Path, data: Path) -> Any:
     from moesaic.configs import IngestConfig
     from moesaic.store import Store
 
@@ -151,7 +157,7 @@ def _add_inputs(store: Path, parent: Path, data: Path) -> Any:
     return IngestConfig(parent=model.id, **sets)
 
 
-def _link_outputs(run: Path, store: Path, outputs: dict[str, Path]) -> None:
+def _link_outputs(run: Path, store: Address, outputs: dict[str, Path]) -> None:
     """Give each output a short path in the run's directory; a model's leads to its files in the store."""
     from moesaic.store import Manifest, Store
     from moesaic.store.manifest import MANIFEST

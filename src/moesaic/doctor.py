@@ -26,6 +26,7 @@ _PACKAGES = {
     "safetensors": "model",
     "highspy": "search",
     "matplotlib": "report",
+    "boto3": "s3",
     "kfp": "pipelines",
     "mlflow": "pipelines",
 }

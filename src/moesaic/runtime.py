@@ -2,7 +2,7 @@
 
 A stage sees plain directories. Around it this module resolves inputs, keeps a scratch directory that survives a killed
 run, moves the finished output into place, writes the record and logs to MLflow. *Where* things are comes from the
-environment, and only :meth:`Place.from_environment` reads it.
+environment, and only :meth:`Place.from_environment` reads it; how to reach a bucket is read where one is opened.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from moesaic.configs import Config, PruneModelConfig
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.records import RECORD, Record
 from moesaic.stages import Stage, find_stage
-from moesaic.store import Manifest, Store
+from moesaic.store import Address, Manifest, Store, parse_address
 from moesaic.store.manifest import MANIFEST
 from moesaic.store.root import explained_disk_full
 from moesaic.tracking import Tracker
@@ -51,7 +51,7 @@ class ArtifactPath(Protocol):
 class Place:
     """Where a stage runs; never part of a config."""
 
-    store: Path
+    store: Address
     tracking_uri: str | None = None
     run_id: str | None = None
     """The MLflow run that a scheduler opened for this very task."""
@@ -67,10 +67,10 @@ class Place:
         """Read ``MOESAIC_STORE``, MLflow's own variables, and what ``moesaic run`` sets for its tasks."""
         read = os.environ.get
         if not (store := read("MOESAIC_STORE")):
-            raise ConfigError("MOESAIC_STORE is not set; set it to the directory of the store")
+            raise ConfigError("MOESAIC_STORE is not set; set it to the directory or the s3:// address of the store")
         directory, pid = read("MOESAIC_RUN_DIRECTORY"), read("MOESAIC_DRIVER_PID")
         return cls(
-            store=Path(store),
+            store=parse_address(store),
             tracking_uri=read("MLFLOW_TRACKING_URI") or None,
             run_id=read("MLFLOW_RUN_ID"),
             parent_run_id=read("MOESAIC_PARENT_RUN_ID"),
@@ -79,11 +79,11 @@ class Place:
         )
 
     @classmethod
-    def for_local_run(cls, run_directory: Path, store: Path | None) -> "Place":
+    def for_local_run(cls, run_directory: Path, store: Address | None) -> "Place":
         """Everything under one directory, unless the store or ``MLFLOW_TRACKING_URI`` points elsewhere."""
         directory = run_directory.absolute()
         return cls(
-            store=(store or directory / "store").absolute(),
+            store=store.absolute() if isinstance(store, Path) else store or directory / "store",
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}",
             run_directory=directory,
             driver_pid=os.getpid(),
@@ -177,7 +177,7 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
     )
 
 
-def perform(task: Task, output: Path, scratch: Path, store: Path | None = None) -> Record:
+def perform(task: Task, output: Path, scratch: Path, store: Address | None = None) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
     extra = {"store": store} if task.stage.reads_store else {}
     started, clock = datetime.now(UTC), time.monotonic()
@@ -209,11 +209,11 @@ def baselines_of(architecture: str) -> list[str]:
 
 
 def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
-    """Run in a scratch directory of the store, log, and move the result to where the artifacts lie."""
+    """Run in a scratch directory of the store's local part, log, and move the result to where the artifacts lie."""
     store, tracker = Store.at(place.store), Tracker(place.tracking_uri, place.parent_run_id, place.run_id)
     started_ms, clock = time.time_ns() // 10**6, time.monotonic()
     _say(task, "started")
-    with _workspace(place.store / "scratch" / task.key) as workspace:
+    with _workspace(store.directory / "scratch" / task.key) as workspace:
         output = workspace / "output"
         try:
             record = perform(task, output, workspace / "scratch", place.store)

@@ -215,10 +215,10 @@ def test_a_killed_writer_leaves_no_manifest_and_can_be_repeated(store: Store, tm
         "from moesaic.store import Store\n"
         "store = Store.at(Path(sys.argv[1]))\n"
         "put, count = store.root.put_file, []\n"
-        "def put_two_then_die(key, source):\n"
+        "def put_two_then_die(key, source, sha256, move):\n"
         "    count.append(key)\n"
         "    if len(count) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    put(key, source)\n"
+        "    put(key, source, sha256, move=move)\n"
         "store.root.put_file = put_two_then_die\n"
         "store.add_directory(Path(sys.argv[2]), 'model', format='x', producer='x')\n"
     )

@@ -6,11 +6,11 @@ from pathlib import Path
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import IngestConfig
 from moesaic.errors import ArtifactError
-from moesaic.store import Kind, Manifest, Store
+from moesaic.store import Address, Kind, Manifest, Store
 from moesaic.store.manifest import MANIFEST
 
 
-def run(config: IngestConfig, *, store: Path, output: Path, scratch: Path) -> dict[str, float]:
+def run(config: IngestConfig, *, store: Address, output: Path, scratch: Path) -> dict[str, float]:
     """Write ``<input>/manifest.json`` for each input the config names, after recomputing every digest."""
     contents = Store.at(store)
     metrics: dict[str, float] = {}

@@ -2,14 +2,28 @@
 
 Layout under a root::
 
-    objects/sha256/ab/<digest>   one file of a model or data set, named by its content
-    manifests/<id>.json          what belongs together; committed last, so nothing half-written is ever visible
+    objects/sha256/ab/<digest>          one file of a model or data set, named by its content
+    objects/sha256/ab/<digest>.parts    in S3, beside a large one: size and digests of its parts
+    manifests/<id>.json                 what belongs together; committed last, so nothing half-written is ever visible
 
-A store also has a local directory for what is rebuilt at will: ``trees/<id>`` (a manifest's files under their names).
+A root is a directory or an S3 bucket. A store also has a local directory for what is rebuilt at will: ``trees/<id>``
+(a manifest's files under their names) and, where the root is remote, the objects fetched so far.
 """
 
-from moesaic.store.content import Store
+from moesaic.store.content import Address, Store, parse_address
 from moesaic.store.manifest import FileEntry, Kind, Manifest
-from moesaic.store.root import DirectoryRoot, Root
+from moesaic.store.root import DirectoryRoot, Item, Root
+from moesaic.store.s3_options import S3Options
 
-__all__ = ["DirectoryRoot", "FileEntry", "Kind", "Manifest", "Root", "Store"]
+__all__ = [
+    "Address",
+    "DirectoryRoot",
+    "FileEntry",
+    "Item",
+    "Kind",
+    "Manifest",
+    "Root",
+    "S3Options",
+    "Store",
+    "parse_address",
+]

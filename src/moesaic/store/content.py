@@ -5,12 +5,20 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
-from moesaic.errors import ArtifactError
+from moesaic.errors import ArtifactError, ConfigError
 from moesaic.store.manifest import FileEntry, Kind, Manifest
-from moesaic.store.root import DirectoryRoot, Root, explained_disk_full
+from moesaic.store.root import DirectoryRoot, Root, explained_disk_full, file_digest, object_key
+from moesaic.store.s3_options import SCHEME, S3Options, cache_directory
+
+Address = Path | str
+"""Where a store is: a directory, or ``s3://bucket/prefix``."""
+
+
+def parse_address(text: str) -> Address:
+    """The address that a user gave as text; a directory becomes a path."""
+    return text if text.startswith(SCHEME) else Path(text)
 
 
 class Store:
@@ -22,9 +30,27 @@ class Store:
         self.directory = directory
 
     @classmethod
-    def at(cls, directory: Path) -> "Store":
-        """The store whose root is a directory."""
-        return cls(DirectoryRoot(directory), directory)
+    def at(cls, address: Address, options: S3Options | None = None) -> "Store":
+        """The store in a directory or at ``s3://bucket/prefix``.
+
+        ``options`` concern S3 alone; by default the environment says how to reach the bucket (docs/store.md).
+
+        Raises:
+            ConfigError: if the address, the bucket or the credentials cannot be used.
+        """
+        if isinstance(address, str) and address.startswith(SCHEME):
+            return cls._at_bucket(address.rstrip("/"), options or S3Options.from_environment())
+        return cls(DirectoryRoot(Path(address)), Path(address))
+
+    @classmethod
+    def _at_bucket(cls, address: str, options: S3Options) -> "Store":
+        try:
+            from moesaic.store.s3 import S3Root
+        except ModuleNotFoundError as missing:
+            raise ConfigError(f"{address} needs boto3; pip install 'moesaic[s3]'") from missing
+        whole = f"{options.endpoint_url or ''} {address}"
+        directory = cache_directory() / f"s3-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+        return cls(S3Root(address, directory, options), directory)
 
     def add_directory(
         self,
@@ -66,7 +92,7 @@ class Store:
     def commit(self, manifest: Manifest) -> Manifest:
         """Make a manifest visible, once all of its objects are here."""
         for entry in manifest.files:
-            self._check_object(entry)
+            self.check_object(entry)
         key = _manifest_key(manifest.id)
         if self.root.size(key) is None:
             self.root.write(key, manifest.to_json().encode())
@@ -78,67 +104,74 @@ class Store:
             content = self.root.read(_manifest_key(manifest_id))
         except FileNotFoundError as missing:
             raise ArtifactError(
-                f"the store at {self.directory} holds no manifest {manifest_id}; add it first"
+                f"the store at {self.root.address} holds no manifest {manifest_id}; add it first"
             ) from missing
         if hashlib.sha256(content).hexdigest() != manifest_id:
-            raise ArtifactError(f"manifest {manifest_id} in {self.directory} was changed; remove it and add it again")
+            raise ArtifactError(
+                f"manifest {manifest_id} in {self.root.address} was changed; remove it and add it again"
+            )
         return Manifest.parse(content, f"manifest {manifest_id}")
+
+    def manifests(self) -> Iterator[Manifest]:
+        """All that are committed, by id."""
+        for item in self.root.items("manifests/"):
+            yield self.manifest(item.key.removeprefix("manifests/").removesuffix(".json"))
 
     def materialize(self, manifest: Manifest, *, verify: bool = False) -> Path:
         """The directory in which the manifest's files lie under their names: links, to be read only.
 
-        Sizes are always checked; ``verify`` also recomputes every digest.
+        Sizes are always checked; ``verify`` also recomputes every digest. What is fetched from afar is always verified.
 
         Raises:
             ArtifactError: if an object is missing or damaged.
         """
         for entry in manifest.files:
-            self._check_object(entry, verify)
+            self.check_object(entry)
+            self._local_file(entry, verify)
         tree = self.directory / "trees" / manifest.id
         if not _is_complete(tree, manifest):
             self._build_tree(tree, manifest)
         return tree
 
+    def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
+        """``length`` bytes of a file from the byte ``start`` on, without fetching the rest; they cannot be verified.
+
+        Raises:
+            ArtifactError: if its object is missing or shorter.
+        """
+        try:
+            content = self.root.read_range(object_key(entry.sha256), start, length)
+        except FileNotFoundError as missing:
+            raise self._broken(entry, "is missing") from missing
+        if len(content) != length:
+            raise self._broken(entry, f"ends before byte {start + length}")
+        return content
+
+    def check_object(self, entry: FileEntry) -> None:
+        """Raise an ArtifactError unless the entry's object is here, with its size."""
+        size = self.root.size(object_key(entry.sha256))
+        if size is None:
+            raise self._broken(entry, "is missing")
+        if size != entry.size_bytes:
+            raise self._broken(entry, f"has {size} bytes instead of {entry.size_bytes}")
+
     def _add_file(self, name: str, path: Path, move: bool) -> FileEntry:
-        entry = FileEntry(path=name, size_bytes=path.stat().st_size, sha256=_digest(path))
-        key = _object_key(entry.sha256)
+        entry = FileEntry(path=name, size_bytes=path.stat().st_size, sha256=file_digest(path))
+        key = object_key(entry.sha256)
         if self.root.size(key) == entry.size_bytes:
-            return entry
-        if move:
-            self.root.put_file(key, path)
-            return entry
-        with self._private_copy(path) as copy:
-            if _digest(copy) != entry.sha256:
-                raise ArtifactError(f"{path} changed while it was added to the store; add it again once it is finished")
-            self.root.put_file(key, copy)
+            self.root.renew(key)
+        else:
+            self.root.put_file(key, path, entry.sha256, move=move)
         return entry
 
-    @contextmanager
-    def _private_copy(self, path: Path) -> Iterator[Path]:
-        copy = self.directory / "arriving" / uuid.uuid4().hex
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with explained_disk_full(self.directory):
-                shutil.copyfile(path, copy)
-                yield copy
-        finally:
-            copy.unlink(missing_ok=True)
+    def _local_file(self, entry: FileEntry, verify: bool = False) -> Path:
+        return self.root.local_file(object_key(entry.sha256), entry.sha256, verify=verify)
 
-    def _check_object(self, entry: FileEntry, verify: bool = False) -> None:
-        key = _object_key(entry.sha256)
-        size = self.root.size(key)
-        problem = None
-        if size is None:
-            problem = "is missing"
-        elif size != entry.size_bytes:
-            problem = f"has {size} bytes instead of {entry.size_bytes}"
-        elif verify and _digest(self.root.local_file(key)) != entry.sha256:
-            problem = "has another content than its digest says"
-        if problem:
-            raise ArtifactError(
-                f"object {entry.sha256} ({entry.path}) in {self.directory} {problem}; "
-                "remove it and add its model or data set again"
-            )
+    def _broken(self, entry: FileEntry, problem: str) -> ArtifactError:
+        return ArtifactError(
+            f"object {entry.sha256} ({entry.path}) in {self.root.address} {problem}; "
+            "remove it and add its model or data set again"
+        )
 
     def _build_tree(self, tree: Path, manifest: Manifest) -> None:
         partial = tree.with_name(f".{tree.name}.{uuid.uuid4().hex}")
@@ -147,23 +180,14 @@ class Store:
                 for entry in manifest.files:
                     place = partial / entry.path
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    _link(self.root.local_file(_object_key(entry.sha256)), place)
+                    _link(self._local_file(entry), place)
                 _put_in_place(partial, tree, manifest)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _object_key(digest: str) -> str:
-    return f"objects/sha256/{digest[:2]}/{digest}"
-
-
 def _manifest_key(manifest_id: str) -> str:
     return f"manifests/{manifest_id}.json"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _visible_files(directory: Path) -> list[Path]:

@@ -1,19 +1,37 @@
 """Where objects lie. A root keeps bytes under keys and knows nothing of manifests; object stores fit behind it too."""
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from moesaic.errors import StageError
+from moesaic.errors import ArtifactError, StageError
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that lies under a root: an object, or what an interrupted writer left of one."""
+
+    key: str
+    size_bytes: int
+    modified_s: float
+    """When it was last written, in seconds since 1970."""
+    upload_id: str | None = None
+    """Set if it is an unfinished upload to an object store."""
 
 
 class Root(Protocol):
     """Object operations. Objects never change: writing a key that exists with the same size may do nothing."""
+
+    @property
+    def address(self) -> str:
+        """How a user names this root; shown in errors."""
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, None if there is none."""
@@ -21,14 +39,40 @@ class Root(Protocol):
     def read(self, key: str) -> bytes:
         """A small object's content; FileNotFoundError if there is none."""
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """``length`` bytes of an object from the byte ``start`` on; FileNotFoundError if there is none."""
+
+    def digest(self, key: str) -> str:
+        """SHA-256 of the object's content as it lies under the root, in hexadecimal."""
+
     def write(self, key: str, content: bytes) -> None:
-        """Store a small object, whole or not at all."""
+        """Store a small object, whole or not at all; where the key is taken, an object store keeps what it has."""
 
-    def put_file(self, key: str, source: Path) -> None:
-        """Store a file, whole or not at all; the source may be consumed."""
+    def put_file(self, key: str, source: Path, sha256: str, *, move: bool) -> None:
+        """Store a file of that digest, whole or not at all; ``move`` allows to consume it.
 
-    def local_file(self, key: str) -> Path:
-        """A file with the object's content, fetched first where the root is remote; nobody may write to it."""
+        Raises:
+            ArtifactError: if the file is found to have another digest by now.
+        """
+
+    def renew(self, key: str) -> None:
+        """Note that a writer relies on an object that is here already, where that can be noted."""
+
+    def local_file(self, key: str, sha256: str, *, verify: bool = False) -> Path:
+        """A file with the object's content, fetched first where the root is remote; nobody may write to it.
+
+        Raises:
+            ArtifactError: if the object is damaged; always checked after fetching, else only with ``verify``.
+        """
+
+    def items(self, prefix: str) -> Iterable[Item]:
+        """All objects whose keys start with ``prefix``."""
+
+    def leftovers(self) -> Iterable[Item]:
+        """What interrupted writers left; a writer at work has such things too, so mind their age."""
+
+    def delete(self, item: Item) -> None:
+        """Remove an object or a leftover; it may be gone already."""
 
 
 class DirectoryRoot:
@@ -37,45 +81,120 @@ class DirectoryRoot:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    @property
+    def address(self) -> str:
+        """See :class:`Root`."""
+        return str(self.directory)
+
     def size(self, key: str) -> int | None:
         """See :class:`Root`."""
         try:
-            return self.local_file(key).stat().st_size
+            return self._path(key).stat().st_size
         except FileNotFoundError:
             return None
 
     def read(self, key: str) -> bytes:
         """See :class:`Root`."""
-        return self.local_file(key).read_bytes()
+        return self._path(key).read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """See :class:`Root`."""
+        with self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def digest(self, key: str) -> str:
+        """See :class:`Root`."""
+        return file_digest(self._path(key))
 
     def write(self, key: str, content: bytes) -> None:
         """See :class:`Root`."""
         with self._arriving(key) as partial:
             partial.write_bytes(content)
 
-    def put_file(self, key: str, source: Path) -> None:
+    def put_file(self, key: str, source: Path, sha256: str, *, move: bool) -> None:
         """See :class:`Root`."""
         with self._arriving(key) as partial:
-            shutil.move(source, partial)
+            if move:
+                shutil.move(source, partial)
+                return
+            shutil.copyfile(source, partial)
+            if file_digest(partial) != sha256:
+                raise changed_while_added(source)
 
-    def local_file(self, key: str) -> Path:
+    def renew(self, key: str) -> None:
         """See :class:`Root`."""
+        os.utime(self._path(key))
+
+    def local_file(self, key: str, sha256: str, *, verify: bool = False) -> Path:
+        """See :class:`Root`."""
+        path = self._path(key)
+        if verify and file_digest(path) != sha256:
+            raise damaged(key, self.address)
+        return path
+
+    def items(self, prefix: str) -> Iterator[Item]:
+        """See :class:`Root`."""
+        return (item for item in self._files(prefix) if not _is_hidden(item.key))
+
+    def leftovers(self) -> Iterator[Item]:
+        """See :class:`Root`."""
+        return (item for top in ("objects/", "manifests/") for item in self._files(top) if _is_hidden(item.key))
+
+    def delete(self, item: Item) -> None:
+        """See :class:`Root`."""
+        self._path(item.key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
         return self.directory / key
+
+    def _files(self, prefix: str) -> Iterator[Item]:
+        for path in sorted((self.directory / prefix).rglob("*")):
+            try:
+                found = path.lstat()
+            except FileNotFoundError:
+                continue  # A writer has just moved it into place.
+            if path.is_file():
+                yield Item(path.relative_to(self.directory).as_posix(), found.st_size, found.st_mtime)
 
     @contextmanager
     def _arriving(self, key: str) -> Iterator[Path]:
         """A private path whose file takes its place under ``key`` on success, and vanishes on failure."""
-        target = self.local_file(key)
+        target = self._path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
             with explained_disk_full(self.directory):
                 yield partial
                 partial.chmod(0o444)
+                os.utime(partial)
                 _sync(partial)
                 partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def object_key(sha256: str) -> str:
+    """The key of the object with this content."""
+    return f"objects/sha256/{sha256[:2]}/{sha256}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed_while_added(source: Path) -> ArtifactError:
+    """The error for a file that somebody writes to while it is being stored."""
+    return ArtifactError(f"{source} changed while it was added to the store; add it again once it is finished")
+
+
+def damaged(key: str, address: str) -> ArtifactError:
+    """The error for an object whose content is not what its name says."""
+    return ArtifactError(
+        f"{key} in {address} has another content than its digest says; remove it and add its model or data set again"
+    )
 
 
 @contextmanager
@@ -87,6 +206,10 @@ def explained_disk_full(directory: Path) -> Iterator[None]:
         if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StageError(f"the disk that holds {directory} is full; free space and run again") from failure
+
+
+def _is_hidden(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(".")
 
 
 def _sync(path: Path) -> None:

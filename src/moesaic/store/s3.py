@@ -1,0 +1,224 @@
+"""A root in an S3 bucket, or on any server that speaks S3's protocol.
+
+Content goes straight between the bucket and local files; what was fetched stays in a cache directory under its key.
+Finding out whether a key exists needs the right to list the bucket.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from moesaic.errors import ConfigError, StageError
+from moesaic.store.root import Item, file_digest
+from moesaic.store.s3_download import Reader
+from moesaic.store.s3_errors import error_code, explained_failures, missing_bucket, status_of
+from moesaic.store.s3_options import S3Options, split_address
+from moesaic.store.s3_upload import Upload, UploadLostError
+
+_UPLOAD_ROUNDS = 3
+"""How often an upload starts again because somebody else ended it."""
+
+
+class S3Root:
+    """Objects of one bucket under one prefix; see :class:`moesaic.store.Root` for the operations."""
+
+    def __init__(self, address: str, cache: Path, options: S3Options) -> None:
+        """Connect to ``s3://bucket/prefix``; fetched objects go to ``cache``.
+
+        Raises:
+            ConfigError: if the address, the bucket or the credentials cannot be used.
+            StageError: if the server cannot be reached.
+        """
+        self.bucket, self._prefix = split_address(address)
+        self.cache, self.options = cache, options
+        self._address = address
+        with explained_failures(address):
+            self.client = _connect(options)
+            self._check_bucket()
+        self._reader = Reader(self.client, self.bucket, options)
+
+    @property
+    def address(self) -> str:
+        """See :class:`Root`."""
+        return self._address
+
+    def size(self, key: str) -> int | None:
+        """See :class:`Root`."""
+        with explained_failures(self.address):
+            try:
+                return int(self.client.head_object(Bucket=self.bucket, Key=self._full(key))["ContentLength"])
+            except ClientError as failure:
+                if status_of(failure) == 404:
+                    return None
+                raise
+
+    def read(self, key: str) -> bytes:
+        """See :class:`Root`."""
+        with explained_failures(self.address):
+            return self._reader.read(self._full(key))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """See :class:`Root`."""
+        cached = self.cache / key
+        if cached.exists():
+            with cached.open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+        found = bytearray()
+        with explained_failures(self.address):
+            try:
+                self._reader.stream(self._full(key), start, start + length, found.extend)
+            except ClientError as failure:
+                if error_code(failure) == "NoSuchKey":
+                    raise FileNotFoundError(key) from failure
+                raise
+        return bytes(found)
+
+    def digest(self, key: str) -> str:
+        """See :class:`Root`."""
+        digest = hashlib.sha256()
+        size_bytes = self.size(key)
+        if size_bytes is None:
+            raise FileNotFoundError(key)
+        with explained_failures(self.address):
+            self._reader.stream(self._full(key), 0, size_bytes, digest.update)
+        return digest.hexdigest()
+
+    def write(self, key: str, content: bytes) -> None:
+        """See :class:`Root`; of two writers at once the first one's content stays."""
+        checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        with explained_failures(self.address):
+            try:
+                self.client.put_object(
+                    Bucket=self.bucket,
+                    Key=self._full(key),
+                    Body=content,
+                    ChecksumSHA256=checksum,
+                    IfNoneMatch="*",
+                    **self.options.encryption,
+                )
+            except ClientError as failure:
+                # 409: another conditional write of this key is under way, and it is by another writer of the same.
+                if status_of(failure) not in (409, 412):
+                    raise
+
+    def put_file(self, key: str, source: Path, sha256: str, *, move: bool) -> None:
+        """See :class:`Root`; a moved file goes on into the cache, where the next stage finds it."""
+        size_bytes = source.stat().st_size
+        for _ in range(_UPLOAD_ROUNDS):
+            try:
+                with explained_failures(self.address):
+                    Upload(self.client, self.bucket, self._full(key), source, sha256, self.options).run()
+                break
+            except UploadLostError:
+                if self.size(key) == size_bytes:
+                    break
+        else:
+            raise StageError(f"uploads of {key} to {self.address} were ended by others again and again; run again")
+        if move:
+            self._keep(source, self.cache / key)
+
+    def renew(self, key: str) -> None:
+        """See :class:`Root`: an object in S3 cannot be renewed without writing it anew."""
+
+    def local_file(self, key: str, sha256: str, *, verify: bool = False) -> Path:
+        """See :class:`Root`; a damaged file in the cache is fetched again."""
+        cached = self.cache / key
+        if cached.exists() and verify and file_digest(cached) != sha256:
+            cached.unlink()
+        if not cached.exists():
+            size_bytes = self.size(key)
+            if size_bytes is None:
+                raise FileNotFoundError(key)
+            with explained_failures(self.address):
+                self._reader.fetch(self._full(key), size_bytes, sha256, cached, self.address)
+        return cached
+
+    def items(self, prefix: str) -> Iterator[Item]:
+        """See :class:`Root`."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._full(prefix))
+        with explained_failures(self.address):
+            for page in pages:
+                for found in page.get("Contents", []):
+                    key = found["Key"].removeprefix(self._full(""))
+                    yield Item(key, found["Size"], found["LastModified"].timestamp())
+
+    def leftovers(self) -> Iterator[Item]:
+        """See :class:`Root`: uploads in progress, as old as the part that arrived last."""
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self.bucket, Prefix=self._full("objects/")
+        )
+        with explained_failures(self.address):
+            for page in pages:
+                for upload in page.get("Uploads", []):
+                    yield self._unfinished(upload)
+
+    def delete(self, item: Item) -> None:
+        """See :class:`Root`."""
+        place = {"Bucket": self.bucket, "Key": self._full(item.key)}
+        with explained_failures(self.address):
+            if item.upload_id is None:
+                self.client.delete_object(**place)
+                return
+            try:
+                self.client.abort_multipart_upload(UploadId=item.upload_id, **place)
+            except ClientError as failure:
+                if error_code(failure) != "NoSuchUpload":
+                    raise
+
+    def _full(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _check_bucket(self) -> None:
+        try:
+            self.client.head_bucket(Bucket=self.bucket)
+        except ClientError as failure:
+            if status_of(failure) == 404:
+                raise missing_bucket(self.address) from failure
+            raise
+
+    def _unfinished(self, upload: Any) -> Item:
+        pages = self.client.get_paginator("list_parts").paginate(
+            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+        )
+        parts = [part for page in pages for part in page.get("Parts", [])]
+        touched = max((part["LastModified"] for part in parts), default=upload["Initiated"])
+        key = upload["Key"].removeprefix(self._full(""))
+        return Item(key, sum(part["Size"] for part in parts), touched.timestamp(), upload["UploadId"])
+
+    def _keep(self, source: Path, cached: Path) -> None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        source.chmod(0o444)
+        try:
+            source.replace(cached)
+        except OSError:  # On another disk: not worth a copy.
+            source.unlink()
+
+
+def _connect(options: S3Options) -> Any:
+    """A client that leaves checksums to us: SHA-256 on everything stored, and checked on everything fetched."""
+    config = Config(
+        connect_timeout=min(10.0, options.timeout_s),
+        read_timeout=options.timeout_s,
+        max_pool_connections=options.connections + 2,
+        retries={"mode": "standard", "total_max_attempts": options.attempts},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={
+            "addressing_style": "path" if options.path_style else "auto",
+            # Over TLS the signed checksum of each part says enough; signing the body too would hash it once more.
+            "payload_signing_enabled": options.is_plain_http,
+        },
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config
+        )
+    except ValueError as invalid:
+        raise ConfigError(f"the S3 endpoint cannot be used: {invalid}; correct AWS_ENDPOINT_URL_S3") from invalid

@@ -1,0 +1,208 @@
+"""Fetch an S3 object into a file: parts at once, each checked, and those that are there already are not fetched again.
+
+The file in progress needs no journal: a part of it is done if it has the digest that it should have.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+
+from moesaic.errors import ArtifactError, StageError
+from moesaic.store.bounded import run_bounded
+from moesaic.store.root import damaged, explained_disk_full, file_digest
+from moesaic.store.s3_errors import error_code
+from moesaic.store.s3_options import S3Options
+from moesaic.store.s3_upload import PARTS
+
+_CHUNK_BYTES = 2**20
+_LONGEST_DELAY_S = 20.0
+
+
+@dataclass(frozen=True)
+class _Part:
+    start: int
+    stop: int
+    sha256: str | None
+    """None where nobody wrote down the digests of the parts: then only the whole can be checked."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads objects of one bucket."""
+
+    client: Any
+    bucket: str
+    options: S3Options
+
+    def stream(self, key: str, start: int, stop: int, take: Callable[[bytes], object]) -> None:
+        """Hand the bytes from ``start`` to ``stop`` to ``take``, chunk by chunk; go on where a connection broke off."""
+        attempt = 1
+        while start < stop:
+            try:
+                for chunk in self._chunks(key, start, stop):
+                    take(chunk)
+                    start += len(chunk)
+                return
+            except (HTTPClientError, IncompleteReadError):
+                if attempt >= self.options.attempts:
+                    raise
+                self._wait(attempt)
+                attempt += 1
+
+    def read(self, key: str) -> bytes:
+        """A small object's whole content; FileNotFoundError if there is none."""
+        for attempt in range(1, self.options.attempts + 1):
+            try:
+                return bytes(self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read())
+            except ClientError as failure:
+                if error_code(failure) == "NoSuchKey":
+                    raise FileNotFoundError(key) from failure
+                raise
+            except (HTTPClientError, IncompleteReadError):
+                if attempt == self.options.attempts:
+                    raise
+                self._wait(attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def fetch(self, key: str, size_bytes: int, sha256: str, target: Path, address: str) -> None:
+        """Make ``target`` a read-only file with the object's content; it appears whole or not at all.
+
+        Raises:
+            ArtifactError: if the object has another digest.
+            StageError: if the disk is full.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        with _locked(partial) as descriptor, explained_disk_full(target.parent):
+            if target.exists():  # Another process has fetched it meanwhile.
+                partial.unlink()
+                return
+            found = os.fstat(descriptor)
+            already = found.st_size
+            _check_space(target.parent, size_bytes - found.st_blocks * 512)
+            self._fetch_parts(key, self._layout(key, size_bytes, sha256), descriptor, already)
+            os.truncate(descriptor, size_bytes)
+            os.fsync(descriptor)
+            if file_digest(partial) != sha256:
+                partial.unlink()
+                raise damaged(key, address)
+            partial.chmod(0o444)
+            partial.replace(target)
+
+    def _chunks(self, key: str, start: int, stop: int) -> Iterator[bytes]:
+        answer = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        body = answer["Body"]
+        try:
+            if not str(answer.get("ContentRange", "")).startswith(f"bytes {start}-{stop - 1}/"):
+                raise StageError(f"{key} cannot be read in parts: asked for {start}-{stop - 1}, the server sent others")
+            while chunk := body.read(_CHUNK_BYTES):
+                yield chunk
+        finally:
+            body.close()
+
+    def _fetch_parts(self, key: str, parts: list[_Part], descriptor: int, already: int) -> None:
+        def fetch(part: _Part) -> None:
+            if part.stop <= already and part.sha256 and _range_digest(descriptor, part) == part.sha256:
+                return
+            for attempt in range(1, self.options.attempts + 1):
+                if part.sha256 in (self._fetch_part(key, part, descriptor), None):
+                    return
+                self._wait(attempt)
+            raise ArtifactError(
+                f"bytes {part.start}-{part.stop} of {key} arrive with another content than their digest says, "
+                "every time; remove the object and add its model or data set again"
+            )
+
+        run_bounded(fetch, parts, self.options.connections)
+
+    def _fetch_part(self, key: str, part: _Part, descriptor: int) -> str:
+        """Write a part to its place and return its digest."""
+        digest, offset = hashlib.sha256(), part.start
+
+        def take(chunk: bytes) -> None:
+            nonlocal offset
+            digest.update(chunk)
+            _write_at(descriptor, chunk, offset)
+            offset += len(chunk)
+
+        self.stream(key, part.start, part.stop, take)
+        return digest.hexdigest()
+
+    def _layout(self, key: str, size_bytes: int, sha256: str) -> list[_Part]:
+        """The parts to fetch, with the digests that their writer left; without those, parts of the usual size."""
+        if size_bytes <= self.options.part_bytes:
+            return [_Part(0, size_bytes, sha256)] if size_bytes else []
+        part_bytes, digests = self._part_digests(key) or (self.options.part_bytes, [])
+        starts = range(0, size_bytes, part_bytes)
+        known = len(digests) == len(starts)
+        return [
+            _Part(start, min(start + part_bytes, size_bytes), digests[index] if known else None)
+            for index, start in enumerate(starts)
+        ]
+
+    def _part_digests(self, key: str) -> tuple[int, list[str]] | None:
+        """What the writer of the object left about its parts; None for an object that came here by other means."""
+        try:
+            found = json.loads(self.read(key + PARTS))
+            return max(1, int(found["part_bytes"])), list(found["sha256"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def _wait(self, attempt: int) -> None:
+        longest = min(_LONGEST_DELAY_S, self.options.retry_delay_s * 2 ** (attempt - 1))
+        time.sleep(longest * random.uniform(0.5, 1))
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[int]:
+    """The file in progress, held by this process alone and surely the one that now has this name."""
+    while True:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_the_file(descriptor, partial):
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_the_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _range_digest(descriptor: int, part: _Part) -> str:
+    digest = hashlib.sha256()
+    for offset in range(part.start, part.stop, _CHUNK_BYTES):
+        digest.update(os.pread(descriptor, min(_CHUNK_BYTES, part.stop - offset), offset))
+    return digest.hexdigest()
+
+
+def _write_at(descriptor: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _check_space(directory: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(directory).free
+    if needed_bytes > free_bytes:
+        raise StageError(
+            f"{directory} has {free_bytes / 2**30:.1f} GiB free and {needed_bytes / 2**30:.1f} GiB more are needed; "
+            "free space there, or let MOESAIC_CACHE name a directory on a larger disk"
+        )

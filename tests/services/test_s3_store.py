@@ -1,0 +1,494 @@
+"""The store in an S3 bucket keeps the store's promises, through a real HTTP server and whatever goes wrong before it."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.errors import ArtifactError, ConfigError, StageError
+from moesaic.store import Manifest, S3Options, Store
+from moesaic.store.root import object_key
+from moesaic.store.s3_upload import PARTS
+from moesaic.store.tensors import read_tensor
+
+from .conftest import PART_BYTES, SECRET, start_server, stop_server
+from .faulty_proxy import Fault, FaultyProxy, Request
+
+
+def add(store: Store, directory: Path, **changes: Any) -> Manifest:
+    return store.add_directory(directory, "model", format="safetensors", producer="test", **changes)
+
+
+def keys(client: Any, bucket: str) -> list[str]:
+    return sorted(item["Key"] for item in client.list_objects_v2(Bucket=bucket).get("Contents", []))
+
+
+def entry_of(manifest: Manifest, name: str) -> str:
+    return next(object_key(entry.sha256) for entry in manifest.files if entry.path == name)
+
+
+def is_part(number: int) -> Callable[[Request], bool]:
+    return lambda request: request.part == number
+
+
+def is_range(index: int) -> Callable[[Request], bool]:
+    return lambda request: (request.range or "").startswith(f"bytes={index * PART_BYTES}-")
+
+
+def assert_same(tree: Path, model: Path) -> None:
+    for path in model.iterdir():
+        assert (tree / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_goes_in_comes_out_on_another_machine(
+    store: Store, elsewhere: Store, model: Path, client: Any, bucket: str
+) -> None:
+    manifest = add(store, model)
+    assert_same(elsewhere.materialize(manifest, verify=True), model)
+    assert elsewhere.manifest(manifest.id) == manifest
+    assert [one.id for one in elsewhere.manifests()] == [manifest.id]
+    weights = entry_of(manifest, "weights.bin")
+    found = [entry_of(manifest, "config.json"), weights, weights + PARTS, f"manifests/{manifest.id}.json"]
+    assert keys(client, bucket) == sorted(f"team/models/{key}" for key in found)
+
+
+def test_parts_are_sent_once_with_their_digests_and_listed_for_readers(
+    store: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    manifest = add(store, model)
+    assert sorted(proxy.parts_sent()) == [1, 2, 3, 4, 5, 6]
+    assert all("x-amz-checksum-sha256" in one.headers for one in proxy.log if one.method == "PUT")
+    listed = json.loads(store.root.read(entry_of(manifest, "weights.bin") + PARTS))
+    content = (model / "weights.bin").read_bytes()
+    pieces = [content[start : start + PART_BYTES] for start in range(0, len(content), PART_BYTES)]
+    assert listed == {"part_bytes": PART_BYTES, "sha256": [hashlib.sha256(piece).hexdigest() for piece in pieces]}
+
+
+def test_what_is_there_is_not_sent_again(store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy) -> None:
+    manifest = add(store, model)
+    proxy.log.clear()
+    assert add(elsewhere, model) == manifest
+    assert [one for one in proxy.log if one.method in ("PUT", "POST")] == []
+
+
+def test_moved_files_stay_in_the_cache(store: Store, model: Path, proxy: FaultyProxy) -> None:
+    content = (model / "weights.bin").read_bytes()
+    manifest = add(store, model, move=True)
+    assert list(model.iterdir()) == []
+    proxy.log.clear()
+    assert (store.materialize(manifest) / "weights.bin").read_bytes() == content
+    assert {one.method for one in proxy.log} == {"HEAD"}
+
+
+def test_an_upload_cut_in_mid_part_goes_on(store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy) -> None:
+    proxy.faults.append(Fault("cut request", is_part(3)))
+    manifest = add(store, model)
+    assert sorted(proxy.parts_sent()) == [1, 2, 3, 4, 5, 6]
+    assert proxy.faults[0].times == 0
+    assert_same(elsewhere.materialize(manifest), model)
+
+
+def test_servers_may_fail_now_and_then(store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy) -> None:
+    proxy.faults += [
+        Fault("status", is_part(2), status=500),
+        Fault("status", lambda one: one.method == "POST" and "uploadId" in one.path, status=503, code="SlowDown"),
+        Fault("status", is_range(1), status=500),
+    ]
+    assert_same(elsewhere.materialize(add(store, model)), model)
+    assert [fault.times for fault in proxy.faults] == [0, 0, 0]
+
+
+def test_a_server_that_always_fails_is_told_and_finished_parts_are_kept(
+    store: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    proxy.faults.append(Fault("status", is_part(4), times=100))
+    with pytest.raises(StageError, match="keeps failing.*finished parts are kept"):
+        add(replace_options(store, connections=1), model)
+    assert proxy.parts_sent() == [1, 2, 3]
+    proxy.faults.clear()
+    proxy.log.clear()
+    add(store, model)
+    assert sorted(proxy.parts_sent()) == [4, 5, 6]
+
+
+def replace_options(store: Store, **changes: Any) -> Store:
+    return Store.at(store.root.address, replace(store.root.options, **changes))
+
+
+def test_a_slow_answer_is_asked_for_again(store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy) -> None:
+    manifest = add(store, model)
+    proxy.faults.append(Fault("slow", is_range(2), seconds=1.5))
+    impatient = replace_options(elsewhere, timeout_s=0.5)
+    assert_same(impatient.materialize(manifest), model)
+    assert len([one for one in proxy.ranges() if one.startswith(f"bytes={2 * PART_BYTES}-")]) >= 1
+    assert proxy.faults[0].times == 0
+
+
+def test_a_part_damaged_on_its_way_up_is_sent_again(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    proxy.faults.append(Fault("corrupt request", is_part(5)))
+    manifest = add(store, model)
+    assert [one.status for one in proxy.log if one.part == 5] == [400, 200]
+    assert_same(elsewhere.materialize(manifest), model)
+
+
+def test_a_part_damaged_on_its_way_down_is_fetched_again_alone(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    manifest = add(store, model)
+    proxy.log.clear()
+    proxy.faults.append(Fault("corrupt response", is_range(3)))
+    assert_same(elsewhere.materialize(manifest), model)
+    starts = sorted(int(one[6:].split("-")[0]) for one in proxy.ranges())
+    assert starts == sorted([0, *(index * PART_BYTES for index in (0, 1, 2, 3, 3, 4, 5))])
+
+
+def test_a_download_cut_in_mid_part_goes_on_from_there(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    manifest = add(store, model)
+    proxy.faults.append(Fault("cut response", is_range(1)))
+    assert_same(elsewhere.materialize(manifest), model)
+    assert f"bytes={PART_BYTES + PART_BYTES // 2}-{2 * PART_BYTES - 1}" in proxy.ranges()
+
+
+def test_an_interrupted_download_fetches_only_what_is_missing(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    manifest = add(store, model)
+    proxy.faults.append(Fault("cut response", is_range(2), times=100))
+    proxy.faults.append(Fault("status", lambda one: f"bytes={2 * PART_BYTES + 1}" <= (one.range or "") < "", times=0))
+    proxy.faults.append(
+        Fault("cut response", lambda one: (one.range or "").endswith(f"-{3 * PART_BYTES - 1}"), times=100)
+    )
+    with pytest.raises(StageError, match="broke off again and again"):
+        elsewhere.materialize(manifest)
+    assert not list(elsewhere.directory.glob("trees/*"))
+    assert not (elsewhere.directory / entry_of(manifest, "weights.bin")).exists()
+    proxy.faults.clear()
+    fetched = {one for one in proxy.ranges() if not one.endswith(f"-{3 * PART_BYTES - 1}")}
+    proxy.log.clear()
+    assert_same(elsewhere.materialize(manifest), model)
+    assert set(proxy.ranges()) & fetched <= {"bytes=0-1"}
+    assert any(one.startswith(f"bytes={2 * PART_BYTES}-") for one in proxy.ranges())
+
+
+def test_a_killed_upload_is_resumed_without_sending_finished_parts_again(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy, client: Any, bucket: str
+) -> None:
+    proxy.faults.append(Fault("hang", is_part(4)))
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from moesaic.store import S3Options, Store\n"
+        "options = S3Options(endpoint_url=sys.argv[1], region='us-east-1', part_bytes=int(sys.argv[2]), connections=1)\n"
+        "Store.at(sys.argv[3], options).add_directory(Path(sys.argv[4]), 'model', format='x', producer='x')\n"
+    )
+    command = [sys.executable, "-c", code, proxy.url, str(PART_BYTES), store.root.address, str(model)]
+    writer = subprocess.Popen(command)
+    until = time.monotonic() + 30
+    while proxy.parts_sent() != [1, 2, 3] or proxy.faults[0].times:
+        assert time.monotonic() < until and writer.poll() is None
+        time.sleep(0.01)
+    writer.send_signal(signal.SIGKILL)
+    assert writer.wait() == -signal.SIGKILL
+    assert [key for key in keys(client, bucket) if key.startswith("team/models/manifests/")] == []
+    proxy.log.clear()
+    manifest = add(store, model)
+    assert sorted(proxy.parts_sent()) == [4, 5, 6]
+    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+    assert_same(elsewhere.materialize(manifest, verify=True), model)
+
+
+def test_parts_of_other_content_or_size_are_not_taken_for_finished(
+    store: Store, elsewhere: Store, model: Path, client: Any, bucket: str, proxy: FaultyProxy
+) -> None:
+    digest = hashlib.sha256((model / "weights.bin").read_bytes()).hexdigest()
+    place = {"Bucket": bucket, "Key": f"team/models/{object_key(digest)}"}
+    for size in (PART_BYTES, 10):
+        upload = client.create_multipart_upload(**place)["UploadId"]
+        client.upload_part(UploadId=upload, PartNumber=1, Body=bytes(size), **place)
+    manifest = add(store, model)
+    assert sorted(proxy.parts_sent()) == [1, 2, 3, 4, 5, 6]
+    assert_same(elsewhere.materialize(manifest, verify=True), model)
+
+
+@pytest.mark.parametrize("other_part_bytes", [PART_BYTES, PART_BYTES // 2])
+def test_writers_at_once_leave_a_readable_store(
+    other_part_bytes: int, store: Store, elsewhere: Store, model: Path, client: Any, bucket: str
+) -> None:
+    """All of them find an upload that a dead writer began, so some end what others are still working on."""
+    digest = hashlib.sha256((model / "weights.bin").read_bytes()).hexdigest()
+    place = {"Bucket": bucket, "Key": f"team/models/{object_key(digest)}"}
+    upload = client.create_multipart_upload(**place)["UploadId"]
+    first = (model / "weights.bin").read_bytes()[:PART_BYTES]
+    client.upload_part(UploadId=upload, PartNumber=1, Body=first, **place)
+    writers = [store, replace_options(store, part_bytes=other_part_bytes)] * 2
+    with ThreadPoolExecutor(len(writers)) as pool:
+        manifests = list(pool.map(lambda one: add(one, model), writers))
+    assert len({manifest.id for manifest in manifests}) == 1
+    assert_same(elsewhere.materialize(manifests[0], verify=True), model)
+
+
+def test_readers_at_once_share_one_download(store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy) -> None:
+    manifest = add(store, model)
+    proxy.log.clear()
+    with ThreadPoolExecutor(4) as pool:
+        trees = list(pool.map(lambda _: elsewhere.materialize(manifest), range(4)))
+    assert len(set(trees)) == 1
+    assert_same(trees[0], model)
+    assert len(proxy.ranges()) == 1 + 6
+    assert [path for path in elsewhere.directory.rglob("*.partial")] == []
+
+
+def test_a_manifest_is_committed_on_condition_that_there_is_none(
+    store: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    manifest = add(store, model)
+    (committed,) = [one for one in proxy.log if one.method == "PUT" and "/manifests/" in one.path]
+    assert committed.headers["if-none-match"] == "*"
+    key = f"manifests/{manifest.id}.json"
+    before = store.root.read(key)
+    store.root.write(key, b"another writer was slower")
+    assert store.root.read(key) == before
+    assert [one.status for one in proxy.log if one.method == "PUT"][-1] == 412
+
+
+def test_a_tampered_object_is_never_handed_out(
+    store: Store, elsewhere: Store, model: Path, client: Any, bucket: str
+) -> None:
+    manifest = add(store, model)
+    for name in ("config.json", "weights.bin"):
+        content = bytearray((model / name).read_bytes())
+        content[-1] ^= 1
+        client.put_object(Bucket=bucket, Key=f"team/models/{entry_of(manifest, name)}", Body=bytes(content))
+        with pytest.raises(ArtifactError, match="another content.*remove"):
+            elsewhere.materialize(manifest)
+        client.delete_object(Bucket=bucket, Key=f"team/models/{entry_of(manifest, name)}")
+        assert add(store, model) == manifest
+    assert_same(elsewhere.materialize(manifest), model)
+
+
+def test_objects_without_listed_parts_are_checked_as_a_whole(
+    store: Store, elsewhere: Store, model: Path, client: Any, bucket: str
+) -> None:
+    manifest = add(store, model)
+    weights = f"team/models/{entry_of(manifest, 'weights.bin')}"
+    client.delete_object(Bucket=bucket, Key=weights + PARTS)
+    client.put_object(Bucket=bucket, Key=weights, Body=bytes(5 * PART_BYTES + 1000))
+    with pytest.raises(ArtifactError, match="another content"):
+        elsewhere.materialize(manifest)
+    client.put_object(Bucket=bucket, Key=weights, Body=(model / "weights.bin").read_bytes())
+    assert_same(elsewhere.materialize(manifest), model)
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_again(store: Store, elsewhere: Store, model: Path) -> None:
+    manifest = add(store, model)
+    damaged = elsewhere.materialize(manifest) / "config.json"
+    damaged.chmod(0o644)
+    damaged.write_text("[]")
+    (damaged.parent / "config.json").unlink()
+    assert_same(elsewhere.materialize(manifest, verify=True), model)
+
+
+def test_missing_and_truncated_objects_are_told_and_healed_by_adding_again(
+    store: Store, elsewhere: Store, model: Path, client: Any, bucket: str
+) -> None:
+    manifest = add(store, model)
+    place = {"Bucket": bucket, "Key": f"team/models/{entry_of(manifest, 'weights.bin')}"}
+    client.put_object(Body=b"short", **place)
+    with pytest.raises(ArtifactError, match="has 5 bytes instead of"):
+        elsewhere.materialize(manifest)
+    client.delete_object(**place)
+    with pytest.raises(ArtifactError, match="is missing"):
+        elsewhere.materialize(manifest)
+    assert add(store, model) == manifest
+    assert_same(elsewhere.materialize(manifest), model)
+
+
+def test_a_file_that_changes_while_it_is_sent_is_refused(
+    store: Store, model: Path, proxy: FaultyProxy, client: Any, bucket: str
+) -> None:
+    def change(request: Request) -> bool:
+        if request.method == "POST" and "uploads" in request.path:
+            with (model / "weights.bin").open("r+b") as file:
+                file.write(b"written meanwhile")
+        return False
+
+    proxy.faults.append(Fault("status", change))
+    with pytest.raises(ArtifactError, match="changed while it was added"):
+        add(store, model)
+    assert not any("/manifests/" in key for key in keys(client, bucket))
+    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+def test_a_single_tensor_is_read_without_its_checkpoint(
+    store: Store, elsewhere: Store, tiny_parent: Path, proxy: FaultyProxy
+) -> None:
+    manifest = add(store, tiny_parent)
+    proxy.log.clear()
+    checkpoint = Checkpoint.open(tiny_parent)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensor = read_tensor(elsewhere, manifest, name)
+    assert torch.equal(tensor, checkpoint.tensor(name))
+    assert tensor.dtype == checkpoint.tensor(name).dtype
+    assert not list(elsewhere.directory.rglob("*"))
+    first, last = map(int, proxy.ranges()[-1][6:].split("-"))
+    assert last + 1 - first == tensor.nbytes
+    with pytest.raises(ArtifactError, match="holds a tensor 'nothing'"):
+        read_tensor(elsewhere, manifest, "nothing")
+
+
+def test_tensors_come_the_same_from_a_directory(tiny_parent: Path, tmp_path: Path) -> None:
+    store = Store.at(tmp_path / "store")
+    name = "model.layers.0.mlp.experts.gate_up_proj_blocks"
+    assert torch.equal(read_tensor(store, add(store, tiny_parent), name), Checkpoint.open(tiny_parent).tensor(name))
+
+
+def test_new_objects_are_encrypted_with_the_key_given(
+    store: Store, model: Path, client: Any, bucket: str
+) -> None:
+    add(replace_options(store, kms_key="alias/models"), model)
+    for key in keys(client, bucket):
+        found = client.head_object(Bucket=bucket, Key=key)
+        assert (found["ServerSideEncryption"], found["SSEKMSKeyId"]) == ("aws:kms", "alias/models")
+
+
+def test_a_missing_bucket_is_told_at_once(options: S3Options) -> None:
+    with pytest.raises(ConfigError, match="there is no bucket for s3://nowhere/x; create it"):
+        Store.at("s3://nowhere/x", options)
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///x", "s3://key:secret@bucket/x", "s3://bucket/a//b", "s3://b/?x"])
+def test_bad_addresses_are_told(address: str, options: S3Options) -> None:
+    with pytest.raises(ConfigError, match="is not of the form s3://bucket/prefix"):
+        Store.at(address, options)
+
+
+def test_missing_credentials_are_told(address: str, options: S3Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(ConfigError, match="no usable credentials for s3://.*set AWS_ACCESS_KEY_ID"):
+        Store.at(address, options)
+
+
+def test_refused_credentials_are_told_and_no_secret_is(
+    options: S3Options, caplog: pytest.LogCaptureFixture
+) -> None:
+    process, (host, port) = start_server(INITIAL_NO_AUTH_ACTION_COUNT="0")
+    try:
+        with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError, match="refused the credentials") as refused:
+            Store.at("s3://bucket/x", replace(options, endpoint_url=f"http://{host}:{port}"))
+    finally:
+        stop_server(process)
+    assert caplog.text
+    for text in (str(refused.value), str(refused.value.__cause__), repr(options), caplog.text):
+        assert SECRET not in text
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "message"),
+    [
+        (403, "AccessDenied", ConfigError, "refused the credentials for PutObject"),
+        (507, "XMinioStorageFull", StageError, "no space left.*free space there"),
+        (400, "EntityTooLarge", StageError, "answered PutObject with EntityTooLarge"),
+        (404, "NoSuchBucket", ConfigError, "there is no bucket"),
+    ],
+)
+def test_refusals_while_writing_are_told(
+    status: int, code: str, error: type[Exception], message: str, store: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    proxy.faults.append(Fault("status", lambda one: one.method == "PUT", times=10, status=status, code=code))
+    with pytest.raises(error, match=message):
+        add(store, model)
+
+
+def test_an_unreachable_server_is_told(address: str, options: S3Options, proxy: FaultyProxy) -> None:
+    gone = FaultyProxy(("127.0.0.1", 1))
+    gone.stop()
+    with pytest.raises(StageError, match="cannot be reached"):
+        Store.at(address, replace(options, endpoint_url=gone.url, attempts=1))
+
+
+def test_a_full_local_disk_is_told_and_leaves_nothing_visible(
+    store: Store, elsewhere: Store, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, content: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manifest = add(store, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StageError, match="is full; free space"):
+            elsewhere.materialize(manifest)
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.store.s3_download.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1}))
+        with pytest.raises(StageError, match="let MOESAIC_CACHE name"):
+            elsewhere.materialize(manifest)
+    assert not list(elsewhere.directory.glob("trees/*"))
+    assert_same(elsewhere.materialize(manifest), model)
+
+
+def test_empty_files_are_kept_too(store: Store, elsewhere: Store, tmp_path: Path) -> None:
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "empty").touch()
+    assert (elsewhere.materialize(add(store, tmp_path / "hollow")) / "empty").read_bytes() == b""
+
+
+def test_the_environment_says_how_to_reach_the_bucket() -> None:
+    options = S3Options.from_environment(
+        {
+            "AWS_ENDPOINT_URL": "http://general",
+            "AWS_ENDPOINT_URL_S3": "http://special",
+            "AWS_REGION": "eu-west-1",
+            "MOESAIC_S3_PATH_STYLE": "true",
+            "MOESAIC_S3_KMS_KEY": "key",
+            "MOESAIC_S3_PART_MIB": "16",
+            "MOESAIC_S3_CONNECTIONS": "2",
+        }
+    )
+    assert options == S3Options("http://special", "eu-west-1", True, "key", 16 * 2**20, 2)
+    assert S3Options.from_environment({}).part_bytes == 64 * 2**20
+    with pytest.raises(ConfigError, match="MOESAIC_S3_PART_MIB = '0' is not a whole number"):
+        S3Options.from_environment({"MOESAIC_S3_PART_MIB": "0"})
+    with pytest.raises(ConfigError, match="MOESAIC_S3_PATH_STYLE = 'maybe'"):
+        S3Options.from_environment({"MOESAIC_S3_PATH_STYLE": "maybe"})
+
+
+def test_memory_stays_within_the_parts_under_way(
+    address: str, s3_server: tuple[str, int], tmp_path: Path
+) -> None:
+    """128 MiB up and down again in parts of 2 MiB: far less than the file is ever held."""
+    (tmp_path / "sparse").mkdir()
+    with (tmp_path / "sparse" / "weights").open("wb") as file:
+        file.truncate(128 * 2**20)
+    code = (
+        "import resource, shutil, sys\n"
+        "from pathlib import Path\n"
+        "from moesaic.store import S3Options, Store\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "options = S3Options(endpoint_url=sys.argv[1], region='us-east-1', part_bytes=2**21, connections=3)\n"
+        "store = Store.at(sys.argv[2], options)\n"
+        "before = peak()\n"
+        "manifest = store.add_directory(Path(sys.argv[3]), 'model', format='x', producer='x')\n"
+        "store.materialize(manifest)\n"
+        "print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, f"http://127.0.0.1:{s3_server[1]}", address, str(tmp_path / "sparse")]
+    grown_mib = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert grown_mib < 40
