@@ -19,12 +19,24 @@ from .faulty_proxy import FaultyProxy
 SECRET = "a-secret-that-nobody-shows"
 PART_BYTES = 64 * 2**10
 _SERVER = """
-import time
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-time.sleep(3600)
+import threading
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.s3.exceptions import NoSuchUpload
+from moto.s3.models import MultipartDict
+from werkzeug.serving import make_server
+
+# As in S3, and unlike in plain moto: every operation is atomic, and an upload that is gone is told as such.
+def missing(self, key):
+    raise NoSuchUpload(upload_id=key)
+MultipartDict.__missing__ = missing
+application, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+def atomic(environ, start_response):
+    with lock:
+        return application(environ, start_response)
+
+server = make_server("127.0.0.1", 0, atomic, threaded=True, request_handler=MotoRequestHandler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
 """
 
 

@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadErro
 
 from moesaic.errors import ArtifactError, StageError
 from moesaic.store.bounded import run_bounded
-from moesaic.store.root import damaged, explained_disk_full, file_digest
+from moesaic.store.root import damaged, explained_disk_full
 from moesaic.store.s3_errors import error_code
 from moesaic.store.s3_options import S3Options
 from moesaic.store.s3_upload import PARTS
@@ -91,10 +91,10 @@ class Reader:
             found = os.fstat(descriptor)
             already = found.st_size
             _check_space(target.parent, size_bytes - found.st_blocks * 512)
-            self._fetch_parts(key, self._layout(key, size_bytes, sha256), descriptor, already)
+            found_sha256 = self._fetch_parts(key, self._layout(key, size_bytes, sha256), descriptor, already)
             os.truncate(descriptor, size_bytes)
             os.fsync(descriptor)
-            if file_digest(partial) != sha256:
+            if found_sha256 != sha256:
                 partial.unlink()
                 raise damaged(key, address)
             partial.chmod(0o444)
@@ -111,20 +111,28 @@ class Reader:
         finally:
             body.close()
 
-    def _fetch_parts(self, key: str, parts: list[_Part], descriptor: int, already: int) -> None:
-        def fetch(part: _Part) -> None:
+    def _fetch_parts(self, key: str, parts: list[_Part], descriptor: int, already: int) -> str:
+        """Write what is missing, part by part; returns the digest of the whole file as it is on disk then."""
+        whole = hashlib.sha256()
+
+        def fetch(part: _Part) -> _Part:
             if part.stop <= already and part.sha256 and _range_digest(descriptor, part) == part.sha256:
-                return
+                return part
             for attempt in range(1, self.options.attempts + 1):
                 if part.sha256 in (self._fetch_part(key, part, descriptor), None):
-                    return
+                    return part
                 self._wait(attempt)
             raise ArtifactError(
                 f"bytes {part.start}-{part.stop} of {key} arrive with another content than their digest says, "
                 "every time; remove the object and add its model or data set again"
             )
 
-        run_bounded(fetch, parts, self.options.connections)
+        def hash_part(part: _Part) -> None:
+            for chunk in _chunks_of(descriptor, part):
+                whole.update(chunk)
+
+        run_bounded(fetch, parts, self.options.connections, hash_part)
+        return whole.hexdigest()
 
     def _fetch_part(self, key: str, part: _Part, descriptor: int) -> str:
         """Write a part to its place and return its digest."""
@@ -187,9 +195,14 @@ def _is_the_file(descriptor: int, path: Path) -> bool:
 
 def _range_digest(descriptor: int, part: _Part) -> str:
     digest = hashlib.sha256()
-    for offset in range(part.start, part.stop, _CHUNK_BYTES):
-        digest.update(os.pread(descriptor, min(_CHUNK_BYTES, part.stop - offset), offset))
+    for chunk in _chunks_of(descriptor, part):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def _chunks_of(descriptor: int, part: _Part) -> Iterator[bytes]:
+    for offset in range(part.start, part.stop, _CHUNK_BYTES):
+        yield os.pread(descriptor, min(_CHUNK_BYTES, part.stop - offset), offset)
 
 
 def _write_at(descriptor: int, content: bytes, offset: int) -> None:

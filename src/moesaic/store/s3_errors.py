@@ -84,9 +84,7 @@ def _explain(address: str, failure: ClientError) -> MoesaicError:
             "list the bucket, get, put and delete objects, and to list and abort multipart uploads"
         )
     if status >= 500:
-        return StageError(
-            f"the server of {address} failed again and again ({code}); run again: finished parts are kept"
-        )
+        return StageError(f"the server of {address} keeps failing ({code}); run again later: finished parts are kept")
     return StageError(f"{address} answered {failure.operation_name} with {code} ({status})")
 
 

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from moesaic.store.s3_options import S3Options
 PARTS = ".parts"
 """Ending of the key beside an object of several parts: their size and digests, for whoever reads it."""
 _MAX_PARTS = 10_000
+_LOST = ("NoSuchUpload", "InvalidPart")
+"""The second: another writer has sent a part anew after this one learned its tag."""
 
 
 class UploadLostError(Exception):
-    """The upload in progress is gone: another writer has completed it, or it was cleaned up."""
+    """The upload in progress is not what it was: another writer completed or changed it, or it was cleaned up."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Upload:
         try:
             self._put_parts(part_bytes, size_bytes)
         except ClientError as failure:
-            if error_code(failure) == "NoSuchUpload":
+            if error_code(failure) in _LOST:
                 raise UploadLostError(self.key) from failure
             raise
 
@@ -70,12 +73,14 @@ class Upload:
         upload_id, kept = self._unfinished(part_bytes, size_bytes) or (self._begin(), {})
         whole = hashlib.sha256()
 
-        def parts() -> Iterator[tuple[int, bytes]]:
+        def parts(hasher: ThreadPoolExecutor) -> Iterator[tuple[int, bytes]]:
             with self.source.open("rb") as file:
-                number = 0
+                number, hashed = 0, None
                 while content := file.read(part_bytes):
                     number += 1
-                    whole.update(content)
+                    if hashed:
+                        hashed.result()  # Not more than one part waits for the digest of the whole.
+                    hashed = hasher.submit(whole.update, content)
                     yield number, content
 
         def send(part: tuple[int, bytes]) -> dict[str, Any]:
@@ -86,7 +91,8 @@ class Upload:
                 etag = self._send_part(upload_id, number, content, checksum)
             return {"PartNumber": number, "ETag": etag, "ChecksumSHA256": checksum}
 
-        sent = run_bounded(send, parts(), self.options.connections)
+        with ThreadPoolExecutor(1) as hasher:
+            sent = run_bounded(send, parts(hasher), self.options.connections)
         if whole.hexdigest() != self.sha256:
             self.client.abort_multipart_upload(UploadId=upload_id, **self._place)
             raise changed_while_added(self.source)
