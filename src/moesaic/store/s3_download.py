@@ -18,7 +18,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
-from moesaic.errors import ArtifactError, StageError
+from moesaic.errors import StageError
 from moesaic.store.bounded import run_bounded
 from moesaic.store.root import damaged, explained_disk_full
 from moesaic.store.s3_errors import error_code
@@ -27,6 +27,8 @@ from moesaic.store.s3_upload import PARTS
 
 _CHUNK_BYTES = 2**20
 _LONGEST_DELAY_S = 20.0
+_ROUNDS = 3
+"""How often what arrives damaged is fetched before the object itself is taken for damaged."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,23 @@ class Reader:
             if target.exists():  # Another process has fetched it meanwhile.
                 partial.unlink()
                 return
-            found = os.fstat(descriptor)
-            already = found.st_size
-            _check_space(target.parent, size_bytes - found.st_blocks * 512)
-            found_sha256 = self._fetch_parts(key, self._layout(key, size_bytes, sha256), descriptor, already)
-            os.truncate(descriptor, size_bytes)
-            os.fsync(descriptor)
-            if found_sha256 != sha256:
+            _check_space(target.parent, size_bytes - os.fstat(descriptor).st_blocks * 512)
+            if not self._fill(descriptor, key, self._layout(key, size_bytes, sha256), sha256):
                 partial.unlink()
                 raise damaged(key, address)
+            os.fsync(descriptor)
             partial.chmod(0o444)
             partial.replace(target)
+
+    def _fill(self, descriptor: int, key: str, parts: list[_Part], sha256: str) -> bool:
+        """Fetch the parts that the file lacks until the whole has its digest; False if it never does."""
+        wanted = _unlike(descriptor, parts)
+        os.truncate(descriptor, parts[-1].stop if parts else 0)
+        for _ in range(_ROUNDS):
+            if self._fetch_parts(descriptor, key, parts, frozenset(wanted)) == sha256:
+                return True
+            wanted = _unlike(descriptor, parts)
+        return False
 
     def _chunks(self, key: str, start: int, stop: int) -> Iterator[bytes]:
         answer = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
@@ -111,21 +119,21 @@ class Reader:
         finally:
             body.close()
 
-    def _fetch_parts(self, key: str, parts: list[_Part], descriptor: int, already: int) -> str:
-        """Write what is missing, part by part; returns the digest of the whole file as it is on disk then."""
+    def _fetch_parts(self, descriptor: int, key: str, parts: list[_Part], wanted: frozenset[_Part]) -> str:
+        """Fetch the parts wanted; returns the digest of the whole file, as it is on disk then."""
         whole = hashlib.sha256()
 
         def fetch(part: _Part) -> _Part:
-            if part.stop <= already and part.sha256 and _range_digest(descriptor, part) == part.sha256:
-                return part
-            for attempt in range(1, self.options.attempts + 1):
-                if part.sha256 in (self._fetch_part(key, part, descriptor), None):
-                    return part
-                self._wait(attempt)
-            raise ArtifactError(
-                f"bytes {part.start}-{part.stop} of {key} arrive with another content than their digest says, "
-                "every time; remove the object and add its model or data set again"
-            )
+            offset = part.start
+
+            def take(chunk: bytes) -> None:
+                nonlocal offset
+                _write_at(descriptor, chunk, offset)
+                offset += len(chunk)
+
+            if part in wanted:
+                self.stream(key, part.start, part.stop, take)
+            return part
 
         def hash_part(part: _Part) -> None:
             for chunk in _chunks_of(descriptor, part):
@@ -133,19 +141,6 @@ class Reader:
 
         run_bounded(fetch, parts, self.options.connections, hash_part)
         return whole.hexdigest()
-
-    def _fetch_part(self, key: str, part: _Part, descriptor: int) -> str:
-        """Write a part to its place and return its digest."""
-        digest, offset = hashlib.sha256(), part.start
-
-        def take(chunk: bytes) -> None:
-            nonlocal offset
-            digest.update(chunk)
-            _write_at(descriptor, chunk, offset)
-            offset += len(chunk)
-
-        self.stream(key, part.start, part.stop, take)
-        return digest.hexdigest()
 
     def _layout(self, key: str, size_bytes: int, sha256: str) -> list[_Part]:
         """The parts to fetch, with the digests that their writer left; without those, parts of the usual size."""
@@ -191,6 +186,16 @@ def _is_the_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _unlike(descriptor: int, parts: list[_Part]) -> list[_Part]:
+    """The parts that are not in the file as they should be, or of which that cannot be told."""
+    size_bytes = os.fstat(descriptor).st_size
+    return [
+        part
+        for part in parts
+        if part.sha256 is None or part.stop > size_bytes or _range_digest(descriptor, part) != part.sha256
+    ]
 
 
 def _range_digest(descriptor: int, part: _Part) -> str:
