@@ -129,13 +129,14 @@ def _find_recipe(name: str) -> Any:
 
 def _check_inputs(parent: Path, data: Path) -> None:
     """Refuse what no stage could use before anything is copied or started."""
-    from moesaic.stages.ingest import check_model, count_rows
+    from moesaic.datasets import read_rows
+    from moesaic.stages.ingest import check_model
 
     check_model(parent)
     for file in _SETS.values():
         if not (data / file).is_file():
             raise ArtifactError(f"{data} holds no {file}; a data directory holds {', '.join(_SETS.values())}")
-        count_rows(data / file)
+        read_rows(data / file)
 
 
 def _add_inputs(store: Path, parent: Path, data: Path) -> Any:

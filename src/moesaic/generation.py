@@ -49,11 +49,6 @@ class Sampling:
     """Draws depend on it, on the order of the requests and on the batch size."""
 
 
-def default_device() -> torch.device:
-    """The first GPU, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     """The tokens that end a reply, as the checkpoint's configuration names them."""
     for config in (model.generation_config, model.config):

@@ -90,7 +90,7 @@ def test_a_right_and_complete_answer_is_correct(tiny_parent: Path, tests: Path, 
 
 
 def test_bad_inputs_are_refused(tiny_parent: Path, tests: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no data set"):
+    with pytest.raises(ArtifactError, match="no such file or directory"):
         run(CONFIG, tiny_parent, tmp_path / "absent.jsonl", tmp_path)
     with pytest.raises(ConfigError, match="does not fit the model's 512 positions"):
         run(CONFIG.model_copy(update={"max_new_tokens": 600}), tiny_parent, tests, tmp_path)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moesaic.blocks import choose_device
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import BenchmarkConfig
 from moesaic.errors import ConfigError
-from moesaic.generation import Decoding, default_device
+from moesaic.generation import Decoding
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.progress import track
 
@@ -48,7 +49,7 @@ def run(config: BenchmarkConfig, *, parent: Path, child: Path, output: Path, scr
     points = list_points(config)
     for model in (parent, child):
         _check_positions(Checkpoint.open(model), points, model)
-    precision, device = getattr(torch, config.precision), default_device()
+    precision, device = getattr(torch, config.precision), choose_device()
     models = {name: load_model(path, precision).to(device) for name, path in (("parent", parent), ("child", child))}
     measured = []
     steps = _schedule(models, points, config.repeats)

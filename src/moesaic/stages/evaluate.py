@@ -9,13 +9,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic import gpt_oss
+from moesaic.blocks import choose_device
+from moesaic.chat import load_tokenizer
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import EvaluateConfig
-from moesaic.errors import ArtifactError
-from moesaic.generation import Generated, Sampling, default_device, generate_batches, stop_ids
+from moesaic.generation import Generated, Sampling, generate_batches, stop_ids
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.problems import Problem, first_of_each_task, read_problems, render_prompt
 from moesaic.progress import track
@@ -42,13 +43,13 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
     """Write ``evaluation.json`` and ``samples.jsonl``; an effort that a killed run had finished is not repeated."""
     checkpoint = Checkpoint.open(model)
     problems = first_of_each_task(read_problems(tests), config.problems_per_task)
-    tokenizer = _load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     loaded: PreTrainedModel | None = None
     samples: dict[str, list[Sample]] = {}
     for effort in config.efforts:
         finished = scratch / f"samples-{effort}.jsonl"
         if not finished.is_file():
-            loaded = loaded or load_model(model, getattr(torch, config.precision)).to(default_device())
+            loaded = loaded or load_model(model, getattr(torch, config.precision)).to(choose_device())
             _write_samples(finished, answer_problems(loaded, tokenizer, problems, effort, config))
         samples[effort] = _read_samples(finished)
     evaluation: dict[str, Any] = {
@@ -113,14 +114,6 @@ def _candidate(model: Path) -> str:
     """The name a pruned checkpoint carries in its ``pruning.json``."""
     record = model / PRUNING
     return str(json.loads(record.read_text())["candidate"]) if record.is_file() else "parent"
-
-
-def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as missing:
-        raise ArtifactError(f"{model} has no tokenizer that transformers can load: {missing}") from missing
-    return tokenizer
 
 
 def _write_samples(path: Path, samples: Iterable[Sample]) -> None:
