@@ -63,22 +63,22 @@ def draw_importance(evidence: Evidence) -> Figure:
 def draw_damage(evidence: Evidence) -> Figure:
     """Damage of every replacement, on short and on long context; the child's choices are outlined."""
     num_layers = evidence.parent.architecture.num_layers
-    columns = sorted({entry.block for entry in evidence.damages}, key=lambda block: (_reach(block), block.num_experts))
-    shape = (num_layers, len(columns))
+    blocks = sorted({entry.block for entry in evidence.damages}, key=lambda block: (_reach(block), block.num_experts))
+    shape = (len(blocks), num_layers)
     tables = {"short context": np.full(shape, np.nan), "long context": np.full(shape, np.nan)}
     for entry in evidence.damages:
-        place = entry.layer, columns.index(entry.block)
+        place = blocks.index(entry.block), entry.layer
         tables["short context"][place], tables["long context"][place] = entry.short, entry.long
     norm = _damage_scale(np.concatenate([table.ravel() for table in tables.values()]))
-    figure = new_figure(width=max(8.0, 0.5 * len(columns)), height=max(6.0, 0.54 * num_layers + 2.4))
-    panels = figure.subplots(2, 1, sharex=True)
+    figure = new_figure(width=max(8.0, 0.5 * num_layers + 3.0), height=max(4.0, 0.22 * len(blocks) + 1.2))
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, (title, table) in zip(panels, tables.items(), strict=True):
         axes.set_facecolor(GRID)
         image = axes.imshow(np.maximum(table, norm.vmin or 0), cmap="magma_r", aspect="auto", norm=norm)
-        _outline_choices(axes, evidence, columns)
-        axes.set(title=title, ylabel="layer", yticks=range(num_layers))
-    panels[-1].set_xlabel("block (experts / window)")
-    panels[-1].set_xticks(range(len(columns)), [block.label for block in columns], rotation=90)
+        _outline_choices(axes, evidence, blocks)
+        axes.set(title=title, xlabel="layer", xticks=range(num_layers))
+    panels[0].set_ylabel("block (experts / window)")
+    panels[0].set_yticks(range(len(blocks)), [block.label for block in blocks])
     figure.colorbar(image, ax=panels, label=f"damage ({evidence.metric})")
     return figure
 
@@ -90,11 +90,11 @@ def _damage_scale(damages: NDArray[np.float64]) -> LogNorm:
     return LogNorm(min(least, most / 10), most)
 
 
-def _outline_choices(axes: Axes, evidence: Evidence, columns: list[Block]) -> None:
+def _outline_choices(axes: Axes, evidence: Evidence, blocks: list[Block]) -> None:
     for layer, block in enumerate(evidence.child.architecture.blocks):
-        if block in columns:
-            column = columns.index(block)
-            axes.add_patch(Rectangle((column - 0.45, layer - 0.45), 0.9, 0.9, fill=False, edgecolor=CHOSEN, lw=2))
+        if block in blocks:
+            row = blocks.index(block)
+            axes.add_patch(Rectangle((layer - 0.45, row - 0.45), 0.9, 0.9, fill=False, edgecolor=CHOSEN, lw=2))
 
 
 def _reach(block: Block) -> float:

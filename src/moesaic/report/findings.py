@@ -1,5 +1,6 @@
 """The numbers of the report, each computed from the evidence, and the sentences that say what they mean."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -282,7 +283,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         return ["There is no baseline to compare the child with."]
     least = min(others, key=lambda rival: rival["damage"])
     sentences = [
-        f"By the sum of scores {_who(child['damage'] <= least['damage'], child, least)}: damage {child['damage']:.4g} "
+        f"By the sum of scores {_lesser(child, least)}: damage {child['damage']:.4g} "
         f"against {least['damage']:.4g} of {least['name']}, the best baseline under the same limits."
     ]
     evaluated = [rival for rival in others if rival["mean_accuracy"] is not None]
@@ -299,6 +300,13 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         f"{child['mean_accuracy']:.1%} against {best['mean_accuracy']:.1%} of {best['name']} ({points:+.1f} points)."
     )
     return sentences
+
+
+def _lesser(child: Mapping[str, Any], rival: Mapping[str, Any]) -> str:
+    """Who has the lesser damage; assemblies that differ by rounding alone are equal."""
+    if math.isclose(child["damage"], rival["damage"], rel_tol=1e-9):
+        return f"{child['name']} and {rival['name']} are equal"
+    return _who(child["damage"] < rival["damage"], child, rival)
 
 
 def _who(child_wins: bool, child: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:

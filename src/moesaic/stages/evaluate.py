@@ -42,6 +42,7 @@ class Sample:
 def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scratch: Path) -> dict[str, float]:
     """Write ``evaluation.json`` and ``samples.jsonl``; an effort that a killed run had finished is not repeated."""
     checkpoint = Checkpoint.open(model)
+    config = config.model_copy(update={"name": config.name or _candidate(model)})
     problems = first_of_each_task(read_problems(tests), config.problems_per_task)
     tokenizer = load_tokenizer(model)
     loaded: PreTrainedModel | None = None
@@ -53,7 +54,7 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
             _write_samples(finished, answer_problems(loaded, tokenizer, problems, effort, config))
         samples[effort] = _read_samples(finished)
     evaluation: dict[str, Any] = {
-        "name": config.name or _candidate(model),
+        "name": config.name,
         "parameters": gpt_oss.num_parameters(checkpoint.shape, checkpoint.architecture),
         "efforts": {effort: summarize(found) for effort, found in samples.items()},
     }
@@ -74,7 +75,7 @@ def answer_problems(
     sampling = Sampling(config.max_new_tokens, stop_ids(model), config.temperature, config.seed)
     batches = generate_batches(model, prompts, sampling, config.batch_size)
     num_batches = -(-len(prompts) // config.batch_size)
-    found = dict(chain.from_iterable(track(batches, num_batches, f"batches at {effort} effort")))
+    found = dict(chain.from_iterable(track(batches, num_batches, f"{config.name}: batches at {effort} effort")))
     return [judge(problem, found[index], tokenizer, effort) for index, problem in enumerate(problems)]
 
 
