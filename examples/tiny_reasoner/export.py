@@ -6,18 +6,18 @@ the rope settings under the old names and the new one, since engines read either
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from examples.tiny_reasoner.model import reasoner_config
 from examples.tiny_reasoner.quantized import is_expert_matrix
 from examples.tiny_reasoner.tokenizer import PAD_ID, RETURN_ID, build_tokenizer
-from moesaic import mxfp4
+from moesaic import gpt_oss, mxfp4
+from moesaic.checkpoint import write_checkpoint
 
-NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 NUM_SHARDS = 2
 UNUSED = ("_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "problem_type")
 
@@ -44,7 +44,7 @@ def config_values() -> dict[str, object]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": scaling,
         "rope_parameters": rope,
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": NOT_CONVERTED},
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": gpt_oss.NOT_PACKED},
     }
 
 
@@ -53,27 +53,21 @@ def write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def write_shards(out: Path, tensors: dict[str, Tensor]) -> None:
-    """Consecutive tensors into shards of about equal bytes, and the index that says where each lies."""
+def shards(tensors: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
+    """Consecutive tensors in shards of about equal bytes, as gpt-oss is sharded: layers may straddle them."""
     total = sum(tensor.nbytes for tensor in tensors.values())
-    shards: list[dict[str, Tensor]] = [{} for _ in range(NUM_SHARDS)]
+    parts: list[dict[str, Tensor]] = [{} for _ in range(NUM_SHARDS)]
     written = 0
     for name, tensor in tensors.items():
-        shards[min(NUM_SHARDS - 1, written * NUM_SHARDS // total)][name] = tensor
+        parts[min(NUM_SHARDS - 1, written * NUM_SHARDS // total)][name] = tensor
         written += tensor.nbytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        save_file(shard, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return [(f"model-{number:05d}-of-{NUM_SHARDS:05d}", part) for number, part in enumerate(parts, 1)]
 
 
 def write_parent(out: Path, state: dict[str, Tensor]) -> None:
-    """The whole checkpoint directory."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_shards(out, stored_tensors(state))
-    write_json(out / "config.json", config_values())
+    """The whole checkpoint directory, in place of an earlier one."""
+    shutil.rmtree(out, ignore_errors=True)
+    write_checkpoint(out, config_values(), shards(stored_tensors(state)))
     generation = {"bos_token_id": PAD_ID, "eos_token_id": RETURN_ID, "pad_token_id": PAD_ID, "do_sample": False}
     write_json(out / "generation_config.json", generation)
     write_tokenizer(out)

@@ -8,23 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, GptOssForCausalLM
+from transformers import GptOssForCausalLM
 
-from examples.tiny_reasoner import datasets, evaluate, export, fast_layers, tasks, train
+from examples.tiny_reasoner import datasets, export, fast_layers, record, tasks, train
 from examples.tiny_reasoner.model import build_model, use_fast_layers, use_reference_layers
 from examples.tiny_reasoner.optimizer import orthogonalize
 from examples.tiny_reasoner.quantized import stored_value, stored_weights
 from examples.tiny_reasoner.rows import Curriculum, echo_rows, far_rows, short_rows
-from examples.tiny_reasoner.tasks import EFFORTS, FAMILIES, SHORT_FAMILIES, Problem
+from examples.tiny_reasoner.tasks import EFFORTS, FAMILIES, Problem
 from examples.tiny_reasoner.tokenizer import (
     IDS,
     build_tokenizer,
-    render_answer,
     render_question,
     render_system,
     render_turns,
 )
 from examples.tiny_reasoner.vocabulary import words
+from moesaic.chat import load_tokenizer
+from moesaic.gpt_oss_puzzle import load_model
+from moesaic.problems import first_of_each_task, read_problems
 
 EXAMPLE = Path(train.__file__).parent
 PARENT, DATA = EXAMPLE / "parent", EXAMPLE / "data"
@@ -301,14 +303,6 @@ def test_committed_rows_fit_their_lengths() -> None:
     assert all(test_tasks.count(family) == datasets.TEST_PER_FAMILY for family in FAMILIES)
 
 
-def test_final_text_reads_the_final_channel_only() -> None:
-    problem = problems(SHORT_FAMILIES[0], 1)[0]
-    for effort in EFFORTS:
-        written = render_answer(problem, effort).ids
-        assert evaluate.final_text(written) == problem.answer
-        assert evaluate.final_text(written[:-1]) == ""
-
-
 def test_parent_is_stored_as_gpt_oss_is() -> None:
     index = json.loads((PARENT / "model.safetensors.index.json").read_text())["weight_map"]
     dtypes = {}
@@ -327,16 +321,23 @@ def test_parent_is_stored_as_gpt_oss_is() -> None:
 
 def test_export_loads_with_the_stored_values(tmp_path: Path, lively_model: GptOssForCausalLM) -> None:
     export.write_parent(tmp_path, lively_model.state_dict())
-    loaded = evaluate.load_parent(tmp_path).state_dict()
+    loaded = load_model(tmp_path).state_dict()
     for name, value in lively_model.state_dict().items():
         assert torch.equal(loaded[name], stored_value(name, value)), name
 
 
 def test_parent_reasons() -> None:
     """A handful of problems at high effort, greedily: the committed weights are the trained ones."""
-    model = evaluate.load_parent(PARENT)
-    rows = evaluate.read_rows(DATA / "test.jsonl", per_family=4)
-    scores = evaluate.score_suite(model, rows, ["high"], SHORT_FAMILIES)
-    assert scores["high"]["mean"].accuracy >= 75
-    tokenizer = AutoTokenizer.from_pretrained(PARENT)
-    assert tokenizer.chat_template == build_tokenizer().chat_template
+    chosen = first_of_each_task(read_problems(DATA / "test.jsonl"), 4)
+    scores = record.score("parent", load_model(PARENT), PARENT, chosen, ["high"])
+    assert scores["high"]["accuracy"] >= 0.8
+    assert load_tokenizer(PARENT).chat_template == build_tokenizer().chat_template
+
+
+def test_the_record_keeps_what_the_example_promises() -> None:
+    promised = json.loads((DATA.parent / "record.json").read_text())["measured"]["bars"]
+    assert promised["high_mean"] >= 90
+    assert promised["high_minus_low"] >= 10
+    assert promised["high_tokens_over_low_tokens"] >= 2
+    assert promised["far_lost_without_full_attention"] >= 30
+    assert promised["lost_by_storing"] < 1
