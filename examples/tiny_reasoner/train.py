@@ -32,7 +32,7 @@ from examples.tiny_reasoner.tokenizer import render_system
 class Recipe:
     """Everything that decides the weights."""
 
-    steps: int = 6500
+    steps: int = 5400
     tokens_per_step: int = 4096
     seed: int = 1
     muon_lr: float = 0.004

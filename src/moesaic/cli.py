@@ -230,7 +230,7 @@ def _named_paths(pairs: Sequence[str]) -> dict[str, Path | list[Path]]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from moesaic import gpt_oss
+    from moesaic import costs, gpt_oss
     from moesaic.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(options.model)
@@ -242,6 +242,12 @@ def _inspect(options: argparse.Namespace) -> None:
     sizes.add_row("experts", f"{architecture.num_experts}, top-{shape.experts_per_token}")
     sizes.add_row("expert format", "MXFP4" if checkpoint.packed else "as the other weights")
     sizes.add_row("hidden size", f"{shape.hidden_size}, {shape.num_heads} heads of {shape.head_dim}")
+    tokens = shape.max_positions
+    caches = (
+        f"{costs.request_kv_bytes(shape, architecture, tokens, kind) / 2**20:,.1f} MiB in {kind}"
+        for kind in ("bf16", "fp8")
+    )
+    sizes.add_row("KV cache", f"{', '.join(caches)}, of one request of {tokens:,} tokens")
     sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
     console.print(sizes)
     layers = Table("layer", "experts", "window", box=None)
