@@ -64,6 +64,8 @@ def test_inspect_tells_sizes_from_headers(tiny_parent: Path, capsys: pytest.Capt
     assert "32, top-2" in shown
     assert "2 x 8, 2 x full" in shown
     assert "MXFP4" in shown
+    # 2 layers of 512 tokens and 2 of 8, keys and values of 2 heads of 16, 2 bytes each: 130 KiB
+    assert "0.1 MiB in bf16, 0.1 MiB in fp8, of one request of 512 tokens" in " ".join(shown.split())
 
 
 def test_inspect_refuses_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
