@@ -40,24 +40,24 @@ class SearchRecipe:
 
 def tiny_cpu() -> SearchRecipe:
     """The tiny reasoner of ``examples/`` on two CPU cores, in minutes."""
-    space = SearchSpace(expert_counts=(16, 12, 8, 6, 4), windows=(128, 32))
-    long = Workload(name="long", input_tokens=2048, output_tokens=64, concurrency=8)
-    short = Workload(name="short", input_tokens=128, output_tokens=128, concurrency=8)
+    space = SearchSpace(expert_counts=(16, 14, 12, 10, 8, 6, 4), windows=(256, 128, 64, 32))
+    long = Workload(name="long", input_tokens=2048, output_tokens=64, concurrency=4)
+    short = Workload(name="short", input_tokens=128, output_tokens=128, concurrency=4)
     return SearchRecipe(
-        rank_experts=RankExpertsConfig(max_sequences=64, max_tokens=2048),
-        score_blocks=ScoreBlocksConfig(space=space, max_sequences=32, max_tokens=2048),
+        rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=1024),
+        score_blocks=ScoreBlocksConfig(space=space, max_sequences=48, max_tokens=1024, batch_tokens=8192),
         measure_costs=MeasureCostsConfig(space=space, workloads=(long, short), repeats=3),
         search_architecture=SearchArchitectureConfig(
             limits={
-                "long": Limits(memory_ratio=0.8, throughput_ratio=1.1),
-                "short": Limits(throughput_ratio=1.0),
+                "long": Limits(memory_ratio=0.45, throughput_ratio=1.1),
+                "short": Limits(memory_ratio=0.8),
             },
             max_experts_ratio=0.75,
             min_windowed_share=1 / 3,
         ),
         prune_model=PruneModelConfig(),
-        evaluate=EvaluateConfig(problems_per_task=50),
-        benchmark=BenchmarkConfig(batch_sizes=(1, 8, 16), input_tokens=(128, 2048), workloads=(long, short), repeats=3),
+        evaluate=EvaluateConfig(problems_per_task=80, max_new_tokens=128),
+        benchmark=BenchmarkConfig(batch_sizes=(1, 4, 16), input_tokens=(128, 2048), workloads=(long, short), repeats=3),
         report=ReportConfig(title="The tiny reasoner, compressed on a CPU"),
     )
 

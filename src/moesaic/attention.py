@@ -15,7 +15,6 @@ card; windows in place of full attention are the search dimension of paper A.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -98,12 +97,10 @@ def sink_attention(
         window: how many keys a query sees, its own included; None for all.
         is_token: False where a key is padding; None if no key is.
     """
-    sink_feature = sinks.view(1, -1, 1, 1).expand(*query.shape[:3], 1).to(query.dtype)
-    query = torch.cat((query * scale, sink_feature), dim=-1)
-    key = F.pad(key, (0, 1))
+    query = query * scale
     rows, step = _chunk_sizes(query, key.shape[2], window)
     outputs = [
-        _attend_rows(query[row : row + rows], key[row : row + rows], value[row : row + rows], step, window, mask)
+        _attend_rows(query[row : row + rows], key[row : row + rows], value[row : row + rows], sinks, step, window, mask)
         for row in range(0, query.shape[0], rows)
         for mask in [None if is_token is None else is_token[row : row + rows]]
     ]
@@ -121,35 +118,36 @@ def _chunk_sizes(query: Tensor, num_keys: int, window: int | None) -> tuple[int,
 
 
 def _attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, step: int, window: int | None, is_token: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, step: int, window: int | None, is_token: Tensor | None
 ) -> Tensor:
     offset = key.shape[2] - query.shape[2]
-    sink_key = F.pad(key.new_ones(*key.shape[:2], 1, 1), (key.shape[3] - 1, 0))
-    sink_value = value.new_zeros(*value.shape[:2], 1, value.shape[3])
     outputs = []
     for start in range(0, query.shape[2], step):
         chunk = query[:, :, start : start + step]
         first, stop = offset + start, offset + start + chunk.shape[2]
         low = 0 if window is None else max(0, first - window + 1)
         bias = _visibility(range(first, stop), range(low, stop), window, is_token, query)
-        keys = torch.cat((key[:, :, low:stop], sink_key), dim=2)
-        values = torch.cat((value[:, :, low:stop], sink_value), dim=2)
-        outputs.append(_attend_chunk(chunk, keys, values, bias))
+        outputs.append(_attend_chunk(chunk, key[:, :, low:stop], value[:, :, low:stop], sinks, bias))
     return torch.cat(outputs, dim=2)
 
 
-def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Softmax, in float32 at least, over the given keys, the last of which is the sink."""
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bias: Tensor) -> Tensor:
+    """Softmax with the sink in its sum, in float32 or better; the sum divides the output, the smaller tensor."""
     batch, heads, num_queries, _ = query.shape
+    precision = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(batch, key.shape[1], -1, query.shape[3])
-    precise = torch.promote_types(query.dtype, torch.float32)
-    logits = (grouped @ key.transpose(-1, -2)).to(precise).view(batch, key.shape[1], -1, num_queries, key.shape[2])
-    weights = torch.softmax(logits.add_(bias), dim=-1).to(value.dtype)
-    return (weights.view(*grouped.shape[:3], -1) @ value).view(batch, heads, num_queries, -1)
+    logits = (grouped @ key.transpose(-1, -2)).to(precision).view(batch, key.shape[1], -1, num_queries, key.shape[2])
+    logits = logits + bias
+    sink = sinks.to(precision).view(1, key.shape[1], -1, 1, 1)
+    largest = torch.maximum(logits.detach().amax(-1, keepdim=True), sink.detach())
+    weights = (logits - largest).exp_()
+    total = weights.sum(-1, keepdim=True) + (sink - largest).exp()
+    output = weights.to(value.dtype).view(*grouped.shape[:3], -1) @ value
+    return (output.view(*total.shape[:4], -1) / total.to(value.dtype)).view(batch, heads, num_queries, -1)
 
 
 def _visibility(queries: range, keys: range, window: int | None, is_token: Tensor | None, like: Tensor) -> Tensor:
-    """0 where a query sees a key and -inf elsewhere, [batch or 1, 1, 1, query, key + sink]; the sink is always seen."""
+    """0 where a query sees a key and -inf elsewhere, [batch or 1, 1, 1, query, key]."""
     position = torch.arange(queries.start, queries.stop, device=like.device).unsqueeze(1)
     key = torch.arange(keys.start, keys.stop, device=like.device)
     seen = key <= position
@@ -158,5 +156,4 @@ def _visibility(queries: range, keys: range, window: int | None, is_token: Tenso
     seen = seen.view(1, 1, 1, *seen.shape)
     if is_token is not None:
         seen = seen & is_token[:, None, None, None, keys.start : keys.stop]
-    bias = torch.zeros(seen.shape, device=like.device).masked_fill_(~seen, float("-inf"))
-    return F.pad(bias, (0, 1))
+    return torch.zeros(seen.shape, device=like.device).masked_fill_(~seen, float("-inf"))

@@ -5,7 +5,6 @@ message may carry ``thinking``. Rows are rendered with the checkpoint's chat tem
 assistant generated: everything after the generation prompt (analysis, final answer, end token), not what it was given.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from moesaic.chat import load_tokenizer
+from moesaic.datasets import Row, read_rows
 from moesaic.errors import ArtifactError
 
 
@@ -66,47 +67,18 @@ def load_batches(data: Path, model: Path, *, max_sequences: int, max_tokens: int
 
 
 def read_conversations(data: Path) -> list[Conversation]:
-    """All rows of a JSON-lines file, or of the only one in a directory."""
-    path = _find_jsonl(data)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [_read_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise ArtifactError(f"{path} is empty; a calibration set needs at least one conversation per line")
-    return rows
+    """All rows of a calibration set; an ArtifactError names the line that is not a conversation."""
+    return [_read_conversation(row) for row in read_rows(data)]
 
 
-def _find_jsonl(data: Path) -> Path:
-    if data.is_file():
-        return data
-    found = sorted(data.glob("*.jsonl"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or ("nothing" if data.is_dir() else "no such directory")
-        raise ArtifactError(f"{data} must be a .jsonl file or a directory that holds exactly one; found {names}")
-    return found[0]
-
-
-def _read_row(line: str, place: str) -> Conversation:
-    try:
-        row = json.loads(line)
-    except ValueError as broken:
-        raise ArtifactError(f"{place} is not valid JSON: {broken}") from broken
-    messages = row.get("messages") if isinstance(row, dict) else None
+def _read_conversation(row: Row) -> Conversation:
+    messages = row.values.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ArtifactError(f"{place} has no conversation; a row needs messages, each with role and content")
+        raise ArtifactError(f"{row.place} has no conversation; a row needs messages, each with role and content")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ArtifactError(f"{place}: each message needs a text for role and for content, got {message!r}")
-    return Conversation(tuple(messages), row.get("effort"), place)
-
-
-def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
-    """A checkpoint's tokenizer; no code that comes with it is run."""
-    if not (model / "tokenizer.json").is_file():
-        raise ArtifactError(f"{model} has no tokenizer.json; copy the tokenizer's files beside the weights")
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model)
-    if not tokenizer.chat_template:
-        raise ArtifactError(f"{model} has no chat template; calibration renders conversations with chat_template.jinja")
-    return tokenizer
+            raise ArtifactError(f"{row.place}: each message needs a text for role and for content, got {message!r}")
+    return Conversation(tuple(messages), row.values.get("effort"), row.place)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: int) -> TokenSequence:

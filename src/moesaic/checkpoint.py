@@ -157,6 +157,7 @@ def write_checkpoint(
         total = 0
         for stem, tensors in shards:
             save_file(tensors, partial / f"{stem}.safetensors", metadata={"format": "pt"})
+            (partial / f"{stem}.safetensors").chmod(0o644)  # safetensors lets nobody else read what it writes
             weight_map |= dict.fromkeys(tensors, f"{stem}.safetensors")
             total += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -135,13 +135,14 @@ def _find_recipe(name: str) -> Any:
 
 def _check_inputs(parent: Path, data: Path) -> None:
     """Refuse what no stage could use before anything is copied or started."""
-    from moesaic.stages.ingest import check_model, count_rows
+    from moesaic.datasets import read_rows
+    from moesaic.stages.ingest import check_model
 
     check_model(parent)
     for file in _SETS.values():
         if not (data / file).is_file():
             raise ArtifactError(f"{data} holds no {file}; a data directory holds {', '.join(_SETS.values())}")
-        count_rows(data / file)
+        read_rows(data / file)
 
 
 def _add_inputs(store: Address, parent: Path, data: Path) -> Any:
@@ -235,7 +236,7 @@ def _named_paths(pairs: Sequence[str]) -> dict[str, Path | list[Path]]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from moesaic import gpt_oss
+    from moesaic import costs, gpt_oss
     from moesaic.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(options.model)
@@ -247,6 +248,12 @@ def _inspect(options: argparse.Namespace) -> None:
     sizes.add_row("experts", f"{architecture.num_experts}, top-{shape.experts_per_token}")
     sizes.add_row("expert format", "MXFP4" if checkpoint.packed else "as the other weights")
     sizes.add_row("hidden size", f"{shape.hidden_size}, {shape.num_heads} heads of {shape.head_dim}")
+    tokens = shape.max_positions
+    caches = (
+        f"{costs.request_kv_bytes(shape, architecture, tokens, kind) / 2**20:,.1f} MiB in {kind}"
+        for kind in ("bf16", "fp8")
+    )
+    sizes.add_row("KV cache", f"{', '.join(caches)}, of one request of {tokens:,} tokens")
     sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
     console.print(sizes)
     layers = Table("layer", "experts", "window", box=None)

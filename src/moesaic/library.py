@@ -24,6 +24,11 @@ def variants_of(block: Block, space: SearchSpace, experts_per_token: int) -> tup
             f"expert count {too_few[0]} is below the {experts_per_token} experts each token uses; "
             f"choose at least {experts_per_token}"
         )
+    if block.num_experts % space.expert_parallel_size:
+        raise ConfigError(
+            f"the parent's {block.num_experts} experts cannot be spread over expert_parallel_size "
+            f"{space.expert_parallel_size}; choose a divisor of {block.num_experts}"
+        )
     counts = sorted({block.num_experts, *(n for n in space.expert_counts if n < block.num_experts)}, reverse=True)
     windows = [None, *sorted(set(space.windows), reverse=True)] if block.window is None else [block.window]
     return tuple(Block(count, window) for count in counts for window in windows)

@@ -21,12 +21,12 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
 def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
     """The search against its baselines at equal budget: predicted damage and measured accuracy."""
     efforts = list(rivals[0]["accuracy"])
-    table = Table("", "damage", "parameters", "experts", *(f"accuracy {effort}" for effort in efforts))
+    table = Table("", "damage", "experts", *(f"accuracy {effort}" for effort in efforts))
     table.title = "The search and its baselines, under the same limits and before any training"
     for rival in rivals:
         accuracies = (rival["accuracy"][effort] for effort in efforts)
         shown = ["not measured" if found is None else _shown(found["mean"]) for found in accuracies]
-        table.add_row(rival["name"], *(_shown(rival[name]) for name in ("damage", "parameters", "experts")), *shown)
+        table.add_row(rival["name"], *(_shown(rival[name]) for name in ("damage", "experts")), *shown)
     return table
 
 

@@ -111,8 +111,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length(window: int | None, 
     query, key = torch.randn(2, 4, 2048, 8), torch.randn(2, 2, 2048, 8)
     with LargestTensor() as largest:
         attention.sink_attention(query, key, key, torch.zeros(4), 0.3, window)
-    input_size = 2 * 4 * 2048 * 9
-    assert input_size <= largest.elements <= max(input_size, 16 * 4 * 2049)
+    assert query.numel() <= largest.elements <= max(query.numel(), 16 * 4 * 2048)
 
 
 @pytest.mark.parametrize("window", [None, 3, 100])

@@ -50,7 +50,7 @@ def test_streamed_blocks_equal_the_whole_model(tiny_checkpoint: Checkpoint, whol
     with torch.no_grad():
         expected = whole_model(tokens).logits
     assert expected.std() > 0.5
-    torch.testing.assert_close(stream(tiny_checkpoint, tokens), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stream(tiny_checkpoint, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_right_padding_changes_no_real_token(tiny_checkpoint: Checkpoint):

@@ -9,11 +9,11 @@ from moesaic.calibration import (
     Conversation,
     TokenSequence,
     load_batches,
-    load_tokenizer,
     make_batches,
     read_conversations,
     tokenize,
 )
+from moesaic.chat import load_tokenizer
 from moesaic.errors import ArtifactError
 
 QUESTION = {"role": "user", "content": "w1 w2"}
@@ -101,7 +101,7 @@ def test_a_directory_holds_exactly_one_set(tmp_path: Path):
         ("", "is empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n{broken\n', "line 2 is not valid JSON"),
         ('{"prompt": "x"}\n', "line 1 has no conversation"),
-        ("[1, 2]\n", "line 1 has no conversation"),
+        ("[1, 2]\n", "line 1 must be a JSON object"),
         ('{"messages": [{"role": "user"}]}\n', "line 1: each message needs a text for role and for content"),
     ],
 )
@@ -112,7 +112,7 @@ def test_bad_sets_name_the_line(tmp_path: Path, text: str, message: str):
 
 
 def test_missing_set(tmp_path: Path):
-    with pytest.raises(ArtifactError, match="no such directory"):
+    with pytest.raises(ArtifactError, match="no such file or directory"):
         read_conversations(tmp_path / "nowhere")
 
 
@@ -121,8 +121,3 @@ def test_a_conversation_the_template_refuses_names_its_line(tiny_parent: Path):
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(ArtifactError, match=r"set\.jsonl, line 3.*no such role"):
         tokenize(tokenizer, Conversation((QUESTION,), None, "set.jsonl, line 3"), 10)
-
-
-def test_a_model_without_tokenizer(tmp_path: Path):
-    with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path)

@@ -26,12 +26,12 @@ def test_request_rate_is_throughput_over_tokens() -> None:
 
 
 def test_the_papers_throughput_gain_shrinks_by_longer_answers() -> None:
-    """9.3K against 5.7K tokens/s is 1.63x per token; with answers 1.2648 times as long it is the paper's 1.29x per request."""
+    """9.3K against 5.7K tokens/s is 1.63x; with answers 1.2648 times as long it is the paper's 1.29x per request."""
     qualities = {PARENT: Quality(0.70, 10_000), CHILD: Quality(0.71, 12_648)}
     parent, child = frontier_points(qualities, {("parent", "bf16"): 5700.0, ("child", "bf16"): 9300.0})
     assert parent.relative_rate == 1
     assert parent.requests_per_s == pytest.approx(0.57)
-    assert 9300 / 5700 == pytest.approx(1.63, abs=0.005)
+    assert round(9300 / 5700, 2) == 1.63
     assert child.relative_rate == pytest.approx(1.29, abs=0.0005)
     assert child.accuracy == 0.71
 

@@ -34,8 +34,8 @@ def test_reads_a_file_and_a_directory_with_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: .*Expecting"),
-        ("[1]", "line 2: a problem is a JSON object, found list"),
+        ("{", "line 2 is not valid JSON: Expecting"),
+        ("[1]", "line 2 must be a JSON object, found list"),
         (ENTRY | {"id": 7}, "line 2: 'id' must be text, found 7"),
         (ENTRY | {"prompt": []}, "line 2: 'prompt' must be a list"),
         (ENTRY | {"prompt": [{"role": "user"}]}, "line 2: 'prompt' must be a list"),
@@ -49,15 +49,15 @@ def test_bad_lines_are_named(tmp_path: Path, line: object, message: str) -> None
 
 
 def test_missing_ambiguous_and_empty_sets(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no data set at"):
+    with pytest.raises(ArtifactError, match="no such file or directory"):
         read_problems(tmp_path / "absent.jsonl")
-    with pytest.raises(ArtifactError, match="exactly one .jsonl file, found 0"):
+    with pytest.raises(ArtifactError, match="exactly one; found none"):
         read_problems(tmp_path)
     write_lines(tmp_path / "a.jsonl")
-    with pytest.raises(ArtifactError, match="holds no problems"):
+    with pytest.raises(ArtifactError, match="is empty"):
         read_problems(tmp_path)
     write_lines(tmp_path / "b.jsonl")
-    with pytest.raises(ArtifactError, match="exactly one .jsonl file, found 2"):
+    with pytest.raises(ArtifactError, match=r"exactly one; found a\.jsonl, b\.jsonl"):
         read_problems(tmp_path)
 
 
@@ -80,8 +80,5 @@ def test_a_prompt_is_the_chat_template_up_to_the_reply(tiny_parent: Path, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tiny_parent)
     asked = read_problems(write_lines(tmp_path / "tests.jsonl", ENTRY))[0]
     text = tokenizer.decode(render_prompt(asked, tokenizer, "high"))
-    words = "<|start|> system <|message|> Reasoning: high <|end|> <|start|> user <|message|> w1 w2 <|end|> <|start|> assistant"
-    assert text.split() == words.split()
-    tokenizer.chat_template = None
-    with pytest.raises(ArtifactError, match="no chat template"):
-        render_prompt(asked, tokenizer, "high")
+    system = "<|start|> system <|message|> Reasoning: high <|end|>"
+    assert text.split() == f"{system} <|start|> user <|message|> w1 w2 <|end|> <|start|> assistant".split()

@@ -280,3 +280,8 @@ def test_scores_without_costs_or_without_the_parent_are_refused() -> None:
         BlockLibrary.of(library.parent, damages | {(0, Block(8)): 0.1}, library.costs)
     with pytest.raises(ArtifactError, match="different parents"):
         BlockLibrary.of(Architecture.of(library.parent.blocks[:3]), damages, library.costs)
+
+
+def test_a_parent_that_expert_parallelism_cannot_split_is_refused() -> None:
+    with pytest.raises(ConfigError, match="parent's 6 experts cannot be spread over expert_parallel_size 4"):
+        variants_of(Block(6), SearchSpace(expert_counts=(4,), expert_parallel_size=4), experts_per_token=2)

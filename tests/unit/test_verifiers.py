@@ -39,6 +39,6 @@ def test_exact_match_ignores_white_space_only() -> None:
 
 
 def test_unknown_verifier_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'exactmatch'.*exact_match"):
+    with pytest.raises(ConfigError, match=r"'exactmatch'.*exact_match"):
         get_verifier("exactmatch")
     assert list(VERIFIERS) == ["exact_match"]

@@ -34,6 +34,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
     register()
     attention.register()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # it warns that MXFP4 is unpacked, which is what is meant to happen
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, local_files_only=True
     )

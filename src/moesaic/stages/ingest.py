@@ -1,10 +1,10 @@
 """Bring the inputs of a pipeline run in: look each one up in the store, check it whole, hand on its manifest."""
 
-import json
 from pathlib import Path
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import IngestConfig
+from moesaic.datasets import read_rows
 from moesaic.errors import ArtifactError
 from moesaic.store import Address, Kind, Manifest, Store
 from moesaic.store.manifest import MANIFEST
@@ -20,7 +20,7 @@ def run(config: IngestConfig, *, store: Address, output: Path, scratch: Path) ->
         if manifest.kind != kind:
             raise ArtifactError(f"{name} = {manifest.id} is a {manifest.kind}, not a {kind}; give the id of a {kind}")
         tree = contents.materialize(manifest, verify=True)
-        metrics |= check_model(tree) if kind == "model" else {f"{name}_rows": count_rows(tree)}
+        metrics |= check_model(tree) if kind == "model" else {f"{name}_rows": float(len(read_rows(tree)))}
         _write(manifest, output / name)
     return metrics
 
@@ -29,27 +29,6 @@ def check_model(directory: Path) -> dict[str, float]:
     """Open a checkpoint by its headers; an ArtifactError says what is wrong with it."""
     checkpoint = Checkpoint.open(directory)
     return {"parent_layers": checkpoint.num_layers, "parent_experts": checkpoint.architecture.num_experts}
-
-
-def count_rows(directory: Path) -> float:
-    """Rows of the data set in ``directory``; an ArtifactError if it is not one .jsonl of JSON objects."""
-    found = sorted(directory.glob("*.jsonl")) if directory.is_dir() else [directory]
-    if len(found) != 1:
-        raise ArtifactError(f"{directory} holds {len(found)} .jsonl files; a data set is exactly one")
-    lines = found[0].read_text().splitlines()
-    if not lines:
-        raise ArtifactError(f"{found[0]} is empty; a data set needs at least one row")
-    for number, line in enumerate(lines, 1):
-        if not _is_object(line):
-            raise ArtifactError(f"{found[0]}, line {number}: {line[:80]!r} is not a JSON object")
-    return len(lines)
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
-        return False
 
 
 def _write(manifest: Manifest, directory: Path) -> None:

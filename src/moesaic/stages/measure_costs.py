@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moesaic.architecture import Block
+from moesaic.blocks import choose_device
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import MeasureCostsConfig
 from moesaic.costs import (
@@ -25,7 +26,6 @@ from moesaic.costs import (
     outer_parameters,
 )
 from moesaic.errors import ConfigError
-from moesaic.generation import default_device
 from moesaic.hardware import HardwareTable, model_blocks
 from moesaic.library import distinct_blocks
 from moesaic.stages.block_timing import time_blocks
@@ -43,7 +43,7 @@ def run(config: MeasureCostsConfig, *, parent: Path, output: Path, scratch: Path
     _check_lengths(config, checkpoint)
     distinct = distinct_blocks(checkpoint.architecture, config.space, checkpoint.shape.experts_per_token)
     if table is None:
-        device = default_device()
+        device = choose_device()
         dtype: torch.dtype = getattr(torch, config.precision)
         runtimes, fixed = time_blocks(checkpoint, distinct, config.workloads, config.repeats, dtype, device)
         hardware = _describe(device, config)

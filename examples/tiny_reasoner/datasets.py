@@ -1,0 +1,118 @@
+"""The committed problems: `python -m examples.tiny_reasoner.datasets --out DIR` writes the same bytes every time."""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from examples.tiny_reasoner import tasks
+from examples.tiny_reasoner.tasks import EFFORTS, FAMILIES, FAR_FAMILIES, Effort, Problem, Split
+from examples.tiny_reasoner.tokenizer import render_turns
+
+SEEDS = {"test": 101, "calibration_short": 102, "calibration_long": 103}
+TEST_PER_FAMILY = 200
+SHORT_ROWS, SHORT_TOKENS = 256, 256
+LONG_ROWS, LONG_TOKENS = 96, (350, 512)
+Row = dict[str, object]
+
+
+def test_rows(rng: random.Random) -> list[Row]:
+    """Distinct test problems, the same number of every family."""
+    rows: list[Row] = []
+    for family in FAMILIES:
+        seen: set[str] = set()
+        while len(seen) < TEST_PER_FAMILY:
+            problem = tasks.draw_problem(rng, family, "test")
+            if problem.question in seen:
+                continue
+            prompt = [{"role": "user", "content": problem.question}]
+            name = f"{family}-{len(seen):03d}"
+            question: Row = {"id": name, "task": family, "prompt": prompt}
+            rows.append(question | {"answer": problem.answer, "verifier": "exact_match"})
+            seen.add(problem.question)
+    return rows
+
+
+def conversation(name: str, effort: Effort, problems: list[Problem]) -> Row:
+    """Problems as one chat with worked answers; `thinking` is empty at low effort."""
+    messages = []
+    for problem in problems:
+        messages.append({"role": "user", "content": problem.question})
+        messages.append({"role": "assistant", "thinking": problem.thinking(effort), "content": problem.answer})
+    return {"id": name, "task": problems[0].family, "effort": effort, "messages": messages}
+
+
+def far_turns(
+    rng: random.Random,
+    family: str,
+    split: Split,
+    context_tokens: tuple[int, int],
+    num_facts: tuple[int, int],
+    turns: int,
+) -> list[Problem]:
+    """Several questions about one context, the first carrying it."""
+    context = tasks.split_context(rng, family, split, rng.randint(*context_tokens), rng.randint(*num_facts))
+    problems: list[Problem] = []
+    while len(problems) < turns:
+        problem = tasks.far_question(rng, context, context.length)
+        if problem is not None:
+            problems.append(problem if problems else tasks.with_context(context, problem))
+    return problems
+
+
+def fitting(problems: list[Problem], effort: Effort, most: int) -> list[Problem]:
+    """The longest run of turns, from the first, that renders within `most` tokens."""
+    while len(render_turns(problems, effort).ids) > most:
+        problems = problems[:-1]
+    return problems
+
+
+def calibration_short_rows(rng: random.Random) -> list[Row]:
+    """All families and efforts in turn, one to four problems a row."""
+    rows = []
+    for index in range(SHORT_ROWS):
+        family, effort = FAMILIES[index % 6], EFFORTS[index // 6 % 3]
+        turns = rng.randint(1, 4)
+        if family in FAR_FAMILIES:
+            problems = far_turns(rng, family, "calibration", (60, 140), (6, 12), turns)
+        else:
+            problems = [tasks.short_problem(rng, family, "calibration") for _ in range(turns)]
+        rows.append(conversation(f"short-{index:03d}", effort, fitting(problems, effort, SHORT_TOKENS)))
+    return rows
+
+
+def calibration_long_rows(rng: random.Random) -> list[Row]:
+    """Far families: a context of 250 to 400 tokens and as many questions as fit."""
+    rows: list[Row] = []
+    while len(rows) < LONG_ROWS:
+        family, effort = FAR_FAMILIES[len(rows) % 2], EFFORTS[len(rows) // 2 % 3]
+        problems = far_turns(rng, family, "calibration", (250, 400), (16, 24), 12)
+        problems = fitting(problems, effort, rng.randint(*LONG_TOKENS))
+        if problems and len(render_turns(problems, effort).ids) >= LONG_TOKENS[0]:
+            rows.append(conversation(f"long-{len(rows):03d}", effort, problems))
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_datasets(out: Path) -> None:
+    """test.jsonl, calibration_short.jsonl and calibration_long.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    makers = {"test": test_rows, "calibration_short": calibration_short_rows, "calibration_long": calibration_long_rows}
+    for name, make in makers.items():
+        write_rows(out / f"{name}.jsonl", make(random.Random(SEEDS[name])))
+
+
+def main() -> None:
+    """Write the data files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    write_datasets(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

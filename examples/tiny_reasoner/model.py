@@ -1,0 +1,48 @@
+"""The tiny reasoner's architecture: a real gpt-oss configuration, only small."""
+
+import torch
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from examples.tiny_reasoner import fast_layers
+from examples.tiny_reasoner.tokenizer import PAD_ID, RETURN_ID
+from examples.tiny_reasoner.vocabulary import words
+
+WINDOW = 32
+
+
+def reasoner_config() -> GptOssConfig:
+    """8 layers of 16 experts; even layers see 32 tokens, odd layers everything."""
+    return GptOssConfig(
+        vocab_size=len(words()), hidden_size=128, intermediate_size=64, num_hidden_layers=8, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=16, num_experts_per_tok=2,
+        sliding_window=WINDOW, max_position_embeddings=4096,
+        swiglu_limit=7.0, initializer_range=0.04, tie_word_embeddings=False,
+        attention_bias=True, attention_dropout=0.0, rms_norm_eps=1e-5, router_aux_loss_coef=0.0,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 512,
+            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        },
+        pad_token_id=PAD_ID, bos_token_id=PAD_ID, eos_token_id=RETURN_ID,
+    )  # fmt: skip
+
+
+def build_model(seed: int, device: str) -> GptOssForCausalLM:
+    """Freshly initialised, in float32, with the fast layers on CPU (the CUDA device keeps transformers' own)."""
+    torch.manual_seed(seed)
+    model = GptOssForCausalLM(reasoner_config()).to(device)
+    if device == "cpu":
+        use_fast_layers(model)
+    return model
+
+
+def use_fast_layers(model: GptOssForCausalLM) -> None:
+    """Switch to the training functions: right-padded rows, no cache."""
+    fast_layers.register()
+    model.set_attn_implementation(fast_layers.NAME)
+    model.set_experts_implementation(fast_layers.NAME)
+
+
+def use_reference_layers(model: GptOssForCausalLM) -> None:
+    """Switch to transformers' own functions: left padding and caches, as generation needs."""
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")

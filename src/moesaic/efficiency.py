@@ -1,0 +1,106 @@
+"""Request-level efficiency, accuracy retention and their frontier (paper A, section 1 of the design's ``paper.md``).
+
+    R(model, effort, kv) = T_max(model, kv) / N(model, effort)              [requests per second]
+
+``T_max`` is the output-token throughput [tokens/s] of the model with that KV-cache type at one workload, in its best
+configuration (here: the best batch size measured), and ``N`` the mean generated tokens per request over the evaluation
+suite at that effort. The x axis of the frontier is ``R / R(parent, high, bf16)`` on the same hardware, its y axis the
+suite-mean accuracy. A model that is faster per token but writes longer answers gains nothing per request.
+
+    retention = accuracy(child) / accuracy(parent)
+
+per effort over the suite, or of one task. Departure: the paper's workload is 64K/64K tokens; ours is whichever the
+benchmark measured.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from moesaic.configs import CacheDtype, Effort
+from moesaic.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model as it is served: which one, at what effort, with what KV cache."""
+
+    model: str
+    effort: Effort
+    kv_cache: CacheDtype = "bf16"
+
+
+REFERENCE = Deployment("parent", "high", "bf16")
+"""What relative request rates are relative to."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What an evaluation says of a deployment, over the suite."""
+
+    accuracy: float
+    """Mean over tasks, 0 to 1."""
+    tokens_per_request: float
+    """Mean generated tokens."""
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One point of the paper's first figure."""
+
+    deployment: Deployment
+    requests_per_s: float
+    relative_rate: float
+    accuracy: float
+
+
+def best_throughput(tokens_per_s: Iterable[float]) -> float:
+    """``T_max``: the throughput of the best of the configurations measured."""
+    measured = list(tokens_per_s)
+    if not measured:
+        raise ConfigError("no throughput was measured at this workload, so it has no best configuration")
+    return max(measured)
+
+
+def request_rate(max_tokens_per_s: float, tokens_per_request: float) -> float:
+    """``R`` in requests per second."""
+    if tokens_per_request <= 0:
+        raise ConfigError(f"a request generates at least one token, got a mean of {tokens_per_request}")
+    return max_tokens_per_s / tokens_per_request
+
+
+def frontier_points(
+    qualities: Mapping[Deployment, Quality],
+    max_tokens_per_s: Mapping[tuple[str, CacheDtype], float],
+    reference: Deployment = REFERENCE,
+) -> list[FrontierPoint]:
+    """Request rates of all deployments, relative to the reference's.
+
+    Args:
+        qualities: accuracy and tokens of every deployment; the reference must be among them.
+        max_tokens_per_s: ``T_max`` per model and KV-cache type.
+        reference: the deployment of relative rate 1.
+    """
+    if reference not in qualities:
+        raise ConfigError(f"the reference {reference} was not evaluated, so rates cannot be relative to it")
+    rates = {
+        deployment: request_rate(max_tokens_per_s[deployment.model, deployment.kv_cache], quality.tokens_per_request)
+        for deployment, quality in qualities.items()
+    }
+    return [
+        FrontierPoint(deployment, rates[deployment], rates[deployment] / rates[reference], quality.accuracy)
+        for deployment, quality in qualities.items()
+    ]
+
+
+def pareto_frontier(points: Iterable[FrontierPoint]) -> list[FrontierPoint]:
+    """The points that no other beats in rate or accuracy without being worse in the other, slowest first."""
+    frontier: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda point: (-point.relative_rate, -point.accuracy)):
+        if not frontier or point.accuracy > frontier[-1].accuracy:
+            frontier.append(point)
+    return frontier[::-1]
+
+
+def retention(child_accuracy: float, parent_accuracy: float) -> float | None:
+    """The share of the parent's accuracy that the child has; None where the parent has none to keep."""
+    return child_accuracy / parent_accuracy if parent_accuracy > 0 else None

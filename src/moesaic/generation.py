@@ -1,0 +1,239 @@
+"""Batched generation with a KV cache, for parents and for children whose layers differ.
+
+Requests are sorted by length and go through the model in left-padded batches. Rows that have finished leave the batch
+once they are a quarter of it, full-attention caches grow in place instead of being copied at every step, and prompts
+are read a few at a time so that attention over them stays small. Tokens are those of ``model.generate``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from moesaic.errors import ConfigError
+
+PREFILL_TOKENS = 4096
+"""Padded prompt tokens that go through the model at once."""
+COMPACT_BELOW = 0.75
+"""Finished rows are dropped when at most this share of the batch is still generating."""
+_SPARE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The reply to one request. ``truncated``: the token limit came before a stop token."""
+
+    token_ids: tuple[int, ...]
+    """The generated tokens, the stop token included."""
+    truncated: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """What the request cost to generate."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when a reply ends."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    temperature: float = 0.0
+    """0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature)."""
+    seed: int = 0
+    """Draws depend on it, on the order of the requests and on the batch size."""
+
+
+def stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a reply, as the checkpoint's configuration names them."""
+    for config in (model.generation_config, model.config):
+        named = getattr(config, "eos_token_id", None)
+        if named is not None:
+            return frozenset([named] if isinstance(named, int) else named)
+    raise ConfigError("neither generation_config.json nor config.json names an eos_token_id: no reply would end")
+
+
+def generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int
+) -> list[Generated]:
+    """Generate a reply to every prompt, in the order of the prompts; see :func:`generate_batches`."""
+    replies = {
+        index: reply for batch in generate_batches(model, prompts, sampling, batch_size) for index, reply in batch
+    }
+    return [replies[index] for index in range(len(prompts))]
+
+
+def generate_batches(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int
+) -> Iterator[list[tuple[int, Generated]]]:
+    """Generate a reply to every prompt; each batch, long prompts first, comes as (index of the prompt, reply) pairs.
+
+    Raises:
+        ConfigError: if a prompt is empty, or with its reply longer than the model's positions.
+    """
+    _check_lengths(model, prompts, sampling.max_new_tokens)
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        replies = _generate_batch(model, [prompts[index] for index in batch], sampling, generator)
+        yield list(zip(batch, replies, strict=True))
+
+
+def _check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(lengths):
+        raise ConfigError(f"prompt {lengths.index(0)} has no tokens; a reply needs something to reply to")
+    allowed = model.config.max_position_embeddings
+    if max(lengths, default=0) + max_new_tokens > allowed:
+        raise ConfigError(
+            f"a prompt of {max(lengths)} tokens with a reply of up to {max_new_tokens} does not fit the model's "
+            f"{allowed} positions; lower max_new_tokens or drop the long prompts"
+        )
+
+
+@torch.inference_mode()
+def _generate_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
+) -> list[Generated]:
+    decoding = Decoding(model, prompts)
+    replies: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    done = [False] * len(prompts)
+    for step in range(sampling.max_new_tokens):
+        tokens = _choose(decoding.logits, sampling.temperature, generator)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if not done[row]:
+                replies[row].append(token)
+                done[row] = token in sampling.stop_ids
+        live = [place for place, row in enumerate(rows) if not done[row]]
+        if not live or step + 1 == sampling.max_new_tokens:
+            break
+        if len(live) <= COMPACT_BELOW * len(rows):
+            decoding.keep(live)
+            tokens, rows = tokens[live], [rows[place] for place in live]
+        decoding.step(tokens)
+    return [Generated(tuple(reply), not finished) for reply, finished in zip(replies, done, strict=True)]
+
+
+def _choose(
+    logits: Float[Tensor, "batch vocab"], temperature: float, generator: torch.Generator
+) -> Int[Tensor, " batch"]:
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(weights, 1, generator=generator).squeeze(-1)
+
+
+class Decoding:
+    """A batch of requests on its way: the KV cache, what each row may attend to, and the logits of its next token.
+
+    Creating one reads the prompts (prefill); every :meth:`step` adds one token to every row.
+    """
+
+    logits: Float[Tensor, "batch vocab"]
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._model = model
+        self._length = max(len(prompt) for prompt in prompts)
+        ids, self._mask = _pad_left(prompts, self._length, model.device)
+        self._positions = self._mask.sum(-1, keepdim=True)
+        self.logits, self._cache = _prefill(model, ids, self._mask)
+
+    def step(self, tokens: Int[Tensor, " batch"]) -> None:
+        """Append one token to each row and compute the logits of the next."""
+        self._length += 1
+        if self._length > self._mask.shape[1]:
+            self._mask = torch.nn.functional.pad(self._mask, (0, _SPARE_TOKENS), value=1)
+        output = self._model(
+            input_ids=tokens.unsqueeze(-1),
+            attention_mask=self._mask[:, : self._length],
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._positions = self._positions + 1
+        self.logits = output.logits[:, -1]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows."""
+        chosen = torch.tensor(rows, device=self._mask.device)
+        self._mask, self._positions, self.logits = self._mask[chosen], self._positions[chosen], self.logits[chosen]
+        self._cache.batch_select_indices(chosen)
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], length: int, device: torch.device
+) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+    """Token ids and mask; padding is token 0, which the mask hides."""
+    ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _prefill(
+    model: PreTrainedModel, ids: Int[Tensor, "batch token"], mask: Int[Tensor, "batch token"]
+) -> tuple[Float[Tensor, "batch vocab"], DynamicCache]:
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    rows = max(1, PREFILL_TOKENS // ids.shape[1])
+    outputs = [
+        model(input_ids=part, attention_mask=part_mask, position_ids=part_positions, use_cache=True, logits_to_keep=1)
+        for part, part_mask, part_positions in zip(
+            ids.split(rows), mask.split(rows), positions.split(rows), strict=True
+        )
+    ]
+    logits = torch.cat([output.logits[:, -1] for output in outputs])
+    return logits, _join([output.past_key_values for output in outputs])
+
+
+def _join(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache of all rows; its full-attention layers get room to grow."""
+    joined = caches[0]
+    for index, layer in enumerate(joined.layers):
+        layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
+        layer.values = torch.cat([cache.layers[index].values for cache in caches])
+    joined.layers = [layer if layer.is_sliding else GrowingLayer(layer.keys, layer.values) for layer in joined.layers]
+    return joined
+
+
+class GrowingLayer(DynamicLayer):
+    """A full-attention cache layer with spare room, so that a step writes one token instead of copying all of them."""
+
+    def __init__(
+        self, keys: Float[Tensor, "batch head token dim"], values: Float[Tensor, "batch head token dim"]
+    ) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._show(_with_room(keys), _with_room(values), keys.shape[2])
+
+    def _show(self, key_room: Tensor, value_room: Tensor, length: int) -> None:
+        self._key_room, self._value_room = key_room, value_room
+        self.keys, self.values = key_room[:, :, :length], value_room[:, :, :length]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new states and return all of them."""
+        before, length = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if length > self._key_room.shape[2]:
+            self._key_room, self._value_room = _with_room(self.keys), _with_room(self.values)
+        self._key_room[:, :, before:length] = key_states
+        self._value_room[:, :, before:length] = value_states
+        self._show(self._key_room, self._value_room, length)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Int[Tensor, " batch"]) -> None:
+        """Keep these rows."""
+        self._show(self._key_room[indices], self._value_room[indices], self.keys.shape[2])
+
+
+def _with_room(states: Tensor) -> Tensor:
+    batch, heads, length, dim = states.shape
+    room = states.new_empty(batch, heads, length + _SPARE_TOKENS, dim)
+    room[:, :, :length] = states
+    return room

@@ -1,0 +1,58 @@
+"""What all pictures share: one colour per model, one look, and PNG as bytes."""
+
+import io
+from collections.abc import Iterable
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+PARENT = "#5b6470"
+CHILD = "#0072b2"
+CHOSEN = "#00a5e0"
+RIVALS = {"greedy": "#d55e00", "uniform": "#009e73", "random": "#cc79a7", "max_parameters": "#e69f00"}
+OTHER = "#8a8a8a"
+GRID = "#e4e6ea"
+_FULL = "#12355b"
+_WINDOWS = ("#f2c879", "#7fb6a4", "#3f8fb5", "#6a6fb0")
+_DPI = 130
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches, that lays itself out."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def tidy(axes: Axes) -> None:
+    """Take away what is not data: the upper and right frame; add a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def window_colours(windows: Iterable[int | None]) -> dict[int | None, str]:
+    """A colour for every distinct window, short ones light, full attention dark."""
+    distinct = sorted({window for window in windows if window is not None})
+    last = max(1, len(distinct) - 1)
+    colours: dict[int | None, str] = {
+        window: _WINDOWS[round(place / last * (len(_WINDOWS) - 1))] for place, window in enumerate(distinct)
+    }
+    return colours | {None: _FULL}
+
+
+def window_name(window: int | None) -> str:
+    """A window in words."""
+    return "full attention" if window is None else f"window of {window}"
+
+
+def rival_colour(name: str) -> str:
+    """The colour of a way to choose blocks."""
+    return RIVALS.get("random" if name.startswith("random") else name, OTHER)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The picture, without anything that depends on when it was made."""
+    content = io.BytesIO()
+    with rc_context({"font.size": 10}):
+        figure.savefig(content, format="png", dpi=_DPI, metadata={"Software": None})
+    return content.getvalue()

@@ -1,0 +1,229 @@
+"""What a report is made of: the outputs of the stages before it, read into values."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moesaic.architecture import Architecture, Block
+from moesaic.configs import Effort
+from moesaic.costs import CostTable
+from moesaic.errors import ArtifactError
+
+EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An assembly of ``architecture.json``: its blocks, its damage and what the cost table predicts of it."""
+
+    name: str
+    architecture: Architecture
+    damage: float
+    parameters: int
+    num_experts: int
+    memory_mib: Mapping[str, float]
+    throughput_tokens_per_s: Mapping[str, float]
+    status: str
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task at one effort, or the mean over all tasks."""
+
+    accuracy: float
+    tokens_per_request: float
+    truncated: float
+
+
+@dataclass(frozen=True)
+class EffortResult(TaskResult):
+    """The suite at one effort, and its tasks by name."""
+
+    tasks: Mapping[str, TaskResult]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An ``evaluation.json``."""
+
+    name: str
+    parameters: int
+    efforts: Mapping[Effort, EffortResult]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of repeats, with the smallest and the largest."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What a measurement was made at."""
+
+    input_tokens: int
+    output_tokens: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of one model at one setting."""
+
+    tokens_per_s: Spread
+    prefill_ms: Spread
+    decode_ms: Spread
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Parent and child at one setting."""
+
+    setting: Setting
+    parent: Speed
+    child: Speed
+
+    @property
+    def speedup(self) -> float:
+        """Of output-token throughput, by medians."""
+        return self.child.tokens_per_s.median / self.parent.tokens_per_s.median
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What replacing one block does to the parent, on short and on long context, by the metric of the search."""
+
+    layer: int
+    block: Block
+    short: float
+    long: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the page shows."""
+
+    ranking: Sequence[Sequence[int]]
+    """Per layer the experts, most important first."""
+    criterion: str
+    metric: str
+    damages: Sequence[Damage]
+    costs: CostTable
+    parent: Solution
+    candidates: Mapping[str, Solution]
+    skipped: Mapping[str, str]
+    swept: str
+    frontier: Sequence[Solution]
+    evaluation_parent: Evaluation
+    evaluation_child: Evaluation
+    baselines: Sequence[Evaluation]
+    hardware: Mapping[str, Any]
+    pairs: Sequence[Pair]
+
+    @property
+    def child(self) -> Solution:
+        """The candidate that became the child."""
+        return self.candidates[self.evaluation_child.name]
+
+    @property
+    def efforts(self) -> list[Effort]:
+        """The efforts at which both models were evaluated, lowest first."""
+        both = self.evaluation_parent.efforts.keys() & self.evaluation_child.efforts.keys()
+        return [effort for effort in EFFORTS if effort in both]
+
+
+def read_evidence(
+    *,
+    ranking: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    costs: str,
+    architecture: Mapping[str, Any],
+    evaluation_parent: Mapping[str, Any],
+    evaluation_child: Mapping[str, Any],
+    baselines: Sequence[Mapping[str, Any]],
+    measurements: Mapping[str, Any],
+) -> Evidence:
+    """Read the stages' JSON, and check that it fits together.
+
+    Raises:
+        ArtifactError: if something is missing, or the child evaluated is none of the candidates.
+    """
+    try:
+        evidence = Evidence(
+            ranking=[layer["order"] for layer in ranking["layers"]],
+            criterion=ranking["criterion"],
+            metric=scores["metric"],
+            damages=[_read_damage(row, scores["metric"]) for row in scores["rows"]],
+            costs=CostTable.from_json(costs),
+            parent=_read_solution("parent", architecture["parent"]),
+            candidates={name: _read_solution(name, entry) for name, entry in architecture["candidates"].items()},
+            skipped=architecture.get("skipped", {}),
+            swept=architecture["swept"],
+            frontier=[_read_solution("frontier", entry) for entry in architecture["frontier"]],
+            evaluation_parent=_read_evaluation(evaluation_parent),
+            evaluation_child=_read_evaluation(evaluation_child),
+            baselines=[_read_evaluation(entry) for entry in baselines],
+            hardware=measurements["hardware"],
+            pairs=list(_read_pairs(measurements["points"])),
+        )
+    except (KeyError, TypeError) as broken:
+        raise ArtifactError(f"an input of the report cannot be read ({broken!r}); run its stage again") from broken
+    _check(evidence)
+    return evidence
+
+
+def _check(evidence: Evidence) -> None:
+    for evaluation in (evidence.evaluation_child, *evidence.baselines):
+        if evaluation.name not in evidence.candidates:
+            known = ", ".join(evidence.candidates)
+            raise ArtifactError(f"the evaluation of {evaluation.name!r} is of none of the candidates found: {known}")
+    if not evidence.efforts:
+        raise ArtifactError("parent and child were evaluated at no common effort; evaluate both with the same config")
+    if not evidence.pairs:
+        raise ArtifactError("measurements.json holds no point of both models; run benchmark again")
+
+
+def _read_solution(name: str, entry: Mapping[str, Any]) -> Solution:
+    return Solution(
+        name=name,
+        architecture=Architecture.of(Block.from_config(block) for block in entry["blocks"]),
+        damage=entry["damage"],
+        parameters=entry["parameters"],
+        num_experts=entry["num_experts"],
+        memory_mib=entry["memory_mib"],
+        throughput_tokens_per_s=entry["throughput_tokens_per_s"],
+        status=entry["status"],
+    )
+
+
+def _read_damage(row: Mapping[str, Any], metric: str) -> Damage:
+    return Damage(row["layer"], Block(row["num_experts"], row["window"]), row["short"][metric], row["long"][metric])
+
+
+def _read_evaluation(entry: Mapping[str, Any]) -> Evaluation:
+    efforts = {
+        effort: EffortResult(
+            **_result(entry["efforts"][effort]),
+            tasks={task: TaskResult(**_result(found)) for task, found in entry["efforts"][effort]["tasks"].items()},
+        )
+        for effort in EFFORTS
+        if effort in entry["efforts"]
+    }
+    return Evaluation(entry["name"], entry["parameters"], efforts)
+
+
+def _result(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {key: entry[key] for key in ("accuracy", "tokens_per_request", "truncated")}
+
+
+def _read_pairs(points: Sequence[Mapping[str, Any]]) -> Iterator[Pair]:
+    speeds: dict[Setting, dict[str, Speed]] = {}
+    for point in points:
+        setting = Setting(point["input_tokens"], point["output_tokens"], point["batch_size"])
+        speed = Speed(*(Spread(**point[key]) for key in ("tokens_per_s", "prefill_ms", "decode_ms")))
+        speeds.setdefault(setting, {})[point["model"]] = speed
+    for setting, found in sorted(speeds.items()):
+        yield Pair(setting, found["parent"], found["child"])
