@@ -14,7 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
-Kind = Literal["cut request", "cut response", "status", "slow", "hang", "corrupt request", "corrupt response"]
+Kind = Literal[
+    "cut request", "cut response", "status", "slow", "hang", "corrupt request", "corrupt response", "drop response"
+]
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and kind == "slow":
             time.sleep(fault.seconds)
         status, headers, content = self._ask(body, self._request.headers)
+        if kind == "drop response":
+            return self._cut()
         if kind == "corrupt response":
             content = _corrupted(content)
         if kind == "cut response":

@@ -49,6 +49,10 @@ def is_range(index: int) -> Callable[[Request], bool]:
     return lambda request: (request.range or "").startswith(f"bytes={index * PART_BYTES}-")
 
 
+def is_commit(request: Request) -> bool:
+    return request.method == "PUT" and "/manifests/" in request.path
+
+
 def assert_same(tree: Path, model: Path) -> None:
     for path in model.iterdir():
         assert (tree / path.name).read_bytes() == path.read_bytes()
@@ -263,6 +267,26 @@ def test_a_manifest_is_committed_on_condition_that_there_is_none(store: Store, m
     store.root.write(key, b"another writer was slower")
     assert store.root.read(key) == before
     assert [one.status for one in proxy.log if one.method == "PUT"][-1] == 412
+
+
+def test_a_conflict_while_committing_is_tried_again(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    """S3 answers so while another conditional write is under way, which may fail in the end."""
+    proxy.faults.append(Fault("status", is_commit, status=409, code="ConditionalRequestConflict"))
+    manifest = add(store, model)
+    assert elsewhere.manifest(manifest.id) == manifest
+    proxy.faults.append(Fault("status", is_commit, times=100, status=409, code="ConditionalRequestConflict"))
+    with pytest.raises(StageError, match="in conflict with others again and again"):
+        store.add_file(model / "config.json", "dataset", format="x", producer="test")
+
+
+def test_a_commit_whose_answer_is_lost_is_done(store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy) -> None:
+    proxy.faults.append(Fault("drop response", lambda one: one.method == "POST" and "uploadId" in one.path))
+    proxy.faults.append(Fault("drop response", is_commit))
+    manifest = add(store, model)
+    assert [fault.times for fault in proxy.faults] == [0, 0]
+    assert_same(elsewhere.materialize(elsewhere.manifest(manifest.id)), model)
 
 
 def test_a_tampered_object_is_never_handed_out(

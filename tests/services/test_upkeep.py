@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.configs import IngestConfig
 from moesaic.errors import ArtifactError
@@ -180,7 +181,23 @@ class Artifact:
     path: str
 
 
-def test_a_stage_reads_its_inputs_from_a_bucket(
+def choose_first_experts(directory: Path, parent: Path, num_experts: int) -> dict[str, Artifact]:
+    """A ranking and an architecture as their stages would write them."""
+    whole = Checkpoint.open(parent).architecture
+    experts = whole.blocks[0].num_experts
+    layer = {"order": list(range(experts)), "scores": [0.0] * experts}
+    blocks = [block.as_config() | {"num_local_experts": num_experts} for block in whole.blocks]
+    contents = {
+        "ranking": {"criterion": "random", "num_tokens": 1, "layers": [layer] * whole.num_layers},
+        "architecture": {"candidates": {"puzzle": {"blocks": blocks}}},
+    }
+    for name, content in contents.items():
+        (directory / name).mkdir()
+        (directory / name / f"{name}.json").write_text(json.dumps(content))
+    return {name: Artifact(str(directory / name)) for name in contents}
+
+
+def test_stages_read_from_a_bucket_and_write_to_it(
     address: str, options: S3Options, tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOESAIC_STORE", address)
@@ -196,4 +213,9 @@ def test_a_stage_reads_its_inputs_from_a_bucket(
     run_stage("ingest", config.to_json(), {}, outputs)
     assert Manifest.read(tmp_path / "out" / "parent").id == model
     assert json.loads((tmp_path / "out" / "parent" / "record.json").read_text())["metrics"]["tests_rows"] == 1
+    inputs = {"parent": outputs["parent"]} | choose_first_experts(tmp_path, tiny_parent, 4)
+    run_stage("prune_model", "{}", inputs, {"child": Artifact(str(tmp_path / "child"))})
+    (tmp_path / "cache").rename(tmp_path / "lost")
+    child = Checkpoint.open(Store.at(address, options).materialize(Manifest.read(tmp_path / "child")))
+    assert [block.num_experts for block in child.architecture.blocks] == [4] * 4
     assert not (tmp_path / "s3:").exists() and not Path("s3:").exists()

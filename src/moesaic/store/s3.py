@@ -6,6 +6,7 @@ Finding out whether a key exists needs the right to list the bucket.
 
 import base64
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,21 +93,11 @@ class S3Root:
 
     def write(self, key: str, content: bytes) -> None:
         """See :class:`Root`; of two writers at once the first one's content stays."""
-        checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
-        with explained_failures(self.address):
-            try:
-                self.client.put_object(
-                    Bucket=self.bucket,
-                    Key=self._full(key),
-                    Body=content,
-                    ChecksumSHA256=checksum,
-                    IfNoneMatch="*",
-                    **self.options.encryption,
-                )
-            except ClientError as failure:
-                # 409: another conditional write of this key is under way, and it is by another writer of the same.
-                if status_of(failure) not in (409, 412):
-                    raise
+        for _ in range(self.options.attempts):
+            if self._put_new(key, content) or self.size(key) is not None:
+                return
+            time.sleep(self.options.retry_delay_s)  # Another writer of this key has begun, and may yet fail.
+        raise StageError(f"writes of {key} to {self.address} were in conflict with others again and again; run again")
 
     def put_file(self, key: str, source: Path, sha256: str, *, move: bool) -> None:
         """See :class:`Root`; a moved file goes on into the cache, where the next stage finds it."""
@@ -182,6 +173,25 @@ class S3Root:
             if status_of(failure) == 404:
                 raise missing_bucket(self.address) from failure
             raise
+
+    def _put_new(self, key: str, content: bytes) -> bool:
+        """Whether the object was made; False if there is or may soon be one."""
+        checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        with explained_failures(self.address):
+            try:
+                self.client.put_object(
+                    Bucket=self.bucket,
+                    Key=self._full(key),
+                    Body=content,
+                    ChecksumSHA256=checksum,
+                    IfNoneMatch="*",
+                    **self.options.encryption,
+                )
+            except ClientError as failure:
+                if status_of(failure) not in (409, 412):
+                    raise
+                return False
+        return True
 
     def _unfinished(self, upload: Any) -> Item:
         pages = self.client.get_paginator("list_parts").paginate(
