@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
@@ -245,6 +246,42 @@ def test_writers_at_once_leave_a_readable_store(
         manifests = list(pool.map(lambda one: add(one, model), writers))
     assert len({manifest.id for manifest in manifests}) == 1
     assert_same(elsewhere.materialize(manifests[0], verify=True), model)
+
+
+def test_an_upload_that_is_aborted_meanwhile_begins_again(
+    store: Store, elsewhere: Store, model: Path, client: Any, proxy: FaultyProxy
+) -> None:
+    aborted: list[str] = []
+
+    def abort(request: Request) -> bool:
+        if request.part == 6 and not aborted:
+            place, query = urlsplit(request.path).path, parse_qs(urlsplit(request.path).query)
+            _, bucket, key = place.split("/", 2)
+            aborted.extend(query["uploadId"])
+            client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=aborted[0])
+        return False
+
+    proxy.faults.append(Fault("status", abort))
+    assert_same(elsewhere.materialize(add(replace_options(store, connections=1), model)), model)
+    assert proxy.parts_sent() == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
+
+
+def test_an_upload_that_another_writer_completes_is_done(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy, s3_server: tuple[str, int]
+) -> None:
+    others = replace_options(store, endpoint_url=f"http://{s3_server[0]}:{s3_server[1]}")
+    added: list[Manifest] = []
+
+    def overtake(request: Request) -> bool:
+        if request.part == 4 and not added:
+            added.append(add(others, model))
+        return False
+
+    proxy.faults.append(Fault("status", overtake))
+    manifest = add(replace_options(store, connections=1), model)
+    assert added == [manifest]
+    assert proxy.parts_sent() == [1, 2, 3]
+    assert_same(elsewhere.materialize(manifest), model)
 
 
 def test_readers_at_once_share_one_download(store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy) -> None:
