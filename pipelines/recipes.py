@@ -50,9 +50,9 @@ def tiny_cpu() -> SearchRecipe:
         search_architecture=SearchArchitectureConfig(
             limits={
                 "long": Limits(memory_ratio=0.45, throughput_ratio=1.1),
-                "short": Limits(memory_ratio=0.8),
+                "short": Limits(memory_ratio=0.85),
             },
-            max_experts_ratio=0.75,
+            max_experts_ratio=0.7,
             min_windowed_share=1 / 3,
         ),
         prune_model=PruneModelConfig(),

@@ -1,4 +1,4 @@
-"""Attention and experts for training gpt-oss on one CPU core, registered with transformers' own interfaces.
+"""Attention and experts for training gpt-oss on packed rows, fast on one CPU core, through transformers' interfaces.
 
 The model class stays `GptOssForCausalLM`: only the two replaceable functions change. Both compute what the eager
 functions compute (a test compares outputs and gradients).
@@ -49,6 +49,26 @@ class SinkAttention(torch.autograd.Function):
         return *grads, grad_sinks, None, None
 
 
+def plain_sink_attention(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """What SinkAttention computes, from its definition: for devices without the CPU kernel."""
+    logits = query @ key.mT * scale
+    logits = logits + (mask if mask is not None else causal_mask(logits.new_zeros(1, query.shape[2])))
+    sink = sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+    probabilities = torch.cat((logits, sink), -1).softmax(-1)[..., :-1]
+    return probabilities @ value
+
+
+def sink_attention(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """The flash kernel on CPU, the definition elsewhere."""
+    attend = SinkAttention.apply if query.device.type == "cpu" else plain_sink_attention
+    output: Tensor = attend(query, key, value, sinks, mask, scale)
+    return output
+
+
 def window_blocks(keys: Tensor, window: int) -> Tensor:
     """[batch, head, time, dim] -> [batch * block, head, window + QUERY_BLOCK, dim]: what each query block may see."""
     batch, heads, time, dim = keys.shape
@@ -88,7 +108,7 @@ def window_attention(
         query.view(batch, heads, num_blocks, QUERY_BLOCK, dim).transpose(1, 2).reshape(-1, heads, QUERY_BLOCK, dim)
     )
     mask = window_mask(documents, window)
-    output = SinkAttention.apply(queries, window_blocks(key, window), window_blocks(value, window), sinks, mask, scale)
+    output = sink_attention(queries, window_blocks(key, window), window_blocks(value, window), sinks, mask, scale)
     return output.view(batch, num_blocks, heads, QUERY_BLOCK, dim).transpose(1, 2).reshape(batch, heads, time, dim)
 
 
@@ -109,7 +129,7 @@ def fast_attention(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if sliding_window is None:
         mask = None if documents is None else causal_mask(documents)
-        output = SinkAttention.apply(query, key, value, s_aux, mask, scaling)
+        output = sink_attention(query, key, value, s_aux, mask, scaling)
     else:
         if documents is None:
             documents = query.new_zeros(query.shape[0], query.shape[2], dtype=torch.long)

@@ -27,11 +27,10 @@ def reasoner_config() -> GptOssConfig:
 
 
 def build_model(seed: int, device: str) -> GptOssForCausalLM:
-    """Freshly initialised, in float32, with the fast layers on CPU (the CUDA device keeps transformers' own)."""
+    """Freshly initialised, in float32, with the layers that know packed rows."""
     torch.manual_seed(seed)
     model = GptOssForCausalLM(reasoner_config()).to(device)
-    if device == "cpu":
-        use_fast_layers(model)
+    use_fast_layers(model)
     return model
 
 

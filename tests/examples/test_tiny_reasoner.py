@@ -220,6 +220,21 @@ def test_fast_layers_equal_eager_ones(lively_model: GptOssForCausalLM) -> None:
         assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-9, name
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_flash_kernel_computes_the_definition(packed: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(2, 3, 12, 8, generator=generator) for _ in range(3)] + [torch.randn(3, generator=generator)]
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    mask = fast_layers.causal_mask(documents) if packed else None
+    found = []
+    for attend in (fast_layers.SinkAttention.apply, fast_layers.plain_sink_attention):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = attend(*leaves, mask, 0.3)
+        found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for flash, plain in zip(*found, strict=True):
+        torch.testing.assert_close(flash, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_window_attention_needs_whole_blocks() -> None:
     query = torch.zeros(1, 1, fast_layers.QUERY_BLOCK + 1, 4)
     with pytest.raises(ValueError, match="multiple"):
