@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -115,8 +114,9 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def peak_memory_mib() -> float:
-    """The most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most memory this process has held so far; unlike ``ru_maxrss``, nothing of what started it is counted."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _processor() -> str:
