@@ -97,7 +97,7 @@ def test_config_round_trip() -> None:
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"num_hidden_layers": 35, "layer_types": ["full_attention"] * 36}, "35 layers but lists 36"),
-        ({"num_local_experts": 3}, "3 experts, fewer than the 4"),
+        ({"num_local_experts": 3}, "3 experts, fewer than a token's 4"),
     ],
 )
 def test_wrong_configs_are_refused(change: dict[str, object], message: str) -> None:
