@@ -7,6 +7,13 @@ from rich.table import Table
 
 _TOO_FINE = ("tasks", "truncated")
 """Left to the report page."""
+_WORDS = {
+    "efforts": "effort",
+    "memory_mib": "memory [MiB],",
+    "kv_mib_per_request": "KV cache [MiB] per request,",
+    "throughput": "tokens/s,",
+}
+"""What the summary's keys are called in the table, where they are not words themselves."""
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Table:
@@ -34,7 +41,7 @@ def _pairs(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Mappin
     for name, value in values.items():
         if not isinstance(value, Mapping) or name in _TOO_FINE:
             continue
-        words = f"{prefix}{name.replace('_', ' ')}"
+        words = f"{prefix}{_WORDS.get(name, name.replace('_', ' '))}"
         if all(isinstance(value.get(model), int | float) for model in ("parent", "child")):
             yield words, value
         else:

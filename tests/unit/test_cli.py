@@ -134,7 +134,7 @@ def test_a_report_shows_the_comparison_and_where_things_are(tmp_path: Path, caps
     assert main(["report", str(tmp_path)]) == 0
     lines = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert ["parameters", "2,700,000", "1,800,000", "0.667"] in lines
-    assert ["efforts high accuracy", "0.95", "0.9", "0.947"] in lines
+    assert ["effort high accuracy", "0.95", "0.9", "0.947"] in lines
     assert ["random", "7.25", "96", "not measured"] in lines
 
 
