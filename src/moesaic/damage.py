@@ -1,4 +1,4 @@
-"""How far a changed model is from its parent on measured tokens (paper.md section 5).
+"""How far a changed model is from its parent on measured tokens (paper B, its block scores; paper A).
 
 With h the parent's final-norm hidden state at a measured token, h' the child's, p and p' their next-token distributions
 and t the token that follows::

@@ -1,4 +1,4 @@
-"""Request-level efficiency, accuracy retention and their frontier (paper A, section 1 of the design's ``paper.md``).
+"""Request-level efficiency, accuracy retention and their frontier (paper A, its first figure).
 
     R(model, effort, kv) = T_max(model, kv) / N(model, effort)              [requests per second]
 

@@ -1,4 +1,4 @@
-"""The order in which a layer's experts matter (paper.md section 3; paper A gives no formula, these are our candidates).
+"""The order in which a layer's experts matter (paper A, expert pruning; these formulas are ours).
 
 With z the router's logits of a token, S its top-k experts, w = softmax(z[S]) and f_e(x) the output of expert e::
 

@@ -88,7 +88,7 @@ def whole_forward(checkpoint: Checkpoint, tokens: Tensor, layer: int, variant: V
 
 
 def naive_metrics(checkpoint: Checkpoint, probes: list[Probe], layer: int, variant: Variant) -> dict[str, float]:
-    """The formulas of paper.md section 5, token by token."""
+    """The formulas of ``moesaic.damage``, token by token."""
     head = blocks.load_head(checkpoint).weight
     rows = []
     for probe in probes:
