@@ -1,4 +1,4 @@
-"""What a block costs, and what an assembly of blocks costs (paper A, sections on cost; paper B, section on search).
+"""What a block costs, and what an assembly of blocks costs (paper B, its MIP).
 
 Weights and KV cache of a block follow from shapes alone. With ``B`` concurrent requests of ``s`` tokens::
 

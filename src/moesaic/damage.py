@@ -1,9 +1,9 @@
-"""How far a changed model is from its parent on measured tokens (paper B, its block scores; paper A).
+"""How far a changed model is from its parent on measured tokens (paper B, its block scores).
 
 With h the parent's final-norm hidden state at a measured token, h' the child's, p and p' their next-token distributions
 and t the token that follows::
 
-    hidden_mse = sum ||h' - h||^2 / sum ||h||^2     (mse(child, parent) / mse(parent, 0); paper A's metric, the default)
+    hidden_mse = sum ||h' - h||^2 / sum ||h||^2     (mse(child, parent) / mse(parent, 0); activation MSE, the default)
     kl         = mean KL(p || p')                   (nats; paper B's best)
     lm_loss    = mean (log p[t] - log p'[t])        (nats; the increase over the parent's loss)
     cosine     = mean (1 - cos(h, h'))

@@ -1,4 +1,4 @@
-"""The limits of a search in linear form (paper B, the constraints of its MIP; paper A, several workloads at once).
+"""The limits of a search in linear form (paper B, the constraints of its MIP).
 
 Every limit reads ``fixed + sum_i usage[i, choice_i] <= bound``. A throughput limit is linear in runtime: with ``N``
 output tokens of all concurrent requests, ``N / runtime >= t`` is ``runtime <= N / t``, runtime being the prompts'

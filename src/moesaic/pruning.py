@@ -1,4 +1,4 @@
-"""Cutting a child's block out of its parent's (paper A: experts are removed, nothing is retrained here).
+"""Cutting a child's block out of its parent's (paper A: experts are removed; training comes later).
 
 A child layer with ``n`` experts keeps the ``n`` best of the layer's ranking, in their original order. Every tensor
 whose first axis counts experts (packed weights, their scales and biases, router rows) loses the other rows; nothing is

@@ -1,4 +1,4 @@
-"""Replace-one-block scoring (paper A; paper B, the scores of its block library).
+"""Replace-one-block scoring (paper B, the scores of its block library).
 
 Exactly one block of the parent is replaced by one variant and the rest runs unchanged; ``moesaic.damage`` measures what
 changed. The damage of an architecture is the sum over its blocks of ``short + long_weight * long``.

@@ -1,4 +1,4 @@
-"""The search: least total damage under all limits at once (paper A, section on search; paper B, MIP and diversity).
+"""The search: least total damage under all limits at once (paper B, its MIP and diverse solutions).
 
     min_x sum_i damage[i, choice_i]    subject to the limits of every named workload
 
@@ -6,7 +6,7 @@ solved by :mod:`moesaic.solver`. A further solution may share at most ``floor(di
 earlier one. The frontier sweeps one limit, the throughput of the first workload (parameters without workloads), from
 what the least damage reaches to the most that is reachable, all other limits kept.
 
-Departure from paper B: workloads' limits hold together instead of one batch size after the other (paper A). With two
+Departure from paper B: workloads' limits hold together instead of one batch size after the other, as in NVIDIA's later code. With two
 variants per layer and equal savings the program is a mere sort by damage; ``is_sorting`` tells when it happens.
 """
 
