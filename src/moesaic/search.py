@@ -6,8 +6,8 @@ solved by :mod:`moesaic.solver`. A further solution may share at most ``floor(di
 earlier one. The frontier sweeps one limit, the throughput of the first workload (parameters without workloads), from
 what the least damage reaches to the most that is reachable, all other limits kept.
 
-Departure from paper B: workloads' limits hold together instead of one batch size after the other, as in NVIDIA's later code. With two
-variants per layer and equal savings the program is a mere sort by damage; ``is_sorting`` tells when it happens.
+Departure from paper B: workloads' limits hold together instead of one batch size after the other. With two variants
+per layer and equal savings the program is a mere sort by damage; ``is_sorting`` tells when it happens.
 """
 
 import math
