@@ -1,6 +1,7 @@
 """The child is a standard checkpoint: exact where nothing was cut, loadable everywhere, consistent when it decodes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from moesaic import gpt_oss
 from moesaic.architecture import Architecture, Block
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import PruneModelConfig
-from moesaic.errors import ConfigError
+from moesaic.errors import ArtifactError, ConfigError
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.stages import prune_model
 
@@ -19,11 +20,13 @@ MIXED = Architecture.of([Block(8, 8), Block(5, 16), Block(2, 8), Block(8)])
 ORDER = [3, 1, 7, 0, 2, 6, 5, 4]
 
 
-def _prune(parent: Path, architecture: Architecture, directory: Path, candidate: str = "puzzle") -> Path:
+def _prune(
+    parent: Path, architecture: Architecture, directory: Path, candidate: str = "puzzle", order: Sequence[int] = ORDER
+) -> Path:
     inputs = {name: directory / name for name in ("ranking", "architecture", "child", "scratch")}
     for path in inputs.values():
         path.mkdir(parents=True)
-    (inputs["ranking"] / "ranking.json").write_text(json.dumps({"layers": [{"order": ORDER}] * 4}))
+    (inputs["ranking"] / "ranking.json").write_text(json.dumps({"layers": [{"order": order}] * 4}))
     blocks = [block.as_config() for block in architecture.blocks]
     (inputs["architecture"] / "architecture.json").write_text(
         json.dumps({"candidates": {"puzzle": {"blocks": blocks}}, "skipped": {"uniform": "no uniform fits"}})
@@ -140,6 +143,15 @@ def test_child_loads_in_plain_transformers_with_its_own_code(child: Path, child_
 def test_a_skipped_candidate_is_refused_with_its_reason(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'uniform'.*no uniform fits.*choose one of puzzle"):
         _prune(tiny_parent, MIXED, tmp_path, candidate="uniform")
+    assert list((tmp_path / "child").iterdir()) == []
+
+
+def test_a_ranking_of_another_model_is_refused(
+    tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ORDER", ORDER[:-1])
+    with pytest.raises(ArtifactError, match="is not of the parent"):
+        _prune(tiny_parent, MIXED, tmp_path)
     assert list((tmp_path / "child").iterdir()) == []
 
 

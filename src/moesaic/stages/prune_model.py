@@ -10,9 +10,10 @@ from moesaic import gpt_oss
 from moesaic.architecture import Architecture, Block
 from moesaic.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.configs import PruneModelConfig
-from moesaic.errors import ArtifactError, ConfigError
+from moesaic.errors import ConfigError
 from moesaic.progress import track
 from moesaic.pruning import kept_experts, prune_layer
+from moesaic.stages.payloads import read_json, read_orders
 
 PRUNING = "pruning.json"
 """The file in a child checkpoint that names the candidate and, per layer, the parent's experts it kept."""
@@ -37,7 +38,8 @@ def run(
     whole = Checkpoint.open(parent)
     child = _read_candidate(architecture / "architecture.json", config.candidate)
     child.check_child_of(whole.architecture)
-    kept = _choose_experts(ranking / "ranking.json", child)
+    orders = read_orders(ranking / "ranking.json", whole.architecture)
+    kept = [kept_experts(order, block.num_experts) for order, block in zip(orders, child.blocks, strict=True)]
     pruning = scratch / PRUNING
     pruning.write_text(json.dumps({"candidate": config.candidate, "kept_experts": kept}) + "\n")
     companions = sorted(path for pattern in _COMPANIONS for path in parent.glob(pattern))
@@ -59,7 +61,7 @@ def run(
 
 
 def _read_candidate(path: Path, name: str) -> Architecture:
-    found = json.loads(path.read_text())
+    found = read_json(path)
     if name not in found["candidates"]:
         reason = found.get("skipped", {}).get(name)
         allowed = ", ".join(found["candidates"])
@@ -67,15 +69,6 @@ def _read_candidate(path: Path, name: str) -> Architecture:
             f"candidate {name!r} is not in {path.name} ({reason or 'unknown name'}); choose one of {allowed}"
         )
     return Architecture.of(Block.from_config(entry) for entry in found["candidates"][name]["blocks"])
-
-
-def _choose_experts(path: Path, child: Architecture) -> list[tuple[int, ...]]:
-    orders = [layer["order"] for layer in json.loads(path.read_text())["layers"]]
-    if len(orders) != child.num_layers:
-        raise ArtifactError(
-            f"{path.name} ranks {len(orders)} layers, the architecture has {child.num_layers}; rerun rank_experts"
-        )
-    return [kept_experts(order, block.num_experts) for order, block in zip(orders, child.blocks, strict=True)]
 
 
 def _shards(parent: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, Tensor]]]:

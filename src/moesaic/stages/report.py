@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.configs import ReportConfig
-from moesaic.errors import ArtifactError
 from moesaic.report.evidence import read_evidence
 from moesaic.report.findings import summarize
 from moesaic.report.page import draw_pictures, render_page
+from moesaic.stages.payloads import read_json, read_text
 
 
 def run(
@@ -28,14 +28,14 @@ def run(
 ) -> dict[str, float]:
     """Write ``report.html``, one PNG per picture and ``summary.json``."""
     evidence = read_evidence(
-        ranking=_read_json(ranking / "ranking.json"),
-        scores=_read_json(scores / "scores.json"),
-        costs=_read_text(costs / "costs.json"),
-        architecture=_read_json(architecture / "architecture.json"),
-        evaluation_parent=_read_json(evaluation_parent / "evaluation.json"),
-        evaluation_child=_read_json(evaluation_child / "evaluation.json"),
-        baselines=[_read_json(directory / "evaluation.json") for directory in baselines],
-        measurements=_read_json(measurements / "measurements.json"),
+        ranking=read_json(ranking / "ranking.json"),
+        scores=read_json(scores / "scores.json"),
+        costs=read_text(costs / "costs.json"),
+        architecture=read_json(architecture / "architecture.json"),
+        evaluation_parent=read_json(evaluation_parent / "evaluation.json"),
+        evaluation_child=read_json(evaluation_child / "evaluation.json"),
+        baselines=[read_json(directory / "evaluation.json") for directory in baselines],
+        measurements=read_json(measurements / "measurements.json"),
     )
     summary, pictures = summarize(evidence), draw_pictures(evidence)
     page = render_page(config.title, evidence, summary, pictures)
@@ -58,18 +58,3 @@ def _metrics(summary: dict[str, Any]) -> dict[str, float]:
     for context, found in summary["throughput"].items():
         metrics[f"speedup_{context.replace('/', '_')}"] = found["best"]["ratio"]
     return metrics
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as missing:
-        raise ArtifactError(f"{path} cannot be read ({missing.strerror}); give its stage's output") from missing
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(_read_text(path))
-    except ValueError as broken:
-        raise ArtifactError(f"{path} is not valid JSON: {broken}") from broken
-    return content

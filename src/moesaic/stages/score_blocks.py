@@ -32,6 +32,7 @@ from moesaic.scoring import (
     score_layer,
     total,
 )
+from moesaic.stages.payloads import read_orders
 
 Row = dict[str, Any]
 
@@ -99,23 +100,12 @@ def _choose_variants(space: SearchSpace, checkpoint: Checkpoint, ranking: Path) 
                 f"window {window} is not smaller than the parent's context of {checkpoint.shape.max_positions} tokens; "
                 "a window that covers everything is full attention, which is always on offer"
             )
-    orders = _read_orders(ranking, checkpoint)
+    orders = read_orders(ranking, checkpoint.architecture)
     offers = [variants_of(own, space, checkpoint.shape.experts_per_token) for own in checkpoint.architecture.blocks]
     return [
         [Variant(block, kept_experts(order, block.num_experts)) for block in offer]
         for offer, order in zip(offers, orders, strict=True)
     ]
-
-
-def _read_orders(path: Path, checkpoint: Checkpoint) -> list[list[int]]:
-    try:
-        orders = [layer["order"] for layer in json.loads(path.read_text())["layers"]]
-    except (OSError, ValueError, KeyError, TypeError) as broken:
-        raise ArtifactError(f"{path} is not a ranking ({broken!r}); give the output of rank_experts") from broken
-    expected = [list(range(block.num_experts)) for block in checkpoint.architecture.blocks]
-    if [sorted(order) for order in orders] != expected:
-        raise ArtifactError(f"{path} is not of the parent {checkpoint.directory}; run rank_experts on this parent")
-    return orders
 
 
 def _prepare(

@@ -15,6 +15,7 @@ from moesaic.errors import ArtifactError, InfeasibleError
 from moesaic.library import BlockLibrary
 from moesaic.progress import track
 from moesaic.search import Search, Solution
+from moesaic.stages.payloads import read_json, read_text
 
 ARCHITECTURE = "architecture.json"
 
@@ -27,8 +28,8 @@ def run(
     Candidates are ``puzzle``, the diverse ``puzzle-2``, ``puzzle-3``, ..., and the baselines ``greedy``, ``uniform``,
     ``max_parameters`` and ``random-<seed>``.
     """
-    table = CostTable.from_json(_read(costs / "costs.json"))
-    shape, blocks = gpt_oss.read_config(_json(parent / "config.json"))
+    table = CostTable.from_json(read_text(costs / "costs.json"))
+    shape, blocks = gpt_oss.read_config(read_json(parent / "config.json"))
     _check_parent(table, shape, blocks)
     search = Search.of(_read_library(scores / "scores.json", blocks, table), config)
     candidates, skipped = find_candidates(search)
@@ -78,7 +79,7 @@ def _check_parent(table: CostTable, shape: gpt_oss.ModelShape, blocks: Architect
 
 
 def _read_library(path: Path, parent: Architecture, table: CostTable) -> BlockLibrary:
-    content = _json(path)
+    content = read_json(path)
     try:
         scored = Architecture.of(Block.from_config(entry) for entry in content["parent"])
         damages = {
@@ -92,21 +93,6 @@ def _read_library(path: Path, parent: Architecture, table: CostTable) -> BlockLi
     if len(damages) < num_rows:
         raise ArtifactError(f"{path.name} scores the same block of a layer twice; run score_blocks again")
     return BlockLibrary.of(parent, damages, table)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as missing:
-        raise ArtifactError(f"{path} cannot be read ({missing.strerror}); give its stage's output") from missing
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(_read(path))
-    except ValueError as broken:
-        raise ArtifactError(f"{path} is not valid JSON: {broken}") from broken
-    return content
 
 
 def _describe(solution: Solution) -> dict[str, Any]:
