@@ -146,12 +146,9 @@ def test_a_skipped_candidate_is_refused_with_its_reason(tiny_parent: Path, tmp_p
     assert list((tmp_path / "child").iterdir()) == []
 
 
-def test_a_ranking_of_another_model_is_refused(
-    tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "ORDER", ORDER[:-1])
+def test_a_ranking_of_another_model_is_refused(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not of the parent"):
-        _prune(tiny_parent, MIXED, tmp_path)
+        _prune(tiny_parent, MIXED, tmp_path, order=ORDER[:-1])
     assert list((tmp_path / "child").iterdir()) == []
 
 
