@@ -5,16 +5,21 @@ from pathlib import Path
 
 from kfp import compiler
 
-from pipelines import MANIFESTS
-from pipelines.search import VERSION, search
+from pipelines import MANIFESTS, compress, search
 
 
-def compile_search(directory: Path = MANIFESTS) -> Path:
-    """Write ``search-<version>.yaml``."""
-    path = directory / f"search-{VERSION}.yaml"
-    compiler.Compiler().compile(search, str(path))
-    return path
+def compile_all(directory: Path = MANIFESTS) -> list[Path]:
+    """Write ``<name>-<version>.yaml`` for each."""
+    named = {
+        f"{compress.pipeline_name(rounds)}-{compress.VERSION}": compress.compress(rounds) for rounds in compress.ROUNDS
+    }
+    named[f"search-{search.VERSION}"] = search.search
+    paths = []
+    for name, pipeline in named.items():
+        paths.append(directory / f"{name}.yaml")
+        compiler.Compiler().compile(pipeline, str(paths[-1]))
+    return paths
 
 
 if __name__ == "__main__":
-    print(compile_search(), file=sys.stderr)
+    print(*compile_all(), sep="\n", file=sys.stderr)

@@ -1,8 +1,7 @@
 """The search: rank, score and cost every block, solve for the best child, assemble it, measure it, report.
 
-    ingest -> rank_experts -> score_blocks -+
-              measure_costs ----------------+-> search_architecture -> prune_model -> evaluate, benchmark -> report
-                                                (and prune_model -> evaluate for every baseline)
+    ingest -> assemble -> evaluate, benchmark -> report
+                 +-> prune_model -> evaluate, for every baseline
 
 Every stage's config is a parameter of its own, so that a change reruns that stage and what follows from it only.
 """
@@ -14,14 +13,10 @@ from kfp import dsl
 from components.benchmark.component import benchmark
 from components.evaluate.component import evaluate
 from components.ingest.component import ingest
-from components.measure_costs.component import measure_costs
-from components.prune_model.component import prune_model
-from components.rank_experts.component import rank_experts
 from components.report.component import report
-from components.score_blocks.component import score_blocks
-from components.search_architecture.component import search_architecture
+from pipelines.assembly import AssemblyConfigs, assemble, evaluate_rivals
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 
 class Outputs(NamedTuple):
@@ -47,44 +42,29 @@ def search(
     """Each ``*_config`` is a stage's config as JSON; ``version`` is the code's, a part of every task's cache key."""
     given = ingest(config=ingest_config, version=version).outputs
     parent, tests = given["parent"], given["tests"]
-    short, long = given["calibration_short"], given["calibration_long"]
-    ranking = rank_experts(config=rank_experts_config, version=version, parent=parent, calibration_short=short).outputs[
-        "ranking"
-    ]
-    scores = score_blocks(
-        config=score_blocks_config,
+    configs = AssemblyConfigs(
         version=version,
-        parent=parent,
-        ranking=ranking,
-        calibration_short=short,
-        calibration_long=long,
-    ).outputs["scores"]
-    costs = measure_costs(config=measure_costs_config, version=version, parent=parent).outputs["costs"]
-    found = search_architecture(
-        config=search_architecture_config, version=version, parent=parent, scores=scores, costs=costs
-    ).outputs
-    architecture = found["architecture"]
-    child = prune_model(
-        config=prune_model_config, version=version, parent=parent, ranking=ranking, architecture=architecture
-    ).outputs["child"]
+        rank_experts=rank_experts_config,
+        score_blocks=score_blocks_config,
+        measure_costs=measure_costs_config,
+        search_architecture=search_architecture_config,
+        prune_model=prune_model_config,
+    )
+    found = assemble(configs, parent, given["calibration_short"], given["calibration_long"])
     evaluation_parent = evaluate(config=evaluate_config, version=version, model=parent, tests=tests)
-    evaluation_child = evaluate(config=evaluate_config, version=version, model=child, tests=tests)
-    with dsl.ParallelFor(found["Output"]) as candidate:
-        pruned = prune_model(
-            config=candidate, version=version, parent=parent, ranking=ranking, architecture=architecture
-        )
-        baseline = evaluate(config=evaluate_config, version=version, model=pruned.outputs["child"], tests=tests)
-    measured = benchmark(config=benchmark_config, version=version, parent=parent, child=child)
+    evaluation_child = evaluate(config=evaluate_config, version=version, model=found.child, tests=tests)
+    baselines = evaluate_rivals(evaluate_config, version, parent, found, tests)
+    measured = benchmark(config=benchmark_config, version=version, parent=parent, child=found.child)
     page = report(
         config=report_config,
         version=version,
-        ranking=ranking,
-        scores=scores,
-        costs=costs,
-        architecture=architecture,
+        ranking=found.ranking,
+        scores=found.scores,
+        costs=found.costs,
+        architecture=found.architecture,
         evaluation_parent=evaluation_parent.outputs["evaluation"],
         evaluation_child=evaluation_child.outputs["evaluation"],
-        baselines=dsl.Collected(baseline.outputs["evaluation"]),
+        baselines=baselines,
         measurements=measured.outputs["measurements"],
     )
-    return Outputs(child=child, report=page.outputs["report"])
+    return Outputs(child=found.child, report=page.outputs["report"])

@@ -13,6 +13,7 @@ def ingest(
     parent: Output[Model],
     calibration_short: Output[Dataset],
     calibration_long: Output[Dataset],
+    prompts: Output[Dataset],
     tests: Output[Dataset],
     metrics: Output[Metrics],
 ):
@@ -27,6 +28,7 @@ def ingest(
             "parent": parent,
             "calibration_short": calibration_short,
             "calibration_long": calibration_long,
+            "prompts": prompts,
             "tests": tests,
             "metrics": metrics,
         },

@@ -20,6 +20,10 @@ def report(
     measurements: Input[Artifact],
     report: Output[Artifact],
     metrics: Output[Metrics],
+    recovery: Input[Artifact] | None = None,
+    recovery_baseline: Input[Artifact] | None = None,
+    evaluation_parent_fp8: Input[Artifact] | None = None,
+    measurements_baseline: Input[Artifact] | None = None,
 ):
     """Make the report page, its pictures and its summary."""
     from moesaic.runtime import run_stage
@@ -36,6 +40,10 @@ def report(
             "evaluation_child": evaluation_child,
             "baselines": baselines,
             "measurements": measurements,
+            "recovery": recovery,
+            "recovery_baseline": recovery_baseline,
+            "evaluation_parent_fp8": evaluation_parent_fp8,
+            "measurements_baseline": measurements_baseline,
         },
         outputs={"report": report, "metrics": metrics},
     )

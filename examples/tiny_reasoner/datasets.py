@@ -3,15 +3,16 @@
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from examples.tiny_reasoner import tasks
 from examples.tiny_reasoner.tasks import EFFORTS, FAMILIES, FAR_FAMILIES, Effort, Problem, Split
 from examples.tiny_reasoner.tokenizer import render_turns
 
-SEEDS = {"test": 101, "calibration_short": 102, "calibration_long": 103}
+SEEDS = {"test": 101, "calibration_short": 102, "calibration_long": 103, "prompts": 104}
 TEST_PER_FAMILY = 200
+PROMPTS_PER_FAMILY = {family: 300 if family in FAR_FAMILIES else 800 for family in FAMILIES}
 SHORT_ROWS, SHORT_TOKENS = 256, 256
 LONG_ROWS, LONG_TOKENS = 96, (350, 512)
 Row = dict[str, object]
@@ -19,11 +20,21 @@ Row = dict[str, object]
 
 def test_rows(rng: random.Random) -> list[Row]:
     """Distinct test problems, the same number of every family."""
+    return problem_rows(rng, "test", dict.fromkeys(FAMILIES, TEST_PER_FAMILY))
+
+
+def prompt_rows(rng: random.Random) -> list[Row]:
+    """Distinct problems of the training split, for traces and reinforcement learning."""
+    return problem_rows(rng, "train", PROMPTS_PER_FAMILY)
+
+
+def problem_rows(rng: random.Random, split: Split, count: Mapping[str, int]) -> list[Row]:
+    """As many distinct problems of every family as `count` says, as a test asks them."""
     rows: list[Row] = []
     for family in FAMILIES:
         seen: set[str] = set()
-        while len(seen) < TEST_PER_FAMILY:
-            problem = tasks.draw_problem(rng, family, "test")
+        while len(seen) < count[family]:
+            problem = tasks.draw_problem(rng, family, split)
             if problem.question in seen:
                 continue
             prompt = [{"role": "user", "content": problem.question}]
@@ -100,9 +111,14 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def write_datasets(out: Path) -> None:
-    """test.jsonl, calibration_short.jsonl and calibration_long.jsonl."""
+    """One file for every name of `SEEDS`."""
     out.mkdir(parents=True, exist_ok=True)
-    makers = {"test": test_rows, "calibration_short": calibration_short_rows, "calibration_long": calibration_long_rows}
+    makers = {
+        "test": test_rows,
+        "calibration_short": calibration_short_rows,
+        "calibration_long": calibration_long_rows,
+        "prompts": prompt_rows,
+    }
     for name, make in makers.items():
         write_rows(out / f"{name}.jsonl", make(random.Random(SEEDS[name])))
 

@@ -4,8 +4,9 @@ gpt-oss gives every head a learned *sink*: a logit ``c`` that takes part in the 
 
     p[i, j] = exp(s[i, j]) / (exp(c) + sum_j' exp(s[i, j'])),    s[i, j] = scale * q_i . k_j,    o_i = sum_j p[i, j] v_j
 
-over the keys j that query i sees: ``i - window < j <= i`` (all ``j <= i`` without a window) and not padding. The sink
-is one more key here: queries get one more feature, the sink's logit, that is 0 in every key and 1 in the sink's.
+over the keys j that query i sees: ``i - window < j <= i`` (all ``j <= i`` without a window), not padding, and of the
+query's own document where several are packed into a row: positions then restart at 0, so that query i's document
+begins at key ``i - position[i]``.
 
 Queries are processed in chunks against only the keys the chunk can see, so that a window layer costs
 ``tokens * window`` and no layer ever holds ``tokens * tokens`` logits of all heads. Source: OpenAI's gpt-oss model
@@ -15,7 +16,7 @@ card; windows in place of full attention are the search dimension of paper A.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -68,13 +69,23 @@ def attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The signature transformers calls; see :func:`sink_attention`."""
     if s_aux is None or dropout:
         raise ValueError("the moesaic attention is for gpt-oss: it needs sinks and knows no dropout")
-    output = sink_attention(query, key, value, s_aux, scaling, sliding_window, attention_mask)
+    first_key = _document_starts(position_ids, key.shape[2]) if attention_mask is None else None
+    output = sink_attention(query, key, value, s_aux, scaling, sliding_window, attention_mask, first_key)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _document_starts(positions: Tensor | None, num_keys: int) -> Tensor | None:
+    """For every query the key its document begins at, [batch, query]; None if each row is one document."""
+    if positions is None or bool((positions.diff(dim=-1) == 1).all()):
+        return None
+    index = torch.arange(num_keys - positions.shape[1], num_keys, device=positions.device)
+    return index - positions
 
 
 def sink_attention(
@@ -85,6 +96,7 @@ def sink_attention(
     scale: float,
     window: int | None = None,
     is_token: Bool[Tensor, "batch key"] | None = None,
+    first_key: Int[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "batch head query dim"]:
     """Causal attention in which the last query is at the last key.
 
@@ -96,15 +108,17 @@ def sink_attention(
         scale: what dot products are multiplied by.
         window: how many keys a query sees, its own included; None for all.
         is_token: False where a key is padding; None if no key is.
+        first_key: the first key that a query may see, where documents are packed into rows; None where they are not.
     """
-    query = query * scale
+    batch = query.shape[0]
     rows, step = _chunk_sizes(query, key.shape[2], window)
-    outputs = [
-        _attend_rows(query[row : row + rows], key[row : row + rows], value[row : row + rows], sinks, step, window, mask)
-        for row in range(0, query.shape[0], rows)
-        for mask in [None if is_token is None else is_token[row : row + rows]]
+    parts = [
+        [None] * -(-batch // rows) if tensor is None else tensor.split(rows)
+        for tensor in (query * scale, key, value, is_token, None if first_key is None else first_key.expand(batch, -1))
     ]
-    return torch.cat(outputs)
+    return torch.cat(
+        [_attend_rows(q, k, v, sinks, step, window, mask, first) for q, k, v, mask, first in zip(*parts, strict=True)]
+    )
 
 
 def _chunk_sizes(query: Tensor, num_keys: int, window: int | None) -> tuple[int, int]:
@@ -118,7 +132,14 @@ def _chunk_sizes(query: Tensor, num_keys: int, window: int | None) -> tuple[int,
 
 
 def _attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, step: int, window: int | None, is_token: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    step: int,
+    window: int | None,
+    is_token: Tensor | None,
+    first_key: Tensor | None,
 ) -> Tensor:
     offset = key.shape[2] - query.shape[2]
     outputs = []
@@ -126,7 +147,10 @@ def _attend_rows(
         chunk = query[:, :, start : start + step]
         first, stop = offset + start, offset + start + chunk.shape[2]
         low = 0 if window is None else max(0, first - window + 1)
-        bias = _visibility(range(first, stop), range(low, stop), window, is_token, query)
+        starts = None if first_key is None else first_key[:, start : start + step]
+        if starts is not None:
+            low = max(low, int(starts.min()))
+        bias = _visibility(range(first, stop), range(low, stop), window, is_token, starts, query)
         outputs.append(_attend_chunk(chunk, key[:, :, low:stop], value[:, :, low:stop], sinks, bias))
     return torch.cat(outputs, dim=2)
 
@@ -146,7 +170,9 @@ def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bias
     return (output.view(*total.shape[:4], -1) / total.to(value.dtype)).view(batch, heads, num_queries, -1)
 
 
-def _visibility(queries: range, keys: range, window: int | None, is_token: Tensor | None, like: Tensor) -> Tensor:
+def _visibility(
+    queries: range, keys: range, window: int | None, is_token: Tensor | None, first_key: Tensor | None, like: Tensor
+) -> Tensor:
     """0 where a query sees a key and -inf elsewhere, [batch or 1, 1, 1, query, key]."""
     position = torch.arange(queries.start, queries.stop, device=like.device).unsqueeze(1)
     key = torch.arange(keys.start, keys.stop, device=like.device)
@@ -156,4 +182,6 @@ def _visibility(queries: range, keys: range, window: int | None, is_token: Tenso
     seen = seen.view(1, 1, 1, *seen.shape)
     if is_token is not None:
         seen = seen & is_token[:, None, None, None, keys.start : keys.stop]
+    if first_key is not None:
+        seen = seen & (key >= first_key[:, None, None, :, None])
     return torch.zeros(seen.shape, device=like.device).masked_fill_(~seen, float("-inf"))

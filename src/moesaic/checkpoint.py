@@ -27,7 +27,8 @@ from moesaic.errors import ArtifactError, StageError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+RECOVERY = "recovery.json"
+"""The file in a checkpoint that lists what was done to it since it was pruned."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -67,6 +68,11 @@ class Checkpoint:
         """One tensor as it is on disk."""
         tensor: Tensor = self._handles[self.files[name]].get_tensor(name)
         return tensor
+
+    def shape_of(self, name: str) -> list[int]:
+        """The shape of one tensor, from its header."""
+        shape: list[int] = self._handles[self.files[name]].get_slice(name).get_shape()
+        return shape
 
     def layer_names(self, layer: int) -> list[str]:
         """The names of one layer's tensors, in the order of the layout table."""
@@ -154,17 +160,92 @@ def write_checkpoint(
     """
     with _appearing(directory) as partial:
         weight_map: dict[str, str] = {}
-        total = 0
         for stem, tensors in shards:
-            save_file(tensors, partial / f"{stem}.safetensors", metadata={"format": "pt"})
-            (partial / f"{stem}.safetensors").chmod(0o644)  # safetensors lets nobody else read what it writes
+            _save_shard(partial / f"{stem}.safetensors", tensors)
             weight_map |= dict.fromkeys(tensors, f"{stem}.safetensors")
-            total += sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_index(partial, weight_map)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for path in extra:
             shutil.copyfile(path, partial / path.name)
+
+
+def rewrite_checkpoint(
+    source: Checkpoint,
+    output: Path,
+    replaced: Mapping[str, Tensor],
+    step: Mapping[str, Any],
+    added: Mapping[str, Tensor] | None = None,
+    added_shard: str = "model-added",
+    extra: Iterable[Path] = (),
+) -> None:
+    """Write a copy of a checkpoint in which some tensors are others; it appears only when it is whole.
+
+    Shards of which nothing is replaced are the source's own bytes, and so the same objects in the store.
+
+    Args:
+        source: what is copied, with the files beside its weights.
+        output: must not exist yet, or be empty.
+        replaced: tensors by name, cast to the dtype that they have on disk.
+        step: what was done, appended to ``recovery.json``.
+        added: further tensors, which the layout does not know; they become one shard of their own.
+        added_shard: the stem of that shard's file name; an earlier shard of that name is replaced.
+        extra: files to copy beside the weights.
+
+    Raises:
+        ArtifactError: for a name that is not in the source, an expert's tensor, or another shape.
+    """
+    _check_replaced(source, replaced)
+    with _appearing(output) as partial:
+        weight_map = {name: path.name for name, path in source.files.items() if path.stem != added_shard}
+        _copy_companions(source, partial, extra)
+        for file in sorted(set(weight_map.values())):
+            names = [name for name, holder in weight_map.items() if holder == file]
+            if replaced.keys().isdisjoint(names):
+                _link_or_copy(source.directory / file, partial / file)
+            else:
+                tensors = {name: source.tensor(name) for name in names}
+                _save_shard(
+                    partial / file, {n: replaced[n].to(t.dtype) if n in replaced else t for n, t in tensors.items()}
+                )
+        if added:
+            _save_shard(partial / f"{added_shard}.safetensors", added)
+            weight_map |= dict.fromkeys(added, f"{added_shard}.safetensors")
+        _write_index(partial, weight_map)
+        (partial / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
+        (partial / RECOVERY).write_text(json.dumps([*read_recovery(source.directory), step], indent=1) + "\n")
+
+
+def read_recovery(directory: Path) -> list[dict[str, Any]]:
+    """What was done to a checkpoint since it was pruned, first step first."""
+    path = directory / RECOVERY
+    steps: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    return steps
+
+
+def _check_replaced(source: Checkpoint, replaced: Mapping[str, Tensor]) -> None:
+    for name, tensor in replaced.items():
+        if name not in source.files:
+            raise ArtifactError(f"{source.directory} has no tensor {name}; only its own tensors can be replaced")
+        if gpt_oss.is_expert_weight(name):
+            raise ArtifactError(f"{name} belongs to the experts, which recovery keeps as they are")
+        shape = tuple(source.shape_of(name))
+        if tuple(tensor.shape) != shape:
+            raise ArtifactError(f"{name} has shape {tuple(tensor.shape)}; in {source.directory} it is {shape}")
+
+
+def _copy_companions(source: Checkpoint, partial: Path, extra: Iterable[Path]) -> None:
+    weights = {path.name for path in source.files.values()} | {INDEX, CONFIG, RECOVERY}
+    companions = [path for path in sorted(source.directory.iterdir()) if path.is_file() and path.name not in weights]
+    for path in (*companions, *extra):
+        shutil.copyfile(path, partial / path.name)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """The same bytes under another name; on another file system, or in a read-only store, a copy of them."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def layer_shards(layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -173,6 +254,23 @@ def layer_shards(layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
     rest = {name: tensor for name, tensor in tensors.items() if name not in experts}
     yield f"model-layer-{layer:03d}-experts", experts
     yield f"model-layer-{layer:03d}-rest", rest
+
+
+def _save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets nobody else read what it writes
+
+
+def _write_index(directory: Path, weight_map: Mapping[str, str]) -> None:
+    total = sum(_tensor_bytes(directory / file) for file in set(weight_map.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensor_bytes(path: Path) -> int:
+    """Bytes of a safetensors file behind its header, whose length is its first eight bytes."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ _EXAMPLE = Path("examples/tiny_reasoner")
 _SETS = {
     "calibration_short": "calibration_short.jsonl",
     "calibration_long": "calibration_long.jsonl",
+    "prompts": "prompts.jsonl",
     "tests": "test.jsonl",
 }
 """Inputs of a pipeline run by the file that holds each in a data directory."""
@@ -52,13 +53,14 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a whole pipeline on this machine; goes on where a killed run stopped")
     run.set_defaults(command=_run)
-    run.add_argument("pipeline", help="name of a pipeline, such as search")
+    run.add_argument("pipeline", help="compress (the whole method) or search")
     run.add_argument("--recipe", required=True, help="name of a recipe of pipelines/recipes.py, such as tiny_cpu")
+    run.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
     run.add_argument("--parent", type=Path, default=_EXAMPLE / "parent", help="checkpoint directory (%(default)s)")
     run.add_argument(
         "--data", type=Path, default=_EXAMPLE / "data", help=f"directory of {', '.join(_SETS.values())} (%(default)s)"
     )
-    run.add_argument("--output", type=Path, default=Path("runs/search"), help="directory of the run (%(default)s)")
+    run.add_argument("--output", type=Path, default=Path("runs/compress"), help="directory of the run (%(default)s)")
     run.add_argument("--store", type=parse_address, help="directory or s3://bucket/prefix of the store (OUTPUT/store)")
 
     stage = commands.add_parser("stage", help="run one stage on directories, without Kubeflow")
@@ -93,17 +95,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from moesaic.local import run_compiled
+    from moesaic.local import parameters_of, run_compiled
     from moesaic.records import code_version
     from moesaic.runtime import Place
     from moesaic.tracking import pipeline_run
 
-    manifest, recipe = _find_pipeline(options.pipeline), _find_recipe(options.recipe)
+    recipe = _find_recipe(options.recipe + "_fast" * options.fast)
+    manifest = _find_pipeline(options.pipeline, recipe.rounds)
     _check_inputs(options.parent, options.data)
     console = Console(stderr=True)
     options.output.mkdir(parents=True, exist_ok=True)
     place = Place.for_local_run(options.output, options.store)
-    arguments = recipe.arguments(_add_inputs(place.store, options.parent, options.data), code_version())
+    inputs = _add_inputs(place.store, options.parent, options.data)
+    arguments = recipe.arguments(inputs, code_version(), parameters_of(manifest))
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     name = f"{options.pipeline} ({options.recipe})"
     assert place.tracking_uri is not None, "a local run always has a place for its MLflow runs"
@@ -115,14 +119,15 @@ def _run(options: argparse.Namespace) -> None:
     print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {place.tracking_uri}")
 
 
-def _find_pipeline(name: str) -> Path:
-    from pipelines import MANIFESTS
+def _find_pipeline(name: str, rounds: int) -> Path:
+    from pipelines import compiled
+    from pipelines.compress import pipeline_name
 
-    versions: list[Path] = sorted(MANIFESTS.glob(f"{name}-*.yaml"))
-    if not versions:
-        known = sorted({path.name.rsplit("-", 1)[0] for path in MANIFESTS.glob("*.yaml")})
-        raise ConfigError(f"there is no compiled pipeline {name!r} in {MANIFESTS}; choose one of {', '.join(known)}")
-    return versions[-1]
+    found: dict[str, Path] = compiled()
+    wanted = pipeline_name(rounds) if name == "compress" else name
+    if wanted not in found:
+        raise ConfigError(f"there is no compiled pipeline {wanted!r}; choose one of {', '.join(found)}")
+    return found[wanted]
 
 
 def _find_recipe(name: str) -> Any:
@@ -186,9 +191,10 @@ def _show_outcome(run: Path) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     from moesaic.runtime import perform, plan_task
+    from moesaic.stages import find_stage
     from moesaic.store import Store
 
-    given = _named_paths(options.input)
+    given = _named_paths(options.input, find_stage(options.name).lists)
     task = plan_task(
         options.name, _read_config(options.config), given, Store.at(options.store) if options.store else None
     )
@@ -217,14 +223,14 @@ def _read_config(given: str) -> str:
     return Path(given).read_text()
 
 
-def _named_paths(pairs: Sequence[str]) -> dict[str, Path | list[Path]]:
+def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path | list[Path]]:
     """``NAME=PATH`` options; a stage that takes a list gets one even of a single member."""
     named: dict[str, Path | list[Path]] = {}
     for pair in pairs:
         name, separator, path = pair.partition("=")
         if not separator:
             raise ConfigError(f"--input {pair!r} is not NAME=PATH")
-        if name == "baselines":
+        if name in lists:
             members = named.setdefault(name, [])
             assert isinstance(members, list)
             members.append(Path(path))

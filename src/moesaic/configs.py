@@ -17,6 +17,8 @@ Criterion = Literal["removal_difference", "ranked_choice", "reap", "frequency", 
 DamageMetric = Literal["hidden_mse", "kl", "lm_loss", "cosine", "top1"]
 Precision = Literal["float32", "bfloat16"]
 CacheDtype = Literal["bf16", "fp8"]
+EmulatedCache = Literal["bf16", "fp8_unit", "fp8"]
+Trainable = Literal["attention", "norms", "router", "embedding", "head"]
 Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0)]
 Window = Annotated[int, Field(ge=2)]
@@ -95,6 +97,8 @@ class IngestConfig(Config):
     """Conversations that rank experts and score blocks."""
     calibration_long: str
     """Conversations whose answers depend on far context."""
+    prompts: str
+    """Problems the parent answers for distillation, and the policies are trained on."""
     tests: str
     """Problems to evaluate on."""
 
@@ -228,10 +232,208 @@ class EvaluateConfig(Config):
     """Requests generated together."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 decodes greedily; otherwise tokens are sampled at this temperature."""
+    kv_cache: EmulatedCache | None = None
+    """Round what the KV cache stores: to BF16, to FP8 as it is, or to FP8 by the checkpoint's scales. None: not at all."""
     seed: int = 0
     """For sampling."""
     precision: Precision = "float32"
     """What the model computes in."""
+
+
+class GenerateTracesConfig(Config):
+    """The parent's own answers, which distillation learns from (paper A: prompts answered by the parent)."""
+
+    efforts: tuple[Effort, ...] = ("low", "medium", "high")
+    """Reasoning efforts to answer every prompt at."""
+    max_prompts: Positive | None = None
+    """Prompts to use, spread evenly over the tasks. None: all."""
+    samples_per_prompt: Positive = 1
+    """Answers to each prompt at each effort."""
+    max_new_tokens: Positive = 512
+    """Generation stops here; a truncated trace is recorded as such."""
+    keep_truncated: bool = False
+    """Whether truncated traces are handed on; their share is recorded either way."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the prompts whose traces are kept for evaluation, never trained on."""
+    batch_size: Positive = 128
+    """Requests generated together."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 decodes greedily; otherwise tokens are sampled at this temperature."""
+    seed: int = 0
+    """For sampling and for the choice of held-out prompts."""
+    precision: Precision = "float32"
+    """What the model computes in."""
+
+
+class OptimizerConfig(Config):
+    """AdamW with a linear warm-up and a cosine decay."""
+
+    learning_rate: Amount = 1e-4
+    """At the end of the warm-up."""
+    final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate of the last step, as a share of the highest."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps over which the learning rate rises from nothing."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the gradient's first and second moments."""
+    max_gradient_norm: Amount = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+class DistillConfig(Config):
+    """Global knowledge distillation from the parent, experts and router frozen (paper A, 84B tokens at 128K)."""
+
+    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of KL(parent || child) over the vocabulary, per response token."""
+    hidden_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of 1 - cosine of the hidden states, averaged over layers and response tokens."""
+    lm_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the cross entropy with the traces' own tokens (paper B: it hurts)."""
+    temperature: Amount = 1.0
+    """Both distributions of the KL are softened by it; its gradient is scaled by its square."""
+    logits_chunk_tokens: Positive = 1024
+    """Tokens whose logits are held at once."""
+    trainable: tuple[Trainable, ...] = ("attention", "norms", "embedding", "head")
+    """What learns. Experts never do; without ``router`` neither does it."""
+    efforts: tuple[Effort, ...] = ("low", "medium", "high")
+    """Traces of these efforts are used."""
+    sequence_tokens: Positive = 131072
+    """Traces are packed into rows of this length; those longer are left out and counted."""
+    rows_per_step: Positive = 32
+    """Rows of one optimiser step, over all ranks."""
+    rows_per_forward: Positive = 1
+    """Rows of one rank that go through the model at once; the rest is gradient accumulation."""
+    steps: Annotated[int, Field(ge=0)] = 1000
+    """Optimiser steps. 0 hands the child on as it is."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How weights move."""
+    evaluate_every_steps: Positive = 100
+    """The loss on held-out traces is computed this often, and at the end."""
+    checkpoint_every_steps: Positive = 100
+    """A killed run resumes from the last of these."""
+    divergence_ratio: Annotated[float, Field(gt=1)] = 3.0
+    """Stop with an error when the running loss exceeds the lowest one by this factor."""
+    seed: int = 0
+    """For the order of the data."""
+    precision: Precision = "bfloat16"
+    """What the models compute in; weights and optimiser are float32."""
+
+
+class DistillBlocksConfig(Config):
+    """Block-wise local distillation (paper B): each changed block alone learns its parent block's output."""
+
+    trainable: tuple[Trainable, ...] = ("attention", "norms", "router")
+    """What learns inside a block; experts never do."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps of each block. 0 hands the child on as it is."""
+    max_sequences: Positive = 128
+    """Calibration sequences to learn from."""
+    max_tokens: Positive = 8192
+    """Longer sequences are cut here."""
+    batch_tokens: Positive = 8192
+    """Tokens of one step."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How weights move."""
+    checkpoint_every_steps: Positive = 100
+    """A killed run resumes from the last of these."""
+    layers_in_parallel: Positive = 1
+    """Blocks trained at the same time, each in a process of its own."""
+    seed: int = 0
+    """For the order of the data."""
+    precision: Precision = "float32"
+    """What blocks compute in."""
+
+
+class RewardConfig(Config):
+    """What a reply earns, see ``moesaic.rewards``."""
+
+    correct: float = 1.0
+    """For an answer that its verifier accepts."""
+    format: float = 0.0
+    """For a reply that ends its reasoning and gives a final answer, right or wrong."""
+    length: Annotated[float, Field(ge=0)] = 0.0
+    """Subtracted from a correct reply's reward for every time its length exceeds the parent's mean at that effort."""
+
+
+class ReinforceConfig(Config):
+    """One policy trained by GRPO on verifiable rewards, experts and router frozen (paper A trains two)."""
+
+    name: str = "high"
+    """What the report calls the policy."""
+    engine: Literal["trl", "nemo_rl"] = "trl"
+    """TRL on CPU or a few GPUs; NeMo-RL on a cluster."""
+    efforts: tuple[Effort, ...] = ("high",)
+    """Efforts the prompts are rendered at, in equal parts."""
+    rewards: RewardConfig = RewardConfig()
+    """What a reply earns."""
+    max_prompts: Positive | None = None
+    """Prompts to use, spread evenly over the tasks. None: all."""
+    steps: Annotated[int, Field(ge=0)] = 1000
+    """Optimiser steps. 0 hands the child on as it is."""
+    prompts_per_step: Positive = 32
+    """Different prompts of one step."""
+    generations_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Replies to each prompt; their mean reward is the baseline."""
+    replies_per_forward: Positive = 32
+    """Replies that go through the model at once when it learns; the rest is gradient accumulation."""
+    batch_size: Positive = 256
+    """Replies generated together."""
+    max_new_tokens: Positive = 512
+    """Generation stops here; a truncated reply earns nothing."""
+    temperature: Amount = 1.0
+    """Of the rollouts."""
+    clip_low: Amount = 0.2
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: Amount = 0.28
+    """The probability ratio is clipped above at 1 + clip_high."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the KL divergence from the checkpoint that training began with."""
+    trainable: tuple[Trainable, ...] = ("attention", "norms", "embedding", "head")
+    """What learns. Experts never do; without ``router`` neither does it."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
+    """How weights move."""
+    checkpoint_every_steps: Positive = 20
+    """A killed run resumes from the last of these."""
+    seed: int = 0
+    """For the order of prompts and the rollouts."""
+    precision: Precision = "bfloat16"
+    """What the model computes in."""
+
+
+class AverageCheckpointsConfig(Config):
+    """The weighted mean of policies (paper A: of two)."""
+
+    weights: tuple[Amount, ...] | None = None
+    """One per policy; they are divided by their sum. None: all equal."""
+
+
+class CalibrateKvConfig(Config):
+    """FP8 scales of what the KV cache stores: K after RoPE, and V, per layer."""
+
+    max_sequences: Positive = 128
+    """Calibration sequences to use, from the start of the set."""
+    max_tokens: Positive = 8192
+    """Longer sequences are cut here."""
+    batch_tokens: Positive = 16384
+    """Padded tokens that go through the model at once."""
+    power_of_two: bool = False
+    """Round scales up to powers of two, which fold into weights without rounding."""
+    fold: bool = False
+    """Fold the scales into the projections, for engines that ignore scale tensors; needs ``power_of_two``."""
+    precision: Precision = "bfloat16"
+    """What the model computes in."""
+
+    @model_validator(mode="after")
+    def _foldable(self) -> Self:
+        if self.fold and not self.power_of_two:
+            raise ValueError("fold needs power_of_two: other scales would round the folded weights")
+        return self
+
+
+class GatherRecoveryConfig(Config):
+    """What one model's recovery was, stage by stage."""
 
 
 class BenchmarkConfig(Config):
@@ -249,6 +451,10 @@ class BenchmarkConfig(Config):
     """Timings of each point; the median counts, the spread is kept."""
     precision: Precision = "float32"
     """What the models compute in."""
+
+
+class GatherRecoveryConfig(Config):
+    """One model's recovery in one place; nothing about it can be chosen."""
 
 
 class ReportConfig(Config):

@@ -4,7 +4,7 @@ Sources: OpenAI's gpt-oss model card and the checkpoint layouts of gpt-oss-120b 
 expert tensor's rows are *output* features, packed in MXFP4; in memory transformers keeps the transpose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,22 @@ def is_expert_indexed(name: str) -> bool:
 def is_expert_weight(name: str) -> bool:
     """Whether the tensor belongs to the experts themselves, which recovery keeps frozen."""
     return ".mlp.experts." in name
+
+
+def trainable_names(shape: ModelShape, architecture: Architecture, groups: Iterable[str]) -> list[str]:
+    """Checkpoint names of the tensors that recovery may change, by the words of ``moesaic.configs.Trainable``."""
+    wanted = set(groups)
+    names = tensor_specs(shape, architecture)
+    return [name for name in names if not is_expert_weight(name) and _group(name) in wanted]
+
+
+def _group(name: str) -> str:
+    """The word for what a tensor outside the experts belongs to."""
+    if name in (EMBEDDING, HEAD):
+        return "embedding" if name == EMBEDDING else "head"
+    if ".mlp.router." in name:
+        return "router"
+    return "attention" if ".self_attn." in name else "norms"
 
 
 def layer_specs(shape: ModelShape, layer: int, block: Block, packed: bool = True) -> dict[str, TensorSpec]:

@@ -14,8 +14,9 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import yaml
 from rich.console import Console
 
 from moesaic.errors import ConfigError, MoesaicError, StageError
@@ -28,7 +29,13 @@ _RUNNERS_OWN = re.compile(r"\s*(\[KFP Executor|\d\d:\d\d:\d\d\.\d{3} - |-{20,}|\
 _CACHE_HIT = re.compile(r"Task (\S+) cache hit")
 
 
-def run_compiled(manifest: Path, arguments: Mapping[str, str], place: Place, console: Console) -> dict[str, Path]:
+def parameters_of(manifest: Path) -> list[str]:
+    """The names of a compiled pipeline's parameters."""
+    specification = yaml.safe_load(manifest.read_text())
+    return list(specification["root"]["inputDefinitions"]["parameters"])
+
+
+def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, console: Console) -> dict[str, Path]:
     """Run the pipeline; finished tasks of earlier runs in the same directory are reused.
 
     Returns:

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from moesaic import records
-from moesaic.configs import Config, PruneModelConfig
+from moesaic.configs import Config, PruneModelConfig, ReinforceConfig
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.records import RECORD, Record
 from moesaic.stages import Stage, find_stage
@@ -129,7 +129,7 @@ class Task:
 
 
 def run_stage(
-    name: str, config: str, inputs: Mapping[str, ArtifactPath | list[Any]], outputs: Mapping[str, ArtifactPath]
+    name: str, config: str, inputs: Mapping[str, ArtifactPath | list[Any] | None], outputs: Mapping[str, ArtifactPath]
 ) -> None:
     """Run a stage inside a Kubeflow task: artifacts in, artifacts and metrics out.
 
@@ -142,7 +142,7 @@ def run_stage(
     if place.run_directory and (place.run_directory / FAILURE).exists():
         raise SystemExit(MoesaicError.exit_code)  # Another stage of this run has failed.
     try:
-        given = {key: _paths(value) for key, value in inputs.items()}
+        given = {key: _paths(value) for key, value in inputs.items() if value is not None}
         task = plan_task(name, config, given, Store.at(place.store))
         record = _run_task(place, task, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"})
     except MoesaicError as failure:
@@ -164,16 +164,18 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
     """
     stage = find_stage(name)
     parsed = stage.config.parse(config)
-    missing, unknown = sorted(set(stage.inputs) - set(given)), sorted(set(given) - set(stage.inputs))
+    missing = sorted(set(stage.inputs) - set(given))
+    unknown = sorted(set(given) - set(stage.inputs) - set(stage.optional))
     if missing or unknown:
-        raise ConfigError(f"{name} takes the inputs {list(stage.inputs)}; missing: {missing}, unknown: {unknown}")
+        allowed = f"{list(stage.inputs)}" + (f" and may take {list(stage.optional)}" if stage.optional else "")
+        raise ConfigError(f"{name} takes the inputs {allowed}; missing: {missing}, unknown: {unknown}")
     return Task(
         stage=stage,
         config=parsed,
         inputs={key: _each(lambda path: _resolve(path, store), value) for key, value in given.items()},
         digests={key: _each(records.content_digest, value) for key, value in given.items()},
-        parents=tuple(sorted({Manifest.read(path).id for path in filter(_is_manifest, given.values())})),
-        subject=_subject(parsed, given),
+        parents=tuple(sorted({Manifest.read(path).id for path in _all_paths(given) if _is_manifest(path)})),
+        subject=_subject(stage, parsed, given),
     )
 
 
@@ -215,6 +217,9 @@ def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
     _say(task, "started")
     with _workspace(store.directory / "scratch" / task.key) as workspace:
         output = workspace / "output"
+        if task.stage.trains:
+            tracker = tracker.begin(task.stage.name, task.subject, started_ms, workspace / "mlflow_run_id")
+            _show_run_to_engines(tracker.live_run_id)
         try:
             record = perform(task, output, workspace / "scratch", place.store)
         except Exception as failure:
@@ -226,6 +231,12 @@ def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
         _hand_on(task.stage, record, output, targets)
     _say(task, f"done in {time.monotonic() - clock:.1f} s")
     return record
+
+
+def _show_run_to_engines(run_id: str | None) -> None:
+    """Training engines log their curves into the run that MLflow's own variable names."""
+    if run_id:
+        os.environ["MLFLOW_RUN_ID"] = run_id
 
 
 @contextmanager
@@ -280,8 +291,17 @@ def _hand_on_metrics(values: Mapping[str, float], metrics: Any) -> None:
     Path(metrics.path).write_text(json.dumps(finite, indent=1, sort_keys=True) + "\n")
 
 
-def _is_manifest(given: Path | list[Path]) -> TypeGuard[Path]:
-    return isinstance(given, Path) and (given / MANIFEST).is_file()
+def _all_paths(given: Given) -> Iterator[Path]:
+    for value in given.values():
+        yield from _listed(value)
+
+
+def _listed(value: Path | list[Path]) -> list[Path]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_manifest(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
 
 
 def _paths(value: ArtifactPath | list[Any]) -> Path | list[Path]:
@@ -303,12 +323,16 @@ def _each(function: Callable[[Path], Result], value: Path | list[Path]) -> Resul
     return [function(path) for path in value] if isinstance(value, list) else function(value)
 
 
-def _subject(config: Config, given: Given) -> str:
-    """A pruned model is called as its candidate is, and whatever is done with a model is about that model."""
+def _subject(stage: Stage, config: Config, given: Given) -> str:
+    """What a stage is about: ``puzzle`` for the candidate itself, ``puzzle/distill`` once that has been done to it."""
     if isinstance(config, PruneModelConfig):
         return config.candidate
-    model = given.get("model")
-    return records.subject_of(model) if isinstance(model, Path) else ""
+    models = [path for name in ("model", "child", "policies") if name in given for path in _listed(given[name])]
+    before = records.subject_of(models[0]) if models else ""
+    if not stage.makes_weights:
+        return before
+    done = config.name if isinstance(config, ReinforceConfig) else stage.name
+    return f"{before.split('/')[0]}/{done}"
 
 
 def _say(task: Task, what: str) -> None:

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,28 @@ class Tracker:
     """Nest a new run in this one."""
     run_id: str | None = None
     """Log into this run, which a scheduler opened for the very task."""
+    begun_id: str | None = None
+    """Log into this run and end it; see :meth:`begin`."""
+
+    @property
+    def live_run_id(self) -> str | None:
+        """The run that exists while the stage runs, for engines that log their training curve as it grows."""
+        return self.run_id or self.begun_id
+
+    def begin(self, stage: str, subject: str, started_ms: int, note: Path) -> "Tracker":
+        """Open the stage's run before it starts, or the one that a killed attempt opened and left in ``note``."""
+        if self.uri is None or self.run_id is not None:
+            return self
+        try:
+            client, experiment_id = _connect(self.uri)
+            if note.is_file():
+                client.update_run(note.read_text(), status="RUNNING")
+            else:
+                note.write_text(self._open_run(client, experiment_id, stage, subject, started_ms))
+            return replace(self, begun_id=note.read_text())
+        except Exception as lost:
+            _warn(stage, lost)
+            return self
 
     def log_stage(self, record: Record, started_ms: int, files: Sequence[Path]) -> None:
         """Log a finished stage: its config as params, its metrics, and small files such as its record."""
@@ -60,14 +82,14 @@ class Tracker:
             return
         try:
             client, experiment_id = _connect(self.uri)
-            run_id = self.run_id or self._open_run(client, experiment_id, stage, subject, started_ms)
+            run_id = self.live_run_id or self._open_run(client, experiment_id, stage, subject, started_ms)
             _log_values(client, run_id, flatten(config), metrics, tags or {})
             for path in files:
                 client.log_artifact(run_id, str(path))
             if self.run_id is None:
                 client.set_terminated(run_id, status)
         except Exception as lost:
-            print(f"warning: {stage}: not logged to MLflow: {type(lost).__name__}", file=sys.stderr, flush=True)
+            _warn(stage, lost)
 
     def _open_run(self, client: Any, experiment_id: str, stage: str, subject: str, started_ms: int) -> str:
         name = f"{stage} ({subject})" if subject else stage
@@ -76,6 +98,10 @@ class Tracker:
             tags[_PARENT_TAG] = self.parent_run_id
         run_id: str = client.create_run(experiment_id, start_time=started_ms, run_name=name, tags=tags).info.run_id
         return run_id
+
+
+def _warn(stage: str, lost: Exception) -> None:
+    print(f"warning: {stage}: not logged to MLflow: {type(lost).__name__}", file=sys.stderr, flush=True)
 
 
 @contextmanager

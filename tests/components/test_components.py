@@ -43,7 +43,7 @@ def test_bodies_are_at_most_ten_statements(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_signature_is_the_stages_inputs_and_outputs(name: str) -> None:
     stage = STAGES[name]
-    expected = ["config", "version", *stage.inputs, *stage.outputs, "metrics"]
+    expected = ["config", "version", *stage.inputs, *stage.outputs, "metrics", *stage.optional]
     assert list(inspect.signature(function_of(name)).parameters) == expected
 
 
@@ -51,8 +51,9 @@ def test_the_signature_is_the_stages_inputs_and_outputs(name: str) -> None:
 def test_the_image_and_its_tag_are_named_once(name: str) -> None:
     component = getattr(importlib.import_module(f"components.{name}.component"), name)
     container = component.component_spec.implementation.container
-    assert container.image == images.SEARCH
-    assert images.TAG in images.SEARCH
+    runtime = yaml.safe_load((FOLDER / name / "metadata.yaml").read_text())["runtime"]
+    assert container.image == getattr(images, runtime.upper())
+    assert images.TAG in container.image
     assert images.TAG not in (FOLDER / name / "component.py").read_text()
     assert "pip" not in " ".join(container.command)
 
@@ -61,7 +62,7 @@ def test_the_image_and_its_tag_are_named_once(name: str) -> None:
 def test_the_contract_names_every_input_and_output(name: str) -> None:
     contract = (FOLDER / name / "README.md").read_text()
     stage = STAGES[name]
-    missing = [part for part in (*stage.inputs, *stage.outputs) if f"`{part}`" not in contract]
+    missing = [part for part in (*stage.inputs, *stage.optional, *stage.outputs) if f"`{part}`" not in contract]
     assert missing == []
     assert stage.config.__name__ in contract
 
@@ -83,7 +84,7 @@ def test_the_body_calls_its_own_stage_with_all_it_was_given(name: str, monkeypat
     returned = function(**given | {"config": "{}", "version": "1"})
     ((positional, named),) = calls
     assert positional == (name, "{}")
-    assert named["inputs"] == {key: given[key] for key in stage.inputs}
+    assert named["inputs"] == {key: given[key] for key in (*stage.inputs, *stage.optional)}
     assert named["outputs"] == {key: given[key] for key in (*stage.outputs, "metrics")}
     assert returned == (["architecture"] if name == "search_architecture" else None)
 
@@ -102,7 +103,7 @@ def test_ingest_runs_as_kubeflow_would_call_it(
     rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
     monkeypatch.setenv("MOESAIC_STORE", str(store.directory))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, tests=rows)
+    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
     outputs = {name: dsl.Artifact(name=name, uri=str(tmp_path / "out" / name)) for name in STAGES["ingest"].outputs}
     metrics = dsl.Metrics(name="metrics", uri=str(tmp_path / "out" / "metrics"))
     function_of("ingest")(config=config.to_json(), version="1", **outputs, metrics=metrics)

@@ -32,7 +32,7 @@ def test_runs_reuses_reruns_and_explains(tiny_parent: Path, tmp_path: Path, monk
     store = Store.at(place.store)
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="test").id
     rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
-    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, tests=rows)
+    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
 
     def shown(given: IngestConfig, version: str) -> list[str]:
         screen = io.StringIO()

@@ -8,44 +8,64 @@ import yaml
 
 from components import images
 from moesaic.configs import IngestConfig
+from moesaic.local import parameters_of
 from moesaic.stages import STAGES
-from pipelines import MANIFESTS
-from pipelines.compiling import compile_search
+from pipelines import MANIFESTS, compiled
+from pipelines.compiling import compile_all
 from pipelines.recipes import RECIPES
-from pipelines.search import VERSION
 
-COMMITTED = MANIFESTS / f"search-{VERSION}.yaml"
-INPUTS = IngestConfig(parent="a", calibration_short="b", calibration_long="c", tests="d")
+PIPELINES = compiled()
+INPUTS = IngestConfig(parent="a", calibration_short="b", calibration_long="c", prompts="d", tests="e")
+SINGLE = {f"{name}_config": stage.config for name, stage in STAGES.items()}
+"""Config classes by parameter, where the two have one name."""
 
 
 def test_recompiling_reproduces_the_committed_bytes(tmp_path: Path) -> None:
-    assert compile_search(tmp_path).read_bytes() == COMMITTED.read_bytes(), "run `make compile`, and a new version"
+    written = compile_all(tmp_path)
+    assert {path.name for path in written} == {path.name for path in MANIFESTS.glob("*.yaml")}
+    for path in written:
+        assert path.read_bytes() == (MANIFESTS / path.name).read_bytes(), "run `make compile`, and a new version"
 
 
-def specification() -> dict[str, object]:
-    return yaml.safe_load(COMMITTED.read_text())
+def executors_of(name: str) -> dict[str, dict[str, dict[str, str]]]:
+    executors: dict[str, dict[str, dict[str, str]]] = yaml.safe_load(PIPELINES[name].read_text())["deploymentSpec"][
+        "executors"
+    ]
+    return executors
 
 
-def test_every_stage_is_a_task_with_our_image_and_no_installs() -> None:
-    executors = specification()["deploymentSpec"]["executors"]
-    stages = {name.removeprefix("exec-").rstrip("-0123456789").replace("-", "_") for name in executors}
-    assert stages == set(STAGES)
-    assert {executor["container"]["image"] for executor in executors.values()} == {images.SEARCH}
-    assert "pip install" not in COMMITTED.read_text()
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_tasks_run_in_our_images_and_install_nothing(name: str) -> None:
+    ours = {images.SEARCH, images.TRAIN, images.RL, images.KV}
+    assert {executor["container"]["image"] for executor in executors_of(name).values()} <= ours
+    assert "pip install" not in PIPELINES[name].read_text()
+
+
+def test_compress_runs_every_stage() -> None:
+    for name in ("compress", "compress-2-rounds"):
+        stages = {task.removeprefix("exec-").rstrip("-0123456789").replace("-", "_") for task in executors_of(name)}
+        assert stages == set(STAGES)
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_recipes_give_every_parameter_a_valid_config(name: str) -> None:
-    arguments = RECIPES[name]().arguments(INPUTS, version="1")
-    assert set(arguments) == set(specification()["root"]["inputDefinitions"]["parameters"])
-    for stage in STAGES.values():
-        text = arguments[f"{stage.name}_config"]
-        assert stage.config.parse(text).to_json() == text
+    for manifest in PIPELINES.values():
+        arguments = RECIPES[name]().arguments(INPUTS, "1", parameters_of(manifest))
+        for parameter in arguments.keys() & SINGLE.keys():
+            text = arguments[parameter]
+            assert isinstance(text, str)
+            assert SINGLE[parameter].parse(text).to_json() == text
+
+
+def test_every_policy_is_a_config_of_its_own() -> None:
+    arguments = RECIPES["tiny_cpu"]().arguments(INPUTS, "1", parameters_of(PIPELINES["compress"]))
+    policies = [STAGES["reinforce"].config.parse(text) for text in arguments["reinforce_configs"]]
+    assert [getattr(policy, "name", None) for policy in policies] == ["high", "mixed"]
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_recipes_say_what_and_never_where(name: str) -> None:
-    text = json.dumps(RECIPES[name]().arguments(INPUTS, version="1"))
+    text = json.dumps(RECIPES[name]().arguments(INPUTS, "1", parameters_of(PIPELINES["compress"])))
     assert not any(word in text for word in ("/", "://", "runs", "store"))
 
 
@@ -54,4 +74,3 @@ def test_the_tiny_recipe_asks_for_a_child_worth_having() -> None:
     assert search.max_experts_ratio is not None
     assert search.max_experts_ratio <= 0.75
     assert search.min_windowed_share >= 1 / 3
-    assert len(search.random_seeds) >= 3

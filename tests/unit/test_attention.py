@@ -64,6 +64,18 @@ def test_equals_eager_on_every_token(side: str):
     torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
+def test_documents_packed_into_a_row_do_not_see_each_other():
+    """Three documents of 70, 3 and 40 tokens in one row compute what each computes alone."""
+    model, tokens, lengths = make_model(attention.NAME), random_tokens(1, 113), (70, 3, 40)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions).logits[0]
+        alone = [model(document).logits[0] for document in tokens.split(lengths, dim=1)]
+        mixed = model(tokens).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    assert (mixed[70:] - packed[70:]).abs().max() > 0.1
+
+
 def test_gradients_equal_eager():
     tokens, mask = random_tokens(2, 70), padding(2, 70, "right")
     gradients = []

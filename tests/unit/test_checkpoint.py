@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic import checkpoint as checkpoint_module
-from moesaic.checkpoint import CONFIG, INDEX, Checkpoint, write_checkpoint
+from moesaic.checkpoint import CONFIG, INDEX, Checkpoint, read_recovery, rewrite_checkpoint, write_checkpoint
 from moesaic.errors import ArtifactError, StageError
 
 
@@ -112,3 +112,47 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_an_existing_checkpoint_is_not_overwritten(copy: Path) -> None:
     with pytest.raises(ArtifactError, match="is not empty"):
         write_checkpoint(copy, {}, _one_shard())
+
+
+def test_rewriting_replaces_named_tensors_and_leaves_other_shards_as_they_were(copy: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(copy)
+    name = "model.layers.1.self_attn.sinks"
+    step = {"stage": "distill", "steps": 3}
+    rewrite_checkpoint(source, tmp_path / "new", {name: torch.full((4,), 0.5)}, step)
+    new = Checkpoint.open(tmp_path / "new")
+    assert new.tensor(name).tolist() == [0.5] * 4 and new.tensor(name).dtype == source.tensor(name).dtype
+    changed = {path.name for path in set(new.files.values()) if path.read_bytes() != (copy / path.name).read_bytes()}
+    assert changed == {"model-layer-001-rest.safetensors"}
+    for other in new.files.keys() - {name}:
+        assert torch.equal(new.tensor(other), source.tensor(other)), other
+    assert json.loads((new.directory / INDEX).read_text()) == json.loads((copy / INDEX).read_text())
+    assert (new.directory / "tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
+    assert read_recovery(new.directory) == [step]
+
+
+def test_rewriting_appends_to_what_was_done_before_and_can_add_a_shard(copy: Path, tmp_path: Path) -> None:
+    (copy / "notes.json").write_text("{}")
+    first, second = {"stage": "first"}, {"stage": "second"}
+    for place, before, step, scale in (("one", copy, first, 1.0), ("two", tmp_path / "one", second, 2.0)):
+        added = {"model.layers.0.self_attn.k_scale": torch.tensor(scale)}
+        rewrite_checkpoint(Checkpoint.open(before), tmp_path / place, {}, step, added, "model-kv-scales")
+    new = Checkpoint.open(tmp_path / "two")
+    assert read_recovery(new.directory) == [first, second]
+    assert new.tensor("model.layers.0.self_attn.k_scale").item() == 2.0
+    assert (new.directory / "notes.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("model.layers.9.self_attn.sinks", (4,), "no tensor model.layers.9"),
+        ("model.layers.0.mlp.experts.down_proj_bias", (8, 64), "belongs to the experts"),
+        ("model.norm.weight", (65,), r"shape \(65,\)"),
+    ],
+)
+def test_rewriting_refuses_what_recovery_may_not_touch(
+    copy: Path, tmp_path: Path, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        rewrite_checkpoint(Checkpoint.open(copy), tmp_path / "new", {name: torch.zeros(shape)}, {})
+    assert not (tmp_path / "new").exists()

@@ -126,3 +126,14 @@ def test_unpacked_layers_have_the_same_parameters() -> None:
     count = sum(spec.num_parameters for spec in packed.values())
     assert count == sum(spec.num_parameters for spec in unpacked.values())
     assert sum(spec.num_bytes for spec in unpacked.values()) == 2 * count
+
+
+def test_trainable_groups_cover_everything_but_the_experts_once():
+    shape = gpt_oss.ModelShape(64, 32, 4, 2, 16, 64, 2, 512)
+    layers = Architecture.of([Block(4, None), Block(2, 8)])
+    groups = ("attention", "norms", "router", "embedding", "head")
+    parts = [gpt_oss.trainable_names(shape, layers, [group]) for group in groups]
+    names = [name for part in parts for name in part]
+    everything = [name for name in gpt_oss.tensor_specs(shape, layers) if ".mlp.experts." not in name]
+    assert sorted(names) == sorted(everything)
+    assert [len(part) for part in parts] == [2 * 9, 2 * 2 + 1, 2 * 2, 1, 1]

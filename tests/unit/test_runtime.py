@@ -17,7 +17,7 @@ from moesaic.records import Record, content_digest
 from moesaic.runtime import FAILURE, Place, baselines_of, plan_task, run_stage
 from moesaic.store import Manifest, Store
 
-SETS = ("calibration_short", "calibration_long", "tests")
+SETS = ("calibration_short", "calibration_long", "prompts", "tests")
 
 
 @dataclass
@@ -89,6 +89,7 @@ def test_ingest_hands_on_manifests_with_records(ingest_config: IngestConfig, pla
         "parent_experts": 32,
         "calibration_short_rows": 2,
         "calibration_long_rows": 2,
+        "prompts_rows": 2,
         "tests_rows": 2,
     }
     assert outputs["metrics"].values == record.metrics == json.loads(Path(outputs["metrics"].path).read_text())

@@ -96,6 +96,19 @@ def test_a_run_that_a_scheduler_opened_is_used_and_left_open(uri: str) -> None:
     assert client.get_run(given).info.status == "RUNNING"
 
 
+def test_a_run_begun_before_its_stage_is_the_same_after_a_kill_and_ends_with_the_stage(uri: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    client, note = MlflowClient(uri), tmp_path / "run"
+    killed = Tracker(uri).begin("distill", "puzzle", 0, note)
+    assert killed.live_run_id and client.get_run(killed.live_run_id).info.status == "RUNNING"
+    again = Tracker(uri).begin("distill", "puzzle", 0, note)
+    assert again.live_run_id == killed.live_run_id
+    again.log_stage(RECORD, 0, [])
+    run = client.get_run(again.live_run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics == {"accuracy": 0.75}
+
+
 def test_a_lost_server_costs_a_warning_and_not_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     Tracker(f"sqlite:///{tmp_path}/file/mlflow.db").log_stage(RECORD, 0, [])

@@ -17,10 +17,16 @@ class Stage:
     name: str
     config: type[configs.Config]
     inputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    """Inputs it does without."""
+    lists: tuple[str, ...] = ()
+    """Those of its inputs that are any number of directories."""
     outputs: tuple[str, ...] = ()
     """Names of the artifacts it hands on: one is the output directory itself, several are folders inside it."""
     makes_weights: bool = False
     """Whether its output goes to the store, and only a manifest on to the next stage."""
+    trains: bool = False
+    """Whether its MLflow run exists from the start, so that its engine can log the curve as it grows."""
     reads_store: bool = False
     """Whether it also takes the store's directory, as ``store``."""
 
@@ -36,22 +42,81 @@ _SETS = ("calibration_short", "calibration_long")
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("ingest", configs.IngestConfig, (), ("parent", *_SETS, "tests"), reads_store=True),
-        Stage("rank_experts", configs.RankExpertsConfig, ("parent", "calibration_short"), ("ranking",)),
-        Stage("score_blocks", configs.ScoreBlocksConfig, ("parent", "ranking", *_SETS), ("scores",)),
-        Stage("measure_costs", configs.MeasureCostsConfig, ("parent",), ("costs",)),
+        Stage("ingest", configs.IngestConfig, outputs=("parent", *_SETS, "prompts", "tests"), reads_store=True),
+        Stage("rank_experts", configs.RankExpertsConfig, ("parent", "calibration_short"), outputs=("ranking",)),
+        Stage("score_blocks", configs.ScoreBlocksConfig, ("parent", "ranking", *_SETS), outputs=("scores",)),
+        Stage("measure_costs", configs.MeasureCostsConfig, ("parent",), outputs=("costs",)),
         Stage(
-            "search_architecture", configs.SearchArchitectureConfig, ("parent", "scores", "costs"), ("architecture",)
+            "search_architecture",
+            configs.SearchArchitectureConfig,
+            ("parent", "scores", "costs"),
+            outputs=("architecture",),
         ),
         Stage(
             "prune_model",
             configs.PruneModelConfig,
             ("parent", "ranking", "architecture"),
-            ("child",),
+            outputs=("child",),
             makes_weights=True,
         ),
-        Stage("evaluate", configs.EvaluateConfig, ("model", "tests"), ("evaluation",)),
-        Stage("benchmark", configs.BenchmarkConfig, ("parent", "child"), ("measurements",)),
+        Stage("generate_traces", configs.GenerateTracesConfig, ("model", "prompts"), outputs=("traces",)),
+        Stage(
+            "distill_blocks",
+            configs.DistillBlocksConfig,
+            ("child", "parent", "calibration"),
+            outputs=("trained",),
+            makes_weights=True,
+            trains=True,
+        ),
+        Stage(
+            "distill",
+            configs.DistillConfig,
+            ("child", "parent", "traces"),
+            outputs=("trained",),
+            makes_weights=True,
+            trains=True,
+        ),
+        Stage(
+            "reinforce",
+            configs.ReinforceConfig,
+            ("model", "prompts", "traces"),
+            outputs=("policy",),
+            makes_weights=True,
+            trains=True,
+        ),
+        Stage(
+            "average_checkpoints",
+            configs.AverageCheckpointsConfig,
+            ("policies",),
+            lists=("policies",),
+            outputs=("averaged",),
+            makes_weights=True,
+        ),
+        Stage(
+            "calibrate_kv",
+            configs.CalibrateKvConfig,
+            ("model", "calibration"),
+            outputs=("calibrated",),
+            makes_weights=True,
+        ),
+        Stage("evaluate", configs.EvaluateConfig, ("model", "tests"), outputs=("evaluation",)),
+        Stage(
+            "gather_recovery",
+            configs.GatherRecoveryConfig,
+            (
+                "traces",
+                "distilled",
+                "evaluation_pruned",
+                "evaluation_distilled",
+                "evaluations_policies",
+                "evaluation_averaged",
+                "evaluation_fp8_unit",
+                "evaluation_fp8",
+            ),
+            lists=("evaluations_policies",),
+            outputs=("recovery",),
+        ),
+        Stage("benchmark", configs.BenchmarkConfig, ("parent", "child"), outputs=("measurements",)),
         Stage(
             "report",
             configs.ReportConfig,
@@ -65,7 +130,9 @@ STAGES = {
                 "baselines",
                 "measurements",
             ),
-            ("report",),
+            optional=("recovery", "recovery_baseline", "evaluation_parent_fp8", "measurements_baseline"),
+            lists=("baselines",),
+            outputs=("report",),
         ),
     )
 }
