@@ -75,16 +75,17 @@ def tiny_cpu() -> Recipe:
     short = Workload(name="short", input_tokens=128, output_tokens=128, concurrency=4)
     search = SearchArchitectureConfig(
         limits={"long": Limits(memory_ratio=0.45, throughput_ratio=1.1), "short": Limits(memory_ratio=0.85)},
-        max_experts_ratio=0.7,
+        max_experts_ratio=0.65,
         min_windowed_share=1 / 3,
     )
     distill = DistillConfig(
+        balance="trace",
         sequence_tokens=1024,
         rows_per_step=8,
         rows_per_forward=8,
-        steps=150,
+        steps=100,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
-        evaluate_every_steps=50,
+        evaluate_every_steps=25,
         checkpoint_every_steps=25,
         precision="float32",
     )
@@ -100,7 +101,9 @@ def tiny_cpu() -> Recipe:
     )
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=1024),
-        score_blocks=ScoreBlocksConfig(space=space, max_sequences=48, max_tokens=1024, batch_tokens=8192),
+        score_blocks=ScoreBlocksConfig(
+            space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192
+        ),
         measure_costs=MeasureCostsConfig(space=space, workloads=(long, short), repeats=3),
         search_architecture=search,
         earlier_search_architecture=search.model_copy(

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from moesaic.chat import load_tokenizer
+from moesaic.chat import PROMPT_DATE, load_tokenizer
 from moesaic.datasets import Row, read_rows
 from moesaic.errors import ArtifactError
 
@@ -109,9 +109,11 @@ def _response_spans(tokenizer: PreTrainedTokenizerFast, row: Conversation, text:
 def _render(tokenizer: PreTrainedTokenizerFast, row: Conversation, num_messages: int, prompt: bool = False) -> str:
     """The text of the first messages, and the generation prompt if asked for."""
     messages = [dict(message) for message in row.messages[:num_messages]]
-    effort: dict[str, Any] = {} if row.effort is None else {"reasoning_effort": row.effort}
+    values: dict[str, Any] = {"strftime_now": PROMPT_DATE.strftime}
+    if row.effort is not None:
+        values["reasoning_effort"] = row.effort
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **effort))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **values))
     except Exception as refused:  # the template is the user's program and may raise anything
         raise ArtifactError(f"{row.place}: the chat template refuses this conversation: {refused}") from refused
 

@@ -1,10 +1,14 @@
 """A checkpoint's tokenizer and the chat template that comes with it."""
 
+from datetime import date
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from moesaic.errors import ArtifactError
+
+PROMPT_DATE = date(2025, 8, 5)
+"""What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:

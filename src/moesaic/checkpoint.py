@@ -29,6 +29,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 RECOVERY = "recovery.json"
 """The file in a checkpoint that lists what was done to it since it was pruned."""
+_OF_ONE_STAGE = ("record.json", "training.jsonl")
+"""Files beside weights that say how these very weights came about; a rewritten checkpoint has its own."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -180,7 +182,8 @@ def rewrite_checkpoint(
 ) -> None:
     """Write a copy of a checkpoint in which some tensors are others; it appears only when it is whole.
 
-    Shards of which nothing is replaced are the source's own bytes, and so the same objects in the store.
+    Shards of which nothing is replaced are the source's own bytes, and so the same objects in the store. Scales of the
+    FP8 KV cache do not outlive the weights they were measured with.
 
     Args:
         source: what is copied, with the files beside its weights.
@@ -188,7 +191,7 @@ def rewrite_checkpoint(
         replaced: tensors by name, cast to the dtype that they have on disk.
         step: what was done, appended to ``recovery.json``.
         added: further tensors, which the layout does not know; they become one shard of their own.
-        added_shard: the stem of that shard's file name; an earlier shard of that name is replaced.
+        added_shard: the stem of that shard's file name.
         extra: files to copy beside the weights.
 
     Raises:
@@ -196,7 +199,8 @@ def rewrite_checkpoint(
     """
     _check_replaced(source, replaced)
     with _appearing(output) as partial:
-        weight_map = {name: path.name for name, path in source.files.items() if path.stem != added_shard}
+        stale = gpt_oss.kv_scale_names(source.num_layers) if replaced or added else ()
+        weight_map = {name: path.name for name, path in source.files.items() if name not in stale}
         _copy_companions(source, partial, extra)
         for file in sorted(set(weight_map.values())):
             names = [name for name, holder in weight_map.items() if holder == file]
@@ -234,8 +238,8 @@ def _check_replaced(source: Checkpoint, replaced: Mapping[str, Tensor]) -> None:
 
 
 def _copy_companions(source: Checkpoint, partial: Path, extra: Iterable[Path]) -> None:
-    weights = {path.name for path in source.files.values()} | {INDEX, CONFIG, RECOVERY}
-    companions = [path for path in sorted(source.directory.iterdir()) if path.is_file() and path.name not in weights]
+    own = {path.name for path in source.files.values()} | {INDEX, CONFIG, RECOVERY, *_OF_ONE_STAGE}
+    companions = [path for path in sorted(source.directory.iterdir()) if path.is_file() and path.name not in own]
     for path in (*companions, *extra):
         shutil.copyfile(path, partial / path.name)
 

@@ -177,14 +177,14 @@ def _link_outputs(run: Path, store: Address, outputs: dict[str, Path]) -> None:
 
 
 def _show_outcome(run: Path) -> None:
-    from moesaic.outcome import comparison_table, rivals_table
+    from moesaic.outcome import outcome_tables
 
     summary = run / "report" / "summary.json"
     if not summary.is_file():
         raise ArtifactError(f"{run} holds no finished run; `moesaic run --output {run}` makes one or goes on with it")
     console = Console()
     found = json.loads(summary.read_text())
-    console.print(comparison_table(found), rivals_table(found["rivals"]))
+    console.print(*outcome_tables(found))
     print(f"Report: {run / 'report' / 'report.html'}")
     print(f"Child:  {run / 'child'}")
 

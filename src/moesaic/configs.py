@@ -18,7 +18,9 @@ DamageMetric = Literal["hidden_mse", "kl", "lm_loss", "cosine", "top1"]
 Precision = Literal["float32", "bfloat16"]
 CacheDtype = Literal["bf16", "fp8"]
 EmulatedCache = Literal["bf16", "fp8_unit", "fp8"]
+Balance = Literal["token", "trace"]
 Trainable = Literal["attention", "norms", "router", "embedding", "head"]
+Efforts = Annotated[tuple[Effort, ...], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0)]
 Window = Annotated[int, Field(ge=2)]
@@ -222,7 +224,7 @@ class EvaluateConfig(Config):
 
     name: str | None = None
     """What the report calls the model. None: the candidate that the checkpoint says it is, or ``parent``."""
-    efforts: tuple[Effort, ...] = ("low", "medium", "high")
+    efforts: Efforts = ("low", "medium", "high")
     """Reasoning efforts to ask for."""
     problems_per_task: Positive = 100
     """Problems of each task, from the start of the set."""
@@ -233,7 +235,7 @@ class EvaluateConfig(Config):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 decodes greedily; otherwise tokens are sampled at this temperature."""
     kv_cache: EmulatedCache | None = None
-    """Round what the KV cache stores: to BF16, to FP8 as it is, or to FP8 by the checkpoint's scales. None: not at all."""
+    """Round what the KV cache stores: to BF16, to FP8 as it is, or to FP8 by the checkpoint's scales. None: not so."""
     seed: int = 0
     """For sampling."""
     precision: Precision = "float32"
@@ -243,7 +245,7 @@ class EvaluateConfig(Config):
 class GenerateTracesConfig(Config):
     """The parent's own answers, which distillation learns from (paper A: prompts answered by the parent)."""
 
-    efforts: tuple[Effort, ...] = ("low", "medium", "high")
+    efforts: Efforts = ("low", "medium", "high")
     """Reasoning efforts to answer every prompt at."""
     max_prompts: Positive | None = None
     """Prompts to use, spread evenly over the tasks. None: all."""
@@ -263,6 +265,12 @@ class GenerateTracesConfig(Config):
     """For sampling and for the choice of held-out prompts."""
     precision: Precision = "float32"
     """What the model computes in."""
+
+    @model_validator(mode="after")
+    def _different_samples(self) -> Self:
+        if self.samples_per_prompt > 1 and self.temperature == 0:
+            raise ValueError("samples_per_prompt above 1 needs a temperature: greedy answers are all the same")
+        return self
 
 
 class OptimizerConfig(Config):
@@ -293,11 +301,13 @@ class DistillConfig(Config):
     """Of the cross entropy with the traces' own tokens (paper B: it hurts)."""
     temperature: Amount = 1.0
     """Both distributions of the KL are softened by it; its gradient is scaled by its square."""
+    balance: Balance = "token"
+    """Whether every response token counts alike, or every trace: then short replies, as at low effort, weigh more."""
     logits_chunk_tokens: Positive = 1024
     """Tokens whose logits are held at once."""
     trainable: tuple[Trainable, ...] = ("attention", "norms", "embedding", "head")
     """What learns. Experts never do; without ``router`` neither does it."""
-    efforts: tuple[Effort, ...] = ("low", "medium", "high")
+    efforts: Efforts = ("low", "medium", "high")
     """Traces of these efforts are used."""
     sequence_tokens: Positive = 131072
     """Traces are packed into rows of this length; those longer are left out and counted."""
@@ -364,7 +374,7 @@ class ReinforceConfig(Config):
     """What the report calls the policy."""
     engine: Literal["trl", "nemo_rl"] = "trl"
     """TRL on CPU or a few GPUs; NeMo-RL on a cluster."""
-    efforts: tuple[Effort, ...] = ("high",)
+    efforts: Efforts = ("high",)
     """Efforts the prompts are rendered at, in equal parts."""
     rewards: RewardConfig = RewardConfig()
     """What a reply earns."""
@@ -385,9 +395,9 @@ class ReinforceConfig(Config):
     temperature: Amount = 1.0
     """Of the rollouts."""
     clip_low: Amount = 0.2
-    """The probability ratio is clipped below at 1 - clip_low."""
+    """The probability ratio is clipped below at 1 - clip_low; acts where one rollout serves several steps."""
     clip_high: Amount = 0.28
-    """The probability ratio is clipped above at 1 + clip_high."""
+    """The probability ratio is clipped above at 1 + clip_high; acts where one rollout serves several steps."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
     """Of the KL divergence from the checkpoint that training began with."""
     trainable: tuple[Trainable, ...] = ("attention", "norms", "embedding", "head")
@@ -451,10 +461,6 @@ class BenchmarkConfig(Config):
     """Timings of each point; the median counts, the spread is kept."""
     precision: Precision = "float32"
     """What the models compute in."""
-
-
-class GatherRecoveryConfig(Config):
-    """One model's recovery in one place; nothing about it can be chosen."""
 
 
 class ReportConfig(Config):

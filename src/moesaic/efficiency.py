@@ -9,8 +9,10 @@ suite-mean accuracy. A model that is faster per token but writes longer answers 
 
     retention = accuracy(child) / accuracy(parent)
 
-per effort over the suite, or of one task. Departure: the paper's workload is 64K/64K tokens; ours is whichever the
-benchmark measured.
+per effort over the suite, or of one task. Request-level efficiency is the ratio of two models' ``R``: at equal effort
+(:func:`rate_ratios`), where the answers' quality may differ, or against a point of the parent's that the child is no
+less accurate than (:func:`gain_at_accuracy`), where it may not. Departure: the paper's workload is 64K/64K tokens; ours
+is whichever the benchmark measured.
 """
 
 from collections.abc import Iterable, Mapping
@@ -101,6 +103,29 @@ def pareto_frontier(points: Iterable[FrontierPoint]) -> list[FrontierPoint]:
     return frontier[::-1]
 
 
+def rate_ratios(points: Iterable[FrontierPoint], model: str, over: str, kv_cache: CacheDtype) -> dict[Effort, float]:
+    """Request rate of one model over another's at equal effort and KV cache, for the efforts that both have."""
+    points = list(points)
+    rates = {point.deployment: point.requests_per_s for point in points}
+    efforts = [point.deployment.effort for point in points if point.deployment.model == over]
+    return {
+        effort: rates[Deployment(model, effort, kv_cache)] / rates[Deployment(over, effort, kv_cache)]
+        for effort in dict.fromkeys(efforts)
+        if {Deployment(name, effort, kv_cache) for name in (model, over)} <= rates.keys()
+    }
+
+
+def gain_at_accuracy(points: Iterable[FrontierPoint], goal: FrontierPoint) -> float | None:
+    """Rate of the fastest point no less accurate than the goal, over the goal's; None if none is as accurate."""
+    as_accurate = [point.requests_per_s for point in points if point.accuracy >= goal.accuracy]
+    return max(as_accurate) / goal.requests_per_s if as_accurate else None
+
+
 def retention(child_accuracy: float, parent_accuracy: float) -> float | None:
     """The share of the parent's accuracy that the child has; None where the parent has none to keep."""
     return child_accuracy / parent_accuracy if parent_accuracy > 0 else None
+
+
+def recovered_share(before: float, after: float, parent: float) -> float | None:
+    """``(after - before) / (parent - before)``: of the accuracy lost, what came back; None where none was lost."""
+    return (after - before) / (parent - before) if before < parent else None

@@ -2,7 +2,8 @@
 
 Requests are sorted by length and go through the model in left-padded batches. Rows that have finished leave the batch
 once they are a quarter of it, full-attention caches grow in place instead of being copied at every step, and prompts
-are read a few at a time so that attention over them stays small. Tokens are those of ``model.generate``.
+are read a few at a time so that attention over them stays small, and once where several requests share one. Tokens are
+those of ``model.generate``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,10 @@ def _check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max
 def _generate_batch(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
 ) -> list[Generated]:
-    decoding = Decoding(model, prompts)
+    distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    decoding = Decoding(model, list(distinct))
+    if len(distinct) < len(prompts):
+        decoding.keep([distinct[tuple(prompt)] for prompt in prompts])
     replies: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     done = [False] * len(prompts)
@@ -161,7 +165,7 @@ class Decoding:
         self.logits = output.logits[:, -1]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows."""
+        """Go on with these rows only, in this order; one may be named several times."""
         chosen = torch.tensor(rows, device=self._mask.device)
         self._mask, self._positions, self.logits = self._mask[chosen], self._positions[chosen], self.logits[chosen]
         self._cache.batch_select_indices(chosen)

@@ -157,6 +157,11 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def kv_scale_names(num_layers: int) -> list[str]:
+    """Scalars that a checkpoint with a calibrated FP8 KV cache adds to its layout: K's and V's scale of each layer."""
+    return [f"{layer_prefix(layer)}self_attn.{state}_scale" for layer in range(num_layers) for state in "kv"]
+
+
 def is_expert_indexed(name: str) -> bool:
     """Whether the first axis of this tensor counts a layer's experts: expert weights and biases, router rows."""
     return ".mlp.experts." in name or ".mlp.router." in name

@@ -7,6 +7,9 @@ from rich.table import Table
 
 _TOO_FINE = ("tasks", "truncated")
 """Left to the report page."""
+_OF_THE_PRUNED_CHILD = ("efforts", "request_efficiency", "recovery")
+"""Superseded by what recovery says."""
+_STAGES = {"fp8_unit": "FP8, unit scales", "fp8": "FP8, calibrated"}
 _WORDS = {
     "efforts": "effort",
     "memory_mib": "memory [MiB],",
@@ -14,6 +17,15 @@ _WORDS = {
     "throughput": "tokens/s,",
 }
 """What the summary's keys are called in the table, where they are not words themselves."""
+
+
+def outcome_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """All there is to show: sizes and speed, what recovery gave if there was one, and the search's baselines."""
+    recovery = summary.get("recovery")
+    if recovery is None:
+        return [comparison_table(summary), rivals_table(summary["rivals"])]
+    sizes = {name: value for name, value in summary.items() if name not in _OF_THE_PRUNED_CHILD}
+    return [comparison_table(sizes), recovery_table(recovery), rivals_table(summary["rivals"])]
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Table:
@@ -35,6 +47,32 @@ def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
         shown = ["not measured" if found is None else _shown(found["mean"]) for found in accuracies]
         table.add_row(rival["name"], *(_shown(rival[name]) for name in ("damage", "experts")), *shown)
     return table
+
+
+def recovery_table(recovery: Mapping[str, Any]) -> Table:
+    """Parent, child after every stage, and the baseline: accuracy, tokens, and request rate over the parent's."""
+    efforts = list(recovery["retention"])
+    table = Table(title=f"Recovery, at {', '.join(efforts)} effort")
+    table.add_column(no_wrap=True)
+    for column in ("accuracy [%]", "tokens/request", "x requests/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    efficiency, baseline = recovery["request_efficiency"], recovery["baseline"]
+    rates = {**efficiency["models"], "fp8": efficiency["equal_effort_fp8"]}
+    _add_recovered(table, "parent", recovery["parent"], dict.fromkeys(efforts, 1.0))
+    for stage, found in recovery["stages"].items():
+        _add_recovered(table, _STAGES.get(stage, stage), found, rates.get(stage, {}))
+    if baseline:
+        name = baseline["name"]
+        _add_recovered(table, f"{name}, averaged", baseline["stages"]["averaged"], rates.get(name, {}))
+    return table
+
+
+def _add_recovered(table: Table, name: str, found: Mapping[str, Any], rates: Mapping[str, float]) -> None:
+    efforts: Mapping[str, Mapping[str, float]] = found["efforts"]
+    accuracies = (f"{100 * figures['accuracy']:5.1f}" for figures in efforts.values())
+    tokens = (f"{figures['tokens_per_request']:,.1f}" for figures in efforts.values())
+    relative = (f"{rates[effort]:.2f}" for effort in efforts if effort in rates)
+    table.add_row(name, *("  ".join(figures) for figures in (accuracies, tokens, relative)))
 
 
 def _pairs(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

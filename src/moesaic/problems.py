@@ -4,13 +4,14 @@ A data set is JSON lines, one problem each: ``{"id", "task", "prompt": [{"role",
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from moesaic.chat import PROMPT_DATE
 from moesaic.datasets import Row, read_rows
 from moesaic.errors import ArtifactError, ConfigError
 from moesaic.verifiers import get_verifier
@@ -65,11 +66,27 @@ def first_of_each_task(problems: Iterable[Problem], limit: int) -> list[Problem]
     return chosen
 
 
+def spread_over_tasks(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+    """``limit`` problems, as evenly over the tasks as there are, the first of each; in the order of the set."""
+    rank_of_task: Counter[str] = Counter()
+    ranks = []
+    for place, problem in enumerate(problems):
+        ranks.append((rank_of_task[problem.task], place))
+        rank_of_task[problem.task] += 1
+    chosen = sorted(ranks)[:limit]
+    return [problems[place] for place in sorted(place for _, place in chosen)]
+
+
 def render_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, effort: str) -> list[int]:
     """Token ids of the prompt in the tokenizer's chat template, up to where the model's reply begins."""
     messages = [{"role": message.role, "content": message.content} for message in problem.prompt]
     ids = tokenizer.apply_chat_template(
-        messages, reasoning_effort=effort, add_generation_prompt=True, tokenize=True, return_dict=False
+        messages,
+        reasoning_effort=effort,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        strftime_now=PROMPT_DATE.strftime,
     )
     return [int(token) for token in ids]
 

@@ -7,6 +7,8 @@ from statistics import fmean
 import pytest
 from transformers import AutoTokenizer
 
+from moesaic import kv_cache
+from moesaic.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.configs import EvaluateConfig
 from moesaic.errors import ArtifactError, ConfigError
 from moesaic.generation import Generated
@@ -50,6 +52,7 @@ def test_every_number_follows_from_the_samples(tiny_parent: Path, tests: Path, t
     ]
     evaluation = json.loads((output / "evaluation.json").read_text())
     assert evaluation["name"] == "parent"
+    assert (evaluation["kv_cache"], evaluation["steps"]) == (None, [])
     assert evaluation["efforts"]["low"]["tasks"]["hops"]["problems"] == 2
     low = [sample for sample in samples if sample["effort"] == "low"]
     assert metrics["tokens_per_request_low"] == pytest.approx(fmean(sample["tokens"] for sample in low))
@@ -87,6 +90,32 @@ def test_a_right_and_complete_answer_is_correct(tiny_parent: Path, tests: Path, 
     assert judge(problem, Generated(ids, False), tokenizer, "low").correct
     assert not judge(problem, Generated(ids, True), tokenizer, "low").correct
     assert not judge(problem, Generated(ids[:-1], False), tokenizer, "low").correct
+
+
+def test_an_emulated_cache_changes_what_is_generated(tiny_parent: Path, tests: Path, tmp_path: Path) -> None:
+    """Scales of 1000 round most keys and values to zero; scales of 1 keep most of them."""
+    source = Checkpoint.open(tiny_parent)
+    coarse = kv_cache.scale_tensors([kv_cache.KvScales(1000.0, 1000.0)] * 4)
+    rewrite_checkpoint(source, tmp_path / "model", {}, {"stage": "calibrate_kv"}, added=coarse)
+    outputs = {}
+    for kind in (None, "bf16", "fp8_unit", "fp8"):
+        config = CONFIG.model_copy(update={"kv_cache": kind})
+        (tmp_path / str(kind)).mkdir()
+        _, output = run(config, tmp_path / "model", tests, tmp_path / str(kind))
+        evaluation = json.loads((output / "evaluation.json").read_text())
+        assert (evaluation["kv_cache"], evaluation["steps"]) == (kind, [{"stage": "calibrate_kv"}])
+        outputs[kind] = (output / "samples.jsonl").read_text()
+    assert outputs["fp8"] not in (outputs[None], outputs["bf16"], outputs["fp8_unit"])
+
+
+def test_fp8_needs_scales_that_are_numbers(tiny_parent: Path, tests: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"kv_cache": "fp8"})
+    with pytest.raises(ConfigError, match=r"no model.layers.0.self_attn.k_scale; run calibrate_kv"):
+        run(config, tiny_parent, tests, tmp_path)
+    broken = kv_cache.scale_tensors([kv_cache.KvScales(1.0, 0.0)] * 4)
+    rewrite_checkpoint(Checkpoint.open(tiny_parent), tmp_path / "model", {}, {"stage": "x"}, added=broken)
+    with pytest.raises(ArtifactError, match=r"v_scale is .*a scale is one positive number"):
+        run(config, tmp_path / "model", tests, tmp_path)
 
 
 def test_bad_inputs_are_refused(tiny_parent: Path, tests: Path, tmp_path: Path) -> None:

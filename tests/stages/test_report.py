@@ -10,6 +10,7 @@ from moesaic.configs import MeasureCostsConfig, ReportConfig, SearchArchitecture
 from moesaic.errors import ArtifactError
 from moesaic.library import variants_of
 from moesaic.stages import measure_costs, report, search_architecture
+from tests.unit.recovery_inputs import BASELINE, recovery
 from tests.unit.report_inputs import evaluation, point
 
 SPACE = SearchSpace(expert_counts=(8, 4, 2), windows=(64, 8))
@@ -74,6 +75,38 @@ def test_page_pictures_and_summary(stages: dict[str, Path | list[Path]], tmp_pat
     assert summary["predictions"][0]["measured"]["throughput"] == pytest.approx(1.3)
     assert metrics["retention_high"] == pytest.approx(0.8 / 0.9)
     assert metrics["speedup_256_64"] == pytest.approx(1.3)
+
+
+def test_recovery_is_reported_when_it_is_given(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:
+    points = [point(model, (256, 64, 4), speed) for model, speed in (("parent", 90.0), ("child", 108.0))]
+    given = {
+        "recovery": write(tmp_path / "r", "recovery.json", recovery()),
+        "recovery_baseline": write(tmp_path / "u", "recovery.json", recovery("uniform", BASELINE)),
+        "evaluation_parent_fp8": write(tmp_path / "f", "evaluation.json", evaluation("parent", 0.5, 0.88)),
+        "measurements_baseline": write(tmp_path / "b", "measurements.json", {"points": points}),
+    }
+    output = tmp_path / "output"
+    output.mkdir()
+    metrics = report.run(ReportConfig(), **stages, **given, output=output, scratch=tmp_path)
+    expected = (NAMES - {"efforts"}) | {"contributions", "retention", "tokens", "distillation"}
+    assert {path.stem for path in output.glob("*.png")} == expected
+    found = json.loads((output / "summary.json").read_text())["recovery"]
+    assert found["retention"] == pytest.approx({"low": 1.02, "high": 1.0})
+    assert metrics["retention_low"] == pytest.approx(1.02)
+    assert metrics["retention_pruned_low"] == pytest.approx(0.8)
+    assert metrics["recovered_by_distillation_high"] == pytest.approx(0.8)
+    assert metrics["tokens_ratio_high"] == pytest.approx(0.75)
+    assert metrics["request_efficiency"] == pytest.approx(1.3 / 0.75)
+    assert metrics["accuracy_above_baseline"] == pytest.approx(0.075)
+
+
+def test_recovery_alone_is_enough(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    given = {"recovery": write(tmp_path / "r", "recovery.json", recovery())}
+    metrics = report.run(ReportConfig(), **stages, **given, output=output, scratch=tmp_path)
+    assert metrics["retention_high"] == pytest.approx(1.0)
+    assert "accuracy_above_baseline" not in metrics
 
 
 def test_a_missing_or_broken_input_is_named(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:

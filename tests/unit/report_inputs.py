@@ -26,18 +26,19 @@ def solution(blocks: list[tuple[int, int | None]], damage: float, speed: float) 
 
 
 def evaluation(name: str, low: float, high: float, tokens_low: float = 10, tokens_high: float = 100) -> dict[str, Any]:
-    """Two tasks, half a tenth below and above the mean."""
+    """Two tasks, half a tenth below and above the mean where there is room."""
 
     def effort(mean: float, tokens: float) -> dict[str, Any]:
         def result(accuracy: float) -> dict[str, float]:
             return {"accuracy": accuracy, "tokens_per_request": tokens, "truncated": 0.0}
 
-        tasks = {"add": result(mean + 0.05) | {"problems": 20}, "hops": result(mean - 0.05) | {"problems": 20}}
+        apart = min(0.05, mean, 1 - mean)
+        tasks = {"add": result(mean + apart) | {"problems": 20}, "hops": result(mean - apart) | {"problems": 20}}
         return result(mean) | {"tasks": tasks}
 
     return {
         "name": name,
-        "parameters": 1,
+        "parameters": 180 if name == "parent" else 160,
         "efforts": {"low": effort(low, tokens_low), "high": effort(high, tokens_high)},
     }
 

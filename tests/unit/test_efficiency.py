@@ -4,13 +4,17 @@ import random
 
 import pytest
 
+from moesaic.configs import CacheDtype, Effort
 from moesaic.efficiency import (
     Deployment,
     FrontierPoint,
     Quality,
     best_throughput,
     frontier_points,
+    gain_at_accuracy,
     pareto_frontier,
+    rate_ratios,
+    recovered_share,
     request_rate,
     retention,
 )
@@ -88,3 +92,26 @@ def test_retention() -> None:
     assert retention(0.45, 0.9) == 0.5
     assert retention(0.9, 0.45) == 2
     assert retention(0.0, 0.0) is None
+
+
+def test_recovered_share_is_of_what_was_lost() -> None:
+    assert recovered_share(0.5, 0.7, 0.9) == pytest.approx(0.5)
+    assert recovered_share(0.5, 1.0, 0.9) == pytest.approx(1.25)
+    assert recovered_share(0.5, 0.4, 0.9) == pytest.approx(-0.25)
+    assert recovered_share(0.9, 0.95, 0.9) is None
+
+
+def test_rates_are_compared_at_equal_effort_and_cache() -> None:
+    def served(model: str, effort: Effort, rate: float, kv_cache: CacheDtype = "bf16") -> FrontierPoint:
+        return FrontierPoint(Deployment(model, effort, kv_cache), rate, rate, 0.5)
+
+    points = [served("parent", "low", 4), served("parent", "high", 2), served("parent", "high", 3, "fp8")]
+    points += [served("child", "low", 6), served("child", "high", 6, "fp8")]
+    assert rate_ratios(points, "child", "parent", "bf16") == {"low": 1.5}
+    assert rate_ratios(points, "child", "parent", "fp8") == {"high": 2}
+
+
+def test_gain_at_accuracy_takes_the_fastest_that_is_no_worse() -> None:
+    points = [point(1, 0.9), point(3, 0.8), point(8, 0.5)]
+    assert gain_at_accuracy(points, point(2, 0.8)) == 1.5
+    assert gain_at_accuracy(points, point(2, 0.95)) is None

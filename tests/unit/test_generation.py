@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moesaic import generation
 from moesaic.errors import ConfigError
 from moesaic.generation import Decoding, Generated, Sampling, generate, generate_batches, stop_ids
+from moesaic.gpt_oss_puzzle import load_model
 from moesaic.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from moesaic.gpt_oss_puzzle.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
 
@@ -142,3 +144,20 @@ def test_stop_ids_come_from_the_checkpoint(parent: PreTrainedModel) -> None:
     parent.generation_config.eos_token_id = [5, 7]
     assert stop_ids(parent) == {5, 7}
     parent.generation_config.eos_token_id = 5
+
+
+def test_requests_that_share_a_prompt_read_it_once(tiny_parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(tiny_parent)
+    prompts = [[1, 7, 9], [1, 8], [1, 7, 9], [1, 7, 9]]
+    read: list[int] = []
+    whole = generation._prefill
+    monkeypatch.setattr(
+        generation, "_prefill", lambda model, ids, mask: read.append(len(ids)) or whole(model, ids, mask)
+    )
+    sampling = Sampling(6, frozenset({5}), temperature=1.0)
+    replies = generate(model, prompts, sampling, 4)
+    assert read == [2]
+    assert len({reply.token_ids for reply in replies}) > 2, "each request draws its own tokens"
+    greedy = generate(model, prompts, Sampling(6, frozenset({5})), 4)
+    alone = [generate(model, [prompt], Sampling(6, frozenset({5})), 1)[0] for prompt in prompts]
+    assert greedy == alone

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from moesaic.chat import load_tokenizer
 from moesaic.errors import ArtifactError
-from moesaic.problems import Problem, first_of_each_task, read_problems, render_prompt
+from moesaic.problems import Message, Problem, first_of_each_task, read_problems, render_prompt
 
 ENTRY = {
     "id": "a-0",
@@ -82,3 +83,12 @@ def test_a_prompt_is_the_chat_template_up_to_the_reply(tiny_parent: Path, tmp_pa
     text = tokenizer.decode(render_prompt(asked, tokenizer, "high"))
     system = "<|start|> system <|message|> Reasoning: high <|end|>"
     assert text.split() == f"{system} <|start|> user <|message|> w1 w2 <|end|> <|start|> assistant".split()
+
+
+def test_prompts_are_the_same_on_every_day(tiny_parent: Path) -> None:
+    """gpt-oss's template prints today's date."""
+    tokenizer = load_tokenizer(tiny_parent)
+    tokenizer.chat_template = "{{ strftime_now('%Y') }} " + tokenizer.chat_template
+    tokenizer.add_tokens(["2025"])
+    problem = Problem("a", "t", (Message("user", "1 + 1"),), "2", "exact_match")
+    assert tokenizer.decode(render_prompt(problem, tokenizer, "low")).startswith("2025")

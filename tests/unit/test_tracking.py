@@ -96,7 +96,9 @@ def test_a_run_that_a_scheduler_opened_is_used_and_left_open(uri: str) -> None:
     assert client.get_run(given).info.status == "RUNNING"
 
 
-def test_a_run_begun_before_its_stage_is_the_same_after_a_kill_and_ends_with_the_stage(uri: str, tmp_path: Path) -> None:
+def test_a_run_begun_before_its_stage_is_the_same_after_a_kill_and_ends_with_the_stage(
+    uri: str, tmp_path: Path
+) -> None:
     from mlflow import MlflowClient
 
     client, note = MlflowClient(uri), tmp_path / "run"

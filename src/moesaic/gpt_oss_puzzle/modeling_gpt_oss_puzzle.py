@@ -111,6 +111,7 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
 
     config: GptOssPuzzleConfig
     config_class = GptOssPuzzleConfig
+    _keys_to_ignore_on_load_unexpected = (r"\.self_attn\.[kv]_scale$",)  # of the FP8 KV cache, for serving engines
 
     def __init__(self, config: GptOssPuzzleConfig) -> None:
         GptOssPreTrainedModel.__init__(self, config)

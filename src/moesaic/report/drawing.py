@@ -11,6 +11,10 @@ PARENT = "#5b6470"
 CHILD = "#0072b2"
 CHOSEN = "#00a5e0"
 RIVALS = {"greedy": "#d55e00", "uniform": "#009e73", "random": "#cc79a7", "max_parameters": "#e69f00"}
+STAGES = {"parent": PARENT, "pruned": "#d55e00", "distilled": "#56b4e9", "averaged": CHILD}
+_POLICIES = ("#cc79a7", "#e69f00", "#a6761d", "#6a3d9a")
+EFFORT_COLOURS = {"low": "#7fb8da", "medium": "#2f7fb8", "high": "#0b2f5b"}
+MARKERS = {"low": "o", "medium": "s", "high": "^"}
 OTHER = "#8a8a8a"
 GRID = "#e4e6ea"
 _FULL = "#12355b"
@@ -48,6 +52,12 @@ def window_name(window: int | None) -> str:
 def rival_colour(name: str) -> str:
     """The colour of a way to choose blocks."""
     return RIVALS.get("random" if name.startswith("random") else name, OTHER)
+
+
+def stage_colours(policies: Iterable[str], baseline: str | None) -> dict[str, str]:
+    """A colour for the parent, for the child after every stage, and for the baseline that got the same recovery."""
+    colours = {policy: _POLICIES[place % len(_POLICIES)] for place, policy in enumerate(policies)}
+    return STAGES | colours | ({} if baseline is None else {baseline: rival_colour(baseline)})
 
 
 def to_png(figure: Figure) -> bytes:

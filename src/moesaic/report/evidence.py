@@ -1,11 +1,12 @@
 """What a report is made of: the outputs of the stages before it, read into values."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moesaic.architecture import Architecture, Block
-from moesaic.configs import Effort
+from moesaic.configs import CacheDtype, Effort, EmulatedCache
 from moesaic.costs import CostTable
 from moesaic.errors import ArtifactError
 
@@ -40,6 +41,8 @@ class EffortResult(TaskResult):
     """The suite at one effort, and its tasks by name."""
 
     tasks: Mapping[str, TaskResult]
+    standard_error: float
+    """Of the accuracy: what other problems of the same tasks would change it by, typically."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Evaluation:
     name: str
     parameters: int
     efforts: Mapping[Effort, EffortResult]
+    kv_cache: EmulatedCache | None = None
+    """What the KV cache was rounded to; None if it was left as computed."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ class Evidence:
     baselines: Sequence[Evaluation]
     hardware: Mapping[str, Any]
     pairs: Sequence[Pair]
+    pairs_fp8: Sequence[Pair] = ()
+    """Measured with an FP8 cache, where the benchmark did so."""
 
     @property
     def child(self) -> Solution:
@@ -163,11 +170,12 @@ def read_evidence(
             skipped=architecture.get("skipped", {}),
             swept=architecture["swept"],
             frontier=[_read_solution("frontier", entry) for entry in architecture["frontier"]],
-            evaluation_parent=_read_evaluation(evaluation_parent),
-            evaluation_child=_read_evaluation(evaluation_child),
-            baselines=[_read_evaluation(entry) for entry in baselines],
+            evaluation_parent=read_evaluation(evaluation_parent),
+            evaluation_child=read_evaluation(evaluation_child),
+            baselines=[read_evaluation(entry) for entry in baselines],
             hardware=measurements["hardware"],
-            pairs=list(_read_pairs(measurements["points"])),
+            pairs=read_pairs(measurements["points"]),
+            pairs_fp8=read_pairs(measurements["points"], "fp8"),
         )
     except (KeyError, TypeError) as broken:
         raise ArtifactError(f"an input of the report cannot be read ({broken!r}); run its stage again") from broken
@@ -203,27 +211,30 @@ def _read_damage(row: Mapping[str, Any], metric: str) -> Damage:
     return Damage(row["layer"], Block(row["num_experts"], row["window"]), row["short"][metric], row["long"][metric])
 
 
-def _read_evaluation(entry: Mapping[str, Any]) -> Evaluation:
-    efforts = {
-        effort: EffortResult(
-            **_result(entry["efforts"][effort]),
-            tasks={task: TaskResult(**_result(found)) for task, found in entry["efforts"][effort]["tasks"].items()},
-        )
-        for effort in EFFORTS
-        if effort in entry["efforts"]
-    }
-    return Evaluation(entry["name"], entry["parameters"], efforts)
+def read_evaluation(entry: Mapping[str, Any]) -> Evaluation:
+    """The content of an ``evaluation.json``."""
+    efforts = {effort: _read_effort(entry["efforts"][effort]) for effort in EFFORTS if effort in entry["efforts"]}
+    return Evaluation(entry["name"], entry["parameters"], efforts, entry.get("kv_cache"))
+
+
+def _read_effort(entry: Mapping[str, Any]) -> EffortResult:
+    """The suite's accuracy is a mean over tasks, each of them over problems that are right or wrong."""
+    found = entry["tasks"]
+    variance = sum(task["accuracy"] * (1 - task["accuracy"]) / task["problems"] for task in found.values())
+    tasks = {task: TaskResult(**_result(figures)) for task, figures in found.items()}
+    return EffortResult(**_result(entry), tasks=tasks, standard_error=math.sqrt(variance) / len(tasks))
 
 
 def _result(entry: Mapping[str, Any]) -> dict[str, float]:
     return {key: entry[key] for key in ("accuracy", "tokens_per_request", "truncated")}
 
 
-def _read_pairs(points: Sequence[Mapping[str, Any]]) -> Iterator[Pair]:
+def read_pairs(points: Sequence[Mapping[str, Any]], kv_cache: CacheDtype = "bf16") -> list[Pair]:
+    """The settings at which both models were measured with this KV cache; points that do not say are of BF16."""
     speeds: dict[Setting, dict[str, Speed]] = {}
     for point in points:
-        setting = Setting(point["input_tokens"], point["output_tokens"], point["batch_size"])
-        speed = Speed(*(Spread(**point[key]) for key in ("tokens_per_s", "prefill_ms", "decode_ms")))
-        speeds.setdefault(setting, {})[point["model"]] = speed
-    for setting, found in sorted(speeds.items()):
-        yield Pair(setting, found["parent"], found["child"])
+        if point.get("kv_cache", "bf16") == kv_cache:
+            setting = Setting(point["input_tokens"], point["output_tokens"], point["batch_size"])
+            speed = Speed(*(Spread(**point[key]) for key in ("tokens_per_s", "prefill_ms", "decode_ms")))
+            speeds.setdefault(setting, {})[point["model"]] = speed
+    return [Pair(setting, found["parent"], found["child"]) for setting, found in sorted(speeds.items())]

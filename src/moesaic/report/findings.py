@@ -155,12 +155,12 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
     parent, child = evidence.parent, evidence.child
     return {
         "child": child.name,
-        "parameters": _compare(parent.parameters, child.parameters),
-        "experts": _compare(parent.num_experts, child.num_experts),
+        "parameters": compare(parent.parameters, child.parameters),
+        "experts": compare(parent.num_experts, child.num_experts),
         "windowed_layers": _windowed(evidence),
-        "memory_mib": {name: _compare(parent.memory_mib[name], child.memory_mib[name]) for name in parent.memory_mib},
+        "memory_mib": {name: compare(parent.memory_mib[name], child.memory_mib[name]) for name in parent.memory_mib},
         "kv_mib_per_request": {
-            workload.name: _compare(*(kv_mib_per_request(evidence, model, workload) for model in (parent, child)))
+            workload.name: compare(*(kv_mib_per_request(evidence, model, workload) for model in (parent, child)))
             for workload in evidence.costs.workloads
         },
         "efforts": {effort: _effort(evidence, effort) for effort in evidence.efforts},
@@ -176,7 +176,8 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _compare(parent: float, child: float) -> dict[str, float]:
+def compare(parent: float, child: float) -> dict[str, float]:
+    """A figure of both models, and its ratio."""
     return {"parent": parent, "child": child, "ratio": child / parent}
 
 
@@ -190,7 +191,7 @@ def _effort(evidence: Evidence, effort: Effort) -> dict[str, Any]:
     old, new = (run.efforts[effort] for run in (evidence.evaluation_parent, evidence.evaluation_child))
     return {
         "accuracy": {"parent": old.accuracy, "child": new.accuracy, "retention": retention(new.accuracy, old.accuracy)},
-        "tokens_per_request": _compare(old.tokens_per_request, new.tokens_per_request),
+        "tokens_per_request": compare(old.tokens_per_request, new.tokens_per_request),
         "truncated": {"parent": old.truncated, "child": new.truncated},
         "tasks": {
             task: {
@@ -208,7 +209,7 @@ def _context(evidence: Evidence, input_tokens: int, output_tokens: int) -> dict[
     pairs = context_pairs(evidence, input_tokens, output_tokens)
     best = _best(evidence, input_tokens, output_tokens)
     return {
-        "best": _compare(best["parent"], best["child"]),
+        "best": compare(best["parent"], best["child"]),
         "speedup_by_batch": {str(pair.setting.batch_size): pair.speedup for pair in pairs},
     }
 

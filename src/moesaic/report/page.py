@@ -3,10 +3,9 @@
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -14,6 +13,16 @@ from moesaic.report.block_figures import draw_architecture, draw_damage, draw_im
 from moesaic.report.drawing import to_png
 from moesaic.report.evidence import Evidence
 from moesaic.report.findings import headline, verdicts
+from moesaic.report.recovery import RecoveryEvidence
+from moesaic.report.recovery_figures import (
+    draw_contributions,
+    draw_distillation,
+    draw_recovery_frontier,
+    draw_retention,
+    draw_tokens,
+    stage_name,
+)
+from moesaic.report.recovery_sentences import kv_name, recovery_findings, recovery_headline
 from moesaic.report.result_figures import (
     draw_efforts,
     draw_predictions,
@@ -95,26 +104,100 @@ _PICTURES: tuple[tuple[str, Callable[[Evidence], Figure], str, str], ...] = (
 )
 
 
-def draw_pictures(evidence: Evidence) -> list[Picture]:
-    """All pictures, in the page's order."""
+_RECOVERY_PICTURES: tuple[tuple[str, Callable[[RecoveryEvidence], Figure], str, str], ...] = (
+    (
+        "frontier",
+        draw_recovery_frontier,
+        "Accuracy against requests per second",
+        "A model's request rate is its best output-token throughput at the longest context measured, divided by the "
+        "mean tokens it generates per request of the test suite. Up and to the right is better. The child's "
+        "checkpoints share its architecture, and so its measured throughput; a baseline's is by its ratio to the "
+        "parent, timed side by side. Dashed lines and open markers: KV cache in BF16; solid and filled: in FP8 with "
+        "calibrated scales.",
+    ),
+    (
+        "contributions",
+        draw_contributions,
+        "What each stage contributed",
+        "Measured accuracy after every stage. The line runs from the pruned child through distillation and the average "
+        "of the policies to the calibrated FP8 cache; diamonds lie beside that way: each policy is trained from the "
+        "distilled child, and FP8 with unit scales is the same child without calibration. Every panel has its own "
+        "scale; bars are one standard error, by the choice of test problems.",
+    ),
+    (
+        "retention",
+        draw_retention,
+        "Accuracy kept, per task and stage",
+        "The child's accuracy over the parent's in percent; in brackets after each task's name the parent's accuracy. "
+        "Ratios in brackets are to a parent that solves less than one problem in ten, and say little.",
+    ),
+    (
+        "tokens",
+        draw_tokens,
+        "Generated tokens per request",
+        "Means over the test suite. Left: parent, pruned child, recovered child. Right: the child after every stage.",
+    ),
+    (
+        "distillation",
+        draw_distillation,
+        "The distillation",
+        "Against the parent, on its own answers: those trained on, and those held out. Means over response tokens.",
+    ),
+)
+_SUPERSEDED = ("frontier", "efforts")
+"""Pictures of the pruned child that recovery's say more than."""
+_NOT_TIMED = " Speed was timed with the cache in BF16 only, and is taken to be the same in FP8: the lines differ in "
+_NOT_TIMED += "accuracy and in length of the answers alone."
+
+
+def draw_pictures(evidence: Evidence, recovery: RecoveryEvidence | None = None) -> list[Picture]:
+    """All pictures, in the page's order: recovery first, if there was one."""
     look = {"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "legend.frameon": False}
     with rc_context(look):
-        return [Picture(name, title, caption, to_png(draw(evidence))) for name, draw, title, caption in _PICTURES]
+        search = [Picture(name, title, caption, to_png(draw(evidence))) for name, draw, title, caption in _PICTURES]
+        if recovery is None:
+            return search
+        note = {"frontier": "" if recovery.fp8_was_timed else _NOT_TIMED}
+        recovered = [
+            Picture(name, title, caption + note.get(name, ""), to_png(draw(recovery)))
+            for name, draw, title, caption in _RECOVERY_PICTURES
+        ]
+    return recovered + [picture for picture in search if picture.name not in _SUPERSEDED]
 
 
 def render_page(title: str, evidence: Evidence, summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """The whole page as HTML that needs nothing beside it."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "ratio": _ratio, "number": _number}
-    template = environment.from_string(files("moesaic.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    environment = Environment(
+        loader=PackageLoader("moesaic", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= _FILTERS
+    recovery = summary.get("recovery")
+    return environment.get_template("page.html.j2").render(
         title=title,
         summary=summary,
-        headline=headline(summary),
+        recovery=recovery,
+        headline=recovery_headline(summary) if recovery else headline(summary),
+        recovery_findings=recovery_findings(recovery) if recovery else [],
         verdicts=verdicts(summary),
         pictures=pictures,
         evidence=evidence,
     )
+
+
+def _tenths(value: float | None) -> str:
+    return "undefined" if value is None else f"{100 * value:.1f}"
+
+
+def _tokens(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
 
 
 def _percent(value: float | None) -> str:
@@ -130,3 +213,15 @@ def _number(value: float) -> str:
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+_FILTERS = {
+    "percent": _percent,
+    "ratio": _ratio,
+    "number": _number,
+    "tokens": _tokens,
+    "points": _points,
+    "tenths": _tenths,
+    "stage": stage_name,
+    "kv": kv_name,
+}

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moesaic.report.drawing import CHILD, PARENT, new_figure, rival_colour, tidy
+from moesaic.report.drawing import CHILD, MARKERS, PARENT, new_figure, rival_colour, tidy
 from moesaic.report.evidence import Evidence, Solution
 from moesaic.report.findings import (
     context_pairs,
@@ -15,7 +15,6 @@ from moesaic.report.findings import (
 )
 
 _COLOURS = {"parent": PARENT, "child": CHILD}
-_MARKERS = {"low": "o", "medium": "s", "high": "^"}
 _BASELINE_MARKERS = {"greedy": "D", "uniform": "s", "random": "X", "max_parameters": "P"}
 
 
@@ -148,7 +147,7 @@ def draw_request_frontier(evidence: Evidence) -> Figure:
         axes.plot([p.relative_rate for p in line], [100 * p.accuracy for p in line], "-", color=colour, linewidth=1.6)
         for point in line:
             place, effort = (point.relative_rate, 100 * point.accuracy), point.deployment.effort
-            axes.plot(*place, _MARKERS[effort], color=colour, markersize=10)
+            axes.plot(*place, MARKERS[effort], color=colour, markersize=10)
             axes.annotate(effort, place, (8, 6), textcoords="offset points", fontsize=9, color=colour)
     _label_models(axes)
     tidy(axes)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic import gpt_oss
+from moesaic import gpt_oss, kv_cache
 from moesaic.blocks import choose_device
 from moesaic.chat import load_tokenizer
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint import Checkpoint, read_recovery
 from moesaic.configs import EvaluateConfig
 from moesaic.generation import Generated, Sampling, generate_batches, stop_ids
 from moesaic.gpt_oss_puzzle import load_model
@@ -43,6 +43,7 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
     """Write ``evaluation.json`` and ``samples.jsonl``; an effort that a killed run had finished is not repeated."""
     checkpoint = Checkpoint.open(model)
     config = config.model_copy(update={"name": config.name or _candidate(model)})
+    scales = kv_cache.read_scales(checkpoint) if config.kv_cache == "fp8" else [kv_cache.UNIT] * checkpoint.num_layers
     problems = first_of_each_task(read_problems(tests), config.problems_per_task)
     tokenizer = load_tokenizer(model)
     loaded: PreTrainedModel | None = None
@@ -50,17 +51,27 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
     for effort in config.efforts:
         finished = scratch / f"samples-{effort}.jsonl"
         if not finished.is_file():
-            loaded = loaded or load_model(model, getattr(torch, config.precision)).to(choose_device())
+            loaded = loaded or _load(model, config, scales)
             _write_samples(finished, answer_problems(loaded, tokenizer, problems, effort, config))
         samples[effort] = _read_samples(finished)
     evaluation: dict[str, Any] = {
         "name": config.name,
+        "steps": read_recovery(model),
+        "kv_cache": config.kv_cache,
         "parameters": gpt_oss.num_parameters(checkpoint.shape, checkpoint.architecture),
         "efforts": {effort: summarize(found) for effort, found in samples.items()},
     }
     _write_samples(output / "samples.jsonl", [sample for found in samples.values() for sample in found])
     (output / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
     return _metrics(evaluation["efforts"])
+
+
+def _load(model: Path, config: EvaluateConfig, scales: Sequence[kv_cache.KvScales]) -> PreTrainedModel:
+    """The model, with the KV cache that the config asks for."""
+    loaded = load_model(model, getattr(torch, config.precision)).to(choose_device())
+    if config.kv_cache is not None:
+        kv_cache.emulate(loaded, kv_cache.roundings(config.kv_cache, scales))
+    return loaded
 
 
 def answer_problems(

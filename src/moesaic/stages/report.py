@@ -1,14 +1,16 @@
 """Put the outputs of all stages on one page, with its pictures and its numbers as files beside it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moesaic.configs import ReportConfig
-from moesaic.report.evidence import read_evidence
+from moesaic.report.evidence import Evidence, read_evidence
 from moesaic.report.findings import summarize
 from moesaic.report.page import draw_pictures, render_page
+from moesaic.report.recovery import RecoveryEvidence, read_recovery
+from moesaic.report.recovery_findings import summarize_recovery
 from moesaic.stages.payloads import read_json, read_text
 
 
@@ -23,10 +25,14 @@ def run(
     evaluation_child: Path,
     baselines: Sequence[Path],
     measurements: Path,
+    recovery: Path | None = None,
+    recovery_baseline: Path | None = None,
+    evaluation_parent_fp8: Path | None = None,
+    measurements_baseline: Path | None = None,
     output: Path,
     scratch: Path,
 ) -> dict[str, float]:
-    """Write ``report.html``, one PNG per picture and ``summary.json``."""
+    """Write ``report.html``, one PNG per picture and ``summary.json``; about recovery too, if there was one."""
     evidence = read_evidence(
         ranking=read_json(ranking / "ranking.json"),
         scores=read_json(scores / "scores.json"),
@@ -37,7 +43,13 @@ def run(
         baselines=[read_json(directory / "evaluation.json") for directory in baselines],
         measurements=read_json(measurements / "measurements.json"),
     )
-    summary, pictures = summarize(evidence), draw_pictures(evidence)
+    summary = summarize(evidence)
+    recovered = None
+    if recovery is not None:
+        others = recovery_baseline, evaluation_parent_fp8, measurements_baseline
+        recovered = _read_recovery(evidence, recovery, *others)
+        summary["recovery"] = summarize_recovery(recovered)
+    pictures = draw_pictures(evidence, recovered)
     page = render_page(config.title, evidence, summary, pictures)
     for picture in pictures:
         (output / f"{picture.name}.png").write_bytes(picture.png)
@@ -46,15 +58,43 @@ def run(
     return _metrics(summary)
 
 
+def _read_recovery(
+    evidence: Evidence, recovery: Path, baseline: Path | None, parent_fp8: Path | None, measurements: Path | None
+) -> RecoveryEvidence:
+    return read_recovery(
+        evidence,
+        recovery=read_json(recovery / "recovery.json"),
+        recovery_baseline=_read_optional(baseline, "recovery.json"),
+        evaluation_parent_fp8=_read_optional(parent_fp8, "evaluation.json"),
+        measurements_baseline=_read_optional(measurements, "measurements.json"),
+    )
+
+
+def _read_optional(directory: Path | None, name: str) -> dict[str, Any] | None:
+    return None if directory is None else read_json(directory / name)
+
+
 def _metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """Figures of the child that the pipeline hands on: the recovered one, if there is one."""
     metrics = {
         "parameters_ratio": summary["parameters"]["ratio"],
         "experts_ratio": summary["experts"]["ratio"],
         "request_efficiency": summary["request_efficiency"]["best"],
     }
-    for effort, found in summary["efforts"].items():
-        if found["accuracy"]["retention"] is not None:
-            metrics[f"retention_{effort}"] = found["accuracy"]["retention"]
+    retained = {effort: found["accuracy"]["retention"] for effort, found in summary["efforts"].items()}
+    if recovery := summary.get("recovery"):
+        metrics["request_efficiency"] = recovery["request_efficiency"]["best"]
+        metrics |= _per_effort("retention_pruned", retained)
+        metrics |= _per_effort("tokens_ratio", recovery["tokens_ratio"])
+        metrics |= _per_effort("recovered_by_distillation", recovery["recovered_by_distillation"])
+        retained = recovery["retention"]
+        if recovery["baseline"]:
+            metrics["accuracy_above_baseline"] = recovery["baseline"]["differences"]["averaged"]["mean"]
+    metrics |= _per_effort("retention", retained)
     for context, found in summary["throughput"].items():
         metrics[f"speedup_{context.replace('/', '_')}"] = found["best"]["ratio"]
     return metrics
+
+
+def _per_effort(name: str, values: Mapping[str, float | None]) -> dict[str, float]:
+    return {f"{name}_{effort}": value for effort, value in values.items() if value is not None}

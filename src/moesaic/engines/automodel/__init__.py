@@ -1,0 +1,1 @@
+"""NeMo AutoModel: global distillation, and the model class with which it trains children on clusters."""

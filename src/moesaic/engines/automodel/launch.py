@@ -1,0 +1,90 @@
+"""Start AutoModel's own command line, show its progress, and take it down whole."""
+
+import os
+import subprocess
+import sys
+from collections import deque
+from contextlib import suppress
+from importlib.util import find_spec
+
+import psutil
+import yaml
+
+from moesaic.configs import DistillConfig
+from moesaic.engines.automodel.driver import PREFIX
+from moesaic.engines.automodel.settings import Job, render
+from moesaic.errors import ConfigError, StageError
+
+_SHOWN_LINES = 20
+_ENVIRONMENT = {
+    "NEMO_ENABLE_USER_MODULES": "1",  # lets its YAML name classes of ours
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def check_installed() -> None:
+    """Raise ConfigError unless AutoModel is there; it is not imported."""
+    if find_spec("nemo_automodel") is None:
+        raise ConfigError("distill trains with nemo-automodel, which is not installed; install moesaic[distill]")
+
+
+def train(config: DistillConfig, job: Job) -> None:
+    """Run a distillation to its end, from where an earlier call with the same scratch directory came to.
+
+    Raises:
+        StageError: if the engine fails, saying why; it goes on from its last checkpoint when called again.
+    """
+    job.settings.write_text(yaml.safe_dump(render(config, job), sort_keys=False))
+    job.failure.unlink(missing_ok=True)
+    processes = ["--standalone", "--nproc-per-node", str(job.num_processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", *processes, "-m", "nemo_automodel.cli.app"]
+    engine = subprocess.Popen(
+        [*command, str(job.settings)],
+        env={**os.environ, **_ENVIRONMENT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        last_lines = _follow(engine, job)
+        status = engine.wait()
+    finally:
+        _take_down(engine)
+    if status or not job.trained.is_file():
+        raise StageError(_explain(status, last_lines, job))
+
+
+def _follow(engine: "subprocess.Popen[str]", job: Job) -> deque[str]:
+    """Write all output to the log, pass progress on to standard error, and return the last lines."""
+    last: deque[str] = deque(maxlen=_SHOWN_LINES)
+    assert engine.stdout is not None
+    with job.log.open("a") as log:
+        for line in engine.stdout:
+            log.write(line)
+            log.flush()
+            last.append(line)
+            if PREFIX in line:
+                print(line[line.index(PREFIX) :], end="", file=sys.stderr, flush=True)
+    return last
+
+
+def _take_down(engine: "subprocess.Popen[str]") -> None:
+    """Kill whatever is left of the engine; its workers lead sessions of their own, so a group is not enough."""
+    if engine.poll() is None:
+        launcher = psutil.Process(engine.pid)
+        for process in (*launcher.children(recursive=True), launcher):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    engine.wait()
+    if engine.stdout is not None:
+        engine.stdout.close()
+
+
+def _explain(status: int, last_lines: deque[str], job: Job) -> str:
+    if job.failure.is_file():
+        return job.failure.read_text()
+    shown = "".join(f"  {line}" for line in last_lines)
+    return f"AutoModel ended with status {status} before the last step; its output ends with:\n{shown}"

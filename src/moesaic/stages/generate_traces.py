@@ -1,0 +1,180 @@
+"""Let the parent answer prompts: the traces that distillation learns from, and how long and how right they are.
+
+Prompts go through the model in chunks of ``batch_size``. A chunk is one file in scratch, there only when it is whole;
+what is sampled in it depends on the seed, the effort and its number alone. A killed run so repeats one chunk at most,
+and what it writes in the end is, byte for byte, what it would have written.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesaic.blocks import choose_device
+from moesaic.chat import load_tokenizer
+from moesaic.checkpoint import Checkpoint
+from moesaic.configs import GenerateTracesConfig
+from moesaic.errors import ArtifactError, ConfigError
+from moesaic.generation import Sampling, generate, stop_ids
+from moesaic.gpt_oss_puzzle import load_model
+from moesaic.problems import Problem, read_problems, render_prompt, spread_over_tasks
+from moesaic.progress import track
+from moesaic.stages.evaluate import judge
+from moesaic.traces import Trace, read_traces
+
+TRACES = "traces.jsonl"
+"""The replies to learn from, see ``moesaic.traces``."""
+SUMMARY = "summary.json"
+"""Per effort, what the parent did on all prompts, replies that are not handed on included."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One reply to generate."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Requests of one effort that are generated together and kept in one file."""
+
+    effort: str
+    number: int
+    requests: tuple[Request, ...]
+
+    @property
+    def file_name(self) -> str:
+        """What its traces are called in scratch."""
+        return f"traces-{self.effort}-{self.number:06d}.jsonl"
+
+
+def run(config: GenerateTracesConfig, *, model: Path, prompts: Path, output: Path, scratch: Path) -> dict[str, float]:
+    """Write ``traces.jsonl`` and ``summary.json``; chunks that a killed run had finished are not repeated."""
+    checkpoint = Checkpoint.open(model)
+    problems = spread_over_tasks(read_problems(prompts), config.max_prompts)
+    chunks = _plan(problems, load_tokenizer(model), config)
+    _check_lengths(chunks, config, checkpoint.shape.max_positions)
+    _answer_chunks([chunk for chunk in chunks if not (scratch / chunk.file_name).is_file()], model, scratch, config)
+    replies = [trace for chunk in chunks for trace in read_traces(scratch / chunk.file_name)]
+    kept = [trace for trace in replies if config.keep_truncated or not trace.truncated]
+    _check_split(kept)
+    summary: dict[str, dict[str, Any]] = {effort: _summarize(effort, replies, kept) for effort in config.efforts}
+    _write_traces(output / TRACES, kept)
+    (output / SUMMARY).write_text(json.dumps({"efforts": summary}, indent=1) + "\n")
+    return _metrics(summary, kept)
+
+
+def choose_held_out(ids: Sequence[str], share: float, seed: int) -> frozenset[str]:
+    """The share of the prompts, and at least one, whose ids hash lowest with the seed.
+
+    Raises:
+        ArtifactError: if there is no prompt left to train on.
+    """
+    if len(ids) < 2:
+        raise ArtifactError(f"{len(ids)} prompt is too few: one is held out for evaluation, others are trained on")
+    number = min(max(1, round(share * len(ids))), len(ids) - 1)
+    return frozenset(sorted(ids, key=lambda name: _hash("held out", seed, name))[:number])
+
+
+def _hash(*parts: object) -> int:
+    """A number below 2^63 that depends on nothing but the parts."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8]) >> 1
+
+
+def _plan(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: GenerateTracesConfig) -> list[Chunk]:
+    held_out = choose_held_out([problem.id for problem in problems], config.held_out_share, config.seed)
+    chunks = []
+    for effort in config.efforts:
+        requests = [
+            Request(problem, tuple(render_prompt(problem, tokenizer, effort)), problem.id in held_out)
+            for problem in problems
+        ]
+        requests = [request for request in requests for _ in range(config.samples_per_prompt)]
+        for number, start in enumerate(range(0, len(requests), config.batch_size)):
+            chunks.append(Chunk(effort, number, tuple(requests[start : start + config.batch_size])))
+    return chunks
+
+
+def _check_lengths(chunks: Sequence[Chunk], config: GenerateTracesConfig, max_positions: int) -> None:
+    """Refuse before the first chunk what would fail in a later one."""
+    longest = max((request for chunk in chunks for request in chunk.requests), key=lambda one: len(one.prompt_ids))
+    if len(longest.prompt_ids) + config.max_new_tokens > max_positions:
+        raise ConfigError(
+            f"the prompt {longest.problem.id!r} of {len(longest.prompt_ids)} tokens with a reply of up to "
+            f"{config.max_new_tokens} does not fit the model's {max_positions} positions; lower max_new_tokens or drop "
+            f"the long prompts"
+        )
+
+
+def _answer_chunks(chunks: Sequence[Chunk], model: Path, scratch: Path, config: GenerateTracesConfig) -> None:
+    if chunks:
+        tokenizer = load_tokenizer(model)
+        loaded = load_model(model, getattr(torch, config.precision)).to(choose_device())
+        for chunk in track(chunks, len(chunks), "chunks of traces"):
+            _write_traces(scratch / chunk.file_name, _answer(chunk, loaded, tokenizer, config))
+
+
+def _answer(
+    chunk: Chunk, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateTracesConfig
+) -> Iterator[Trace]:
+    """The parent's replies to one chunk, verified."""
+    seed = _hash("sampling", config.seed, chunk.effort, chunk.number)
+    sampling = Sampling(config.max_new_tokens, stop_ids(model), config.temperature, seed)
+    replies = generate(model, [request.prompt_ids for request in chunk.requests], sampling, config.batch_size)
+    for request, reply in zip(chunk.requests, replies, strict=True):
+        correct = judge(request.problem, reply, tokenizer, chunk.effort).correct
+        yield Trace(
+            id=request.problem.id,
+            task=request.problem.task,
+            effort=chunk.effort,
+            prompt_ids=request.prompt_ids,
+            reply_ids=reply.token_ids,
+            correct=correct,
+            truncated=reply.truncated,
+            held_out=request.held_out,
+        )
+
+
+def _check_split(kept: Sequence[Trace]) -> None:
+    for held_out, purpose in ((False, "train on"), (True, "evaluate on")):
+        if not any(trace.held_out == held_out for trace in kept):
+            raise ConfigError(
+                f"no trace is left to {purpose}: all such replies are truncated; raise max_new_tokens, use more "
+                f"prompts or set keep_truncated"
+            )
+
+
+def _summarize(effort: str, replies: Sequence[Trace], kept: Sequence[Trace]) -> dict[str, Any]:
+    """Means over all replies of one effort, and how many of them are handed on."""
+    found = [trace for trace in replies if trace.effort == effort]
+    return {
+        "accuracy": fmean(trace.correct for trace in found),
+        "tokens_per_request": fmean(len(trace.reply_ids) for trace in found),
+        "truncated": fmean(trace.truncated for trace in found),
+        "traces": sum(trace.effort == effort for trace in kept),
+    }
+
+
+def _metrics(summary: Mapping[str, Mapping[str, Any]], kept: Sequence[Trace]) -> dict[str, float]:
+    metrics = {f"{key}_{effort}": float(value) for effort, figures in summary.items() for key, value in figures.items()}
+    return metrics | {
+        "traces": float(len(kept)),
+        "traces_held_out": float(sum(trace.held_out for trace in kept)),
+        "tokens": float(sum(len(trace.token_ids) for trace in kept)),
+        "reply_tokens": float(sum(len(trace.reply_ids) for trace in kept)),
+    }
+
+
+def _write_traces(path: Path, traces: Iterable[Trace]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{trace.to_json()}\n" for trace in traces), encoding="utf-8")
+    partial.rename(path)
