@@ -25,8 +25,8 @@ check: $(STAMP) ## style, types, import contracts
 test: $(STAMP) ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
-demo: $(STAMP) ## the whole search on the tiny reasoner; run again to go on after an interruption
-	$(BIN)/moesaic run search --recipe tiny_cpu --output runs/demo
+demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: a short form); run again to go on after an interruption
+	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) --output runs/demo$(if $(FAST),-fast)
 
 parent: $(STAMP) ## train the tiny reasoner anew (about 80 minutes on one core; resumes) and measure it
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.tiny_reasoner.train --out runs/parent

@@ -1,6 +1,7 @@
 """Complete, named values for the pipelines: what to build. Where (paths, stores, devices) comes from outside."""
 
 from collections.abc import Callable, Collection
+from typing import Self
 
 from moesaic.configs import (
     AverageCheckpointsConfig,
@@ -26,6 +27,9 @@ from moesaic.configs import (
     SearchSpace,
     Workload,
 )
+
+_SEED_STEP = 1000
+"""Between the seeds of two runs, so that policies of different runs never share one."""
 
 
 class Recipe(Config):
@@ -55,6 +59,17 @@ class Recipe(Config):
     rounds: int = 1
     """Rounds of pruning and distillation before the child is recovered whole."""
 
+    def seeded(self, seed: int) -> Self:
+        """The same with other random draws in all that learns: 0 changes nothing."""
+        changes = {
+            name: getattr(self, name).model_copy(update={"seed": getattr(self, name).seed + _SEED_STEP * seed})
+            for name in ("distill_blocks", "distill", "earlier_distill")
+        }
+        policies = tuple(
+            policy.model_copy(update={"seed": policy.seed + _SEED_STEP * seed}) for policy in self.policies
+        )
+        return self.model_copy(update={**changes, "policies": policies})
+
     def arguments(self, ingest: IngestConfig, version: str, parameters: Collection[str]) -> dict[str, str | list[str]]:
         """Values for the parameters that a pipeline has."""
         configs = {name: getattr(self, name) for name in type(self).model_fields if name not in ("policies", "rounds")}
@@ -77,33 +92,32 @@ def tiny_cpu() -> Recipe:
         limits={"long": Limits(memory_ratio=0.45, throughput_ratio=1.1), "short": Limits(memory_ratio=0.85)},
         max_experts_ratio=0.65,
         min_windowed_share=1 / 3,
+        random_seeds=(0,),
     )
     distill = DistillConfig(
         balance="trace",
         sequence_tokens=1024,
         rows_per_step=8,
         rows_per_forward=8,
-        steps=100,
+        steps=80,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
-        evaluate_every_steps=25,
-        checkpoint_every_steps=25,
+        evaluate_every_steps=20,
+        checkpoint_every_steps=20,
         precision="float32",
     )
     policy = ReinforceConfig(
         steps=40,
-        prompts_per_step=16,
+        prompts_per_step=24,
         generations_per_prompt=8,
-        replies_per_forward=64,
-        max_new_tokens=128,
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
-        checkpoint_every_steps=10,
+        replies_per_forward=192,
+        max_new_tokens=96,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
+        checkpoint_every_steps=20,
         precision="float32",
     )
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=1024),
-        score_blocks=ScoreBlocksConfig(
-            space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192
-        ),
+        score_blocks=ScoreBlocksConfig(space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192),
         measure_costs=MeasureCostsConfig(space=space, workloads=(long, short), repeats=3),
         search_architecture=search,
         earlier_search_architecture=search.model_copy(
@@ -116,7 +130,7 @@ def tiny_cpu() -> Recipe:
         generate_traces=GenerateTracesConfig(max_prompts=1200, max_new_tokens=128),
         distill_blocks=DistillBlocksConfig(),
         distill=distill,
-        earlier_distill=distill.model_copy(update={"steps": 75}),
+        earlier_distill=distill.model_copy(update={"steps": 40}),
         policies=(
             policy.model_copy(update={"name": "high", "efforts": ("high",)}),
             policy.model_copy(
@@ -135,6 +149,20 @@ def tiny_cpu() -> Recipe:
     )
 
 
+def tiny_cpu_full() -> Recipe:
+    """The same with more of everything: the committed record is of this one."""
+    demo = tiny_cpu()
+    return demo.model_copy(
+        update={
+            "generate_traces": demo.generate_traces.model_copy(update={"max_prompts": None}),
+            "distill": demo.distill.model_copy(update={"steps": 200}),
+            "policies": tuple(policy.model_copy(update={"steps": 150}) for policy in demo.policies),
+            "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 200}),
+            "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
+        }
+    )
+
+
 def tiny_cpu_fast() -> Recipe:
     """The same with less of everything, to see that it works."""
     full = tiny_cpu()
@@ -142,7 +170,6 @@ def tiny_cpu_fast() -> Recipe:
         update={
             "rank_experts": full.rank_experts.model_copy(update={"max_sequences": 32}),
             "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 12}),
-            "search_architecture": full.search_architecture.model_copy(update={"random_seeds": (0,)}),
             "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 240}),
             "distill": full.distill.model_copy(update={"steps": 30}),
             "policies": tuple(policy.model_copy(update={"steps": 5}) for policy in full.policies),
@@ -152,5 +179,177 @@ def tiny_cpu_fast() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny_cpu": tiny_cpu, "tiny_cpu_fast": tiny_cpu_fast}
+def gpt_oss_120b_h100x8() -> Recipe:
+    """gpt-oss-120b for a node of eight H100 (the paper's setting): 64K and 4K workloads, FP8 cache, 84B tokens of KD.
+
+    Limits are what the released child reaches by the cost model; see ``benchmarks/h100_search.py`` for the frontier.
+    """
+    space = SearchSpace(expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192,), expert_parallel_size=8)
+    costs = _h100_costs(space, num_gpus=8, long_requests=256, short_requests=512)
+    search = SearchArchitectureConfig(
+        limits={"long": Limits(memory_ratio=0.65, throughput_ratio=1.45), "short": Limits(throughput_ratio=1.04)},
+        max_experts_ratio=0.75,
+        max_layouts=3,
+        kv_group_size=9,
+        min_windowed_share=0.4,
+    )
+    earlier = {"long": Limits(memory_ratio=0.8, throughput_ratio=1.2)}
+    return _gpt_oss_h100(
+        "gpt-oss-120b for eight H100",
+        costs,
+        search,
+        search.model_copy(update={"limits": earlier, "max_experts_ratio": 0.875, "min_windowed_share": 0.2}),
+        distill_steps=20_027,
+    )
+
+
+def gpt_oss_120b_h100x1() -> Recipe:
+    """gpt-oss-120b for serving from one H100: what fits decides. Recovery is the same and needs the same node."""
+    space = SearchSpace(expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192,), expert_parallel_size=8)
+    costs = _h100_costs(space, num_gpus=1, long_requests=16, short_requests=128)
+    search = SearchArchitectureConfig(
+        limits={
+            "long": Limits(memory_mib=68_600, throughput_ratio=1.3),
+            "short": Limits(memory_mib=68_600, throughput_ratio=1.15),
+        },
+        max_layouts=3,
+        kv_group_size=9,
+    )
+    earlier = {"long": Limits(memory_mib=80_000), "short": Limits(memory_mib=80_000)}
+    return _gpt_oss_h100(
+        "gpt-oss-120b for one H100",
+        costs,
+        search,
+        search.model_copy(update={"limits": earlier}),
+        distill_steps=20_027,
+    )
+
+
+def gpt_oss_20b_h100x1() -> Recipe:
+    """gpt-oss-20b for one H100: a quarter fewer experts, half the full layers windowed, a tenth of the KD tokens."""
+    space = SearchSpace(expert_counts=(32, 28, 24, 20, 16, 12, 8), windows=(8192,), expert_parallel_size=4)
+    costs = _h100_costs(space, num_gpus=1, long_requests=32, short_requests=256)
+    search = SearchArchitectureConfig(
+        limits={"long": Limits(memory_ratio=0.7, throughput_ratio=1.4), "short": Limits(throughput_ratio=1.03)},
+        max_experts_ratio=0.75,
+        max_layouts=3,
+        kv_group_size=6,
+        min_windowed_share=0.5,
+    )
+    earlier = {"long": Limits(memory_ratio=0.85, throughput_ratio=1.2)}
+    return _gpt_oss_h100(
+        "gpt-oss-20b for one H100",
+        costs,
+        search,
+        search.model_copy(update={"limits": earlier, "max_experts_ratio": 0.875, "min_windowed_share": 0.25}),
+        distill_steps=2003,
+    )
+
+
+def _h100_costs(space: SearchSpace, num_gpus: int, long_requests: int, short_requests: int) -> MeasureCostsConfig:
+    """Both of the paper's workloads, modelled with the H100 table and an FP8 cache."""
+    long = Workload(name="long", input_tokens=65_536, output_tokens=65_536, concurrency=long_requests)
+    short = Workload(name="short", input_tokens=4096, output_tokens=4096, concurrency=short_requests)
+    return MeasureCostsConfig(
+        space=space,
+        workloads=(long, short),
+        source="model",
+        hardware="h100",
+        num_gpus=num_gpus,
+        kv_cache="fp8",
+        precision="bfloat16",
+    )
+
+
+def _gpt_oss_h100(
+    title: str,
+    costs: MeasureCostsConfig,
+    search: SearchArchitectureConfig,
+    earlier_search: SearchArchitectureConfig,
+    distill_steps: int,
+) -> Recipe:
+    """What the recipes for gpt-oss on H100 share.
+
+    Distillation sees rows of 128K tokens, 32 a step (20,027 steps are 84B tokens), of replies at medium and high
+    effort, as in the paper; the low ones measure how long the parent's replies are, for the mixed policy.
+    """
+    distill = DistillConfig(
+        efforts=("medium", "high"),
+        sequence_tokens=131_072,
+        rows_per_step=32,
+        steps=distill_steps,
+        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=200),
+        evaluate_every_steps=500,
+        checkpoint_every_steps=250,
+    )
+    policy = ReinforceConfig(
+        engine="nemo_rl",
+        steps=300,
+        prompts_per_step=128,
+        generations_per_prompt=16,
+        replies_per_forward=1,
+        batch_size=1024,
+        max_new_tokens=32_768,
+        optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=10),
+        checkpoint_every_steps=10,
+    )
+    return Recipe(
+        rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536, precision="bfloat16"),
+        score_blocks=ScoreBlocksConfig(
+            space=costs.space,
+            max_sequences=64,
+            max_tokens=32_768,
+            batch_tokens=131_072,
+            variants_per_batch=4,
+            precision="bfloat16",
+        ),
+        measure_costs=costs,
+        search_architecture=search,
+        earlier_search_architecture=earlier_search,
+        generate_traces=GenerateTracesConfig(
+            max_new_tokens=65_536, batch_size=1024, temperature=1.0, held_out_share=0.01, precision="bfloat16"
+        ),
+        distill_blocks=DistillBlocksConfig(precision="bfloat16"),
+        distill=distill,
+        earlier_distill=distill.model_copy(update={"steps": distill_steps // 10}),
+        policies=(
+            policy.model_copy(update={"name": "high", "efforts": ("high",)}),
+            policy.model_copy(
+                update={
+                    "name": "mixed",
+                    "efforts": ("low", "medium", "high"),
+                    "rewards": RewardConfig(length=0.5),
+                    "seed": 1,
+                }
+            ),
+        ),
+        calibrate_kv=CalibrateKvConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536),
+        evaluate=EvaluateConfig(
+            efforts=("low", "medium", "high"),
+            problems_per_task=500,
+            max_new_tokens=65_536,
+            batch_size=1024,
+            temperature=1.0,
+            kv_cache="bf16",
+            precision="bfloat16",
+        ),
+        benchmark=BenchmarkConfig(
+            batch_sizes=(1, 16, 64),
+            input_tokens=(1024, 16_384),
+            output_tokens=64,
+            repeats=5,
+            precision="bfloat16",
+        ),
+        report=ReportConfig(title=title),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "tiny_cpu": tiny_cpu,
+    "tiny_cpu_full": tiny_cpu_full,
+    "tiny_cpu_fast": tiny_cpu_fast,
+    "gpt_oss_120b_h100x8": gpt_oss_120b_h100x8,
+    "gpt_oss_120b_h100x1": gpt_oss_120b_h100x1,
+    "gpt_oss_20b_h100x1": gpt_oss_20b_h100x1,
+}
 """Recipes by the name that the command line takes."""

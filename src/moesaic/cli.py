@@ -15,6 +15,7 @@ from rich.table import Table
 
 import moesaic
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
+from moesaic.planning_commands import add_planning_commands
 from moesaic.store import Address, parse_address
 from moesaic.store_commands import add_store_commands
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("pipeline", help="compress (the whole method) or search")
     run.add_argument("--recipe", required=True, help="name of a recipe of pipelines/recipes.py, such as tiny_cpu")
     run.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
+    run.add_argument("--seed", type=int, default=0, help="another number draws anew in all that learns (%(default)s)")
     run.add_argument("--parent", type=Path, default=_EXAMPLE / "parent", help="checkpoint directory (%(default)s)")
     run.add_argument(
         "--data", type=Path, default=_EXAMPLE / "data", help=f"directory of {', '.join(_SETS.values())} (%(default)s)"
@@ -87,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, help="directory of the run, as given to run --output")
 
+    add_planning_commands(commands, _find_pipeline, _find_recipe)
+
     add_store_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed and usable here, and what to do about the rest")
@@ -100,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
     from moesaic.runtime import Place
     from moesaic.tracking import pipeline_run
 
-    recipe = _find_recipe(options.recipe + "_fast" * options.fast)
+    recipe = _find_recipe(options.recipe + "_fast" * options.fast).seeded(options.seed)
     manifest = _find_pipeline(options.pipeline, recipe.rounds)
     _check_inputs(options.parent, options.data)
     console = Console(stderr=True)
@@ -109,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
     inputs = _add_inputs(place.store, options.parent, options.data)
     arguments = recipe.arguments(inputs, code_version(), parameters_of(manifest))
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
-    name = f"{options.pipeline} ({options.recipe})"
+    name = f"{manifest.stem} ({options.recipe}{'_fast' * options.fast}, seed {options.seed})"
     assert place.tracking_uri is not None, "a local run always has a place for its MLflow runs"
     console.print(f"{name}: the run lies in {options.output}", highlight=False)
     with pipeline_run(place.tracking_uri, name, arguments, digest) as run_id:

@@ -8,6 +8,7 @@ environment, and only :meth:`Place.from_environment` reads it; how to reach a bu
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -33,6 +34,9 @@ from moesaic.tracking import Tracker
 
 FAILURE = "failure.json"
 """Written into the run's directory by a stage that failed; the command line reads it."""
+
+_CHATTER = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, when transformers imports torchao on a machine without GPU, of nothing a user could do about."""
 
 Result = TypeVar("Result")
 Given = Mapping[str, Path | list[Path]]
@@ -181,6 +185,8 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
 
 def perform(task: Task, output: Path, scratch: Path, store: Address | None = None) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
+    for name in _CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     extra = {"store": store} if task.stage.reads_store else {}
     started, clock = datetime.now(UTC), time.monotonic()
     with explained_disk_full(output):

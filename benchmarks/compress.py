@@ -1,0 +1,105 @@
+"""The evidence for the recovery: run ``compress`` once per seed and hold the figures against what we ask of them.
+
+    python benchmarks/compress.py --recipe tiny_cpu_full --seeds 0 1 --runs runs/full > RECORD.json
+
+Runs that are finished are read, not repeated; one that was killed goes on. Seeds draw the order of the data and the
+rollouts anew; the search is the same.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from moesaic.records import describe_hardware, installed_versions
+
+BARS = {
+    "distillation recovers at least half of what pruning lost, at every effort": 0.5,
+    "retention at low effort, after averaging": 1.0,
+    "retention at high effort, after averaging": 0.98,
+    "generated tokens per request against the parent's, at most": 1.05,
+    "request-level efficiency against the parent, at the best point, more than": 1.15,
+    "accuracy over the uniformly pruned child after the same recovery, mean of efforts, more than": 0.0,
+}
+"""What the method is asked for, and how much of it."""
+
+
+def compress(recipe: str, seed: int, directory: Path) -> dict[str, Any]:
+    """One run's summary; the run is made if it is not there."""
+    summary = directory / "report" / "summary.json"
+    if not summary.is_file():
+        command = [sys.executable, "-m", "moesaic.cli", "run", "compress", "--recipe", recipe]
+        subprocess.run([*command, "--seed", str(seed), "--output", str(directory)], check=True, stdout=sys.stderr)
+    found: dict[str, Any] = json.loads(summary.read_text())
+    return found
+
+
+def measure_bars(recovery: Mapping[str, Any]) -> dict[str, float]:
+    """What one run reached, in the order of the bars."""
+    uniform = recovery["baseline"]["differences"]["averaged"]["mean"]
+    return dict(
+        zip(
+            BARS,
+            (
+                min(recovery["recovered_by_distillation"].values()),
+                recovery["retention"]["low"],
+                recovery["retention"]["high"],
+                max(recovery["tokens_ratio"].values()),
+                recovery["request_efficiency"]["best"],
+                uniform,
+            ),
+            strict=True,
+        )
+    )
+
+
+def is_met(bar: str, reached: float) -> bool:
+    """Whether a figure clears its bar."""
+    asked = BARS[bar]
+    return reached <= asked if "at most" in bar else reached > asked if "more than" in bar else reached >= asked
+
+
+def main() -> None:
+    """Run, print a table to standard error and the record to standard output."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="tiny_cpu_full", help="%(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="%(default)s")
+    parser.add_argument("--runs", type=Path, default=Path("runs/full"), help="directory of the runs (%(default)s)")
+    given = parser.parse_args()
+    start = time.monotonic()
+    summaries = {seed: compress(given.recipe, seed, given.runs / f"seed-{seed}") for seed in given.seeds}
+    reached = {seed: measure_bars(summary["recovery"]) for seed, summary in summaries.items()}
+    bars = {
+        bar: {
+            "asked": asked,
+            "reached": {str(seed): found[bar] for seed, found in reached.items()},
+            "mean": fmean(found[bar] for found in reached.values()),
+            "met": all(is_met(bar, found[bar]) for found in reached.values()),
+        }
+        for bar, asked in BARS.items()
+    }
+    for bar, found in bars.items():
+        figures = ", ".join(f"{value:.3f}" for value in found["reached"].values())
+        print(f"{'met   ' if found['met'] else 'MISSED'} {bar} {found['asked']}: {figures}", file=sys.stderr)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    record = {
+        "command": " ".join(["python benchmarks/compress.py", *sys.argv[1:]]),
+        "commit": head.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "wall_s": round(time.monotonic() - start, 1),
+        "hardware": describe_hardware(),
+        "versions": installed_versions(),
+        "bars": bars,
+        "runs": {str(seed): summary["recovery"] for seed, summary in summaries.items()},
+    }
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
