@@ -157,7 +157,7 @@ def tiny_cpu_full() -> Recipe:
             "generate_traces": demo.generate_traces.model_copy(update={"max_prompts": None}),
             "distill": demo.distill.model_copy(update={"steps": 200}),
             "policies": tuple(policy.model_copy(update={"steps": 150}) for policy in demo.policies),
-            "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 200}),
+            "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
             "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
         }
     )
@@ -191,6 +191,7 @@ def gpt_oss_120b_h100x8() -> Recipe:
         max_experts_ratio=0.75,
         max_layouts=3,
         kv_group_size=9,
+        relative_gap=1e-4,
         min_windowed_share=0.4,
     )
     earlier = {"long": Limits(memory_ratio=0.8, throughput_ratio=1.2)}
@@ -214,6 +215,7 @@ def gpt_oss_120b_h100x1() -> Recipe:
         },
         max_layouts=3,
         kv_group_size=9,
+        relative_gap=1e-4,
     )
     earlier = {"long": Limits(memory_mib=80_000), "short": Limits(memory_mib=80_000)}
     return _gpt_oss_h100(
@@ -234,6 +236,7 @@ def gpt_oss_20b_h100x1() -> Recipe:
         max_experts_ratio=0.75,
         max_layouts=3,
         kv_group_size=6,
+        relative_gap=1e-4,
         min_windowed_share=0.5,
     )
     earlier = {"long": Limits(memory_ratio=0.85, throughput_ratio=1.2)}
