@@ -14,17 +14,21 @@ A decode step of ``B`` requests at context ``s`` is ``pass(B)`` and reading the 
 chunk and attention's ``4 heads head_dim sum_i min(i, window)`` operations per prompt. The fixed part is the head's
 bytes and operations, and ``step_us``, what the engine spends between steps.
 
+What fits beside the weights, and so how many requests are served at once, is in ``moesaic.serving``; constants for
+another GPU come out of its measured cost tables by ``moesaic.fitting``.
+
 Source: fits to published vLLM operation tables, see the table's own ``source`` and ``assumed``. They are not the
 paper's numbers, and every row made here says ``modelled``.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from moesaic.architecture import Block
+from moesaic.architecture import Architecture, Block
 from moesaic.configs import CacheDtype, MeasureCostsConfig, Workload
 from moesaic.costs import Runtime, block_bytes, block_parameters, expected_experts, layer_kv_bytes, mean_context
 from moesaic.errors import ConfigError
@@ -63,6 +67,14 @@ class HardwareTable:
     prefill_attention_pflops: float
     chunk_tokens: int
     step_us: float
+    memory_mib: float
+    """Of one GPU, as its driver reports it."""
+    overhead_mib: float
+    """Of one GPU, what an engine uses for neither weights nor KV cache."""
+    expert_padding: float
+    """Bytes of packed expert weights in an engine's memory, over those on disk."""
+    max_requests: int
+    """Requests that an engine runs at once, at most."""
 
     @classmethod
     def from_json(cls, text: str) -> "HardwareTable":
@@ -79,7 +91,25 @@ class HardwareTable:
             all_reduce_us=all_reduce["launch_us"],
             all_reduce_gb_per_s=all_reduce["gb_per_s"],
             **{key: content[key] for key in _PLAIN},
+            **{key: content["memory"][key] for key in _MEMORY},
         )
+
+    def to_json(self) -> str:
+        """What :meth:`from_json` reads."""
+        content = {
+            "name": self.name,
+            "date": self.date,
+            "moe": {str(num_gpus): asdict(fit) for num_gpus, fit in self.moe.items()},
+            "decode_attention": {
+                "launch_us": self.attention_launch_us,
+                "floor_us": self.attention_floor_us,
+                "tb_per_s": dict(self.attention_tb_per_s),
+            },
+            "all_reduce": {"launch_us": self.all_reduce_us, "gb_per_s": self.all_reduce_gb_per_s},
+            **{key: getattr(self, key) for key in _PLAIN},
+            "memory": {key: getattr(self, key) for key in _MEMORY},
+        }
+        return json.dumps(content, indent=1) + "\n"
 
     def check_num_gpus(self, num_gpus: int) -> None:
         """Raise ConfigError unless the table has a fit for this many GPUs."""
@@ -88,6 +118,7 @@ class HardwareTable:
 
 
 _PLAIN = ("dense_us", "stream_tb_per_s", "dense_pflops", "prefill_attention_pflops", "chunk_tokens", "step_us")
+_MEMORY = ("memory_mib", "overhead_mib", "expert_padding", "max_requests")
 
 
 @dataclass(frozen=True)
@@ -148,6 +179,14 @@ class Target:
         prefill_ms = tokens / chunk * self.pass_ms(block, chunk) + prompts
         step_ms = self.pass_ms(block, workload.concurrency)
         return Runtime(prefill_ms, step_ms + self.cache_ms(block, workload.concurrency, mean_context(workload)))
+
+    def model_runtime(self, architecture: Architecture, workload: Workload) -> Runtime:
+        """Prefill and decode of a whole model; equal blocks are computed once."""
+        total = self.fixed_runtime(workload)
+        for block, count in Counter(architecture.blocks).items():
+            runtime = self.block_runtime(block, workload)
+            total = Runtime(total.prefill_ms + count * runtime.prefill_ms, total.decode_ms + count * runtime.decode_ms)
+        return total
 
     def fixed_runtime(self, workload: Workload) -> Runtime:
         """The head of one step and what the engine spends between steps; a prompt needs the head once."""

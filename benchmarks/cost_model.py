@@ -1,0 +1,251 @@
+"""The H100 cost model against the paper's published ratios of parent and released child, and what it does not explain.
+
+Prints a table and, with ``--record``, writes everything as JSON. ``--fit`` instead fits a table's constants to
+``costs.json`` files that ``measure_costs`` wrote on a GPU, and prints a hardware table.
+
+Run: python benchmarks/cost_model.py [--record FILE]
+     python benchmarks/cost_model.py --fit costs.json [costs.json ...] --name NAME
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import moesaic
+from moesaic.architecture import Architecture, Block
+from moesaic.configs import Workload
+from moesaic.costs import CostTable, full_length, least_padding_group_size, request_kv_bytes, stock_group_size
+from moesaic.fitting import fit
+from moesaic.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.hardware import HardwareTable, Target
+from moesaic.serving import Serving, cache_room, life_kv_bytes, serve
+
+H100 = HardwareTable.from_json((Path(moesaic.__file__).parent / "hardware_tables" / "h100.json").read_text())
+PARENT, CHILD = GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+GROUP = least_padding_group_size(CHILD.layouts)
+"""KV groups of the branch that serves the released child."""
+BAR = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the paper's table of maximal token throughput."""
+
+    name: str
+    num_gpus: int
+    tokens: int
+    """Of input, and of output."""
+    ratio: float
+    """Child over parent, as published."""
+    must_hold: bool = True
+    """Whether the model is meant to reproduce it."""
+
+    @property
+    def workload(self) -> Workload:
+        """The lengths; concurrency follows from memory."""
+        return Workload(name=self.name, input_tokens=self.tokens, output_tokens=self.tokens, concurrency=1)
+
+
+SETTINGS = (
+    Setting("8xH100 64K/64K", 8, 65_536, 1.63),
+    Setting("1xH100 4K/4K", 1, 4096, 2.44),
+    Setting("1xH100 64K/64K", 1, 65_536, 2.82),
+    Setting("8xH100 4K/4K", 8, 4096, 1.22, must_hold=False),
+)
+
+
+def compare(setting: Setting, table: HardwareTable, group_size: int | None = GROUP) -> tuple[Serving, Serving]:
+    """Parent and child."""
+    target = Target(table, GPT_OSS_120B, setting.num_gpus, "fp8")
+    return serve(target, PARENT, setting.workload), serve(target, CHILD, setting.workload, group_size)
+
+
+def ratio(setting: Setting, table: HardwareTable, group_size: int | None = GROUP) -> float | None:
+    """Child over parent; None where the parent holds no request."""
+    parent, child = compare(setting, table, group_size)
+    return round(child.tokens_per_s / parent.tokens_per_s, 3) if parent.requests else None
+
+
+def rows() -> list[dict[str, Any]]:
+    """The table."""
+    found = []
+    for setting in SETTINGS:
+        parent, child = compare(setting, H100)
+        modelled = child.tokens_per_s / parent.tokens_per_s
+        found.append(
+            {
+                "setting": setting.name,
+                "published_ratio": setting.ratio,
+                "modelled_ratio": round(modelled, 3),
+                "error": round(modelled / setting.ratio - 1, 3),
+                "within_10_percent": abs(modelled / setting.ratio - 1) <= BAR,
+                "must_hold": setting.must_hold,
+                "parent": asdict(parent),
+                "child": asdict(child),
+            }
+        )
+    return found
+
+
+def sensitivity() -> dict[str, dict[str, float | None]]:
+    """The ratios when one item of the model is another."""
+    variations = {f"overhead {gib:g} GiB": (_overhead(gib), GROUP) for gib in (6, 8, 9, 9.5, 10, 10.5, 11, 12)}
+    variations |= {
+        "no KV group padding": (H100, None),
+        "stock vLLM's KV groups": (H100, stock_group_size(CHILD.layouts)),
+        "experts not padded": (replace(H100, expert_padding=1.0), GROUP),
+        "at most 256 requests": (replace(H100, max_requests=256), GROUP),
+        "at most 512 requests": (replace(H100, max_requests=512), GROUP),
+        "no limit on requests": (replace(H100, max_requests=10**9), GROUP),
+        "2 ms between steps": (replace(H100, step_us=2000.0), GROUP),
+    }
+    found = {
+        name: {setting.name: ratio(setting, table, group) for setting in SETTINGS}
+        for name, (table, group) in variations.items()
+    }
+    return found | {f"admitted by {rule}": _admitted_by(rule) for rule in ("mean length", "full length")}
+
+
+def _overhead(gib: float) -> HardwareTable:
+    return replace(H100, overhead_mib=gib * 1024)
+
+
+def _admitted_by(rule: str) -> dict[str, float | None]:
+    """The ratios when requests, not rounded to whole ones, are counted without a margin or at their full length."""
+    found: dict[str, float | None] = {}
+    for setting in SETTINGS:
+        target = Target(H100, GPT_OSS_120B, setting.num_gpus, "fp8")
+        speeds = [
+            _speed(target, model, setting.workload, group, rule) for model, group in ((PARENT, None), (CHILD, GROUP))
+        ]
+        found[setting.name] = round(speeds[1] / speeds[0], 3)
+    return found
+
+
+def _speed(target: Target, model: Architecture, load: Workload, group: int | None, rule: str) -> float:
+    mean = life_kv_bytes(target, model, load, group)[0]
+    full = request_kv_bytes(target.shape, model, full_length(load), target.kv_cache, group)
+    count = min(cache_room(target, model) / (mean if rule == "mean length" else full), H100.max_requests)
+    runtime = target.model_runtime(model, load.model_copy(update={"concurrency": count}))
+    return 1000 * count * load.output_tokens / (runtime.prefill_ms + load.output_tokens * runtime.decode_ms)
+
+
+def unexplained() -> dict[str, Any]:
+    """8xH100 4K/4K: how much a layer with half the experts would have to save, and how much it can."""
+    setting = SETTINGS[-1]
+    target = Target(H100, GPT_OSS_120B, setting.num_gpus, "fp8")
+    halved = sum(block.num_experts == 64 for block in CHILD.blocks)
+    by_requests = []
+    for requests in (64, 128, 256, 512, 1024, 2048):
+        load = setting.workload.model_copy(update={"concurrency": requests})
+        parent, child = (target.model_runtime(model, load) for model in (PARENT, CHILD))
+        token_ms = [runtime.prefill_ms / load.output_tokens + runtime.decode_ms for runtime in (parent, child)]
+        needed = (token_ms[0] - token_ms[0] / setting.ratio) / halved
+        by_requests.append(
+            {
+                "requests": requests,
+                "parent_tokens_per_s": round(1000 * requests / token_ms[0]),
+                "modelled_ratio": round(token_ms[0] / token_ms[1], 3),
+                "saved_us_per_halved_layer": round(1000 * (token_ms[0] - token_ms[1]) / halved, 1),
+                "needed_us_per_halved_layer": round(1000 * needed, 1),
+                "mixture_us_of_a_full_layer": round(1000 * target.moe_ms(128, requests), 1),
+                "step_without_any_experts_read_ratio": round(
+                    token_ms[0] / (token_ms[0] - halved * _streamed_ms(target, Block(128), requests)), 3
+                ),
+            }
+        )
+    return {"halved_layers": halved, "by_requests": by_requests, "analysis": ANALYSIS}
+
+
+def _streamed_ms(target: Target, block: Block, requests: int) -> float:
+    """Of a decode step's mixture, reading experts."""
+    free = replace(H100, moe={8: replace(H100.moe[8], launch_us=0.0, pflops=float("inf"))})
+    return replace(target, table=free).moe_ms(block.num_experts, requests)
+
+
+ANALYSIS = [
+    "At 4K/4K no window of 8192 tokens is ever full, so the child can only gain by its experts: 18 layers read 64 "
+    "instead of 128. Its freed memory is 3 % of a node's cache and changes nothing.",
+    "Published operation tables of one H100 (aiconfigurator-core 0.12, vLLM 0.24, tensor parallel over 8) give the "
+    "mixture of 128 and of 32 experts at 512 tokens 171 and 112 us under skewed routing, 142 and 72 us under even: "
+    "going to a quarter of the experts saves 59 to 70 us a layer. The model's 64 us agrees; what it says of half the "
+    "experts lies between.",
+    "Reaching 1.22 needs about three times the saving that the tables allow: at the number of requests whose modelled "
+    "speed is the published one (between 256 and 512), 110 to 150 us of the 140 to 160 us that the whole mixture "
+    "costs; from 1024 requests on more than all of it. No constant of the mixture within its 10 % error closes the "
+    "gap, so none was adjusted.",
+    "What could: (a) each model measured at its own best configuration (expert parallelism over 8, whose tables show "
+    "248 against 154 us for 128 and 32 experts at 512 tokens, or several replicas of fewer GPUs, for which the "
+    "single-GPU rows show a large gain); (b) kernels that pad each expert's tokens to a whole tile, whose cost at "
+    "mid batch follows the number of experts and not of tokens, in versions other than those of the tables; (c) time "
+    "between steps that depends on the model. The model's absolute throughput here is 1.4 times the published one, so "
+    "the measured engine also spends time that no operation table holds.",
+    "The single-GPU rows hang on memory: a GPU holds 2 requests of 128K of the parent, and their ratio jumps where one "
+    "more or one fewer fits. Both rows are within 10 % for an overhead of 9.5 to 10.5 GiB; 10 GiB is an assumption "
+    "inside what engine logs show, chosen with the published ratios known.",
+]
+
+
+def report() -> dict[str, Any]:
+    """Everything."""
+    return {
+        "table": H100.name,
+        "table_date": H100.date,
+        "rows": rows(),
+        "sensitivity": sensitivity(),
+        "unexplained": unexplained(),
+    }
+
+
+def fit_table(files: Sequence[Path], name: str) -> HardwareTable:
+    """A hardware table out of measured cost tables of one gpt-oss model's shape."""
+    costs = [CostTable.from_json(path.read_text()) for path in files]
+    found = fit(costs, GPT_OSS_120B, H100)
+    print(f"{found.num_times} times, mean error {100 * found.mean_error:.1f} %", file=sys.stderr)
+    today = datetime.date.today().isoformat()
+    return found.table(H100, name, today, int(costs[0].hardware.get("num_gpus", 1)), costs[0].kv_cache)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the tables."""
+    print(f"{'setting':17}{'published':>10}{'modelled':>10}{'error':>8}{'requests':>13}{'tokens/s':>16}")
+    for row in found["rows"]:
+        requests = f"{row['parent']['requests']} -> {row['child']['requests']}"
+        speed = f"{row['parent']['tokens_per_s']:.0f} -> {row['child']['tokens_per_s']:.0f}"
+        print(
+            f"{row['setting']:17}{row['published_ratio']:10.2f}{row['modelled_ratio']:10.2f}{100 * row['error']:+7.1f}%"
+            f"{requests:>13}{speed:>16}{'' if row['must_hold'] else '  not matched, see below'}"
+        )
+    print("\nThe ratios with one item changed:")
+    for name, ratios in found["sensitivity"].items():
+        print(f"{name:24}", *(f"{setting}: {value or '-':<8}" for setting, value in ratios.items()))
+    print("\n8xH100 4K/4K by requests:")
+    for row in found["unexplained"]["by_requests"]:
+        print("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    print("\n" + "\n".join(ANALYSIS))
+
+
+def main() -> None:
+    """Print, and record or fit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", type=Path, help="also write everything here")
+    parser.add_argument("--fit", type=Path, nargs="+", help="measured costs.json files to fit a table to")
+    parser.add_argument("--name", default="fitted", help="what the fitted table is called")
+    given = parser.parse_args()
+    if given.fit:
+        print(fit_table(given.fit, given.name).to_json())
+        return
+    found = report()
+    show(found)
+    if given.record:
+        command = {"command": "python benchmarks/cost_model.py", "date": datetime.date.today().isoformat()}
+        given.record.write_text(json.dumps(command | {"moesaic": moesaic.__version__} | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
