@@ -106,14 +106,25 @@ def tiny_cpu() -> Recipe:
         precision="float32",
     )
     policy = ReinforceConfig(
-        steps=40,
-        prompts_per_step=24,
+        name="high",
+        efforts=("high",),
+        steps=12,
+        prompts_per_step=48,
         generations_per_prompt=8,
-        replies_per_forward=192,
+        replies_per_forward=384,
         max_new_tokens=96,
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
-        checkpoint_every_steps=20,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=3),
+        checkpoint_every_steps=4,
         precision="float32",
+    )
+    mixed = policy.model_copy(
+        update={
+            "name": "mixed",
+            "efforts": ("low", "low", "medium", "high"),
+            "prompts_per_step": 144,
+            "rewards": RewardConfig(length=0.2),
+            "seed": 1,
+        }
     )
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=1024),
@@ -131,17 +142,8 @@ def tiny_cpu() -> Recipe:
         distill_blocks=DistillBlocksConfig(),
         distill=distill,
         earlier_distill=distill.model_copy(update={"steps": 40}),
-        policies=(
-            policy.model_copy(update={"name": "high", "efforts": ("high",)}),
-            policy.model_copy(
-                update={
-                    "name": "mixed",
-                    "efforts": ("low", "medium", "high"),
-                    "rewards": RewardConfig(length=0.5),
-                    "seed": 1,
-                }
-            ),
-        ),
+        policies=(policy, mixed),
+        average_checkpoints=AverageCheckpointsConfig(weights=(1, 2)),
         calibrate_kv=CalibrateKvConfig(max_sequences=64, max_tokens=1024, precision="float32"),
         evaluate=EvaluateConfig(problems_per_task=80, max_new_tokens=128, kv_cache="bf16"),
         benchmark=BenchmarkConfig(batch_sizes=(1, 4, 16), input_tokens=(128, 2048), workloads=(long, short), repeats=3),
@@ -156,7 +158,10 @@ def tiny_cpu_full() -> Recipe:
         update={
             "generate_traces": demo.generate_traces.model_copy(update={"max_prompts": None}),
             "distill": demo.distill.model_copy(update={"steps": 200}),
-            "policies": tuple(policy.model_copy(update={"steps": 150}) for policy in demo.policies),
+            "policies": (
+                demo.policies[0].model_copy(update={"steps": 20}),
+                demo.policies[1].model_copy(update={"steps": 60}),
+            ),
             "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
             "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
         }
@@ -172,7 +177,9 @@ def tiny_cpu_fast() -> Recipe:
             "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 12}),
             "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 240}),
             "distill": full.distill.model_copy(update={"steps": 30}),
-            "policies": tuple(policy.model_copy(update={"steps": 5}) for policy in full.policies),
+            "policies": tuple(
+                policy.model_copy(update={"steps": 4, "prompts_per_step": 24}) for policy in full.policies
+            ),
             "evaluate": full.evaluate.model_copy(update={"problems_per_task": 20}),
             "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "repeats": 2}),
         }
