@@ -159,8 +159,8 @@ def tiny_cpu_full() -> Recipe:
             "generate_traces": demo.generate_traces.model_copy(update={"max_prompts": None}),
             "distill": demo.distill.model_copy(update={"steps": 200}),
             "policies": (
-                demo.policies[0].model_copy(update={"steps": 20}),
-                demo.policies[1].model_copy(update={"steps": 60}),
+                demo.policies[0],
+                demo.policies[1].model_copy(update={"steps": 30}),
             ),
             "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
             "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
@@ -177,6 +177,7 @@ def tiny_cpu_fast() -> Recipe:
             "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 12}),
             "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 240}),
             "distill": full.distill.model_copy(update={"steps": 30}),
+            "earlier_distill": full.distill.model_copy(update={"steps": 15}),
             "policies": tuple(
                 policy.model_copy(update={"steps": 4, "prompts_per_step": 24}) for policy in full.policies
             ),
@@ -184,6 +185,11 @@ def tiny_cpu_fast() -> Recipe:
             "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "repeats": 2}),
         }
     )
+
+
+def in_two_rounds(recipe: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    """The same with a gentler round of pruning and distillation before it."""
+    return lambda: recipe().model_copy(update={"rounds": 2})
 
 
 def gpt_oss_120b_h100x8() -> Recipe:
@@ -358,6 +364,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny_cpu": tiny_cpu,
     "tiny_cpu_full": tiny_cpu_full,
     "tiny_cpu_fast": tiny_cpu_fast,
+    "tiny_cpu_two_rounds": in_two_rounds(tiny_cpu),
+    "tiny_cpu_two_rounds_fast": in_two_rounds(tiny_cpu_fast),
     "gpt_oss_120b_h100x8": gpt_oss_120b_h100x8,
     "gpt_oss_120b_h100x1": gpt_oss_120b_h100x1,
     "gpt_oss_20b_h100x1": gpt_oss_20b_h100x1,
