@@ -160,12 +160,12 @@ def write_checkpoint(
         shards: file stem and tensors of each shard, produced lazily so that one shard is in memory at a time.
         extra: files to copy beside the weights (tokenizer, chat template, modelling code).
     """
-    with _appearing(directory) as partial:
+    with appearing(directory) as partial:
         weight_map: dict[str, str] = {}
         for stem, tensors in shards:
             _save_shard(partial / f"{stem}.safetensors", tensors)
             weight_map |= dict.fromkeys(tensors, f"{stem}.safetensors")
-        _write_index(partial, weight_map)
+        write_index(partial, weight_map)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for path in extra:
             shutil.copyfile(path, partial / path.name)
@@ -198,7 +198,7 @@ def rewrite_checkpoint(
         ArtifactError: for a name that is not in the source, an expert's tensor, or another shape.
     """
     _check_replaced(source, replaced)
-    with _appearing(output) as partial:
+    with appearing(output) as partial:
         stale = gpt_oss.kv_scale_names(source.num_layers) if replaced or added else ()
         weight_map = {name: path.name for name, path in source.files.items() if name not in stale}
         _copy_companions(source, partial, extra)
@@ -214,7 +214,7 @@ def rewrite_checkpoint(
         if added:
             _save_shard(partial / f"{added_shard}.safetensors", added)
             weight_map |= dict.fromkeys(added, f"{added_shard}.safetensors")
-        _write_index(partial, weight_map)
+        write_index(partial, weight_map)
         (partial / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
         (partial / RECOVERY).write_text(json.dumps([*read_recovery(source.directory), step], indent=1) + "\n")
 
@@ -265,7 +265,8 @@ def _save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(0o644)  # safetensors lets nobody else read what it writes
 
 
-def _write_index(directory: Path, weight_map: Mapping[str, str]) -> None:
+def write_index(directory: Path, weight_map: Mapping[str, str]) -> None:
+    """Write which shard of the directory, all of them written already, holds which tensor."""
     total = sum(_tensor_bytes(directory / file) for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -278,7 +279,7 @@ def _tensor_bytes(path: Path) -> int:
 
 
 @contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
+def appearing(directory: Path) -> Iterator[Path]:
     """A scratch directory beside ``directory`` that takes its place on success and vanishes on failure."""
     if directory.exists() and any(directory.iterdir()):
         raise ArtifactError(f"{directory} is not empty; choose another output or remove it")

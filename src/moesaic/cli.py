@@ -81,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         "--store", type=parse_address, help="directory or s3://bucket/prefix of the store, where an input is a manifest"
     )
 
+    prompts = commands.add_parser("prompts", help="turn rows of a public set into prompts to train policies on")
+    prompts.set_defaults(command=_prompts)
+    prompts.add_argument("source", help="whose rows they are: dapo_math_17k, skywork_or1 or nemo_gym")
+    prompts.add_argument("rows", type=Path, nargs="+", help="JSON-lines files of that set")
+    prompts.add_argument("--output", type=Path, required=True, help="prompts.jsonl to make, or to append to")
+
     inspect = commands.add_parser("inspect", help="sizes and layout of a checkpoint, from its headers alone")
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("model", type=Path, help="checkpoint directory")
@@ -243,6 +249,22 @@ def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path |
         else:
             named[name] = Path(path)
     return named
+
+
+def _prompts(options: argparse.Namespace) -> None:
+    from moesaic.datasets import read_rows
+    from moesaic.prompt_sources import convert
+
+    found = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
+    if not found.problems:
+        raise ArtifactError(f"no row of {options.source} can be verified here: {found.left_out}")
+    before = options.output.read_text() if options.output.is_file() else ""
+    partial = options.output.with_name(f".{options.output.name}.partial")
+    partial.write_text(before + "".join(json.dumps(problem) + "\n" for problem in found.problems))
+    partial.rename(options.output)
+    print(f"{options.output}: {len(found.problems)} prompts of {options.source}")
+    for reason, count in found.left_out.items():
+        print(f"left out {count}: {reason}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ class SearchSpace(Config):
     """The variants each block may be replaced by (paper A: expert counts and window attention)."""
 
     expert_counts: tuple[Positive, ...]
-    """Expert counts on offer; the parent's own is always one of them."""
+    """Expert counts on offer, to the layers that have more; a layer's own always is."""
     windows: tuple[Window, ...] = ()
     """Windows on offer, in tokens, to the layers that are full in the parent; staying full always is."""
     expert_parallel_size: Positive = 1
@@ -375,7 +375,7 @@ class ReinforceConfig(Config):
     engine: Literal["trl", "nemo_rl"] = "trl"
     """TRL on CPU or a few GPUs; NeMo-RL on a cluster."""
     efforts: Efforts = ("high",)
-    """Efforts the prompts are rendered at, in equal parts."""
+    """Efforts every prompt is rendered at; one that is named twice counts twice."""
     rewards: RewardConfig = RewardConfig()
     """What a reply earns."""
     max_prompts: Positive | None = None

@@ -41,8 +41,14 @@ class Fit:
     num_times: int
 
     def table(self, like: HardwareTable, name: str, date: str, num_gpus: int, kv_cache: CacheDtype) -> HardwareTable:
-        """A table of these constants; memory and limits, which no timing tells, are those of ``like``."""
-        return replace(_table(self.constants, like, num_gpus, kv_cache), name=name, date=date)
+        """A table of these constants; memory, limits and links, which these timings do not tell, are ``like``'s."""
+        return replace(
+            _table(self.constants, like, num_gpus, kv_cache),
+            name=name,
+            date=date,
+            all_reduce_us=like.all_reduce_us,
+            all_reduce_gb_per_s=like.all_reduce_gb_per_s,
+        )
 
 
 def fit(costs: Sequence[CostTable], shape: ModelShape, like: HardwareTable) -> Fit:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moesaic import gpt_oss
 from moesaic.architecture import Architecture, Block
-from moesaic.checkpoint import CONFIG, _appearing, _write_index
+from moesaic.checkpoint import CONFIG, appearing, write_index
 from moesaic.errors import ConfigError, StageError
 from moesaic.gpt_oss import MXFP4_BLOCK, ModelShape, TensorSpec
 from moesaic.progress import track
@@ -191,13 +191,13 @@ def write_synthetic(model: Model, directory: Path, seed: int = 0) -> None:
         ArtifactError: if the directory is not empty.
     """
     _check_room(directory, model.num_bytes)
-    with _appearing(directory) as partial:
+    with appearing(directory) as partial:
         weight_map: dict[str, str] = {}
         for file, name, pieces in track(_pieces(model, seed), len(model.specs), "writing tensors"):
             with (partial / file).open("ab") as shard:
                 _write_tensor(shard, pieces)
             weight_map[name] = file
-        _write_index(partial, weight_map)
+        write_index(partial, weight_map)
         (partial / CONFIG).write_text(json.dumps(model_config(model), indent=2) + "\n")
 
 

@@ -1,7 +1,7 @@
 """The hardware model: its fits at points a reader can check by hand, and that more work never takes less time."""
 
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -181,9 +181,8 @@ def _synthetic_costs(noise: float) -> CostTable:
     table = Fit(KNOWN, 0.0, 0).table(H100, "known", "2026-01-01", 1, "bf16")
     target, draws = Target(table, GPT_OSS_120B, 1, "bf16"), random.Random(0)
 
-    def measured(runtime: Runtime) -> WorkloadCost:
-        shaken = (1 + noise * draws.uniform(-1, 1) for _ in range(2))
-        return WorkloadCost(runtime.prefill_ms * next(shaken), runtime.decode_ms * next(shaken), 0)
+    def shaken(runtime: Runtime) -> dict[str, float]:
+        return {name: value * (1 + noise * draws.uniform(-1, 1)) for name, value in asdict(runtime).items()}
 
     loads = tuple(
         Workload(name=f"w{tokens}x{count}", input_tokens=tokens, output_tokens=tokens, concurrency=count)
@@ -196,10 +195,13 @@ def _synthetic_costs(noise: float) -> CostTable:
         hardware={"num_gpus": 1},
         kv_cache="bf16",
         workloads=loads,
-        fixed=FixedCost(0, 0, {load.name: measured(target.fixed_runtime(load)) for load in loads}),
+        fixed=FixedCost(0, 0, {load.name: Runtime(**shaken(target.fixed_runtime(load))) for load in loads}),
         blocks={
             block: BlockCost(
-                0, 0, "measured", {load.name: measured(target.block_runtime(block, load)) for load in loads}
+                0,
+                0,
+                "measured",
+                {load.name: WorkloadCost(**shaken(target.block_runtime(block, load)), kv_bytes=0) for load in loads},
             )
             for block in blocks
         },
@@ -207,7 +209,8 @@ def _synthetic_costs(noise: float) -> CostTable:
 
 
 def test_a_fit_recovers_known_constants() -> None:
-    found = fit([_synthetic_costs(noise=0.0)], GPT_OSS_120B, H100)
+    costs = CostTable.from_json(_synthetic_costs(noise=0.0).to_json())
+    found = fit([costs], GPT_OSS_120B, H100)
     assert found.num_times == 6 * (1 + 9) * 2
     assert found.constants == pytest.approx(KNOWN, rel=1e-6)
     assert found.mean_error < 1e-9

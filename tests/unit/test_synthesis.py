@@ -113,7 +113,7 @@ def test_rounding_to_bfloat16_is_torchs() -> None:
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthesis, "_write_index", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(synthesis, "write_index", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(StageError, match="full"):
         write_synthetic(scale_model(LIKE, 0.01, 1, 4), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from typing import TypeVar
 from moesaic import gpt_oss
 from moesaic.architecture import Architecture, Block
 from moesaic.configs import Config, SearchArchitectureConfig
-from moesaic.costs import block_parameters, outer_bytes
+from moesaic.costs import block_bytes, block_parameters, outer_bytes
 from moesaic.gpt_oss import ModelShape
 from moesaic.hardware import Target
 
@@ -141,8 +141,14 @@ def resident(facts: Facts, model: Architecture, precision: str) -> float:
     return gpt_oss.num_parameters(facts.shape, model) * WIDTH[precision]
 
 
+def streamed_layers(facts: Facts, precision: str) -> float:
+    """The layer at work, unpacked, and the next one as it is stored, being read."""
+    unpacked = max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
+    return unpacked + max(block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks)
+
+
 def two_layers(facts: Facts, precision: str) -> float:
-    """The layer at work and the next one being read, unpacked."""
+    """A layer of each of two models, unpacked."""
     return 2 * max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
 
 

@@ -31,6 +31,7 @@ from moesaic.planning.facts import (
     reply_tokens,
     resident,
     retrained,
+    streamed_layers,
     trainable_parameters,
     two_layers,
     whole_parent,
@@ -50,7 +51,7 @@ def _ingest(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
 
 
 def _rank_experts(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
-    """One pass: reads all but the output head; memory of two layers and the hidden states of the calibration set.
+    """One pass: reads all but the output head; memory of a layer unpacked, one packed, and the set's hidden states.
 
     ``tokens <= max_sequences * max_tokens``. Time is one forward without the head; a criterion that runs a spare expert
     per token adds ``1 / top_k`` of it, which is not counted.
@@ -61,7 +62,7 @@ def _rank_experts(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
     head = facts.shape.vocab_size * facts.shape.hidden_size * gpt_oss.BF16_BYTES
     return Needs(
         read_bytes=sum(inputs[0].values()) - head,
-        peak_bytes=two_layers(facts, config.precision) + states,
+        peak_bytes=streamed_layers(facts, config.precision) + states,
         gpu_ms=forward_ms(facts, model_of(facts, inputs[0]).blocks, tokens, config.max_tokens, head=False),
         counts={"tokens": tokens},
     )
@@ -73,8 +74,11 @@ def _score_blocks(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
     ::
 
         block forwards = 2 L + sum_i n_i (L - i)           n_i variants of layer i (from 0), the parent's own included
-        layers read    = 2 of each + sum_i groups_i (L - i - 1),   groups_i = 1 + ceil((n_i - 1) / variants_per_batch)
-        memory         = 2 layers + (1 + variants_per_batch) hidden states of both sets
+        layers read    = 3 of each + sum_i groups_i (L - i),    groups_i = max(1, ceil((n_i - 1) / variants_per_batch))
+        memory         = 1 layer unpacked, 1 packed, (1 + variants_per_batch) hidden states of both sets
+
+    Of the hidden states, what exceeds the host's budget spills to disk; reading a layer again may find it in the page
+    cache. Three of each: for the parent's run, for going on to the next layer, for the check of masking.
 
     Time: the parent's blocks for all of them (a variant's own block is cheaper by a little).
     """
@@ -83,8 +87,8 @@ def _score_blocks(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
     tokens = 2 * config.max_sequences * config.max_tokens
     counts = [len(variants_of(block, config.space, shape.experts_per_token)) for block in blocks]
     uses = [2 + sum(counts[: layer + 1]) for layer in range(len(blocks))]
-    groups = [1 + math.ceil((count - 1) / config.variants_per_batch) for count in counts]
-    loads = [2 + sum(groups[:layer]) for layer in range(len(blocks))]
+    groups = [max(1, math.ceil((count - 1) / config.variants_per_batch)) for count in counts]
+    loads = [3 + sum(groups[: layer + 1]) for layer in range(len(blocks))]
     sizes = [block_bytes(shape, block, facts.packed) for block in blocks]
     states = tokens * shape.hidden_size * WIDTH[config.precision]
     passes = [forward_ms(facts, [block], tokens, config.max_tokens, head=False) for block in blocks]
@@ -92,7 +96,7 @@ def _score_blocks(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
     ms = None if heads is None else heads + sum(use * (one or 0.0) for use, one in zip(uses, passes, strict=True))
     return Needs(
         read_bytes=sum(load * size for load, size in zip(loads, sizes, strict=True)) + outer_bytes(shape),
-        peak_bytes=two_layers(facts, config.precision) + (1 + config.variants_per_batch) * states,
+        peak_bytes=streamed_layers(facts, config.precision) + (1 + config.variants_per_batch) * states,
         gpu_ms=ms,
         counts={
             "tokens": tokens,

@@ -14,7 +14,7 @@ from moesaic.engines.nemo_rl.environment import Judge
 
 
 @ray.remote
-class VerifiedReplies(EnvironmentInterface):  # type: ignore[misc]
+class VerifiedReplies(EnvironmentInterface):
     """One question, one reply, one reward."""
 
     def __init__(self, settings: dict[str, Any]) -> None:

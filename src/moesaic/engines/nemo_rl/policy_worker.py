@@ -18,7 +18,7 @@ from moesaic.engines.nemo_rl.trainable import PartlyTrainable
 
 
 @ray.remote(runtime_env=get_runtime_env_for_policy_worker("dtensor_policy_worker_v2"))
-class PolicyWorker(dtensor_policy_worker_v2.DTensorPolicyWorkerV2Impl):  # type: ignore[misc]
+class PolicyWorker(dtensor_policy_worker_v2.DTensorPolicyWorkerV2Impl):
     """Loads the child by our AutoModel class and freezes what does not learn before there is an optimiser."""
 
     def __init__(self, config: dict[str, Any], **options: Any) -> None:

@@ -187,7 +187,6 @@ def _arguments(config: ReinforceConfig, folder: Path) -> GRPOConfig:
     on_gpu = torch.cuda.is_available()
     return GRPOConfig(
         output_dir=str(folder),
-        run_name=config.name,
         max_steps=config.steps,
         per_device_train_batch_size=config.replies_per_forward,
         gradient_accumulation_steps=replies // config.replies_per_forward,
