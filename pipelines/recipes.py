@@ -100,7 +100,7 @@ def tiny_cpu() -> Recipe:
         rows_per_step=8,
         rows_per_forward=8,
         steps=80,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10, max_gradient_norm=0.3),
         evaluate_every_steps=20,
         checkpoint_every_steps=20,
         precision="float32",
