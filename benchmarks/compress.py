@@ -28,6 +28,7 @@ BARS = {
     "accuracy over the uniformly pruned child after the same recovery, mean of efforts, more than": 0.0,
 }
 """What the method is asked for, and how much of it."""
+_ROUNDING = 1e-9
 
 
 def compress(recipe: str, seed: int, directory: Path) -> dict[str, Any]:
@@ -62,7 +63,9 @@ def measure_bars(recovery: Mapping[str, Any]) -> dict[str, float]:
 def is_met(bar: str, reached: float) -> bool:
     """Whether a figure clears its bar."""
     asked = BARS[bar]
-    return reached <= asked if "at most" in bar else reached > asked if "more than" in bar else reached >= asked
+    if "more than" in bar:
+        return reached > asked
+    return reached <= asked + _ROUNDING if "at most" in bar else reached >= asked - _ROUNDING
 
 
 def main() -> None:
