@@ -6,8 +6,9 @@ those for which that succeeds are binding. If none does, at least two have to be
 
 from dataclasses import replace
 
+from moesaic.decomposition import minimise
 from moesaic.limits import Limit, LimitSet
-from moesaic.solver import Effort, minimise
+from moesaic.solver import Effort
 
 
 def explain_infeasible(limits: LimitSet, effort: Effort) -> str:

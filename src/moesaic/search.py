@@ -2,9 +2,9 @@
 
     min_x sum_i damage[i, choice_i]    subject to the limits of every named workload
 
-solved by :mod:`moesaic.solver`. A further solution may share at most ``floor(diversity * layers)`` blocks with each
-earlier one. The frontier sweeps one limit, the throughput of the first workload (parameters without workloads), from
-what the least damage reaches to the most that is reachable, all other limits kept.
+solved by :mod:`moesaic.decomposition`. A further solution may share at most ``floor(diversity * layers)`` blocks with
+each earlier one. The frontier sweeps one limit, the throughput of the first workload (parameters without workloads),
+from what the least damage reaches to the most that is reachable, all other limits kept.
 
 Departure from paper B: workloads' limits hold together instead of one batch size after the other. With two variants
 per layer and equal savings the program is a mere sort by damage; ``is_sorting`` tells when it happens.
@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from moesaic.architecture import Architecture
 from moesaic.configs import SearchArchitectureConfig
 from moesaic.costs import AssemblyCost
+from moesaic.decomposition import Apart, minimise
 from moesaic.errors import InfeasibleError
 from moesaic.infeasibility import explain_infeasible
 from moesaic.library import BlockLibrary, Choice, Table, total
 from moesaic.limits import Limit, LimitSet, check_assembly, limits_of, sweep_limit
-from moesaic.solver import Apart, Effort, Outcome, minimise
+from moesaic.solver import Effort, Outcome
 
 
 @dataclass(frozen=True)

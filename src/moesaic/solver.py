@@ -4,7 +4,6 @@
     s.t. fixed + sum usage[i, j] x[i, j] + sum_w per_group[w] g[w] <= bound    for every limit, the last sum if padded
          sum_{(i, j) with window w} x[i, j] <= size g[w]                       g integer, the groups of layers
          x[i, j] <= y[window of (i, j)],  sum_w y[w] <= max_layouts            y binary, the windows in use
-         sum_i x[i, s_i] <= common                                             for every earlier solution s
 
 Rows are scaled by their largest coefficient and the objective by its own, so that HiGHS's absolute tolerances mean the
 same for bytes and for milliseconds. The optimum is proven or the status says that it is not.
@@ -29,10 +28,11 @@ _TIME = highspy.HighsModelStatus.kTimeLimit
 
 @dataclass(frozen=True)
 class Effort:
-    """When to stop: at a proven relative gap, or after a time."""
+    """When to stop: at a proven relative gap, after a time, or after so many nodes of branch and bound."""
 
     time_limit_s: float = 60.0
     relative_gap: float = 1e-6
+    most_nodes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,6 @@ class Outcome:
     bound: float
     gap: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Apart:
-    """A solution has at most ``most`` blocks in common with ``choice`` (paper B, diversity)."""
-
-    choice: Choice
-    most: int
 
 
 @dataclass
@@ -74,12 +66,11 @@ class _Rows:
         self.upper.append(upper)
 
 
-def minimise(
+def branch_and_bound(
     objective: Table,
     limits: LimitSet,
     effort: Effort,
     start: Choice | None = None,
-    apart: Sequence[Apart] = (),
     padding: Padding | None = None,
 ) -> Outcome | None:
     """Solve; None if no choice keeps the limits.
@@ -89,7 +80,6 @@ def minimise(
         limits: all of them hold at once.
         effort: when to stop.
         start: a choice that keeps the limits, as the first incumbent.
-        apart: earlier solutions to differ from.
         padding: what the objective counts by groups of layers, on top.
 
     Raises:
@@ -101,7 +91,7 @@ def minimise(
     for window, column in columns.groups.items():
         cost[column] = padding.per_group[window] if padding else 0
     scale = float(np.abs(cost).max()) or 1.0
-    solver = _solver(_rows(columns, limits, apart), cost / scale, columns.upper, effort)
+    solver = _solver(_rows(columns, limits), cost / scale, columns.upper, effort)
     if start is not None:
         solution = highspy.HighsSolution()
         solution.col_value = columns.values(start)
@@ -163,7 +153,7 @@ class _Columns:
         return values
 
 
-def _rows(columns: _Columns, limits: LimitSet, apart: Sequence[Apart]) -> _Rows:
+def _rows(columns: _Columns, limits: LimitSet) -> _Rows:
     rows = _Rows()
     for layer in columns.layers:
         rows.add(layer, [1.0] * len(layer), 1.0, 1.0)
@@ -174,9 +164,6 @@ def _rows(columns: _Columns, limits: LimitSet, apart: Sequence[Apart]) -> _Rows:
         scale = max(map(abs, usage.values())) or 1.0
         room = limit.bound - limit.fixed + TOLERANCE * abs(limit.bound)
         rows.add(list(usage), [value / scale for value in usage.values()], -highspy.kHighsInf, room / scale)
-    for earlier in apart:
-        same = [layer[index] for layer, index in zip(columns.layers, earlier.choice, strict=True)]
-        rows.add(same, [1.0] * len(same), -highspy.kHighsInf, earlier.most)
     _add_windows(rows, columns, limits)
     return rows
 
@@ -214,6 +201,8 @@ def _solver(rows: _Rows, cost: np.ndarray, upper: np.ndarray, effort: Effort) ->
     }
     for name, value in options.items():
         solver.setOptionValue(name, value)
+    if effort.most_nodes is not None:
+        solver.setOptionValue("mip_max_nodes", effort.most_nodes)
     solver.passModel(model)
     return solver
 

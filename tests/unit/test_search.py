@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from moesaic import limits as limits_module
 from moesaic.architecture import Architecture, Block
 from moesaic.configs import Limits, SearchArchitectureConfig, SearchSpace
+from moesaic.decomposition import minimise
 from moesaic.errors import ArtifactError, ConfigError, InfeasibleError
 from moesaic.library import BlockLibrary, Choice, distinct_blocks, total, variants_of
 from moesaic.search import Search
-from moesaic.solver import Effort, minimise
+from moesaic.solver import Effort
 from tests.unit.small_library import brute_force, every_choice, keeps, make_library
 
 configs = st.builds(
