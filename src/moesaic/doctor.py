@@ -25,6 +25,10 @@ _PACKAGES = {
     "transformers": "model",
     "safetensors": "model",
     "highspy": "search",
+    "nemo-automodel": "train",
+    "nemo-toolkit": "nemo",
+    "trl": "rl",
+    "nvidia-modelopt": "kv",
     "matplotlib": "report",
     "boto3": "s3",
     "kfp": "pipelines",
@@ -35,7 +39,7 @@ _PACKAGES = {
 _ENGINES = {
     "vllm": "serving: install vllm on a GPU machine",
     "tensorrt_llm": "serving: use NVIDIA's TensorRT-LLM image",
-    "nemo_automodel": "distillation: use NVIDIA's NeMo AutoModel image",
+    "nemo_rl": "reinforcement learning on a cluster: use NVIDIA's NeMo-RL image",
 }
 
 

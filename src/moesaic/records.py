@@ -18,7 +18,19 @@ from moesaic.store import Manifest
 from moesaic.store.manifest import MANIFEST
 
 RECORD = "record.json"
-_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "highspy", "kfp", "mlflow")
+_PACKAGES = (
+    "highspy",
+    "kfp",
+    "mlflow",
+    "nemo-automodel",
+    "nemo-toolkit",
+    "numpy",
+    "nvidia-modelopt",
+    "safetensors",
+    "torch",
+    "transformers",
+    "trl",
+)
 
 
 @dataclass(frozen=True)
