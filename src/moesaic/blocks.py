@@ -7,7 +7,7 @@ Sequences are padded on the right: causal attention keeps padding out of sight, 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
-from moesaic import attention, gpt_oss
+from moesaic import attention, gpt_oss, mxfp4
 from moesaic.architecture import Block
 from moesaic.checkpoint import Checkpoint
 
@@ -95,23 +95,54 @@ def layer_config(checkpoint: Checkpoint, block: Block) -> GptOssConfig:
 def load_block(
     checkpoint: Checkpoint, layer: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> GptOssDecoderLayer:
-    """Build one layer and read its weights; norms stay in float32, as transformers keeps them."""
+    """Build one layer and read its weights."""
+    stored = {name: checkpoint.tensor(name) for name in checkpoint.layer_names(layer)}
+    return build_block(checkpoint, layer, stored, dtype, device)
+
+
+def build_block(
+    checkpoint: Checkpoint,
+    layer: int,
+    stored: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> GptOssDecoderLayer:
+    """Build one layer out of its tensors as stored, unpacked on the device; norms stay in float32, as in transformers.
+
+    ``stored`` is emptied on the way, so that a layer is not held twice.
+    """
     attention.register()
     config = layer_config(checkpoint, checkpoint.architecture.blocks[layer])
     config._attn_implementation = attention.NAME
     config._experts_implementation = "eager" if torch.device(device).type == "cpu" else "grouped_mm"
     with torch.device("meta"):
         block = GptOssDecoderLayer(config, layer_idx=0)
-    block.load_state_dict(checkpoint.layer_state(layer, dtype), assign=True)
-    block.input_layernorm.float()
-    block.post_attention_layernorm.float()
-    return block.to(device).eval().requires_grad_(False)
+    state = {}
+    for name in sorted(stored):
+        short = name.removeprefix(gpt_oss.layer_prefix(layer))
+        if short.endswith("_blocks"):
+            packed, scales = stored.pop(name), stored.pop(f"{name.removesuffix('_blocks')}_scales")
+            rows = mxfp4.dequantize(packed.to(device), scales.to(device), dtype)
+            state[short.removesuffix("_blocks")] = rows.transpose(-1, -2)  # in memory the columns are outputs
+        elif name in stored:
+            kept = torch.float32 if "layernorm" in short else dtype
+            state[short] = stored.pop(name).to(device, kept)
+    block.load_state_dict(state, assign=True)
+    return block.eval().requires_grad_(False)
 
 
 def embed(checkpoint: Checkpoint, token_ids: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """The states [batch time hidden] in which token ids [batch time] enter the first layer; the table is read once."""
+    return list(embed_each(checkpoint, token_ids, dtype))
+
+
+def embed_each(
+    checkpoint: Checkpoint, token_ids: Iterable[Tensor], dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """The same, one batch after the other."""
     table = checkpoint.tensor(gpt_oss.EMBEDDING)
-    return [table[batch].to(dtype) for batch in token_ids]
+    for batch in token_ids:
+        yield table[batch].to(dtype)
 
 
 def load_head(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Head:
@@ -149,8 +180,22 @@ def mix(
     """The mixture-of-experts half of a block, with only the experts ``kept`` (None: all)."""
     states = block.post_attention_layernorm(attended).flatten(0, -2)
     values, expert_ids = router_logits(block, states, kept).topk(block.mlp.router.top_k, dim=-1)
-    mixed: Tensor = block.mlp.experts(states, expert_ids, torch.softmax(values, dim=-1))
+    weights, experts = torch.softmax(values, dim=-1), block.mlp.experts
+    on_cpu = states.device.type == "cpu"
+    mixed = mixture(experts, states, expert_ids, weights) if on_cpu else experts(states, expert_ids, weights)
     return attended + mixed.view_as(attended)
+
+
+def mix_sliced(
+    block: GptOssDecoderLayer, attended: Float[Tensor, "*token hidden"], kept: Sequence[int]
+) -> Float[Tensor, "*token hidden"]:
+    """The same by slicing: a router of the rows ``kept``, whose expert e is ``kept[e]``; no weights are copied."""
+    router, states = block.mlp.router, block.post_attention_layernorm(attended).flatten(0, -2)
+    rows = torch.tensor(list(kept), device=states.device)
+    logits = F.linear(states, router.weight[rows], router.bias[rows])
+    values, slots = logits.topk(router.top_k, dim=-1)
+    outputs = expert_outputs(block.mlp.experts, states, rows[slots])
+    return attended + torch.einsum("ts,tsh->th", torch.softmax(values, dim=-1), outputs).view_as(attended)
 
 
 def router_logits(
@@ -184,11 +229,18 @@ def slice_block(block: GptOssDecoderLayer, kept: Sequence[int]) -> GptOssDecoder
         sliced = GptOssDecoderLayer(config, layer_idx=0)
     rows = torch.tensor(list(kept), device=block.mlp.router.weight.device)
     state = {
-        name: tensor.index_select(0, rows) if gpt_oss.is_expert_indexed(f".{name}") else tensor
+        name: _select(tensor, rows) if gpt_oss.is_expert_indexed(f".{name}") else tensor
         for name, tensor in block.state_dict().items()
     }
     sliced.load_state_dict(state, assign=True)
     return sliced.eval().requires_grad_(False)
+
+
+def _select(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Experts' rows, weights laid out in memory as :func:`build_block` does."""
+    if tensor.dim() < 3:
+        return tensor.index_select(0, rows)
+    return tensor.transpose(-1, -2).index_select(0, rows).transpose(-1, -2)
 
 
 def route(block: GptOssDecoderLayer, states: Float[Tensor, "token hidden"], num_spare: int = 0) -> Routing:
@@ -210,11 +262,32 @@ def expert_outputs(
     experts: GptOssExperts, states: Float[Tensor, "token hidden"], expert_ids: Int[Tensor, "token slot"]
 ) -> Float[Tensor, "token slot hidden"]:
     """The unweighted output of every chosen expert, one matrix product per expert."""
+    order, sorted_outputs = _run_experts(experts, states, expert_ids)
+    outputs = torch.empty_like(sorted_outputs).index_copy_(0, order, sorted_outputs)
+    return outputs.view(*expert_ids.shape, -1)
+
+
+def mixture(
+    experts: GptOssExperts,
+    states: Float[Tensor, "token hidden"],
+    expert_ids: Int[Tensor, "token slot"],
+    weights: Float[Tensor, "token slot"],
+) -> Float[Tensor, "token hidden"]:
+    """The weighted sum of the chosen experts' outputs."""
+    order, outputs = _run_experts(experts, states, expert_ids)
+    weighted = outputs * weights.flatten().index_select(0, order).unsqueeze(1)
+    return torch.zeros_like(states).index_add(0, order // expert_ids.shape[1], weighted)
+
+
+def _run_experts(experts: GptOssExperts, states: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Every (token, slot) pair, sorted by expert, and what its expert returns."""
     order = expert_ids.flatten().argsort(stable=True)
     counts = expert_ids.flatten().bincount(minlength=experts.num_experts).tolist()
-    inputs = states[order // expert_ids.shape[1]]
-    outputs = torch.empty_like(inputs)
-    for expert, (rows, own) in enumerate(zip(torch.split(order, counts), torch.split(inputs, counts), strict=True)):
-        gate_up = own @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
-        outputs[rows] = experts._apply_gate(gate_up) @ experts.down_proj[expert] + experts.down_proj_bias[expert]
-    return outputs.view(*expert_ids.shape, -1)
+    inputs = states.index_select(0, order // expert_ids.shape[1]).split(counts)
+    outputs = []
+    for expert, own in enumerate(inputs):
+        if len(own):
+            gate_up = torch.addmm(experts.gate_up_proj_bias[expert], own, experts.gate_up_proj[expert])
+            gated = experts._apply_gate(gate_up)
+            outputs.append(torch.addmm(experts.down_proj_bias[expert], gated, experts.down_proj[expert]))
+    return order, torch.cat(outputs)

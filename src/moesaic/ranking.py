@@ -36,6 +36,8 @@ from moesaic.configs import Criterion
 
 NUM_SPARE = {"removal_difference": 1}
 """Expert outputs beyond the top k that a criterion needs; 0 where not listed."""
+_TOKENS = 1024
+"""Tokens whose removal differences are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,49 @@ class LayerRanking:
     """By expert id."""
 
 
-def rank_layer(criterion: Criterion, batches: Iterable[Routing], num_experts: int) -> LayerRanking:
+@dataclass(frozen=True)
+class Tally:
+    """What one batch says about a layer's experts; float64 on the host."""
+
+    num_tokens: int
+    top_k: int
+    counts: Float[Tensor, " expert"]
+    """Tokens that were routed to each expert."""
+    sums: Float[Tensor, " expert"]
+    """Of the criterion, over those tokens."""
+    ballots: Integer[Tensor, "token expert"] | None = None
+    """Each token's experts, best first; for ``ranked_choice`` only."""
+
+
+def rank_layer(criterion: Criterion, batches: Iterable[Routing]) -> LayerRanking:
     """Rank one layer's experts from how its tokens were routed; batches are seen once and not kept.
 
     Args:
         criterion: any but ``random``, for which see :func:`rank_randomly`.
         batches: routings of real tokens, without padding.
-        num_experts: experts of the layer.
     """
+    return rank_tallies(criterion, [tally(criterion, batch) for batch in batches])
+
+
+def tally(criterion: Criterion, batch: Routing) -> Tally:
+    """Count one batch."""
+    num_tokens, num_experts = batch.logits.shape
+    chosen = batch.expert_ids[:, : batch.top_k].flatten().cpu()
+    counts = chosen.bincount(minlength=num_experts).double()
     if criterion == "ranked_choice":
-        return _rank_by_votes([(_ballots(batch), batch.top_k) for batch in batches], num_experts)
+        return Tally(num_tokens, batch.top_k, counts, counts, _ballots(batch))
     sums = torch.zeros(num_experts, dtype=torch.float64)
-    counts = torch.zeros(num_experts, dtype=torch.float64)
-    num_tokens = 0
-    for batch in batches:
-        chosen = batch.expert_ids[:, : batch.top_k].flatten().cpu()
-        counts += chosen.bincount(minlength=num_experts)
-        num_tokens += batch.logits.shape[0]
-        sums.index_add_(0, chosen, _contributions(criterion, batch).flatten().double().cpu())
+    sums.index_add_(0, chosen, _contributions(criterion, batch).flatten().double().cpu())
+    return Tally(num_tokens, batch.top_k, counts, sums)
+
+
+def rank_tallies(criterion: Criterion, tallies: Sequence[Tally]) -> LayerRanking:
+    """Rank one layer's experts from the tallies of all batches, which are added up in the order given."""
+    if criterion == "ranked_choice":
+        ballots = [each.ballots for each in tallies if each.ballots is not None]
+        return _rank_by_votes(ballots, len(tallies[0].counts), tallies[0].top_k)
+    sums, counts = (torch.stack(parts).sum(0) for parts in zip(*((t.sums, t.counts) for t in tallies), strict=True))
+    num_tokens = sum(each.num_tokens for each in tallies)
     totals = counts if criterion == "reap" else torch.full_like(counts, num_tokens)
     return order_experts((sums / totals.clamp_min(1)).tolist(), counts.tolist())
 
@@ -83,16 +110,20 @@ def order_experts(scores: Sequence[float], counts: Sequence[float]) -> LayerRank
 
 
 def removal_differences(routing: Routing) -> Float[Tensor, "token slot"]:
-    """For each token and each of its top-k experts, mse(y, y') of removing that expert."""
-    outputs, logits = routing.outputs.float(), routing.chosen_logits().float()
-    mixture = routing.mixture().float()
-    columns = []
-    for slot in range(routing.top_k):
-        rest = torch.cat((logits[:, :slot], logits[:, slot + 1 :]), dim=1)[:, : routing.top_k]
-        others = torch.cat((outputs[:, :slot], outputs[:, slot + 1 :]), dim=1)[:, : routing.top_k]
-        without = torch.einsum("ts,tsh->th", torch.softmax(rest, dim=-1), others)
-        columns.append((mixture - without).double().square().mean(-1))
-    return torch.stack(columns, dim=1)
+    """For each token and each of its top-k experts, mse(y, y') of removing that expert.
+
+    With w the weights and w' those once the expert is gone, both 0 where an expert is not mixed::
+
+        y' - y = sum_e (w'_e - w_e) f_e(x)
+    """
+    logits, top_k = routing.chosen_logits().float(), routing.top_k
+    shifts = torch.zeros(logits.shape[0], top_k, logits.shape[1], device=logits.device)
+    for slot in range(top_k):
+        rest = [other for other in range(logits.shape[1]) if other != slot][:top_k]
+        shifts[:, slot, rest] = torch.softmax(logits[:, rest], dim=-1)
+    shifts[:, :, :top_k] -= torch.softmax(logits[:, :top_k], dim=-1).unsqueeze(1)
+    pieces = zip(shifts.split(_TOKENS), routing.outputs.split(_TOKENS), strict=True)
+    return torch.cat([(shift @ outputs.float()).double().square().mean(-1) for shift, outputs in pieces])
 
 
 def weighted_norms(routing: Routing) -> Float[Tensor, "token slot"]:
@@ -108,7 +139,7 @@ def _contributions(criterion: Criterion, batch: Routing) -> Float[Tensor, "token
         return weighted_norms(batch)
     if criterion == "frequency":
         return torch.ones(batch.logits.shape[0], batch.top_k)
-    raise ValueError(f"{criterion} is not computed from expert outputs")
+    raise ValueError(f"{criterion} is not a sum over tokens")
 
 
 def _ballots(batch: Routing) -> Integer[Tensor, "token expert"]:
@@ -116,8 +147,8 @@ def _ballots(batch: Routing) -> Integer[Tensor, "token expert"]:
     return batch.logits.argsort(dim=-1, descending=True, stable=True).to("cpu", small)
 
 
-def _rank_by_votes(batches: Sequence[tuple[Tensor, int]], num_experts: int) -> LayerRanking:
-    rounds = eliminate([ballots for ballots, _ in batches], num_experts, batches[0][1])
+def _rank_by_votes(ballots: Sequence[Tensor], num_experts: int, top_k: int) -> LayerRanking:
+    rounds = eliminate(ballots, num_experts, top_k)
     scores = [0.0] * num_experts
     for turn, expert in enumerate(rounds):
         scores[expert] = turn / num_experts

@@ -11,11 +11,16 @@ Work is shared. A variant of layer i starts from the parent's states at layer i;
 attention; a window no shorter than a batch is no window there; and several variants go through the later layers
 together, each of which is loaded once for them. The last layer mixes only measured tokens. Whole-model scoring takes
 variants * layers block forwards, this takes about half of them (:func:`num_steps`).
+
+One layer is loaded at a time, and :attr:`Parent.load` is told the next so that it can read ahead; hidden states are
+handed to :attr:`Parent.hold`, which decides where they wait. Batches do not depend on each other, so that processes can
+share them out: sums are per batch, and their total is taken in the order of the batches.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +29,7 @@ from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic.architecture import Architecture, Block
-from moesaic.blocks import Head, Rotary, attend, mix, router_logits, slice_block
+from moesaic.blocks import Head, Rotary, attend, mix, mix_sliced, router_logits
 from moesaic.calibration import Batch
 from moesaic.damage import Metrics, compare, finish, unchanged
 from moesaic.errors import StageError
@@ -33,6 +38,8 @@ TOLERANCE = 1e-6
 """Normalised MSE up to which two ways to compute the same thing agree."""
 MASKING_TOLERANCE = {torch.float32: TOLERANCE, torch.bfloat16: 1e-4}
 """The same for masking against slicing, whose matrix products differ in shape and so in rounding."""
+_MASKING_POSITIONS = 512
+"""Of the first sequence, where masking is compared with slicing."""
 
 Sums = list[Tensor]
 """Of one variant, a tensor [sum] per batch; ``moesaic.damage.finish`` makes metrics of their total."""
@@ -46,14 +53,40 @@ class Variant:
     kept: tuple[int, ...]
 
 
+class Held(Protocol):
+    """A tensor that waits somewhere until it is needed again."""
+
+    def read(self) -> Tensor:
+        """The tensor, on whatever device it waits; not to be changed."""
+        ...
+
+    def drop(self) -> None:
+        """It is not needed again."""
+        ...
+
+
+class Load(Protocol):
+    """Loads layers; the caller holds one at a time."""
+
+    def __call__(self, layer: int, then: int | None = None) -> GptOssDecoderLayer:
+        """Load a layer; ``then`` is the one that is asked for next, if that is known."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parent:
     """The model whose blocks are replaced. Layers are loaded when needed and not kept."""
 
     architecture: Architecture
-    load: Callable[[int], GptOssDecoderLayer]
+    load: Load
     head: Head
     turns: Rotary
+    hold: Callable[[Tensor], Held]
+
+    @property
+    def last(self) -> int:
+        """The index of the last layer."""
+        return self.architecture.num_layers - 1
 
 
 @dataclass(frozen=True)
@@ -86,8 +119,22 @@ class Measurement:
     """What the parent makes of a probe."""
 
     probe: Probe
-    reference: Float[Tensor, "token hidden"]
-    """Its final-norm hidden states at the measured positions."""
+    reference: Held
+    """Its final-norm hidden states at the measured positions, [token hidden]."""
+    unchanged: Tensor
+    """The sums of a child that equals it."""
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Variants of one layer on their way through the later layers, over one batch."""
+
+    index: int
+    """Of the batch."""
+    wanted: dict[Block, Variant]
+    """By what the batch sees of them."""
+    hidden: Held
+    """[variant batch time hidden]; behind the last layer [variant token hidden], measured tokens only."""
 
 
 def num_steps(num_variants: Sequence[int]) -> int:
@@ -96,79 +143,99 @@ def num_steps(num_variants: Sequence[int]) -> int:
 
 
 def run_parent(
-    parent: Parent, states: Sequence[Tensor], probes: Sequence[Probe]
+    parent: Parent, states: Sequence[Held], probes: Sequence[Probe]
 ) -> Generator[None, None, list[Measurement]]:
     """Run the whole parent, one layer at a time, and keep its hidden states at measured positions.
 
     Args:
         parent: the model.
-        states: embedded batches, [batch time hidden], on the host.
+        states: embedded batches, [batch time hidden]; dropped on the way.
         probes: the batches and where to measure them.
     """
-    last = parent.architecture.num_layers - 1
-    for layer in range(last):
-        states = advance(parent, parent.load(layer), layer, states)
+    for layer in range(parent.last):
+        states = advance(parent, layer, states)
         yield
-    module = parent.load(last)
-    outputs = [
-        _continue(parent, module, last, hidden.unsqueeze(0), probe.measured).squeeze(0)
-        for hidden, probe in zip(states, probes, strict=True)
-    ]
+    module = parent.load(parent.last, then=0)
+    measurements = []
+    for hidden, probe in zip(states, probes, strict=True):
+        output = _continue(parent, module, parent.last, hidden.read().unsqueeze(0), probe.measured).squeeze(0)
+        hidden.drop()
+        reference = parent.head.normed(output)
+        measurements.append(Measurement(probe, parent.hold(reference), unchanged(reference)))
     yield
-    return [Measurement(probe, parent.head.normed(hidden).cpu()) for probe, hidden in zip(probes, outputs, strict=True)]
+    return measurements
 
 
-def advance(parent: Parent, module: GptOssDecoderLayer, layer: int, states: Sequence[Tensor]) -> list[Tensor]:
-    """The parent's hidden states after one more layer."""
-    window = parent.architecture.blocks[layer].window
-    device = module.self_attn.sinks.device
-    return [mix(module, attend(module, hidden.to(device), parent.turns, window)).cpu() for hidden in states]
+def advance(parent: Parent, layer: int, states: Sequence[Held]) -> list[Held]:
+    """The parent's hidden states after one more layer; those before it are dropped."""
+    module = parent.load(layer, then=layer + 1)
+    window, device = parent.architecture.blocks[layer].window, module.self_attn.sinks.device
+    after = []
+    for hidden in states:
+        output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.turns, window))
+        hidden.drop()
+        after.append(parent.hold(output))
+    return after
 
 
 def score_layer(
     parent: Parent,
-    module: GptOssDecoderLayer,
     layer: int,
-    states: Sequence[Tensor],
+    states: Sequence[Held],
     measurements: Sequence[Measurement],
     variants: Sequence[Variant],
     variants_per_batch: int,
+    prove: bool = True,
 ) -> Generator[None, None, list[Sums]]:
     """Measure every variant of one layer; yields once per variant and layer it has gone through.
 
-    The parent's own block is among the variants. It is run like any other, but on the first batch only: elsewhere its
-    sums, and those of variants a batch cannot tell from it, are known.
+    The parent's own block is among the variants. It is run like any other, but alone and on the first batch only:
+    elsewhere its sums, and those of variants a batch cannot tell from it, are known.
 
     Args:
         parent: the model.
-        module: the layer to replace, loaded.
-        layer: its index.
-        states: the parent's hidden states at its input.
+        layer: the layer to replace.
+        states: the parent's hidden states at its input; they are kept.
         measurements: the same batches at the parent's output.
         variants: what to replace it by, the parent's own block first.
         variants_per_batch: variants that go through the later layers together.
+        prove: whether the first batch here is the first of all, on which the parent's own block is run.
 
     Returns:
         The sums of every variant, in the order given.
+
+    Raises:
+        StageError: if masking experts differs from slicing them off.
     """
     own = parent.architecture.blocks[layer]
-    known: list[dict[Block, Tensor]] = [{item.probe.sees(own): unchanged(item.reference)} for item in measurements]
-    del known[0][measurements[0].probe.sees(own)]
-    for group in _group(variants, variants_per_batch):
-        todo = [_untold(group, item.probe, done) for item, done in zip(measurements, known, strict=True)]
-        sums = yield from _score_group(parent, module, layer, states, measurements, todo, len(group))
-        for done, wanted, found in zip(known, todo, sums, strict=True):
-            done.update(zip(wanted, found, strict=True))
+    known: list[dict[Block, Tensor]] = [{item.probe.sees(own): item.unchanged} for item in measurements]
+    first: dict[Block, Variant] = {measurements[0].probe.sees(own): variants[0]} if measurements and prove else {}
+    _check_all_masks(parent, layer, states, variants)
+    groups = _group(variants[1:], variants_per_batch)
+    for index, group in enumerate(groups or [[]]):
+        todo = [(batch, _untold(group, item.probe, known[batch])) for batch, item in enumerate(measurements)]
+        work = [(batch, wanted) for batch, wanted in ([(0, first)] if index == 0 else []) + todo if wanted]
+        for batch, wanted, sums in (yield from _score_group(parent, layer, states, measurements, work, len(group))):
+            known[batch].update(zip(wanted, sums, strict=True))
+        yield from [None] * (parent.last - layer + 1 if index == 0 else 0)
     return [
         [done[item.probe.sees(variant.block)] for item, done in zip(measurements, known, strict=True)]
         for variant in variants
     ]
 
 
+def _check_all_masks(parent: Parent, layer: int, states: Sequence[Held], variants: Sequence[Variant]) -> None:
+    if states:
+        module = parent.load(layer, then=layer)
+        sample = states[0].read()[:1, :_MASKING_POSITIONS].to(module.self_attn.sinks.device)
+        for kept in sorted({variant.kept for variant in variants}):
+            check_masking(layer, module, sample, kept)
+
+
 def _group(variants: Sequence[Variant], size: int) -> list[Sequence[Variant]]:
-    """The parent's own block alone, so that it is computed exactly as in the parent; the rest by window."""
-    rest = sorted(variants[1:], key=lambda variant: (variant.block.window is not None, -(variant.block.window or 0)))
-    return [variants[:1], *(rest[start : start + size] for start in range(0, len(rest), size))]
+    """In groups, those of one window together."""
+    ordered = sorted(variants, key=lambda variant: (variant.block.window is not None, -(variant.block.window or 0)))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def _untold(group: Sequence[Variant], probe: Probe, known: dict[Block, Tensor]) -> dict[Block, Variant]:
@@ -178,33 +245,57 @@ def _untold(group: Sequence[Variant], probe: Probe, known: dict[Block, Tensor]) 
 
 def _score_group(
     parent: Parent,
-    module: GptOssDecoderLayer,
     layer: int,
-    states: Sequence[Tensor],
+    states: Sequence[Held],
     measurements: Sequence[Measurement],
-    todo: Sequence[dict[Block, Variant]],
+    work: Sequence[tuple[int, dict[Block, Variant]]],
     group_size: int,
-) -> Generator[None, None, list[Tensor]]:
-    """Replace one block by several variants at once; the states of batch b are [variant, batch, time, hidden]."""
-    last = parent.architecture.num_layers - 1
-    current = [
-        _replace(parent, module, hidden, wanted, item.probe.measured if layer == last else None)
-        for hidden, item, wanted in zip(states, measurements, todo, strict=True)
-    ]
+) -> Generator[None, None, list[tuple[int, dict[Block, Variant], Tensor]]]:
+    """Replace one block by several variants at once, given by batch; the sums of each batch's variants."""
+    if not work:
+        yield from [None] * (group_size * (parent.last - layer + 1))
+        return []
+    lanes = _replace_all(parent, layer, states, measurements, work)
     yield from [None] * group_size
-    for later in range(layer + 1, last + 1):
-        module = parent.load(later)
-        current = [
-            _continue(parent, module, later, hidden, item.probe.measured if later == last else None)
-            for hidden, item in zip(current, measurements, strict=True)
-        ]
+    for later in range(layer + 1, parent.last + 1):
+        lanes = _continue_all(parent, layer, later, measurements, lanes)
         yield from [None] * group_size
-    return [
-        compare(parent.head, item.reference, parent.head.normed(hidden).cpu(), item.probe.next_ids)
-        if wanted
-        else hidden
-        for hidden, item, wanted in zip(current, measurements, todo, strict=True)
-    ]
+    found = []
+    for lane in lanes:
+        item, children = measurements[lane.index], parent.head.normed(lane.hidden.read())
+        sums = compare(parent.head, item.reference.read(), children, item.probe.next_ids)
+        lane.hidden.drop()
+        found.append((lane.index, lane.wanted, sums))
+    return found
+
+
+def _replace_all(
+    parent: Parent,
+    layer: int,
+    states: Sequence[Held],
+    measurements: Sequence[Measurement],
+    work: Sequence[tuple[int, dict[Block, Variant]]],
+) -> list[_Lane]:
+    module = parent.load(layer, then=min(layer + 1, parent.last))
+    lanes = []
+    for index, wanted in work:
+        measured = measurements[index].probe.measured if layer == parent.last else None
+        hidden = _replace(parent, module, states[index].read(), wanted, measured)
+        lanes.append(_Lane(index, wanted, parent.hold(hidden)))
+    return lanes
+
+
+def _continue_all(
+    parent: Parent, layer: int, later: int, measurements: Sequence[Measurement], lanes: Sequence[_Lane]
+) -> list[_Lane]:
+    module = parent.load(later, then=later + 1 if later < parent.last else layer)
+    after = []
+    for lane in lanes:
+        measured = measurements[lane.index].probe.measured if later == parent.last else None
+        hidden = _continue(parent, module, later, lane.hidden.read(), measured)
+        lane.hidden.drop()
+        after.append(_Lane(lane.index, lane.wanted, parent.hold(hidden)))
+    return after
 
 
 def _replace(
@@ -212,23 +303,21 @@ def _replace(
 ) -> Tensor:
     """The outputs of every variant of one block; at measured positions only, if those are given."""
     outputs = []
-    hidden = hidden.to(module.self_attn.sinks.device)
+    hidden = hidden.to(module.self_attn.sinks.device, non_blocking=True)
     for window, blocks in groupby(wanted, key=lambda block: block.window):
         attended = attend(module, hidden, parent.turns, window)
         attended = attended if measured is None else attended[measured]
-        outputs += [mix(module, attended, wanted[block].kept).cpu() for block in blocks]
-    return torch.stack(outputs) if outputs else hidden.new_empty(0, *hidden.shape).cpu()
+        outputs += [mix(module, attended, wanted[block].kept) for block in blocks]
+    return torch.stack(outputs)
 
 
 def _continue(
     parent: Parent, module: GptOssDecoderLayer, layer: int, hidden: Tensor, measured: Tensor | None
 ) -> Tensor:
     """One unchanged layer for all variants of a batch, [variant, batch, time, hidden]; measured as in ``_replace``."""
-    if not len(hidden):
-        return hidden
-    stacked = hidden.flatten(0, 1).to(module.self_attn.sinks.device)
-    attended = attend(module, stacked, parent.turns, parent.architecture.blocks[layer].window).view_as(hidden)
-    return mix(module, attended if measured is None else attended[:, measured]).cpu()
+    stacked = hidden.flatten(0, 1).to(module.self_attn.sinks.device, non_blocking=True)
+    attended = attend(module, stacked, parent.turns, parent.architecture.blocks[layer].window).view(hidden.shape)
+    return mix(module, attended if measured is None else attended[:, measured])
 
 
 def total(sums: Sequence[Tensor]) -> Metrics:
@@ -252,9 +341,8 @@ def check_masking(
 
     Tokens whose last chosen expert leads the next by rounding alone do not count: either may then be chosen.
     """
-    states = states.to(module.self_attn.sinks.device)
     decided = _is_decided(module, states, kept)
-    sliced = (mix(slice_block(module, kept), states) - states)[decided]
+    sliced = (mix_sliced(module, states, kept) - states)[decided]
     masked = (mix(module, states, kept) - states)[decided]
     error = ((masked - sliced).double().square().sum() / sliced.double().square().sum()).item()
     tolerance = MASKING_TOLERANCE[states.dtype]

@@ -18,6 +18,7 @@ from moesaic.engines.automodel.curve import read_curve
 from moesaic.errors import ArtifactError, ConfigError, StageError
 from moesaic.pruning import prune_layer
 from moesaic.stages import distill
+from moesaic.stages.sharding import NUM_PROCESSES
 from moesaic.traces import Trace
 
 CONFIG = DistillConfig(
@@ -123,7 +124,7 @@ def test_a_killed_run_on_two_ranks_ends_like_an_undisturbed_one_on_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(distill.NUM_PROCESSES, "2")
+    monkeypatch.setenv(NUM_PROCESSES, "2")
     curve = tmp_path / "scratch" / "training.jsonl"
     command = (
         "import sys; from pathlib import Path; from moesaic.configs import DistillConfig; "
@@ -186,7 +187,7 @@ def test_what_cannot_be_trained_on_is_refused_before_the_engine_starts(
     refused(ConfigError, "cannot be cut out of", CONFIG, tiny_parent, child, traces, place=tmp_path)
     odd = CONFIG.model_copy(update={"rows_per_forward": 3})
     refused(ConfigError, "rows_per_step 4 is not a multiple", odd, *models, traces, place=tmp_path)
-    monkeypatch.setenv(distill.NUM_PROCESSES, "two")
+    monkeypatch.setenv(NUM_PROCESSES, "two")
     refused(ConfigError, "MOESAIC_NUM_PROCESSES is 'two'", CONFIG, *models, traces, place=tmp_path)
 
 

@@ -97,11 +97,11 @@ def test_resumes_after_the_last_finished_layer(
     asked: list[int] = []
     score_layer = score_blocks.score_layer
 
-    def killed(parent, module, layer, *rest):
+    def killed(parent, layer, *rest, **options):
         asked.append(layer)
         if asked == [0, 1, 2]:
             raise KeyboardInterrupt
-        return score_layer(parent, module, layer, *rest)
+        return score_layer(parent, layer, *rest, **options)
 
     monkeypatch.setattr(score_blocks, "score_layer", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -129,7 +129,6 @@ def test_a_failing_gate_stops_the_stage(inputs: dict[str, Path], tmp_path: Path,
     ("space", "error", "message"),
     [
         ({"expert_counts": [1]}, ConfigError, "expert count 1 is below the 2"),
-        ({"expert_counts": [9]}, ConfigError, "expert count 9 is more than the parent's"),
         (
             {"expert_counts": [4], "windows": [512]},
             ConfigError,

@@ -56,7 +56,7 @@ def test_streamed_blocks_equal_the_whole_model(tiny_checkpoint: Checkpoint, whol
 def test_right_padding_changes_no_real_token(tiny_checkpoint: Checkpoint):
     tokens = random_tokens(time=40)
     short = stream(tiny_checkpoint, tokens[:, :25])
-    torch.testing.assert_close(stream(tiny_checkpoint, tokens)[:, :25], short, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stream(tiny_checkpoint, tokens)[:, :25], short, rtol=1e-4, atol=1e-4)
 
 
 def test_a_puzzle_checkpoint_equals_masking_its_parent(tiny_checkpoint: Checkpoint, tmp_path: Path):
@@ -84,7 +84,9 @@ def test_masking_equals_slicing(tiny_checkpoint: Checkpoint):
     states = torch.randn(50, 64)
     sliced = blocks.slice_block(block, [1, 4, 6])
     assert sliced.mlp.experts.gate_up_proj.shape[0] == sliced.mlp.router.weight.shape[0] == 3
-    torch.testing.assert_close(blocks.mix(sliced, states), blocks.mix(block, states, [1, 4, 6]), rtol=1e-6, atol=1e-6)
+    masked = blocks.mix(block, states, [1, 4, 6])
+    torch.testing.assert_close(blocks.mix(sliced, states), masked, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(blocks.mix_sliced(block, states, [1, 4, 6]), masked, rtol=1e-5, atol=1e-5)
     assert block.mlp.experts.gate_up_proj.shape[0] == 8
 
 

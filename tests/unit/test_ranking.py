@@ -25,7 +25,7 @@ def test_removal_difference_equals_removing_each_expert(tiny_checkpoint: Checkpo
     """Brute force: slice expert e off the layer, run what is left, compare all tokens."""
     block = blocks.load_block(tiny_checkpoint, 0)
     batches = [blocks.route(block, part, num_spare=1) for part in states.split(70)]
-    ranking = rank_layer("removal_difference", batches, 8)
+    ranking = rank_layer("removal_difference", batches)
     whole, _ = block.mlp(states.unsqueeze(0))
     for expert in range(8):
         rest = blocks.slice_block(block, [other for other in range(8) if other != expert])
@@ -39,7 +39,7 @@ def test_removal_difference_by_hand():
     """Top-1 of 3 experts, equal everywhere but in the output: removing 0 brings expert 1 in, 5 - 2 = 3, squared 9."""
     batch = routing([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0]], [[[5.0], [2.0]], [[2.0], [1.0]]], top_k=1)
     assert removal_differences(batch).tolist() == [[9.0], [1.0]]
-    ranking = rank_layer("removal_difference", [batch], 3)
+    ranking = rank_layer("removal_difference", [batch])
     assert ranking.scores == (4.5, 0.5, 0.0)
     assert ranking.order == (0, 1, 2)
 
@@ -53,17 +53,17 @@ def test_removal_difference_when_no_expert_is_left_to_enter():
 def test_reap_is_a_mean_over_the_experts_own_tokens():
     """Top-1, weights 1: expert 0 returns norms 3 and 5 (mean 4), expert 1 once norm 10; by frequency 0 leads."""
     batch = routing([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], [[[3.0, 0.0]], [[3.0, 4.0]], [[6.0, 8.0]]], top_k=1)
-    reap = rank_layer("reap", [batch], 2)
+    reap = rank_layer("reap", [batch])
     assert reap.scores == pytest.approx((4.0, 10.0))
     assert reap.order == (1, 0)
-    frequency = rank_layer("frequency", [batch], 2)
+    frequency = rank_layer("frequency", [batch])
     assert frequency.scores == pytest.approx((2 / 3, 1 / 3))
     assert frequency.order == (0, 1)
 
 
 def test_reap_weighs_by_the_renormalised_gate():
     """Two equal logits of three share the weight: 0.5 * 4 and 0.5 * 2."""
-    ranking = rank_layer("reap", [routing([[0.0, 0.0, -9.0]], [[[4.0], [2.0]]], top_k=2)], 3)
+    ranking = rank_layer("reap", [routing([[0.0, 0.0, -9.0]], [[[4.0], [2.0]]], top_k=2)])
     assert ranking.scores == pytest.approx((2.0, 1.0, 0.0))
 
 
@@ -78,8 +78,8 @@ def test_ranked_choice_differs_from_frequency():
     """By first choice D leads; by elimination A wins, as everyone else prefers A to D."""
     order = [[3.0, 2.0, 1.0, 0.0]] * 3 + [[2.0, 3.0, 1.0, 0.0], [1.0, 3.0, 2.0, 0.0]] + [[2.0, 1.0, 0.0, 3.0]] * 4
     batch = routing(order, [[[1.0]]] * 9, top_k=1)
-    assert rank_layer("frequency", [batch], 4).order[0] == 3
-    assert rank_layer("ranked_choice", [batch], 4).order == (0, 3, 1, 2)
+    assert rank_layer("frequency", [batch]).order[0] == 3
+    assert rank_layer("ranked_choice", [batch]).order == (0, 3, 1, 2)
 
 
 def test_experts_without_votes_are_eliminated_first():
@@ -109,7 +109,7 @@ def test_elimination_equals_counting_from_scratch_each_round():
 def test_scores_are_by_expert_id_and_not_a_permutation_of_ranks(criterion, tiny_checkpoint: Checkpoint, states: Tensor):
     """The trap: an argsort used as a score. Following the order, true scores must fall."""
     block = blocks.load_block(tiny_checkpoint, 3)
-    ranking = rank_layer(criterion, [blocks.route(block, states, num_spare=1)], 8)
+    ranking = rank_layer(criterion, [blocks.route(block, states, num_spare=1)])
     along = [ranking.scores[expert] for expert in ranking.order]
     assert along == sorted(along, reverse=True)
     assert sorted(ranking.order) == list(range(8))
@@ -119,8 +119,8 @@ def test_scores_are_by_expert_id_and_not_a_permutation_of_ranks(criterion, tiny_
 @pytest.mark.parametrize("criterion", ["removal_difference", "ranked_choice", "reap", "frequency"])
 def test_batches_do_not_matter(criterion, tiny_checkpoint: Checkpoint, states: Tensor):
     block = blocks.load_block(tiny_checkpoint, 3)
-    whole = rank_layer(criterion, [blocks.route(block, states, num_spare=1)], 8)
-    parts = rank_layer(criterion, [blocks.route(block, part, num_spare=1) for part in states.split(13)], 8)
+    whole = rank_layer(criterion, [blocks.route(block, states, num_spare=1)])
+    parts = rank_layer(criterion, [blocks.route(block, part, num_spare=1) for part in states.split(13)])
     assert parts.order == whole.order
     assert parts.scores == pytest.approx(whole.scores, rel=1e-5)
 

@@ -14,6 +14,7 @@ from moesaic.calibration import TokenSequence, make_batches
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import StageError
 from moesaic.scoring import Parent, Probe, Variant
+from moesaic.streaming import LayerReader, StateRoom
 
 Result = TypeVar("Result")
 WHOLE = tuple(range(8))
@@ -40,12 +41,14 @@ def finish(steps: Generator[None, None, Result]) -> tuple[Result, int]:
 
 
 @pytest.fixture(scope="module")
-def parent(tiny_checkpoint: Checkpoint) -> Parent:
+def parent(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Parent:
+    cpu = torch.device("cpu")
     return Parent(
         tiny_checkpoint.architecture,
-        lambda layer: blocks.load_block(tiny_checkpoint, layer),
+        LayerReader(tiny_checkpoint, torch.float32, cpu).load,
         blocks.load_head(tiny_checkpoint),
         blocks.rotary(tiny_checkpoint, 64),
+        StateRoom(2**30, tmp_path_factory.mktemp("states"), cpu).hold,
     )
 
 
@@ -65,12 +68,13 @@ def probes() -> list[Probe]:
 def score(
     parent: Parent, checkpoint: Checkpoint, probes: list[Probe], layer: int, variants: list[Variant], group: int
 ) -> list[scoring.Sums]:
-    states = blocks.embed(checkpoint, [probe.batch.token_ids for probe in probes])
-    measurements, steps = finish(scoring.run_parent(parent, states, probes))
+    embedded = blocks.embed(checkpoint, [probe.batch.token_ids for probe in probes])
+    measurements, steps = finish(scoring.run_parent(parent, [parent.hold(hidden) for hidden in embedded], probes))
     assert steps == 4
+    states = [parent.hold(hidden) for hidden in embedded]
     for before in range(layer):
-        states = scoring.advance(parent, parent.load(before), before, states)
-    sums, steps = finish(scoring.score_layer(parent, parent.load(layer), layer, states, measurements, variants, group))
+        states = scoring.advance(parent, before, states)
+    sums, steps = finish(scoring.score_layer(parent, layer, states, measurements, variants, group))
     assert steps == len(variants) * (4 - layer)
     return sums
 
@@ -143,6 +147,7 @@ def test_what_a_batch_cannot_tell_apart_is_computed_once(
         return mix(block, attended, kept)
 
     monkeypatch.setattr(scoring, "mix", counting)
+    monkeypatch.setattr(scoring, "check_masking", lambda *_: None)
     score(parent, tiny_checkpoint, probes, 1, VARIANTS, group=4)
     assert sum(mixed) == 4 + 5
 
@@ -191,6 +196,6 @@ def test_gates(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
             scoring.check_identity(2, {"hidden_mse": broken})
     block, states = blocks.load_block(tiny_checkpoint, 1), torch.randn(2, 9, 64)
     scoring.check_masking(1, block, states, (0, 3, 5))
-    monkeypatch.setattr(scoring, "slice_block", lambda block, kept: blocks.slice_block(block, (0, 3, 6)))
+    monkeypatch.setattr(scoring, "mix_sliced", lambda block, states, kept: blocks.mix_sliced(block, states, (0, 3, 6)))
     with pytest.raises(StageError, match="layer 1: masking all but 3 experts"):
         scoring.check_masking(1, block, states, (0, 3, 5))

@@ -47,7 +47,7 @@ def measure_amax(model: Path, batches: Sequence[Batch], precision: str, scratch:
         StageError: if its process fails.
     """
     if importlib.util.find_spec("modelopt") is None:
-        raise ConfigError("FP8 scales are calibrated by nvidia-modelopt, which is not installed; install it")
+        raise ConfigError("FP8 scales are calibrated by nvidia-modelopt, which is not installed; install moesaic[kv]")
     request, answer = scratch / "request.json", scratch / "amax.json"
     if not answer.is_file():
         content = {

@@ -13,11 +13,9 @@ from moesaic.configs import DistillConfig
 from moesaic.engines.automodel.curve import read_curve
 from moesaic.engines.automodel.launch import check_installed, train
 from moesaic.engines.automodel.settings import Job, check_batch, expert_parallel_size
-from moesaic.errors import ArtifactError, ConfigError
+from moesaic.errors import ArtifactError
+from moesaic.stages.sharding import num_processes
 from moesaic.traces import Trace, pack_traces, read_traces
-
-NUM_PROCESSES = "MOESAIC_NUM_PROCESSES"
-"""The environment variable that says how many processes train where there is no GPU; on GPUs there is one for each."""
 
 
 def run(
@@ -36,16 +34,6 @@ def run(
     trained = load_file(job.trained) if config.steps else {}
     rewrite_checkpoint(mine, output, trained, {"stage": "distill", "steps": config.steps}, extra=[job.curve])
     return counts | _metrics(job.curve)
-
-
-def num_processes() -> int:
-    """Processes to train with on this machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    text = os.environ.get(NUM_PROCESSES, "1")
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{NUM_PROCESSES} is {text!r}; set it to a number of processes, 1 or more, or leave it unset")
-    return int(text)
 
 
 def _plan(child: Checkpoint, parent: Checkpoint, traces: Path, scratch: Path) -> Job:

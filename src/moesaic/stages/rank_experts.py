@@ -6,15 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic import blocks
 from moesaic.calibration import Batch, load_batches
 from moesaic.checkpoint import Checkpoint
-from moesaic.configs import RankExpertsConfig
+from moesaic.configs import Criterion, RankExpertsConfig
 from moesaic.progress import track
-from moesaic.ranking import NUM_SPARE, LayerRanking, rank_layer, rank_randomly
+from moesaic.ranking import NUM_SPARE, LayerRanking, Tally, rank_randomly, rank_tallies, tally
+from moesaic.stages.sharding import Shards, share
+from moesaic.streaming import HeldTensor, LayerReader, StateRoom, state_memory_bytes
+
+_SHARED = "layers.json"
+"""The ranking that several processes made together, in scratch."""
 
 
 def run(
@@ -22,50 +26,80 @@ def run(
 ) -> dict[str, float]:
     """Write ``ranking.json``: per layer the experts in order of importance, and their scores by id."""
     checkpoint = Checkpoint.open(parent)
-    batches = load_batches(
-        calibration_short,
-        parent,
-        max_sequences=config.max_sequences,
-        max_tokens=min(config.max_tokens, checkpoint.shape.max_positions),
-        batch_tokens=config.batch_tokens,
-    )
+    batches = _load_batches(config, checkpoint, calibration_short)
     num_tokens = sum(int(batch.is_token.sum()) for batch in batches)
     if config.criterion == "random":
         experts = [block.num_experts for block in checkpoint.architecture.blocks]
         layers = [rank_randomly(count, config.seed + layer) for layer, count in enumerate(experts)]
+    elif share(
+        "rank_experts", config, {"parent": parent, "calibration_short": calibration_short}, scratch, len(batches)
+    ):
+        layers = [LayerRanking(**layer) for layer in json.loads((scratch / _SHARED).read_text())]
     else:
-        layers = list(_rank(config, checkpoint, batches))
+        layers = list(_rank(config, checkpoint, batches, scratch, Shards()))
     content = {"criterion": config.criterion, "num_tokens": num_tokens, "layers": [asdict(layer) for layer in layers]}
     (output / "ranking.json").write_text(json.dumps(content, indent=1) + "\n")
     return {"num_tokens": float(num_tokens), "num_layers": float(len(layers))}
 
 
-def _rank(config: RankExpertsConfig, checkpoint: Checkpoint, batches: list[Batch]) -> Iterator[LayerRanking]:
+def work(config: RankExpertsConfig, *, parent: Path, calibration_short: Path, scratch: Path, shards: Shards) -> None:
+    """Take part in ranking, as one of several processes; the first one saves."""
+    checkpoint = Checkpoint.open(parent)
+    layers = list(_rank(config, checkpoint, _load_batches(config, checkpoint, calibration_short), scratch, shards))
+    if shards.rank == 0:
+        (scratch / _SHARED).write_text(json.dumps([asdict(layer) for layer in layers]) + "\n")
+
+
+def _load_batches(config: RankExpertsConfig, checkpoint: Checkpoint, data: Path) -> list[Batch]:
+    return load_batches(
+        data,
+        checkpoint.directory,
+        max_sequences=config.max_sequences,
+        max_tokens=min(config.max_tokens, checkpoint.shape.max_positions),
+        batch_tokens=config.batch_tokens,
+    )
+
+
+def _rank(
+    config: RankExpertsConfig, checkpoint: Checkpoint, batches: list[Batch], scratch: Path, shards: Shards
+) -> Iterator[LayerRanking]:
+    """Rank layer after layer from all processes' batches, of which this one takes its share."""
     dtype, device = getattr(torch, config.precision), blocks.choose_device()
-    states = blocks.embed(checkpoint, [batch.token_ids for batch in batches], dtype)
     turns = blocks.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
-    for layer in track(range(checkpoint.num_layers), checkpoint.num_layers, "ranking layers"):
-        module = blocks.load_block(checkpoint, layer, dtype, device)
-        window = checkpoint.architecture.blocks[layer].window
-        num_spare = NUM_SPARE.get(config.criterion, 0)
-        routings = _route_all(module, states, batches, turns, window, num_spare)
-        yield rank_layer(config.criterion, routings, checkpoint.architecture.blocks[layer].num_experts)
+    mine = shards.mine(batches)
+    room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    states = [room.hold(hidden) for hidden in blocks.embed_each(checkpoint, [b.token_ids for b in mine], dtype)]
+    reader, layers = LayerReader(checkpoint, dtype, device), range(checkpoint.num_layers)
+    try:
+        for layer in track(layers, len(layers), "ranking layers") if shards.rank == 0 else layers:
+            window = checkpoint.architecture.blocks[layer].window
+            module = reader.load(layer, then=layer + 1 if layer + 1 < len(layers) else None)
+            tallies = [
+                _pass(config.criterion, module, room, states, mine, index, turns, window) for index in range(len(mine))
+            ]
+            del module
+            yield rank_tallies(config.criterion, shards.gather(tallies))
+    finally:
+        reader.close()
 
 
-def _route_all(
+def _pass(
+    criterion: Criterion,
     module: GptOssDecoderLayer,
-    states: list[Tensor],
+    room: StateRoom,
+    states: list[HeldTensor],
     batches: list[Batch],
+    index: int,
     turns: blocks.Rotary,
     window: int | None,
-    num_spare: int,
-) -> Iterator[blocks.Routing]:
-    """Route every batch's tokens, padding left out, and take its states in ``states`` on to the next layer."""
+) -> Tally:
+    """Route a batch's tokens, padding left out, and take its states on to the next layer."""
     device = module.self_attn.sinks.device
-    for index, batch in enumerate(batches):
-        attended = blocks.attend(module, states[index].to(device), turns, window)
-        is_token = batch.is_token.to(device)
-        routing = blocks.route(module, module.post_attention_layernorm(attended[is_token]), num_spare)
-        attended[is_token] += routing.mixture()
-        states[index] = attended.cpu()
-        yield routing
+    attended = blocks.attend(module, states[index].read().to(device, non_blocking=True), turns, window)
+    is_token = batches[index].is_token.to(device)
+    routing = blocks.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))
+    found = tally(criterion, routing)
+    attended[is_token] += routing.mixture()
+    states[index].drop()
+    states[index] = room.hold(attended)
+    return found

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic import blocks
 from moesaic.calibration import load_batches
@@ -20,21 +18,24 @@ from moesaic.library import variants_of
 from moesaic.progress import track
 from moesaic.pruning import kept_experts
 from moesaic.scoring import (
+    Held,
     Measurement,
     Parent,
     Probe,
     Variant,
     advance,
     check_identity,
-    check_masking,
     num_steps,
     run_parent,
     score_layer,
     total,
 )
 from moesaic.stages.payloads import read_orders
+from moesaic.stages.sharding import Shards, share
+from moesaic.streaming import LayerReader, StateRoom, state_memory_bytes
 
 Row = dict[str, Any]
+_INPUTS = ("parent", "ranking", "calibration_short", "calibration_long")
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,21 @@ class _Job:
 
     config: ScoreBlocksConfig
     checkpoint: Checkpoint
-    parent: Parent
     variants: Sequence[Sequence[Variant]]
     """By layer, the parent's own block first."""
     short: Sequence[Probe]
     long: Sequence[Probe]
-    dtype: torch.dtype
+
+    @property
+    def probes(self) -> list[Probe]:
+        """Those of both sets, the short ones first."""
+        return [*self.short, *self.long]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What layers compute in."""
+        dtype: torch.dtype = getattr(torch, self.config.precision)
+        return dtype
 
     @property
     def num_steps(self) -> int:
@@ -67,17 +77,16 @@ def run(
     scratch: Path,
 ) -> dict[str, float]:
     """Write ``scores.json``: a row per layer and variant. Layers that ``scratch`` holds are not scored again."""
-    checkpoint = Checkpoint.open(parent)
-    variants = _choose_variants(config.space, checkpoint, ranking / "ranking.json")
-    job = _prepare(config, checkpoint, variants, calibration_short, calibration_long)
-    if any(not _saved(scratch, layer).is_file() for layer in range(checkpoint.num_layers)):
-        for _ in track(_score(job, scratch), job.num_steps, "scoring blocks"):
-            pass
-    rows = [row for layer in range(checkpoint.num_layers) for row in json.loads(_saved(scratch, layer).read_text())]
+    inputs = dict(zip(_INPUTS, (parent, ranking, calibration_short, calibration_long), strict=True))
+    job = _prepare(config, **inputs)
+    if not all(_finished(job, scratch)) and not share("score_blocks", config, inputs, scratch, len(job.probes)):
+        _run_through(job, scratch, Shards())
+    layers = range(job.checkpoint.num_layers)
+    rows = [row for layer in layers for row in json.loads(_saved(scratch, layer).read_text())]
     content = {
         "metric": config.metric,
         "long_weight": config.long_weight,
-        "parent": [block.as_config() for block in checkpoint.architecture.blocks],
+        "parent": [block.as_config() for block in job.checkpoint.architecture.blocks],
         "rows": rows,
     }
     (output / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -86,14 +95,25 @@ def run(
         "short_tokens": float(sum(int(probe.measured.sum()) for probe in job.short)),
         "long_tokens": float(sum(int(probe.measured.sum()) for probe in job.long)),
         "block_forwards": float(job.num_steps),
-        "block_forwards_naive": float((len(rows) + 1) * checkpoint.num_layers),
+        "block_forwards_naive": float((len(rows) + 1) * len(layers)),
     }
 
 
+def work(
+    config: ScoreBlocksConfig,
+    *,
+    parent: Path,
+    ranking: Path,
+    calibration_short: Path,
+    calibration_long: Path,
+    scratch: Path,
+    shards: Shards,
+) -> None:
+    """Take part in scoring, as one of several processes."""
+    _run_through(_prepare(config, parent, ranking, calibration_short, calibration_long), scratch, shards)
+
+
 def _choose_variants(space: SearchSpace, checkpoint: Checkpoint, ranking: Path) -> list[list[Variant]]:
-    most = max(block.num_experts for block in checkpoint.architecture.blocks)
-    if max(space.expert_counts, default=0) > most:
-        raise ConfigError(f"expert count {max(space.expert_counts)} is more than the parent's; offer at most {most}")
     for window in space.windows:
         if window >= checkpoint.shape.max_positions:
             raise ConfigError(
@@ -109,26 +129,21 @@ def _choose_variants(space: SearchSpace, checkpoint: Checkpoint, ranking: Path) 
 
 
 def _prepare(
-    config: ScoreBlocksConfig, checkpoint: Checkpoint, variants: list[list[Variant]], short: Path, long: Path
+    config: ScoreBlocksConfig, parent: Path, ranking: Path, calibration_short: Path, calibration_long: Path
 ) -> _Job:
+    """Read and check everything but weights."""
+    checkpoint = Checkpoint.open(parent)
+    variants = _choose_variants(config.space, checkpoint, ranking / "ranking.json")
     windows = config.space.windows if any(block.window is None for block in checkpoint.architecture.blocks) else ()
-    short_probes = _probes(config, checkpoint, short, first=0)
-    long_probes = _probes(config, checkpoint, long, first=min(windows, default=0))
+    short_probes = _probes(config, checkpoint, calibration_short, first=0)
+    long_probes = _probes(config, checkpoint, calibration_long, first=min(windows, default=0))
     furthest = max(int(probe.measured.any(0).nonzero().max()) for probe in long_probes)
     if max(windows, default=0) > furthest:
         raise ArtifactError(
-            f"{long}: its last response token is at position {furthest}, where a window of {max(windows)} "
+            f"{calibration_long}: its last response token is at position {furthest}, where a window of {max(windows)} "
             "cannot do harm and would score 0; use longer sequences (max_tokens cuts them) or smaller windows"
         )
-    dtype, device = getattr(torch, config.precision), blocks.choose_device()
-    longest = max(probe.batch.num_positions for probe in (*short_probes, *long_probes))
-    parent = Parent(
-        checkpoint.architecture,
-        lambda layer: blocks.load_block(checkpoint, layer, dtype, device),
-        blocks.load_head(checkpoint, dtype, device),
-        blocks.rotary(checkpoint, longest, dtype, device),
-    )
-    return _Job(config, checkpoint, parent, variants, short_probes, long_probes, dtype)
+    return _Job(config, checkpoint, variants, short_probes, long_probes)
 
 
 def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, first: int) -> list[Probe]:
@@ -150,31 +165,58 @@ def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, first
     return probes
 
 
-def _score(job: _Job, scratch: Path) -> Generator[None, None, None]:
+def _run_through(job: _Job, scratch: Path, shards: Shards) -> None:
+    """Score this process's share of the batches; the first process saves and shows how far all are."""
+    device = blocks.choose_device()
+    reader = LayerReader(job.checkpoint, job.dtype, device)
+    room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    longest = max(probe.batch.num_positions for probe in job.probes)
+    parent = Parent(
+        job.checkpoint.architecture,
+        reader.load,
+        blocks.load_head(job.checkpoint, job.dtype, device),
+        blocks.rotary(job.checkpoint, longest, job.dtype, device),
+        room.hold,
+    )
+    steps = _score(job, parent, scratch, shards)
+    try:
+        for _ in track(steps, job.num_steps, "scoring blocks") if shards.rank == 0 else steps:
+            pass
+    finally:
+        reader.close()
+
+
+def _score(job: _Job, parent: Parent, scratch: Path, shards: Shards) -> Generator[None, None, None]:
     """Score layer after layer, saving each; yields once per block forward."""
-    probes = [*job.short, *job.long]
-    states = blocks.embed(job.checkpoint, [probe.batch.token_ids for probe in probes], job.dtype)
-    measurements = yield from run_parent(job.parent, states, probes)
-    for layer in range(job.checkpoint.num_layers):
-        module = job.parent.load(layer)
-        if _saved(scratch, layer).is_file():
-            yield from [None] * (len(job.variants[layer]) * (job.checkpoint.num_layers - layer))
+    finished, probes = _finished(job, scratch), shards.mine(job.probes)
+    measurements = yield from run_parent(parent, _embed(job, parent, probes), probes)
+    states = _embed(job, parent, probes)
+    for layer, variants in enumerate(job.variants):
+        if finished[layer]:
+            yield from [None] * (len(variants) * (len(job.variants) - layer))
         else:
-            rows = yield from _score_layer(job, module, layer, states, measurements)
-            _save(_saved(scratch, layer), rows)
-        states = advance(job.parent, module, layer, states)
+            rows = yield from _score_layer(job, parent, layer, states, measurements, shards)
+            if shards.rank == 0:
+                _save(_saved(scratch, layer), rows)
+        if layer < parent.last:
+            states = advance(parent, layer, states)
         yield
 
 
+def _embed(job: _Job, parent: Parent, probes: Sequence[Probe]) -> list[Held]:
+    token_ids = [probe.batch.token_ids for probe in probes]
+    return [parent.hold(states) for states in blocks.embed_each(job.checkpoint, token_ids, job.dtype)]
+
+
 def _score_layer(
-    job: _Job, module: GptOssDecoderLayer, layer: int, states: list[Tensor], measurements: list[Measurement]
+    job: _Job, parent: Parent, layer: int, states: list[Held], measurements: list[Measurement], shards: Shards
 ) -> Generator[None, None, list[Row]]:
     variants = job.variants[layer]
-    for kept in {variant.kept for variant in variants}:
-        check_masking(layer, module, states[0], kept)
-    sums = yield from score_layer(
-        job.parent, module, layer, states, measurements, variants, job.config.variants_per_batch
+    mine = yield from score_layer(
+        parent, layer, states, measurements, variants, job.config.variants_per_batch, prove=shards.rank == 0
     )
+    batches = shards.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
+    sums = [[batch[index] for batch in batches] for index in range(len(variants))]
     scores = [(total(parts[: len(job.short)]), total(parts[len(job.short) :])) for parts in sums]
     check_identity(layer, scores[0][0])
     metric, weight = job.config.metric, job.config.long_weight
@@ -189,6 +231,11 @@ def _score_layer(
         }
         for variant, (short, long) in zip(variants, scores, strict=True)
     ]
+
+
+def _finished(job: _Job, scratch: Path) -> list[bool]:
+    """Of every layer, whether an earlier run has scored it."""
+    return [_saved(scratch, layer).is_file() for layer in range(job.checkpoint.num_layers)]
 
 
 def _saved(scratch: Path, layer: int) -> Path:

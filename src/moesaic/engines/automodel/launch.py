@@ -27,7 +27,7 @@ _ENVIRONMENT = {
 def check_installed() -> None:
     """Raise ConfigError unless AutoModel is there; it is not imported."""
     if find_spec("nemo_automodel") is None:
-        raise ConfigError("distill trains with nemo-automodel, which is not installed; install moesaic[distill]")
+        raise ConfigError("distill trains with nemo-automodel, which is not installed; install moesaic[train]")
 
 
 def train(config: DistillConfig, job: Job) -> None:

@@ -1,0 +1,276 @@
+"""Speed of replace-one-block scoring against the straightforward way, in CPU seconds of one thread.
+
+12 layers x 24 variants (6 expert counts x 4 windows), a short and a long set of equal many tokens: the straightforward
+way runs the whole model, all of it in memory, once per variant over both sets. All its forwards cost the same, so a
+sample of them is timed and the rest is counted; scoring is run whole, reading its layers from the checkpoint as the
+stage does. The ideal is the count of block forwards that prefix reuse leaves (``moesaic.scoring.num_steps``), each at
+the speed of one block forward over both sets.
+
+The second case is the size at which puzzletron's method was measured earlier: 4 layers, 8 experts, hidden size 64,
+28 variants, 2 x 512 tokens, 47 CPU seconds; its vocabulary is not known, ours is in the record.
+
+Run: python benchmarks/scoring_speed.py [--record FILE]
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic import blocks, damage, mxfp4, records, scoring
+from moesaic.architecture import Architecture, Block
+from moesaic.calibration import TokenSequence, make_batches
+from moesaic.checkpoint import Checkpoint
+from moesaic.gpt_oss import ModelShape
+from moesaic.pruning import kept_experts
+from moesaic.ranking import NUM_SPARE, rank_layer
+from moesaic.scoring import Parent, Probe, Variant
+from moesaic.streaming import LayerReader, StateRoom
+from moesaic.synthesis import Model, write_synthetic
+
+CPU = torch.device("cpu")
+PUZZLETRON_CPU_S = 47.0
+GROUP = 4
+SAMPLED = 6
+
+
+def cpu_seconds(action: Callable[[], Any], repeats: int = 1) -> float:
+    """CPU seconds of one call, the least of several."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        action()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def exhaust(steps: Generator[None, None, Any]) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def make_probes(lengths: Sequence[int], batch_tokens: int, vocab: int) -> list[Probe]:
+    """Random sequences whose second half is measured."""
+    draw = torch.Generator().manual_seed(0)
+    sequences = [
+        TokenSequence(
+            tuple(torch.randint(0, vocab, (length,), generator=draw).tolist()),
+            tuple(place >= length // 2 for place in range(length)),
+        )
+        for length in lengths
+    ]
+    return [Probe.of(batch) for batch in make_batches(sequences, batch_tokens)]
+
+
+def open_parent(checkpoint: Checkpoint, place: Path, longest: int) -> Parent:
+    """As the stage does."""
+    return Parent(
+        checkpoint.architecture,
+        LayerReader(checkpoint, torch.float32, CPU).load,
+        blocks.load_head(checkpoint),
+        blocks.rotary(checkpoint, longest),
+        StateRoom(2**32, place, CPU).hold,
+    )
+
+
+def score_all(
+    checkpoint: Checkpoint, parent: Parent, probes: Sequence[Probe], variants: Sequence[Sequence[Variant]]
+) -> list[list[damage.Metrics]]:
+    """All layers, as the stage does; metrics over all probes."""
+    tokens = [probe.batch.token_ids for probe in probes]
+    states = [parent.hold(hidden) for hidden in blocks.embed_each(checkpoint, tokens)]
+    measurements = exhaust(scoring.run_parent(parent, states, probes))
+    states = [parent.hold(hidden) for hidden in blocks.embed_each(checkpoint, tokens)]
+    found = []
+    for layer, offers in enumerate(variants):
+        sums = exhaust(scoring.score_layer(parent, layer, states, measurements, offers, GROUP))
+        found.append([scoring.total(parts) for parts in sums])
+        if layer < parent.last:
+            states = scoring.advance(parent, layer, states)
+    return found
+
+
+class Straightforward:
+    """The whole model in memory, run from tokens to metrics for every variant."""
+
+    def __init__(self, checkpoint: Checkpoint, probes: Sequence[Probe]) -> None:
+        self.checkpoint, self.probes = checkpoint, probes
+        self.layers = [blocks.load_block(checkpoint, layer) for layer in range(checkpoint.num_layers)]
+        self.head = blocks.load_head(checkpoint)
+        self.turns = blocks.rotary(checkpoint, max(probe.batch.num_positions for probe in probes))
+        self.references = [self.forward(probe) for probe in probes]
+
+    def forward(self, probe: Probe, layer: int | None = None, variant: Variant | None = None) -> Tensor:
+        """Final-norm hidden states at measured positions."""
+        (hidden,) = blocks.embed(self.checkpoint, [probe.batch.token_ids])
+        for index, module in enumerate(self.layers):
+            block, kept = self.checkpoint.architecture.blocks[index], None
+            if variant is not None and index == layer:
+                block, kept = variant.block, variant.kept
+            hidden = blocks.run_block(module, hidden, self.turns, block.window, kept)
+        return self.head.normed(hidden[probe.measured])
+
+    def score(self, layer: int, variant: Variant) -> damage.Metrics:
+        """One variant."""
+        sums = [
+            damage.compare(self.head, reference, self.forward(probe, layer, variant).unsqueeze(0), probe.next_ids)[0]
+            for probe, reference in zip(self.probes, self.references, strict=True)
+        ]
+        return scoring.total(sums)
+
+
+def offers(num_layers: int, experts: int, counts: Sequence[int], windows: Sequence[int | None]) -> list[list[Variant]]:
+    """Every count with every window, the whole block first; experts in the order of their ids."""
+    order = range(experts)
+    return [
+        [Variant(Block(count, window), kept_experts(order, count)) for window in windows for count in counts]
+        for _ in range(num_layers)
+    ]
+
+
+def compare_with_straightforward(directory: Path) -> dict[str, Any]:
+    """The first case."""
+    shape = ModelShape(128, 128, 8, 1, 64, 512, 4, 131_072)
+    model = Model(shape, Architecture.of([Block(16, None)] * 12), 3)
+    write_synthetic(model, directory / "wide")
+    checkpoint = Checkpoint.open(directory / "wide")
+    variants = offers(12, 16, (16, 14, 12, 10, 8, 4), (None, 128, 64, 32))
+    lengths, batch_tokens = [32] * 8 + [256], 256
+    probes = make_probes(lengths, batch_tokens, shape.vocab_size)
+    whole = Straightforward(checkpoint, probes)
+    picks = [(layer, 1 + (7 * layer) % 23) for layer in range(0, 12, 12 // SAMPLED)]
+    expected: dict[tuple[int, int], damage.Metrics] = {}
+
+    def sample() -> None:
+        for layer, index in picks:
+            expected[layer, index] = whole.score(layer, variants[layer][index])
+
+    per_variant_s = cpu_seconds(sample) / len(picks)
+    states = blocks.embed(checkpoint, [probe.batch.token_ids for probe in probes])
+    module = whole.layers[0]
+    block_s = cpu_seconds(lambda: [blocks.run_block(module, hidden, whole.turns, None) for hidden in states], 5)
+    parent = open_parent(checkpoint, directory / "wide-states", 256)
+    found: list[list[damage.Metrics]] = []
+    scoring_s = cpu_seconds(lambda: found.extend(score_all(checkpoint, parent, probes, variants)))
+    worst = max(abs(found[i][j]["hidden_mse"] / expected[i, j]["hidden_mse"] - 1) for i, j in picks)
+    num_variants = sum(map(len, variants))
+    ideal = scoring.num_steps([len(layer) for layer in variants])
+    return {
+        "layers": 12,
+        "variants_per_layer": 24,
+        "tokens": sum(lengths),
+        "sequence_lengths": lengths,
+        "straightforward_cpu_s": round(per_variant_s * num_variants, 2),
+        "straightforward_variants_timed": len(picks),
+        "block_forward_cpu_s": round(block_s, 4),
+        "scoring_cpu_s": round(scoring_s, 2),
+        "straightforward_over_scoring": round(per_variant_s * num_variants / scoring_s, 2),
+        "block_forwards_ideal": ideal,
+        "share_of_ideal": round(ideal * block_s / scoring_s, 2),
+        "largest_relative_difference_of_damage": float(f"{worst:.1e}"),
+    }
+
+
+def compare_with_puzzletron(directory: Path) -> dict[str, Any]:
+    """The second case; 28 variants are 7 per layer."""
+    shape = ModelShape(64, 64, 8, 1, 64, 4480, 4, 131_072)
+    model = Model(shape, Architecture.of([Block(8, None if layer % 2 else 128) for layer in range(4)]), 2)
+    write_synthetic(model, directory / "tiny")
+    checkpoint = Checkpoint.open(directory / "tiny")
+    probes = make_probes([512, 512], 1024 // GROUP, shape.vocab_size)
+    probes = [replace(probe, measured=probe.batch.is_token) for probe in probes]
+    variants = [
+        [Variant(Block(8, own.window), tuple(range(8)))]
+        + [Variant(Block(count, own.window), tuple(range(count))) for count in (7, 6, 5, 4)]
+        + [Variant(Block(count, 64), tuple(range(count))) for count in (8, 4)]
+        for own in checkpoint.architecture.blocks
+    ]
+
+    def scored() -> None:
+        parent = open_parent(checkpoint, directory / "tiny-states", 512)
+        score_all(checkpoint, parent, probes, variants)
+
+    seconds = cpu_seconds(scored)
+    return {
+        "layers": 4,
+        "variants": sum(map(len, variants)),
+        "tokens": 1024,
+        "vocabulary": shape.vocab_size,
+        "puzzletron_cpu_s_measured_earlier": PUZZLETRON_CPU_S,
+        "scoring_cpu_s": round(seconds, 2),
+        "puzzletron_over_scoring": round(PUZZLETRON_CPU_S / seconds, 1),
+    }
+
+
+def rank_speed(directory: Path) -> dict[str, float]:
+    """CPU seconds of ranking one layer over those of a plain forward, by criterion; needs the first case's model."""
+    checkpoint = Checkpoint.open(directory / "wide")
+    module, turns = blocks.load_block(checkpoint, 0), blocks.rotary(checkpoint, 512)
+    hidden = torch.randn(4, 512, 128, generator=torch.Generator().manual_seed(1))
+
+    def rank(criterion: Any) -> None:
+        attended = blocks.attend(module, hidden, turns, None)
+        normed = module.post_attention_layernorm(attended).flatten(0, 1)
+        routing = blocks.route(module, normed, NUM_SPARE.get(criterion, 0))
+        rank_layer(criterion, [routing])
+        attended + routing.mixture().view_as(attended)
+
+    plain = cpu_seconds(lambda: blocks.run_block(module, hidden, turns, None), 5)
+    criteria = ("frequency", "reap", "removal_difference")
+    return {name: round(cpu_seconds(lambda name=name: rank(name), 5) / plain, 2) for name in criteria}
+
+
+def unpack_speed() -> dict[str, float]:
+    """Million MXFP4 values unpacked per CPU second."""
+    blocks_, scales = torch.randint(0, 256, (4, 1024, 32, 16)).byte(), torch.randint(110, 130, (4, 1024, 32)).byte()
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        seconds = cpu_seconds(lambda dtype=dtype: mxfp4.dequantize(blocks_, scales, dtype), 9)
+        found[str(dtype).removeprefix("torch.")] = round(blocks_.numel() * 2 / seconds / 1e6)
+    return found
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        found = {
+            "straightforward": compare_with_straightforward(directory),
+            "puzzletron": compare_with_puzzletron(directory),
+            "ranking_over_plain_forward": rank_speed(directory),
+            "unpacked_mvalues_per_cpu_s": unpack_speed(),
+        }
+    content = {
+        "command": "python benchmarks/scoring_speed.py",
+        "commit": records.code_version(),
+        "date": datetime.date.today().isoformat(),
+        "hardware": records.describe_hardware(),
+        "versions": records.installed_versions(),
+        "seconds": "CPU seconds of one thread; the machine was shared",
+        **found,
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    sys.stdout.write(text)
+    if arguments.record:
+        arguments.record.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
