@@ -34,8 +34,8 @@ Relaxed = Sequence[tuple[Program, Relaxation]]
 """Programs with their bounds; a choice that keeps the limits is in one of them."""
 PAIRS_PER_S = 1e7
 """Work of one turn of the second step per second of the time limit, about a twentieth of what one core does."""
-TURNS = ((512, 100), (2048, 1000), (4096, None))
-"""Combinations that the second step lists, and nodes that the third branches on."""
+TURNS = ((512, 0), (2048, 100), (4096, None))
+"""Combinations that the second step lists, and nodes that the third branches on, first none: longer lists often do."""
 MOST_WINDOW_SETS = 64
 """With more sets of ``max_layouts`` windows than this, the relaxation leaves that limit out."""
 
@@ -86,7 +86,7 @@ def minimise(
     best: Outcome | None = None
     for length, nodes in TURNS:
         best = _nearby(objective, limits, effort, best.choice if best else start, relaxed, length)
-        if best is None or best.gap > effort.relative_gap:
+        if best is None or (best.gap > effort.relative_gap and nodes != 0):
             left = max(0.0, effort.time_limit_s - (time.perf_counter() - began))
             turn = Effort(left, effort.relative_gap, nodes if best else None)
             best = _branch(objective, limits, turn, best, relaxed)
