@@ -99,7 +99,7 @@ def tiny_cpu() -> Recipe:
         sequence_tokens=1024,
         rows_per_step=8,
         rows_per_forward=8,
-        steps=80,
+        steps=60,
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10, max_gradient_norm=0.3),
         evaluate_every_steps=20,
         checkpoint_every_steps=20,
@@ -108,7 +108,7 @@ def tiny_cpu() -> Recipe:
     policy = ReinforceConfig(
         name="high",
         efforts=("high",),
-        steps=12,
+        steps=10,
         prompts_per_step=48,
         generations_per_prompt=8,
         replies_per_forward=384,
@@ -121,8 +121,11 @@ def tiny_cpu() -> Recipe:
         update={
             "name": "mixed",
             "efforts": ("low", "low", "medium", "high"),
+            "min_parent_accuracy": 0.75,
+            "max_parent_accuracy": 0.995,
             "prompts_per_step": 144,
             "rewards": RewardConfig(length=0.2),
+            "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=5, final_learning_rate_ratio=0.3),
             "seed": 1,
         }
     )
@@ -145,7 +148,7 @@ def tiny_cpu() -> Recipe:
         policies=(policy, mixed),
         average_checkpoints=AverageCheckpointsConfig(weights=(1, 2)),
         calibrate_kv=CalibrateKvConfig(max_sequences=64, max_tokens=1024, precision="float32"),
-        evaluate=EvaluateConfig(problems_per_task=80, max_new_tokens=128, kv_cache="bf16"),
+        evaluate=EvaluateConfig(problems_per_task=50, max_new_tokens=128, kv_cache="bf16"),
         benchmark=BenchmarkConfig(batch_sizes=(1, 4, 16), input_tokens=(128, 2048), workloads=(long, short), repeats=3),
         report=ReportConfig(title="The tiny reasoner, compressed on a CPU"),
     )
@@ -156,11 +159,11 @@ def tiny_cpu_full() -> Recipe:
     demo = tiny_cpu()
     return demo.model_copy(
         update={
-            "generate_traces": demo.generate_traces.model_copy(update={"max_prompts": None}),
+            "generate_traces": demo.generate_traces.model_copy(update={"max_prompts": 4200}),
             "distill": demo.distill.model_copy(update={"steps": 200}),
             "policies": (
                 demo.policies[0],
-                demo.policies[1].model_copy(update={"steps": 20}),
+                demo.policies[1].model_copy(update={"steps": 100}),
             ),
             "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
             "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),

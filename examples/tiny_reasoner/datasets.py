@@ -12,7 +12,7 @@ from examples.tiny_reasoner.tokenizer import render_turns
 
 SEEDS = {"test": 101, "calibration_short": 102, "calibration_long": 103, "prompts": 104}
 TEST_PER_FAMILY = 200
-PROMPTS_PER_FAMILY = {family: 100 if family in FAR_FAMILIES else 1000 for family in FAMILIES}
+PROMPTS_PER_FAMILY = {"add": 4000, "chain": 1000, "sort": 1000, "logic": 1000, "retrieve": 100, "hops": 100}
 SHORT_ROWS, SHORT_TOKENS = 256, 256
 LONG_ROWS, LONG_TOKENS = 96, (350, 512)
 Row = dict[str, object]

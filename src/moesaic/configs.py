@@ -376,6 +376,11 @@ class ReinforceConfig(Config):
     """TRL on CPU or a few GPUs; NeMo-RL on a cluster."""
     efforts: Efforts = ("high",)
     """Efforts every prompt is rendered at; one that is named twice counts twice."""
+    min_parent_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out a task at an effort at which the parent solves less than this share of it: there a right answer is
+    mostly a guess, and its reward noise."""
+    max_parent_accuracy: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Leave out a task at an effort at which the parent solves more than this share: there is little to win."""
     rewards: RewardConfig = RewardConfig()
     """What a reply earns."""
     max_prompts: Positive | None = None

@@ -42,6 +42,10 @@ class Problem:
         return final is not None and get_verifier(self.verifier)(final, self.answer)
 
 
+Question = tuple[Problem, str]
+"""A problem and the effort at which it is asked."""
+
+
 def read_problems(path: Path) -> list[Problem]:
     """Read a data set: a ``.jsonl`` file, or a directory that holds exactly one.
 

@@ -21,6 +21,7 @@ from moesaic.errors import ArtifactError, ConfigError, StageError
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.problems import Problem, read_problems, render_prompt
 from moesaic.stages import reinforce
+from moesaic.traces import Trace
 
 CONFIG = ReinforceConfig(
     name="mixed",
@@ -209,11 +210,15 @@ def test_divergence_is_an_error_and_writes_nothing(
     assert not any((tmp_path / "output").iterdir())
 
 
-def test_prompts_are_those_of_an_evaluation_and_efforts_have_equal_parts(tiny_parent: Path, prompts: Path) -> None:
+def test_prompts_are_those_of_an_evaluation_and_efforts_have_equal_parts(
+    tiny_parent: Path, prompts: Path, tmp_path: Path
+) -> None:
     problems, tokenizer = read_problems(prompts), load_tokenizer(tiny_parent)
-    rows = grpo.render_rows(problems, tokenizer, CONFIG)
+    questions = reinforce.choose_questions(CONFIG, problems, tmp_path)
+    rows = grpo.render_rows(questions, tokenizer)
     for row in rows:
-        assert row["prompt"] == render_prompt(problems[row["problem"]], tokenizer, row["effort"])
+        problem, effort = questions[row["question"]]
+        assert row["prompt"] == render_prompt(problem, tokenizer, effort) and row["effort"] == effort
     order = grpo.row_order(len(rows), CONFIG)
     assert len(order) == CONFIG.steps * CONFIG.prompts_per_step
     assert sorted(order[:12]) == list(range(12)), "every prompt once at every effort before any comes again"
@@ -221,12 +226,41 @@ def test_prompts_are_those_of_an_evaluation_and_efforts_have_equal_parts(tiny_pa
     assert order != grpo.row_order(len(rows), CONFIG.model_copy(update={"seed": 1}))
 
 
+def test_tasks_that_the_parent_solves_too_rarely_or_too_often_are_left_out(prompts: Path, tmp_path: Path) -> None:
+    """Task t0 is solved 3 of 4 times at low effort and always at high, t1 1 of 2 times at low and never at high."""
+    verdicts = {("t0", "low"): "1101", ("t0", "high"): "11", ("t1", "low"): "10", ("t1", "high"): "0"}
+    traces = [
+        Trace(f"{task}-{index}", task, effort, (1,), (2,), verdict == "1", False, False)
+        for (task, effort), all_verdicts in verdicts.items()
+        for index, verdict in enumerate(all_verdicts)
+    ]
+    (tmp_path / "traces.jsonl").write_text("".join(trace.to_json() + "\n" for trace in traces))
+    problems = read_problems(prompts)
+
+    def chosen(least: float, most: float) -> set[tuple[str, str]]:
+        config = CONFIG.model_copy(update={"min_parent_accuracy": least, "max_parent_accuracy": most})
+        questions = reinforce.choose_questions(config, problems, tmp_path)
+        assert len(questions) == 3 * len({(problem.task, effort) for problem, effort in questions})
+        return {(problem.task, effort) for problem, effort in questions}
+
+    assert chosen(0.5, 1) == {("t0", "low"), ("t0", "high"), ("t1", "low")}
+    assert chosen(0.75, 1) == {("t0", "low"), ("t0", "high")}
+    assert chosen(0, 0.75) == {("t0", "low"), ("t1", "low"), ("t1", "high")}
+    assert len(reinforce.choose_questions(CONFIG, problems, tmp_path)) == 12
+    with pytest.raises(ArtifactError, match=r"between min_parent_accuracy 0\.8 and max_parent_accuracy 0\.9 .*widen"):
+        chosen(0.8, 0.9)
+    (tmp_path / "traces.jsonl").write_text(traces[2].to_json() + "\n")
+    with pytest.raises(ArtifactError, match="has no trace of task t1 at low effort"):
+        chosen(0.5, 1)
+
+
 @pytest.fixture
 def trainer(tiny_parent: Path, prompts: Path, tmp_path: Path) -> PolicyTrainer:
     config = CONFIG.model_copy(update={"temperature": 0.7})
-    problems, tokenizer = read_problems(prompts), load_tokenizer(tiny_parent)
-    rows = grpo.render_rows(problems, tokenizer, config)
-    reward = grpo.reward_function(problems, tokenizer, {"low": 4.0, "high": 8.0}, config)
+    tokenizer = load_tokenizer(tiny_parent)
+    questions = reinforce.choose_questions(config, read_problems(prompts), tmp_path)
+    rows = grpo.render_rows(questions, tokenizer)
+    reward = grpo.reward_function(questions, tokenizer, {"low": 4.0, "high": 8.0}, config)
     policy = grpo._load(Checkpoint.open(tiny_parent), config)
     curve = Curve(tmp_path / "training.jsonl", config.name, 0)
     return grpo._trainer(config, policy, tokenizer, rows, reward, tmp_path / "checkpoints", curve)

@@ -33,6 +33,7 @@ from moesaic.problems import Message, Problem, render_prompt
 
 PACKAGE = Path(moesaic.engines.nemo_rl.__file__).parent
 PROBLEM = Problem("p1", "copy", (Message("user", "w1 w2"),), "w3", "exact_match")
+QUESTIONS = [(PROBLEM, "low"), (PROBLEM, "high")]
 RIGHT = "<|channel|> final <|message|> w3 <|return|>"
 CONFIG = ReinforceConfig(
     engine="nemo_rl",
@@ -294,7 +295,7 @@ def test_preparing_writes_what_the_driver_reads(
     (tmp_path / "checkpoints" / "tmp_step_6").mkdir()
     (tmp_path / "training.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"st')
     lengths = {"low": 10.0, "high": 20.0}
-    run = launch.prepare(CONFIG, tiny_parent, [PROBLEM], lengths, tmp_path, Placement(gpus_per_node=2))
+    run = launch.prepare(CONFIG, tiny_parent, QUESTIONS, lengths, tmp_path, Placement(gpus_per_node=2))
     rows = [json.loads(line) for line in run.prompts.read_text().splitlines()]
     assert [(row["effort"], row["reference_tokens"]) for row in rows] == [("low", 10.0), ("high", 20.0)]
     rendered = yaml.safe_load((tmp_path / launch.CONFIG).read_text())
@@ -315,17 +316,17 @@ def test_preparing_writes_what_the_driver_reads(
 def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_parent: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_new_tokens": 10_000})
     with pytest.raises(ConfigError, match="does not fit the model's 512 positions"):
-        launch.prepare(config, tiny_parent, [PROBLEM] * 2, {"low": 1.0, "high": 1.0}, tmp_path, Placement())
+        launch.prepare(config, tiny_parent, [*QUESTIONS, *QUESTIONS], {"low": 1.0, "high": 1.0}, tmp_path, Placement())
     with pytest.raises(ConfigError, match="layer 0 has 8 experts, which 16"):
         launch.prepare(
-            CONFIG, tiny_parent, [PROBLEM], {"low": 1.0, "high": 1.0}, tmp_path, Placement(expert_parallel_size=16)
+            CONFIG, tiny_parent, QUESTIONS, {"low": 1.0, "high": 1.0}, tmp_path, Placement(expert_parallel_size=16)
         )
     assert not list(tmp_path.iterdir())
 
 
 def test_the_trained_tensors_come_back_by_name(tiny_parent: Path, tmp_path: Path) -> None:
     lengths = {"low": 1.0, "high": 1.0}
-    run = launch.prepare(CONFIG, tiny_parent, [PROBLEM], lengths, tmp_path, Placement(gpus_per_node=2))
+    run = launch.prepare(CONFIG, tiny_parent, QUESTIONS, lengths, tmp_path, Placement(gpus_per_node=2))
     tensors = {name: value for path in tiny_parent.glob("*.safetensors") for name, value in load_file(path).items()}
     weights = tmp_path / "pytorch_model.bin"
     torch.save(tensors, weights)
@@ -341,7 +342,7 @@ def test_the_trained_tensors_come_back_by_name(tiny_parent: Path, tmp_path: Path
 
 def test_without_nemo_rl_the_image_is_named_at_once(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nemo-rl:v0\.7\.0.*or choose engine 'trl'"):
-        launch.train(CONFIG, tiny_parent, [PROBLEM], {"low": 1.0, "high": 1.0}, tmp_path)
+        launch.train(CONFIG, tiny_parent, QUESTIONS, {"low": 1.0, "high": 1.0}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -412,7 +413,7 @@ def test_the_environment_actor_returns_what_nemo_rl_unpacks(
 ) -> None:
     actor = importlib.import_module("moesaic.engines.nemo_rl.environment_actor").VerifiedReplies
     run = launch.prepare(
-        CONFIG, tiny_parent, [PROBLEM], {"low": 10.0, "high": 10.0}, tmp_path, Placement(gpus_per_node=2)
+        CONFIG, tiny_parent, QUESTIONS, {"low": 10.0, "high": 10.0}, tmp_path, Placement(gpus_per_node=2)
     )
     rows = [json.loads(line) for line in run.prompts.read_text().splitlines()]
     settings = yaml.safe_load((tmp_path / launch.CONFIG).read_text())["env"][nemo_config.ENVIRONMENT]

@@ -11,9 +11,10 @@ from torch import Tensor
 from moesaic.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.configs import ReinforceConfig
 from moesaic.errors import ArtifactError
-from moesaic.problems import Problem, read_problems, spread_over_tasks
+from moesaic.problems import Problem, Question, read_problems, spread_over_tasks
 from moesaic.stages.generate_traces import SUMMARY
 from moesaic.stages.payloads import read_json
+from moesaic.traces import accuracy_by_task, read_traces
 
 CURVE = "training.jsonl"
 """One line per optimiser step; engines write it in scratch."""
@@ -27,7 +28,8 @@ def run(
     checkpoint = Checkpoint.open(model)
     problems = spread_over_tasks(read_problems(prompts), config.max_prompts)
     reference_tokens = read_reference_tokens(traces / SUMMARY, config)
-    learned = _train(config, model, problems, reference_tokens, scratch) if config.steps else {}
+    questions = choose_questions(config, problems, traces)
+    learned = _train(config, model, questions, reference_tokens, scratch) if config.steps else {}
     curve = scratch / CURVE
     curve.touch()
     step = {"stage": "reinforce", "policy": config.name, "steps": config.steps}
@@ -51,10 +53,37 @@ def read_reference_tokens(summary: Path, config: ReinforceConfig) -> dict[str, f
     return {effort: float(found[effort]["tokens_per_request"]) for effort in config.efforts}
 
 
+def choose_questions(config: ReinforceConfig, problems: Sequence[Problem], traces: Path) -> list[Question]:
+    """Every problem at every effort, but for tasks that the parent solves too rarely or too often at an effort.
+
+    Raises:
+        ArtifactError: if the config asks for the parent's accuracy and the traces do not know it, or none is left.
+    """
+    asked: list[Question] = [(problem, effort) for effort in config.efforts for problem in problems]
+    least, most = config.min_parent_accuracy, config.max_parent_accuracy
+    if (least, most) == (0, 1):
+        return asked
+    accuracy = accuracy_by_task(read_traces(traces))
+    for problem, effort in asked:
+        if (problem.task, effort) not in accuracy:
+            raise ArtifactError(
+                f"{traces} has no trace of task {problem.task} at {effort} effort, so that what the parent solves of "
+                "it is not known; make traces of it, or leave out min_parent_accuracy and max_parent_accuracy"
+            )
+    chosen = [(problem, effort) for problem, effort in asked if least <= accuracy[problem.task, effort] <= most]
+    if not chosen:
+        found = ", ".join(f"{task} at {effort} {share:.3f}" for (task, effort), share in accuracy.items())
+        raise ArtifactError(
+            f"of no task at effort {', '.join(dict.fromkeys(config.efforts))} the parent solves a share between "
+            f"min_parent_accuracy {least} and max_parent_accuracy {most} (it solves {found}); widen them"
+        )
+    return chosen
+
+
 def _train(
     config: ReinforceConfig,
     model: Path,
-    problems: Sequence[Problem],
+    questions: Sequence[Question],
     reference_tokens: Mapping[str, float],
     scratch: Path,
 ) -> dict[str, Tensor]:
@@ -62,10 +91,10 @@ def _train(
     if config.engine == "nemo_rl":
         from moesaic.engines.nemo_rl import launch
 
-        return launch.train(config, model, problems, reference_tokens, scratch)
+        return launch.train(config, model, questions, reference_tokens, scratch)
     from moesaic.engines.trl import grpo
 
-    return grpo.train(config, model, problems, reference_tokens, scratch)
+    return grpo.train(config, model, questions, reference_tokens, scratch)
 
 
 def _metrics(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from moesaic.engines.nemo_rl.config import Placement, Run, render
 from moesaic.engines.nemo_rl.processor import prompt_row
 from moesaic.engines.nemo_rl.surface import CONVERTER, IMAGE
 from moesaic.errors import ConfigError, StageError
-from moesaic.problems import Problem, render_prompt
+from moesaic.problems import Question, render_prompt
 
 CONFIG = "nemo_rl.yaml"
 _CONVERTED = "converted"
@@ -37,7 +37,7 @@ _WEIGHTS = "pytorch_model.bin"
 def train(
     config: ReinforceConfig,
     model: Path,
-    problems: Sequence[Problem],
+    questions: Sequence[Question],
     reference_tokens: Mapping[str, float],
     scratch: Path,
     placement: Placement | None = None,
@@ -47,7 +47,7 @@ def train(
     Args:
         config: what to train.
         model: the checkpoint to begin with.
-        problems: what is asked, at every effort of the config.
+        questions: what is asked.
         reference_tokens: the parent's mean reply length at each effort.
         scratch: where checkpoints and ``training.jsonl`` are kept.
         placement: where it runs; None: on this node's GPUs.
@@ -58,7 +58,7 @@ def train(
     """
     root = _nemo_rl_root()
     placement = placement or Placement(gpus_per_node=torch.cuda.device_count())
-    run = prepare(config, model, problems, reference_tokens, scratch, placement)
+    run = prepare(config, model, questions, reference_tokens, scratch, placement)
     if run.first_step < config.steps:
         _call([sys.executable, "-m", "moesaic.engines.nemo_rl.driver", str(scratch / CONFIG)])
     if not (scratch / _CONVERTED).is_dir():
@@ -69,7 +69,7 @@ def train(
 def prepare(
     config: ReinforceConfig,
     model: Path,
-    problems: Sequence[Problem],
+    questions: Sequence[Question],
     reference_tokens: Mapping[str, float],
     scratch: Path,
     placement: Placement,
@@ -78,8 +78,7 @@ def prepare(
     checkpoint = Checkpoint.open(model)
     check_expert_parallel(checkpoint.architecture, placement.expert_parallel_size)
     tokenizer = load_tokenizer(model)
-    asked = [(problem, effort) for effort in config.efforts for problem in problems]
-    longest = max((len(render_prompt(problem, tokenizer, effort)) for problem, effort in asked), default=0)
+    longest = max((len(render_prompt(problem, tokenizer, effort)) for problem, effort in questions), default=0)
     if longest + config.max_new_tokens > checkpoint.shape.max_positions:
         raise ConfigError(
             f"a prompt of {longest} tokens with a reply of up to {config.max_new_tokens} does not fit the model's "
@@ -91,13 +90,13 @@ def prepare(
         trainable=scratch.absolute() / "trainable.json",
         directory=scratch.absolute(),
         first_step=_last_step(scratch / "checkpoints"),
-        num_prompts=len(asked),
+        num_prompts=len(questions),
         longest_prompt_tokens=longest,
         stop_ids=_stop_ids(model),
         log_to_mlflow=bool(os.environ.get("MLFLOW_RUN_ID") and os.environ.get("MLFLOW_TRACKING_URI")),
     )
     rendered = render(config, placement, run)
-    rows = (prompt_row(problem, effort, reference_tokens[effort]) for problem, effort in asked)
+    rows = (prompt_row(problem, effort, reference_tokens[effort]) for problem, effort in questions)
     run.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     learns = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable)
     run.trainable.write_text(json.dumps(learns))

@@ -35,7 +35,7 @@ from moesaic.engines.trl.policy_trainer import WEIGHTS, PolicyTrainer, Rollouts
 from moesaic.errors import ConfigError
 from moesaic.generation import Sampling, stop_ids
 from moesaic.gpt_oss_puzzle import load_model
-from moesaic.problems import Problem, render_prompt
+from moesaic.problems import Question, render_prompt
 from moesaic.rewards import reward_reply
 from moesaic.verifiers import split_reply
 
@@ -46,7 +46,7 @@ CURVE = "training.jsonl"
 def train(
     config: ReinforceConfig,
     model: Path,
-    problems: Sequence[Problem],
+    questions: Sequence[Question],
     reference_tokens: Mapping[str, float],
     scratch: Path,
 ) -> dict[str, Tensor]:
@@ -55,18 +55,18 @@ def train(
     Args:
         config: what to train.
         model: the checkpoint to begin with.
-        problems: what is asked, at every effort of the config.
+        questions: what is asked.
         reference_tokens: the parent's mean reply length at each effort.
         scratch: where checkpoints and ``training.jsonl`` are kept.
     """
     checkpoint = Checkpoint.open(model)
     tokenizer = load_tokenizer(model)
-    rows = render_rows(problems, tokenizer, config)
+    rows = render_rows(questions, tokenizer)
     _check(config, rows, checkpoint.shape.max_positions)
     folder = scratch / "checkpoints"
     step = _last_step(folder)
     if step < config.steps:
-        reward = reward_function(problems, tokenizer, reference_tokens, config)
+        reward = reward_function(questions, tokenizer, reference_tokens, config)
         learner = _load(checkpoint, config)
         trainer = _trainer(config, learner, tokenizer, rows, reward, folder, Curve(scratch / CURVE, config.name, step))
         trainer.train(resume_from_checkpoint=str(_checkpoint(folder, step)) if step else None)
@@ -74,14 +74,11 @@ def train(
     return learned
 
 
-def render_rows(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: ReinforceConfig
-) -> list[dict[str, Any]]:
-    """Every problem at every effort: its prompt's token ids, as an evaluation renders them, and where it is from."""
+def render_rows(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Every question: its prompt's token ids, as an evaluation renders them, and where it is from."""
     return [
-        {"prompt": render_prompt(problem, tokenizer, effort), "problem": index, "effort": effort}
-        for effort in config.efforts
-        for index, problem in enumerate(problems)
+        {"prompt": render_prompt(problem, tokenizer, effort), "question": index, "effort": effort}
+        for index, (problem, effort) in enumerate(questions)
     ]
 
 
@@ -95,7 +92,7 @@ def row_order(num_rows: int, config: ReinforceConfig) -> list[int]:
 
 
 def reward_function(
-    problems: Sequence[Problem],
+    questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     reference_tokens: Mapping[str, float],
     config: ReinforceConfig,
@@ -105,15 +102,15 @@ def reward_function(
     def reward(
         completion_ids: list[list[int]],
         truncated: list[bool],
-        problem: list[int],
+        question: list[int],
         effort: list[str],
         log_metric: Callable[[str, float], None],
         **_: object,
     ) -> list[float]:
         totals = []
-        for ids, cut, index, asked in zip(completion_ids, truncated, problem, effort, strict=True):
+        for ids, cut, index, asked in zip(completion_ids, truncated, question, effort, strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=False))
-            is_correct = problems[index].is_solved_by
+            is_correct = questions[index][0].is_solved_by
             parts = reward_reply(text, len(ids), cut, is_correct, reference_tokens[asked], config.rewards)
             right = not cut and is_correct(split_reply(text).final)
             figures = (parts.total, parts.correct, parts.format, parts.length, right, len(ids), cut)
