@@ -121,7 +121,7 @@ def tiny_cpu() -> Recipe:
         update={
             "name": "mixed",
             "efforts": ("low", "low", "medium", "high"),
-            "min_parent_accuracy": 0.75,
+            "min_parent_accuracy": 0.85,
             "max_parent_accuracy": 0.995,
             "prompts_per_step": 144,
             "rewards": RewardConfig(length=0.2),
