@@ -163,7 +163,7 @@ def tiny_cpu_full() -> Recipe:
             "distill": demo.distill.model_copy(update={"steps": 200}),
             "policies": (
                 demo.policies[0],
-                demo.policies[1].model_copy(update={"steps": 100}),
+                demo.policies[1].model_copy(update={"steps": 70}),
             ),
             "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
             "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
