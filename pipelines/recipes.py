@@ -182,7 +182,8 @@ def tiny_cpu_fast() -> Recipe:
             "distill": full.distill.model_copy(update={"steps": 30}),
             "earlier_distill": full.distill.model_copy(update={"steps": 15}),
             "policies": tuple(
-                policy.model_copy(update={"steps": 4, "prompts_per_step": 24}) for policy in full.policies
+                policy.model_copy(update={"steps": 4, "prompts_per_step": 24, "replies_per_forward": 192})
+                for policy in full.policies
             ),
             "evaluate": full.evaluate.model_copy(update={"problems_per_task": 20}),
             "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "repeats": 2}),
