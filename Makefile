@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: setup check test demo parent compile report help
+.PHONY: setup check test demo parent compile report build-images test-images help
 
 setup: $(STAMP) ## make .venv with exactly the pinned packages (done once; again when the pins change)
 
@@ -39,5 +39,12 @@ compile: $(STAMP) ## compile the pipelines into manifests/
 report: $(STAMP) ## show the outcome of the last demo
 	$(BIN)/moesaic report runs/demo
 
+build-images: $(STAMP) ## build all images; ENGINE=docker|podman|buildah, REGISTRY=host/path pushes and writes the lock, VERSION=
+	$(BIN)/python -m images.build $(if $(ENGINE),--engine $(ENGINE)) $(if $(REGISTRY),--registry $(REGISTRY)) \
+		$(if $(VERSION),--version $(VERSION))
+
+test-images: $(STAMP) ## build one image for real and run components in it (root; Debian's buildah, crun, mmdebstrap)
+	$(BIN)/python benchmarks/image_build.py
+
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -59,15 +61,15 @@ def print_findings(findings: list[Finding], console: Console) -> None:
     table = Table("", "what", "found", "what to do", box=None)
     for finding in findings:
         mark = "[green]yes[/]" if finding.usable else "[yellow]no[/]"
-        table.add_row(mark, finding.what, finding.detail, "" if finding.usable else finding.remedy)
+        table.add_row(mark, finding.what, finding.detail, "" if finding.usable else escape(finding.remedy))
     console.print(table)
 
 
 def _package(name: str, extra: str) -> Finding:
-    try:
-        return Finding(name, True, version(name))
-    except PackageNotFoundError:
-        return Finding(name, False, "not installed", f"pip install 'moesaic[{extra}]'")
+    for distribution in (name, f"{name}-skinny"):  # Images have mlflow-skinny, which is mlflow without its server.
+        with suppress(PackageNotFoundError):
+            return Finding(name, True, version(distribution))
+    return Finding(name, False, "not installed", f"pip install 'moesaic[{extra}]'")
 
 
 def _devices() -> list[Finding]:

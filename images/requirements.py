@@ -1,0 +1,124 @@
+"""What every image installs on top of its base: exact pins, written by ``python -m images.requirements``.
+
+An image gets all that its extras of moesaic need, however deep, but for what its base brings and guards (NVIDIA's
+PyTorch and what is compiled against it). What is needed is read from the packages of this environment, versions from
+``constraints.txt``; the images' Python is newer than this one, so markers are evaluated for theirs.
+"""
+
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent
+PYTHON = "3.12"
+"""The Python of NVIDIA's images."""
+EVERYWHERE = ("kfp", "mlflow-skinny")
+"""What a task needs beside its stage: Kubeflow's executor (which imports nothing but kfp), and the MLflow client."""
+WITHOUT_DEPENDENCIES = frozenset({"kfp"})
+
+_TORCH = ("torch", "numpy", "setuptools")
+_COMPILED = (
+    *("torchao", "triton", "quack-kernels", "ninja", "pandas", "pillow", "pyarrow", "scikit-learn", "onnx"),
+    "tensorboard",
+)
+_MODELS = (*_TORCH, "transformers", "accelerate", "safetensors", "pydantic", "rich", "requests", "protobuf", "psutil")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What one image is for."""
+
+    extras: tuple[str, ...]
+    """Of moesaic's."""
+    base_brings: tuple[str, ...]
+    """Packages that stay as the base has them, with all that they need."""
+    programs: dict[str, Path] = field(default_factory=dict)
+    """Commands with packages of their own, and the file of their pins."""
+
+    def requirements(self, python: str = PYTHON) -> list[str]:
+        """``name==version`` of all that is to be installed, sorted."""
+        wanted = [*moesaic_requirements(self.extras), *(Requirement(name) for name in EVERYWHERE)]
+        names = closure(wanted, python) - closure(map(Requirement, self.base_brings), python)
+        pins = constraints()
+        return [f"{name}=={pins[name]}" for name in sorted(names)]
+
+    def facts(self) -> dict[str, list[str]]:
+        """What ``install.py`` checks once all is installed."""
+        wanted = [f"moesaic[{','.join(self.extras)}]", *EVERYWHERE]
+        opaque = sorted({*self.base_brings, *WITHOUT_DEPENDENCIES})
+        return {"wanted": wanted, "opaque": opaque, "programs": sorted(self.programs)}
+
+
+RUNTIMES = {
+    "search": Runtime(("model", "search", "report", "export", "s3"), _TORCH),
+    "train": Runtime(("train", "nemo", "s3"), (*_TORCH, *_COMPILED)),
+    "rl": Runtime(("rl", "s3"), (*_MODELS, "datasets", "math-verify", "mlflow-skinny", "pyyaml")),
+    "serve": Runtime(
+        ("export", "serve", "s3"), _MODELS, {"aiperf": ROOT / "src/moesaic/engines/aiperf/constraints.txt"}
+    ),
+    "kv": Runtime(("kv", "s3"), (*_TORCH, "ninja", "nvidia-ml-py", "scipy")),
+}
+"""By name: the folder under ``images/``, the ``runtime`` in a component's metadata, the constant in ``components``."""
+
+
+def moesaic_requirements(extras: Iterable[str]) -> Iterator[Requirement]:
+    """What pyproject.toml asks for, moesaic's own extras resolved."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    yield from map(Requirement, project["dependencies"])
+    for extra in extras:
+        for line in project["optional-dependencies"][extra]:
+            requirement = Requirement(line)
+            if requirement.name == "moesaic":
+                yield from moesaic_requirements(requirement.extras)
+            else:
+                yield requirement
+
+
+def closure(wanted: Iterable[Requirement], python: str = PYTHON) -> set[str]:
+    """The names of these packages and of all that they need."""
+    environment = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
+    todo, seen = list(wanted), set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
+            seen.add((name, extra))
+            needed = [] if name in WITHOUT_DEPENDENCIES else distribution(name).requires or []
+            for one in map(Requirement, needed):
+                if one.marker is None or one.marker.evaluate({**environment, "extra": extra}):
+                    todo.append(one)
+    return {name for name, _ in seen}
+
+
+def constraints() -> dict[str, str]:
+    """Every pinned version, by canonical name."""
+    pins = (line.split("==") for line in pins_in(ROOT / "constraints.txt"))
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def pins_in(path: Path) -> list[str]:
+    """The lines of a file of pins, without its comments."""
+    return [line for line in path.read_text().splitlines() if "==" in line and not line.startswith("#")]
+
+
+def path_of(name: str) -> Path:
+    """Where the pins of an image are committed."""
+    return FOLDER / name / "requirements.txt"
+
+
+def main() -> None:
+    """Write them all."""
+    for name, runtime in RUNTIMES.items():
+        path_of(name).parent.mkdir(exist_ok=True)
+        path_of(name).write_text("\n".join(runtime.requirements()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
