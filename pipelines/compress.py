@@ -22,7 +22,7 @@ from components.report.component import report
 from pipelines.assembly import Assembly, AssemblyConfigs, assemble, evaluate_rivals, prune
 from pipelines.recovery import Material, RecoveryConfigs, learn, recover
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 ROUNDS = (1, 2)
 """Numbers of rounds that are compiled and committed."""
 

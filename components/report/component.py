@@ -24,6 +24,7 @@ def report(
     recovery_baseline: Input[Artifact] | None = None,
     evaluation_parent_fp8: Input[Artifact] | None = None,
     measurements_baseline: Input[Artifact] | None = None,
+    serving: Input[Artifact] | None = None,
 ):
     """Make the report page, its pictures and its summary."""
     from moesaic.runtime import run_stage
@@ -44,6 +45,7 @@ def report(
             "recovery_baseline": recovery_baseline,
             "evaluation_parent_fp8": evaluation_parent_fp8,
             "measurements_baseline": measurements_baseline,
+            "serving": serving,
         },
         outputs={"report": report, "metrics": metrics},
     )

@@ -89,7 +89,7 @@ def layer_config(checkpoint: Checkpoint, block: Block) -> GptOssConfig:
         sliding_window=block.window,
         layer_types=["full_attention" if block.window is None else "sliding_attention"],
     )
-    return GptOssConfig.from_dict(config)
+    return GptOssConfig(**config)
 
 
 def load_block(

@@ -1,9 +1,10 @@
 """A checkpoint's tokenizer and the chat template that comes with it."""
 
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moesaic.errors import ArtifactError
 
@@ -23,3 +24,18 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     if not tokenizer.chat_template:
         raise ArtifactError(f"{model} has no chat template; add its chat_template.jinja to the checkpoint")
     return tokenizer
+
+
+def render_conversation(
+    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, effort: str
+) -> list[int]:
+    """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins."""
+    ids = tokenizer.apply_chat_template(
+        list(messages),
+        reasoning_effort=effort,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        strftime_now=PROMPT_DATE.strftime,
+    )
+    return [int(token) for token in ids]

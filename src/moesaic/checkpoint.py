@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,10 @@ from torch import Tensor
 from moesaic import gpt_oss, mxfp4
 from moesaic.architecture import Architecture
 from moesaic.errors import ArtifactError, StageError
+from moesaic.shards import StoredTensor, num_data_bytes, read_header, write_shard
+
+Stored = TypeVar("Stored", Tensor, StoredTensor)
+"""A tensor, in memory or still in its file."""
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -71,6 +75,10 @@ class Checkpoint:
         tensor: Tensor = self._handles[self.files[name]].get_tensor(name)
         return tensor
 
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor lies; nothing of it is read, and nothing stays mapped."""
+        return self._headers[self.files[name]][name]
+
     def shape_of(self, name: str) -> list[int]:
         """The shape of one tensor, from its header."""
         shape: list[int] = self._handles[self.files[name]].get_slice(name).get_shape()
@@ -94,6 +102,10 @@ class Checkpoint:
     @cached_property
     def _handles(self) -> dict[Path, Any]:
         return {path: safe_open(path, framework="pt") for path in set(self.files.values())}
+
+    @cached_property
+    def _headers(self) -> dict[Path, dict[str, StoredTensor]]:
+        return {path: read_header(path) for path in set(self.files.values())}
 
     def _check_headers(self) -> None:
         expected = gpt_oss.tensor_specs(self.shape, self.architecture, self.packed)
@@ -149,7 +161,7 @@ def _tensor_names(path: Path) -> list[str]:
 def write_checkpoint(
     directory: Path,
     config: Mapping[str, Any],
-    shards: Iterable[tuple[str, dict[str, Tensor]]],
+    shards: Iterable[tuple[str, Mapping[str, Tensor | StoredTensor]]],
     extra: Iterable[Path] = (),
 ) -> None:
     """Write a checkpoint shard by shard; ``directory`` appears only when all of it is on disk.
@@ -157,7 +169,8 @@ def write_checkpoint(
     Args:
         directory: must not exist yet, or be empty.
         config: what goes into ``config.json``.
-        shards: file stem and tensors of each shard, produced lazily so that one shard is in memory at a time.
+        shards: file stem and tensors of each shard, produced lazily so that one shard is in memory at a time; tensors
+            that lie in files are copied from there.
         extra: files to copy beside the weights (tokenizer, chat template, modelling code).
     """
     with appearing(directory) as partial:
@@ -252,7 +265,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def layer_shards(layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def layer_shards(layer: int, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, dict[str, Stored]]]:
     """Split one layer's tensors into its two shards: the experts, and everything else."""
     experts = {name: tensor for name, tensor in tensors.items() if gpt_oss.is_expert_weight(name)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in experts}
@@ -260,22 +273,21 @@ def layer_shards(layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
     yield f"model-layer-{layer:03d}-rest", rest
 
 
-def _save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+def _save_shard(path: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
+    in_files = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
+    in_memory = {name: tensor.contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if in_files:
+        write_shard(path, in_files)
+    else:
+        save_file(in_memory, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors lets nobody else read what it writes
 
 
 def write_index(directory: Path, weight_map: Mapping[str, str]) -> None:
     """Write which shard of the directory, all of them written already, holds which tensor."""
-    total = sum(_tensor_bytes(directory / file) for file in set(weight_map.values()))
+    total = sum(num_data_bytes(directory / file) for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _tensor_bytes(path: Path) -> int:
-    """Bytes of a safetensors file behind its header, whose length is its first eight bytes."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 @contextmanager

@@ -15,7 +15,10 @@ from rich.table import Table
 
 import moesaic
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
+from moesaic.export_commands import add_export_commands
 from moesaic.planning_commands import add_planning_commands
+from moesaic.registry_commands import add_registry_commands
+from moesaic.serve_command import add_serve_command
 from moesaic.store import Address, parse_address
 from moesaic.store_commands import add_store_commands
 
@@ -55,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a whole pipeline on this machine; goes on where a killed run stopped")
     run.set_defaults(command=_run)
     run.add_argument("pipeline", help="compress (the whole method) or search")
-    run.add_argument("--recipe", required=True, help="name of a recipe of pipelines/recipes.py, such as tiny_cpu")
+    run.add_argument("--recipe", required=True, help="a recipe of pipelines/recipes.py, such as tiny_cpu, or a file")
     run.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
     run.add_argument("--seed", type=int, default=0, help="another number draws anew in all that learns (%(default)s)")
     run.add_argument("--parent", type=Path, default=_EXAMPLE / "parent", help="checkpoint directory (%(default)s)")
@@ -99,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add_store_commands(commands)
 
+    add_export_commands(commands)
+
+    add_registry_commands(commands)
+
+    add_serve_command(commands)
+
     doctor = commands.add_parser("doctor", help="what is installed and usable here, and what to do about the rest")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -141,8 +150,10 @@ def _find_pipeline(name: str, rounds: int) -> Path:
 
 
 def _find_recipe(name: str) -> Any:
-    from pipelines.recipes import RECIPES
+    from pipelines.recipes import RECIPES, Recipe
 
+    if Path(name).is_file():
+        return Recipe.parse(Path(name).read_text())
     if name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]()
@@ -200,6 +211,7 @@ def _show_outcome(run: Path) -> None:
 
 
 def _stage(options: argparse.Namespace) -> None:
+    from moesaic.registry import RegistryAddress
     from moesaic.runtime import perform, plan_task
     from moesaic.stages import find_stage
     from moesaic.store import Store
@@ -215,7 +227,8 @@ def _stage(options: argparse.Namespace) -> None:
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     scratch.mkdir(exist_ok=True)
-    record = perform(task, output, scratch, options.store)
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    record = perform(task, output, scratch, options.store, RegistryAddress(uri) if uri else None)
     output.rename(options.output)
     shutil.rmtree(work)
     table = Table("metric", "value", box=None)

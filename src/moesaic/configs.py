@@ -18,6 +18,8 @@ DamageMetric = Literal["hidden_mse", "kl", "lm_loss", "cosine", "top1"]
 Precision = Literal["float32", "bfloat16"]
 CacheDtype = Literal["bf16", "fp8"]
 EmulatedCache = Literal["bf16", "fp8_unit", "fp8"]
+ExportTarget = Literal["tensorrt_llm", "vllm"]
+ServingEngine = Literal["moesaic", "tensorrt_llm", "vllm", "running"]
 Balance = Literal["token", "trace"]
 Trainable = Literal["attention", "norms", "router", "embedding", "head"]
 Efforts = Annotated[tuple[Effort, ...], Field(min_length=1)]
@@ -468,8 +470,122 @@ class BenchmarkConfig(Config):
     """What the models compute in."""
 
 
+class SweptWorkload(Config):
+    """A kind of request, and the numbers of users that send it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    """What plots call it, such as ``long`` or ``short``."""
+    input_tokens: Positive
+    """Prompt tokens of one request."""
+    output_tokens: Annotated[int, Field(ge=2)]
+    """Generated tokens of one request; between one token and the next lies the user's speed."""
+    concurrencies: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    """Users, each with one request in flight."""
+
+
+class BenchmarkServingConfig(Config):
+    """Throughput and latency of parent and child through an OpenAI-compatible server (paper A, figures 4 and 5)."""
+
+    engine: ServingEngine = "moesaic"
+    """``moesaic serve``; ``trtllm-serve`` or ``vllm serve`` on export bundles; or servers that are running."""
+    workloads: Annotated[tuple[SweptWorkload, ...], Field(min_length=1)] = (
+        SweptWorkload(name="short", input_tokens=128, output_tokens=32),
+        SweptWorkload(name="long", input_tokens=2048, output_tokens=32),
+    )
+    """What is sent."""
+    requests_per_user: Positive = 4
+    """Requests that every user sends at a point, one after another."""
+    warmup_requests_per_user: Annotated[int, Field(ge=0)] = 1
+    """Before those, unmeasured."""
+    repeats: Annotated[int, Field(ge=2)] = 3
+    """Sweeps of each model, each on a fresh server, in turns: parent, child, parent, child."""
+    parent_kv_cache: EmulatedCache = "bf16"
+    """What the parent's KV cache holds: ``moesaic`` emulates it; any other server must have been set up so."""
+    child_kv_cache: EmulatedCache = "bf16"
+    """What the child's holds."""
+    precision: Precision = "float32"
+    """What the models compute in under ``moesaic``."""
+    startup_timeout_s: Amount = 1800.0
+    """A server must answer within this."""
+    point_timeout_s: Amount = 7200.0
+    """The client must be done with one point within this."""
+    seed: int = 0
+    """For the prompts."""
+
+    @model_validator(mode="after")
+    def _each_point_once(self) -> Self:
+        names = [workload.name for workload in self.workloads]
+        if len(set(names)) < len(names):
+            raise ValueError(f"workloads have the names {names}; each needs its own")
+        for workload in self.workloads:
+            if len(set(workload.concurrencies)) < len(workload.concurrencies):
+                raise ValueError(f"workload {workload.name!r} names a concurrency twice: {workload.concurrencies}")
+        return self
+
+
+class ExportEngineConfig(Config):
+    """A deployment bundle: the checkpoint as a serving engine reads it, and how that engine is started."""
+
+    target: ExportTarget
+    """The engine."""
+    kv_cache: EmulatedCache = "fp8"
+    """What the engine's KV cache stores: BF16, FP8 at scale 1, or FP8 by the scales that ``calibrate_kv`` found."""
+    max_seq_len: Positive | None = None
+    """Prompt and reply of one request, in tokens, at most. None: the model's positions."""
+    max_batch_size: Positive = 256
+    """Requests that the engine works on at once, at most."""
+    max_num_tokens: Positive = 8192
+    """Tokens of one engine step, prompts and replies of all requests together."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that share every layer."""
+    expert_parallel_size: Positive = 1
+    """Groups of those GPUs that share out whole experts; vLLM knows only 1 and all."""
+    gpu: Literal["hopper", "blackwell"] = "hopper"
+    """Whose expert kernels TensorRT-LLM is told to use: it chooses well by itself only for models that it knows."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """For TensorRT-LLM the share of free GPU memory that the KV cache takes; for vLLM the share of all that it uses."""
+    prefix_reuse: bool = False
+    """Whether requests reuse the KV cache of a common start."""
+    compare_outputs: bool = True
+    """Load child and bundle whole and compare their logits; False where they do not fit into memory twice."""
+
+    @model_validator(mode="after")
+    def _servable(self) -> Self:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens {self.max_num_tokens} is less than max_batch_size {self.max_batch_size}; "
+                "a step needs a token of every request"
+            )
+        allowed = (1, self.tensor_parallel_size) if self.target == "vllm" else range(1, self.tensor_parallel_size + 1)
+        if self.expert_parallel_size not in allowed or self.tensor_parallel_size % self.expert_parallel_size:
+            raise ValueError(
+                f"expert_parallel_size {self.expert_parallel_size} does not go with tensor_parallel_size "
+                f"{self.tensor_parallel_size}; TensorRT-LLM takes a divisor of it, vLLM 1 or all of it"
+            )
+        return self
+
+
 class ReportConfig(Config):
     """The report page."""
 
     title: str = "Moesaic report"
     """Its heading."""
+
+
+class PromoteConfig(Config):
+    """What a child must show to become the champion of the model registry, see ``moesaic.promotion``."""
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "moesaic"
+    """Name of the registered model whose versions are children of one parent."""
+    min_retention: dict[Effort, Amount] = {"low": 0.98, "medium": 0.98, "high": 0.98}
+    """Least share of the parent's accuracy, by effort."""
+    min_request_efficiency: dict[Effort, Amount] = {"low": 1.0, "medium": 1.0, "high": 1.0}
+    """Least request rate over the parent's at equal effort."""
+    max_kv_accuracy_loss: Annotated[float, Field(ge=0)] | None = 0.02
+    """Accuracy that the FP8 KV cache may cost, of 1, at the effort where it costs most. None: not asked."""
+    require_export: bool = True
+    """Whether an exported engine must have passed its validation."""
+    pipeline: str = ""
+    """Name and version of the pipeline that made the child, for the version's tags."""
+    recipe: str = ""
+    """Name of the recipe it was made with, for the version's tags."""

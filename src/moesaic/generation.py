@@ -2,8 +2,9 @@
 
 Requests are sorted by length and go through the model in left-padded batches. Rows that have finished leave the batch
 once they are a quarter of it, full-attention caches grow in place instead of being copied at every step, and prompts
-are read a few at a time so that attention over them stays small, and once where several requests share one. Tokens are
-those of ``model.generate``.
+are read a few at a time so that attention over them stays small, and once where several requests share one. Requests
+may also join a batch that is on its way (:meth:`Decoding.join`), as in a server. Tokens are those of
+``model.generate``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -102,10 +104,7 @@ def _check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max
 def _generate_batch(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
 ) -> list[Generated]:
-    distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    decoding = Decoding(model, list(distinct))
-    if len(distinct) < len(prompts):
-        decoding.keep([distinct[tuple(prompt)] for prompt in prompts])
+    decoding = read_prompts(model, prompts)
     replies: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     done = [False] * len(prompts)
@@ -134,6 +133,15 @@ def _choose(
     return torch.multinomial(weights, 1, generator=generator).squeeze(-1)
 
 
+def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> "Decoding":
+    """A batch that begins with these prompts, of which equal ones are read once."""
+    distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    decoding = Decoding(model, list(distinct))
+    if len(distinct) < len(prompts):
+        decoding.keep([distinct[tuple(prompt)] for prompt in prompts])
+    return decoding
+
+
 class Decoding:
     """A batch of requests on its way: the KV cache, what each row may attend to, and the logits of its next token.
 
@@ -153,7 +161,7 @@ class Decoding:
         """Append one token to each row and compute the logits of the next."""
         self._length += 1
         if self._length > self._mask.shape[1]:
-            self._mask = torch.nn.functional.pad(self._mask, (0, _SPARE_TOKENS), value=1)
+            self._mask = pad(self._mask, (0, _SPARE_TOKENS), value=1)
         output = self._model(
             input_ids=tokens.unsqueeze(-1),
             attention_mask=self._mask[:, : self._length],
@@ -165,10 +173,30 @@ class Decoding:
         self.logits = output.logits[:, -1]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order; one may be named several times."""
+        """Go on with these rows only, in this order; one may be named several times.
+
+        Columns that are padding in all of them are dropped, so that a batch is as wide as its longest row.
+        """
         chosen = torch.tensor(rows, device=self._mask.device)
         self._mask, self._positions, self.logits = self._mask[chosen], self._positions[chosen], self.logits[chosen]
         self._cache.batch_select_indices(chosen)
+        padding = self._length - int(self._positions.max())
+        if padding:
+            self._length -= padding
+            self._mask = self._mask[:, padding:]
+            for layer in self._cache.layers:
+                _drop_first(layer, padding)
+
+    def join(self, other: "Decoding") -> None:
+        """Go on with another batch's rows behind one's own; the shorter batch is padded on the left."""
+        longest = max(self._length, other._length)
+        masks = [batch._mask[:, : batch._length] for batch in (self, other)]
+        self._mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+        self._length = longest
+        self._positions = torch.cat([self._positions, other._positions])
+        self.logits = torch.cat([self.logits, other.logits])
+        pairs = zip(self._cache.layers, other._cache.layers, strict=True)
+        self._cache.layers = [_stack(layer, joining, longest) for layer, joining in pairs]
 
 
 def _pad_left(
@@ -205,6 +233,30 @@ def _join(caches: Sequence[DynamicCache]) -> DynamicCache:
     return joined
 
 
+def _drop_first(layer: DynamicLayer, columns: int) -> None:
+    """Forget the first columns, which are padding in every row."""
+    if isinstance(layer, GrowingLayer):
+        layer.drop_first(columns)
+        return
+    layer.cumulative_length -= columns
+    layer.keys, layer.values = (states[:, :, -layer.cumulative_length :] for states in (layer.keys, layer.values))
+
+
+def _stack(layer: DynamicLayer, joining: DynamicLayer, length: int) -> DynamicLayer:
+    """One layer of the rows of both, which hold ``length`` tokens and padding from then on."""
+    keys, values = (_stack_aligned(getattr(layer, name), getattr(joining, name)) for name in ("keys", "values"))
+    if isinstance(layer, GrowingLayer):
+        return GrowingLayer(keys, values)
+    layer.keys, layer.values, layer.cumulative_length = keys, values, length
+    return layer
+
+
+def _stack_aligned(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of both, [batch, head, token, dim], aligned at their last token; padding is zero, as 0 x NaN is NaN."""
+    width = max(first.shape[2], second.shape[2])
+    return torch.cat([pad(states, (0, 0, width - states.shape[2], 0)) for states in (first, second)])
+
+
 class GrowingLayer(DynamicLayer):
     """A full-attention cache layer with spare room, so that a step writes one token instead of copying all of them."""
 
@@ -230,6 +282,11 @@ class GrowingLayer(DynamicLayer):
         self._value_room[:, :, before:length] = value_states
         self._show(self._key_room, self._value_room, length)
         return self.keys, self.values
+
+    def drop_first(self, columns: int) -> None:
+        """Forget the first tokens of every row."""
+        length = self.keys.shape[2] - columns
+        self._show(self._key_room[:, :, columns:], self._value_room[:, :, columns:], length)
 
     def batch_select_indices(self, indices: Int[Tensor, " batch"]) -> None:
         """Keep these rows."""

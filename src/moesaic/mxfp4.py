@@ -8,9 +8,12 @@ bit) and one scale of eight bits (e8m0: a power of two)::
 Two codes share a byte, the earlier value in the low nibble. Source: OCP Microscaling Formats (MX) v1.0, sections 5.3
 and 6.3. Departure: the scale is the smallest power of two for which nothing in the block saturates,
 ``ceil(log2(amax / 6))``, where the specification's example algorithm lets the largest values clip.
+
+Both ways run a piece at a time that stays in the processor's cache, and by arithmetic on the bits of float32: exponents
+are read and written as bits; adding 2**23 rounds to whole numbers, ties to even, and leaves them in the low bits.
 """
 
-from itertools import pairwise
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -20,12 +23,18 @@ BLOCK = 32
 """Values that share one scale."""
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LARGEST = _E2M1[-1]
 _BIAS = 127
-_FLUSH = 2.0**-126
-"""Blocks whose scale would fall below this are stored as zeros."""
+_MANTISSA_BITS = 23
+_BELOW_HALF = 2 ** (_MANTISSA_BITS - 1) - 1
+"""Added to a float32's bits, it makes the exponent one larger if the mantissa is above 1.5: 6 is 1.5 * 4."""
+_WHOLE = 2.0**_MANTISSA_BITS
+"""From here on float32 has whole numbers only."""
+_WHOLE_BITS = 0x4B00_0000
+"""The bits of ``_WHOLE``; those of ``_WHOLE + n`` are larger by n."""
 _PIECE = 2**14
 """Blocks unpacked at once: what a core's second-level cache takes. Accelerators take more."""
+_PIECE_TO_PACK = 2**12
+"""The same for packing, which needs more beside."""
 _PIECE_ELSEWHERE = 2**22
 
 
@@ -39,15 +48,14 @@ def quantize(
     """
     if weight.shape[-1] % BLOCK:
         raise ValueError(f"MXFP4 packs rows of a multiple of {BLOCK} values, got rows of {weight.shape[-1]}")
-    values = weight.float().unflatten(-1, (-1, BLOCK))
-    amax = values.abs().amax(-1)
-    if not torch.isfinite(amax).all():
-        raise ValueError("MXFP4 cannot store infinite or NaN weights")
-    exponent = torch.ceil(torch.log2((amax / _LARGEST).clamp_min(_FLUSH))).clamp(-_BIAS, _BIAS)
-    magnitude = torch.ldexp(values.abs(), -exponent.unsqueeze(-1).int())
-    codes = _round_to_code(magnitude) | (values.signbit().to(torch.uint8) << 3)
-    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return blocks, (exponent + _BIAS).to(torch.uint8)
+    values = weight.reshape(-1, BLOCK)
+    blocks = torch.empty(len(values), BLOCK // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(len(values), dtype=torch.uint8, device=weight.device)
+    size = _PIECE_TO_PACK if weight.device.type == "cpu" else _PIECE_ELSEWHERE
+    for piece, packed, scale in zip(*(part.split(size) for part in (values, blocks, scales)), strict=True):
+        _pack(piece.float(), packed, scale)
+    shape = *weight.shape[:-1], weight.shape[-1] // BLOCK
+    return blocks.view(*shape, BLOCK // 2), scales.view(shape)
 
 
 def dequantize(
@@ -67,15 +75,36 @@ def dequantize(
     return values.view(dtype).view(*scales.shape[:-1], -1)
 
 
-def _round_to_code(magnitude: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """Count the midpoints between neighbouring magnitudes that each value passes; on a tie the even code wins."""
-    codes = torch.zeros(magnitude.shape, dtype=torch.uint8, device=magnitude.device)
-    for lower, (below, above) in enumerate(pairwise(_E2M1)):
-        midpoint = (below + above) / 2
-        codes += (magnitude > midpoint) if lower % 2 == 0 else (magnitude >= midpoint)
-    return codes
+def _pack(
+    values: Float[Tensor, "block 32"], blocks: UInt8[Tensor, "block 16"], scales: UInt8[Tensor, " block"]
+) -> None:
+    """Write the codes and scales of float32 values into ``blocks`` and ``scales``."""
+    magnitude = values.abs()
+    largest = magnitude.amax(-1)
+    if not torch.isfinite(largest).all():
+        raise ValueError("MXFP4 cannot store infinite or NaN weights")
+    exponent = ((largest.view(torch.int32) + _BELOW_HALF) >> _MANTISSA_BITS).sub_(2).clamp_(min=1)
+    scales.copy_(exponent)
+    inverse = ((2 * _BIAS - exponent) << _MANTISSA_BITS).view(torch.float32)
+    codes = _round_to_code(magnitude.mul_(inverse.unsqueeze(1)))
+    codes.sub_(values.view(torch.int32) >> 31, alpha=8)  # 8 more where the sign, shifted in, makes -1
+    pairs = codes.view(torch.int64)  # the later value in the high half, whose low byte is 28 bits above its nibble
+    blocks.copy_(pairs + (pairs >> 28)).sub_(_WHOLE_BITS >> 28)
 
 
+def _round_to_code(magnitude: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """The nearest code of magnitudes up to 6, on a tie the even one, added to ``_WHOLE_BITS``.
+
+    Codes are 2 m up to 2, m + 2 up to 4 and m / 2 + 4 above: the least of the three, each rounded once, when added.
+    """
+    whole = torch.tensor(_WHOLE, device=magnitude.device)
+    least = torch.add(whole, magnitude, alpha=2)
+    torch.minimum(least, magnitude + (_WHOLE + 2), out=least)
+    torch.minimum(least, torch.add(whole + 4, magnitude, alpha=0.5), out=least)
+    return least.view(torch.int32)
+
+
+@cache
 def _pair_table(dtype: torch.dtype, device: torch.device) -> Int[Tensor, "256"]:
     """For every byte the two values it holds, low nibble first, as the integer of their bits."""
     signed = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), dtype=dtype, device=device)
@@ -84,6 +113,7 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> Int[Tensor, "256"]:
     return pairs.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten()
 
 
+@cache
 def _power_table(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256"]:
     """What every scale multiplies by."""
     exponent = torch.arange(256, device=device) - _BIAS

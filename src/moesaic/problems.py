@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moesaic.chat import PROMPT_DATE
+from moesaic.chat import render_conversation
 from moesaic.datasets import Row, read_rows
 from moesaic.errors import ArtifactError, ConfigError
 from moesaic.verifiers import get_verifier
@@ -84,15 +84,7 @@ def spread_over_tasks(problems: Sequence[Problem], limit: int | None) -> list[Pr
 def render_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, effort: str) -> list[int]:
     """Token ids of the prompt in the tokenizer's chat template, up to where the model's reply begins."""
     messages = [{"role": message.role, "content": message.content} for message in problem.prompt]
-    ids = tokenizer.apply_chat_template(
-        messages,
-        reasoning_effort=effort,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        strftime_now=PROMPT_DATE.strftime,
-    )
-    return [int(token) for token in ids]
+    return render_conversation(messages, tokenizer, effort)
 
 
 def _parse_problem(row: Row) -> Problem:

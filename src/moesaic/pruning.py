@@ -6,12 +6,28 @@ unpacked, so a kept expert's bytes are its parent's. Windows change no tensor at
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from moesaic import gpt_oss
 from moesaic.errors import ConfigError
+
+
+class Rows(Protocol):
+    """What has rows: a tensor in memory, or one still in its file."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+        ...
+
+    def index_select(self, dim: int, index: Tensor) -> Self:
+        """Some of them, along axis ``dim``, which is 0."""
+        ...
+
+
+T = TypeVar("T", bound=Rows)
 
 
 def kept_experts(order: Sequence[int], num_experts: int) -> tuple[int, ...]:
@@ -21,7 +37,7 @@ def kept_experts(order: Sequence[int], num_experts: int) -> tuple[int, ...]:
     return tuple(sorted(order[:num_experts]))
 
 
-def prune_layer(tensors: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+def prune_layer(tensors: Mapping[str, T], kept: Sequence[int]) -> dict[str, T]:
     """One layer's tensors as stored, without the experts that are not ``kept``."""
     rows = torch.tensor(kept)
     return {

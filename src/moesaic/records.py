@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,10 +53,26 @@ class Record:
     """UTC, ISO 8601."""
     duration_s: float
     peak_memory_mib: float
+    origins: Mapping[str, Any] = field(default_factory=dict)
+    """The origins of the inputs by name, empty for one without a record."""
+
+    @property
+    def origin(self) -> str:
+        """Digest of how this was made: stage, subject, config, code, and the digests and origins of the inputs.
+
+        It stands for the whole history, and tells apart two ways to the same content, which a content digest does not.
+        """
+        inputs = dict(self.inputs), dict(self.origins)
+        decisive = [self.stage, self.subject, self.config_digest, self.code_digest, *inputs]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """What ``record.json`` holds."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     def write(self, directory: Path) -> None:
         """Put ``record.json`` into an output directory."""
-        (directory / RECORD).write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        (directory / RECORD).write_text(self.to_json())
 
     @classmethod
     def read(cls, directory: Path) -> "Record":
@@ -71,6 +87,11 @@ class Record:
 def subject_of(directory: Path) -> str:
     """The subject that the record in ``directory`` names, empty where there is no record."""
     return Record.read(directory).subject if (directory / RECORD).is_file() else ""
+
+
+def origin_of(directory: Path) -> str:
+    """The origin of what lies in ``directory``, empty where there is no record."""
+    return Record.read(directory).origin if (directory / RECORD).is_file() else ""
 
 
 def content_digest(path: Path) -> str:

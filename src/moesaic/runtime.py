@@ -25,7 +25,9 @@ from typing import Any, Protocol, TypeVar
 from moesaic import records
 from moesaic.configs import Config, PruneModelConfig, ReinforceConfig
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
+from moesaic.lineage import keep_record
 from moesaic.records import RECORD, Record
+from moesaic.registry import RegistryAddress
 from moesaic.stages import Stage, find_stage
 from moesaic.store import Address, Manifest, Store, parse_address
 from moesaic.store.manifest import MANIFEST
@@ -93,6 +95,11 @@ class Place:
             driver_pid=os.getpid(),
         )
 
+    @property
+    def registry(self) -> RegistryAddress | None:
+        """The model registry, which is where the runs are."""
+        return RegistryAddress(self.tracking_uri, self.parent_run_id or self.run_id) if self.tracking_uri else None
+
     def inside(self, parent_run_id: str) -> "Place":
         """The same place for the stages of one pipeline run."""
         return replace(self, parent_run_id=parent_run_id)
@@ -120,6 +127,8 @@ class Task:
     """Directories with the files themselves, manifests resolved."""
     digests: Mapping[str, str | list[str]]
     """Content digests of the inputs."""
+    origins: Mapping[str, str | list[str]]
+    """How the inputs were made, see :attr:`moesaic.records.Record.origin`."""
     parents: tuple[str, ...]
     """Ids of the manifests among the inputs."""
     subject: str
@@ -176,18 +185,21 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
     return Task(
         stage=stage,
         config=parsed,
-        inputs={key: _each(lambda path: _resolve(path, store), value) for key, value in given.items()},
+        inputs={key: _resolved(key, value, stage, store) for key, value in given.items()},
         digests={key: _each(records.content_digest, value) for key, value in given.items()},
+        origins={key: _each(records.origin_of, value) for key, value in given.items()},
         parents=tuple(sorted({Manifest.read(path).id for path in _all_paths(given) if _is_manifest(path)})),
         subject=_subject(stage, parsed, given),
     )
 
 
-def perform(task: Task, output: Path, scratch: Path, store: Address | None = None) -> Record:
+def perform(
+    task: Task, output: Path, scratch: Path, store: Address | None = None, registry: RegistryAddress | None = None
+) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
-    extra = {"store": store} if task.stage.reads_store else {}
+    extra = _places(task.stage, store, registry)
     started, clock = datetime.now(UTC), time.monotonic()
     with explained_disk_full(output):
         metrics = task.stage.run(task.config, **task.inputs, **extra, output=output, scratch=scratch)
@@ -205,9 +217,19 @@ def perform(task: Task, output: Path, scratch: Path, store: Address | None = Non
             started=started.isoformat(timespec="seconds"),
             duration_s=round(time.monotonic() - clock, 3),
             peak_memory_mib=round(records.peak_memory_mib(), 1),
+            origins=task.origins,
         )
         record.write(output)
     return record
+
+
+def _places(stage: Stage, store: Address | None, registry: RegistryAddress | None) -> dict[str, Any]:
+    """What a stage reaches beside its inputs."""
+    if stage.reads_store and store is None:
+        raise ConfigError(f"{stage.name} reads the store; name it with --store or MOESAIC_STORE")
+    if stage.reads_registry and registry is None:
+        raise ConfigError(f"{stage.name} needs a model registry; set MLFLOW_TRACKING_URI to MLflow's address")
+    return ({"store": store} if stage.reads_store else {}) | ({"registry": registry} if stage.reads_registry else {})
 
 
 def baselines_of(architecture: str) -> list[str]:
@@ -227,14 +249,14 @@ def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
             tracker = tracker.begin(task.stage.name, task.subject, started_ms, workspace / "mlflow_run_id")
             _show_run_to_engines(tracker.live_run_id)
         try:
-            record = perform(task, output, workspace / "scratch", place.store)
+            record = perform(task, output, workspace / "scratch", place.store, place.registry)
         except Exception as failure:
             tracker.log_failure(task.stage.name, task.subject, started_ms, task.config.model_dump(mode="json"), failure)
             raise
         if task.stage.makes_weights:
             _exchange_for_manifest(store, task, output)
         tracker.log_stage(record, started_ms, [path for path in output.iterdir() if path.is_file()])
-        _hand_on(task.stage, record, output, targets)
+        _hand_on(task.stage, record, output, targets, store)
     _say(task, f"done in {time.monotonic() - clock:.1f} s")
     return record
 
@@ -277,12 +299,16 @@ def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
     (output / RECORD).write_bytes(record)
 
 
-def _hand_on(stage: Stage, record: Record, output: Path, targets: Mapping[str, Path]) -> None:
-    """Move the payload to each artifact's place; with several, each is a folder of the output and its own subject."""
+def _hand_on(stage: Stage, record: Record, output: Path, targets: Mapping[str, Path], store: Store) -> None:
+    """Move the payload to each artifact's place; with several, each is a folder of the output and its own subject.
+
+    The store keeps the record before anything else can refer to it.
+    """
     for name in stage.outputs:
         source, target = (output / name, targets[name]) if len(stage.outputs) > 1 else (output, targets[name])
-        if len(stage.outputs) > 1:
-            replace(record, subject=name).write(source)
+        made = replace(record, subject=name) if len(stage.outputs) > 1 else record
+        made.write(source)
+        keep_record(store, made)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(source, target)
@@ -314,11 +340,15 @@ def _paths(value: ArtifactPath | list[Any]) -> Path | list[Path]:
     return [Path(one.path) for one in value] if isinstance(value, list) else Path(value.path)
 
 
-def _resolve(path: Path, store: Store | None) -> Path:
+def _resolved(name: str, value: Path | list[Path], stage: Stage, store: Store | None) -> Path | list[Path]:
+    return _each(lambda path: _resolve(path, store, name in stage.by_manifest), value)
+
+
+def _resolve(path: Path, store: Store | None, by_manifest: bool) -> Path:
     """The directory with the files themselves: a manifest's tree, or the path as it is."""
     if not path.exists():
         raise ArtifactError(f"input {path} does not exist")
-    if not (path / MANIFEST).is_file():
+    if by_manifest or not _is_manifest(path):
         return path
     if store is None:
         raise ConfigError(f"{path} is a manifest; name the store that holds its files with --store")

@@ -2,8 +2,8 @@
 
 Weights. While one layer computes, a thread reads the next one's tensors as they are stored, MXFP4 experts packed; they
 are unpacked when that layer's turn comes, on the device that computes. Held at once: one layer unpacked and one packed,
-whatever the number of layers. Shards are memory-mapped for as long as one tensor takes to copy. For an accelerator the
-copies are two pinned buffers in turn, and bytes move to it on a stream of their own while it computes.
+whatever the number of layers. Nothing is memory-mapped, so pages once read do not add up. For an accelerator tensors
+are read into two pinned buffers in turn, and move to it on a stream of their own while it computes.
 
 Hidden states. They stay where they were computed while there is room, then in the host's memory up to a budget, then in
 files. Where they are changes no bit of them.
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic.blocks import build_block
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import ConfigError
+from moesaic.shards import StoredTensor
 
 STATE_MEMORY = "MOESAIC_STATE_MEMORY_MIB"
 """The environment variable that says how much of the host's memory hidden states may take; half of what is free if not
@@ -66,10 +66,10 @@ class LayerReader:
         return found if expected == layer else self._read(layer)
 
     def _read(self, layer: int) -> "_Stored":
-        names = self._checkpoint.layer_names(layer)
+        stored = {name: self._checkpoint.stored(name) for name in self._checkpoint.layer_names(layer)}
         if self._staging is not None:
-            return self._staging.read(self._checkpoint.files, names)
-        return _Stored({name: _read_tensor(self._checkpoint.files[name], name) for name in names})
+            return self._staging.read(stored)
+        return _Stored({name: tensor.read() for name, tensor in stored.items()})
 
 
 @dataclass
@@ -78,13 +78,6 @@ class _Stored:
 
     tensors: dict[str, Tensor]
     arrived: torch.cuda.Event | None = None
-
-
-def _read_tensor(file: Path, name: str, into: Tensor | None = None) -> Tensor:
-    """A copy of one tensor; the shard is mapped only meanwhile, so that pages once read do not add up."""
-    with safe_open(file, framework="pt") as shard:
-        mapped: Tensor = shard.get_tensor(name)
-        return mapped.clone() if into is None else into.view(mapped.dtype).view(mapped.shape).copy_(mapped)
 
 
 class _Staging:
@@ -96,32 +89,25 @@ class _Staging:
         self._emptied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
-    def read(self, files: Mapping[str, Path], names: list[str]) -> _Stored:
+    def read(self, stored: Mapping[str, StoredTensor]) -> _Stored:
         """Read tensors into the buffer whose turn it is and send them on."""
         self._turn = 1 - self._turn
         emptied = self._emptied[self._turn]
         if emptied is not None:
             emptied.synchronize()
-        sizes = {name: _num_bytes(files[name], name) for name in names}
-        starts, needed = _lay_out(sizes)
+        starts, needed = _lay_out({name: tensor.num_bytes for name, tensor in stored.items()})
         if self._buffers[self._turn].numel() < needed:
             self._buffers[self._turn] = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
         buffer, tensors = self._buffers[self._turn], {}
         with torch.cuda.stream(self._stream):
-            for name in names:
-                room = buffer[starts[name] : starts[name] + sizes[name]]
-                tensors[name] = _read_tensor(files[name], name, room).to(self._device, non_blocking=True)
+            for name, tensor in stored.items():
+                room = buffer[starts[name] : starts[name] + tensor.num_bytes]
+                tensors[name] = tensor.read(into=room).to(self._device, non_blocking=True)
                 tensors[name].record_stream(torch.cuda.default_stream(self._device))
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         self._emptied[self._turn] = arrived
         return _Stored(tensors, arrived)
-
-
-def _num_bytes(file: Path, name: str) -> int:
-    with safe_open(file, framework="pt") as shard:
-        mapped: Tensor = shard.get_tensor(name)
-        return mapped.nbytes
 
 
 def _lay_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:

@@ -18,6 +18,8 @@ PIPELINES = compiled()
 INPUTS = IngestConfig(parent="a", calibration_short="b", calibration_long="c", prompts="d", tests="e")
 SINGLE = {f"{name}_config": stage.config for name, stage in STAGES.items()}
 """Config classes by parameter, where the two have one name."""
+ON_THEIR_OWN = {"benchmark_serving", "export_engine", "promote"}
+"""Stages that no pipeline runs yet; ``moesaic stage`` does."""
 
 
 def test_recompiling_reproduces_the_committed_bytes(tmp_path: Path) -> None:
@@ -44,7 +46,7 @@ def test_tasks_run_in_our_images_and_install_nothing(name: str) -> None:
 def test_compress_runs_every_stage() -> None:
     for name in ("compress", "compress-2-rounds"):
         stages = {task.removeprefix("exec-").rstrip("-0123456789").replace("-", "_") for task in executors_of(name)}
-        assert stages == set(STAGES)
+        assert stages == set(STAGES) - ON_THEIR_OWN
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

@@ -8,14 +8,23 @@ import hashlib
 import http.client
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
 Kind = Literal[
-    "cut request", "cut response", "status", "slow", "hang", "corrupt request", "corrupt response", "drop response"
+    "cut request",
+    "cut response",
+    "status",
+    "slow",
+    "slow request",
+    "hang",
+    "corrupt request",
+    "corrupt response",
+    "drop response",
 ]
 
 
@@ -61,9 +70,12 @@ class FaultyProxy:
     target: tuple[str, int]
     faults: list[Fault] = field(default_factory=list)
     log: list[Request] = field(default_factory=list)
+    most_at_once: int = 0
+    """Transfers under way, content sent or ranges asked for; one whose answer has just left may still count."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._under_way = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -88,6 +100,19 @@ class FaultyProxy:
                     return fault
         return None
 
+    @contextmanager
+    def counted(self, request: Request) -> Iterator[None]:
+        """Note how many transfers there are at once."""
+        step = 1 if (request.num_bytes and request.method == "PUT") or request.range else 0
+        with self._lock:
+            self._under_way += step
+            self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= step
+
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -104,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         self._request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, length, 0)
         try:
-            self._serve(length, self.proxy.take_fault(self._request))
+            with self.proxy.counted(self._request):
+                self._serve(length, self.proxy.take_fault(self._request))
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # The client went away.
 
@@ -115,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "cut request":
             self.rfile.read(length // 2)
             return self._cut()
-        body = self.rfile.read(length)
+        body = self._read_slowly(length, fault.seconds) if fault and kind == "slow request" else self.rfile.read(length)
         if kind == "corrupt request":
             body = _corrupted(body)
         if fault and kind == "hang":
@@ -136,6 +162,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             content = content[: len(content) // 2]
         self._answer(status, headers, content)
+
+    def _read_slowly(self, length: int, seconds: float) -> bytes:
+        pieces = []
+        for start in range(0, length, 2**18):
+            time.sleep(seconds * 2**18 / length)
+            pieces.append(self.rfile.read(min(2**18, length - start)))
+        return b"".join(pieces)
 
     def _ask(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(*self.proxy.target, timeout=60)

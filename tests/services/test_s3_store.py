@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import torch
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import ArtifactError, ConfigError, StageError
 from moesaic.store import Manifest, S3Options, Store
+from moesaic.store.lanes import Lanes
 from moesaic.store.root import object_key
-from moesaic.store.s3_upload import PARTS
+from moesaic.store.s3_upload import PARTS, Source, Upload
 from moesaic.store.tensors import read_tensor
 
 from .conftest import PART_BYTES, SECRET, start_server, stop_server
@@ -94,6 +96,56 @@ def test_what_is_there_is_not_sent_again(store: Store, elsewhere: Store, model: 
     assert [one for one in proxy.log if one.method in ("PUT", "POST")] == []
 
 
+def test_files_travel_at_once_and_share_the_connections(
+    store: Store, elsewhere: Store, tmp_path: Path, proxy: FaultyProxy
+) -> None:
+    """One by one, the small files would leave all connections but one idle."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for index in range(4):
+        (many / f"small-{index}").write_bytes(os.urandom(1000))
+        (many / f"large-{index}").write_bytes(os.urandom(PART_BYTES + 1))
+    proxy.faults.append(Fault("slow", lambda one: one.method == "PUT" or bool(one.range), times=1000, seconds=0.02))
+    manifest = add(store, many)
+    assert proxy.most_at_once >= 3
+    proxy.most_at_once = 0
+    assert_same(elsewhere.materialize(manifest), many)
+    assert proxy.most_at_once >= 3
+
+
+def test_files_of_equal_content_are_sent_and_fetched_once(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    shutil.copy(model / "weights.bin", model / "twin.bin")
+    manifest = add(store, model)
+    assert sorted(proxy.parts_sent()) == [1, 2, 3, 4, 5, 6]
+    proxy.log.clear()
+    assert_same(elsewhere.materialize(manifest), model)
+    assert len(proxy.ranges()) == 1 + 6
+
+
+def test_one_file_that_fails_stops_the_others(store: Store, tmp_path: Path, proxy: FaultyProxy) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for index in range(30):
+        (many / f"{index:02}").write_bytes(os.urandom(1000))
+    proxy.faults.append(Fault("status", lambda one: one.method == "PUT", status=403, code="AccessDenied"))
+    with pytest.raises(ConfigError, match="refused the credentials"):
+        add(store, many)
+    assert len([one for one in proxy.log if one.method == "PUT"]) < 15
+
+
+def test_one_large_file_that_fails_stops_the_others(store: Store, tmp_path: Path, proxy: FaultyProxy) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for index in range(3):
+        (many / f"{index}").write_bytes(os.urandom(8 * PART_BYTES))
+    proxy.faults.append(Fault("status", is_part(2), status=403, code="AccessDenied"))
+    with pytest.raises(ConfigError, match="refused the credentials"):
+        add(store, many)
+    assert len(proxy.parts_sent()) < 12
+
+
 def test_moved_files_stay_in_the_cache(store: Store, model: Path, proxy: FaultyProxy) -> None:
     content = (model / "weights.bin").read_bytes()
     manifest = add(store, model, move=True)
@@ -140,6 +192,15 @@ def test_a_slow_answer_is_asked_for_again(store: Store, model: Path, proxy: Faul
     assert_same(replace_options(store, timeout_s=0.5).materialize(manifest), model)
     repeated = [one.range for one in proxy.log if "attempt=2" in one.headers.get("amz-sdk-request", "")]
     assert repeated == [f"bytes={2 * PART_BYTES}-{3 * PART_BYTES - 1}"]
+
+
+def test_a_part_may_take_longer_than_a_server_may_stay_silent(store: Store, tmp_path: Path, proxy: FaultyProxy) -> None:
+    """More than the system's buffers hold, at 8 MiB/s."""
+    (tmp_path / "large").write_bytes(bytes(24 * 2**20))
+    proxy.faults.append(Fault("slow request", lambda one: one.num_bytes == 24 * 2**20, seconds=3))
+    patient = replace_options(store, part_bytes=2**25, timeout_s=1.5, attempts=1)
+    patient.add_file(tmp_path / "large", "dataset", format="x", producer="test")
+    assert proxy.faults[0].times == 0
 
 
 def test_a_part_damaged_on_its_way_up_is_sent_again(
@@ -337,6 +398,7 @@ def test_a_tampered_object_is_never_handed_out(
         with pytest.raises(ArtifactError, match=r"another content.*remove"):
             elsewhere.materialize(manifest)
         client.delete_object(Bucket=bucket, Key=f"team/models/{entry_of(manifest, name)}")
+        shutil.rmtree(elsewhere.directory)
         assert add(store, model) == manifest
     assert_same(elsewhere.materialize(manifest), model)
 
@@ -359,8 +421,25 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(store: Store, elsewhere: S
     damaged = elsewhere.materialize(manifest) / "config.json"
     damaged.chmod(0o644)
     damaged.write_text("[]")
-    (damaged.parent / "config.json").unlink()
     assert_same(elsewhere.materialize(manifest, verify=True), model)
+
+
+def test_what_was_fetched_before_the_machine_started_anew_is_checked(
+    store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the power fails, a file may be left with zeros in it."""
+    manifest = add(store, model)
+    weights = elsewhere.materialize(manifest) / "weights.bin"
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.write(bytes(100))
+    assert elsewhere.materialize(manifest).joinpath("weights.bin").read_bytes()[:100] == bytes(100)
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.store.s3._is_older_than_boot", lambda file: True)
+        assert_same(elsewhere.materialize(manifest), model)
+    proxy.log.clear()
+    assert_same(elsewhere.materialize(manifest), model)
+    assert proxy.ranges() == []
 
 
 def test_missing_and_truncated_objects_are_told_and_healed_by_adding_again(
@@ -392,6 +471,18 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(
         add(store, model)
     assert not any("/manifests/" in key for key in keys(client, bucket))
     assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+def test_a_file_that_changes_is_refused_even_by_servers_that_check_nothing(
+    options: S3Options, client: Any, bucket: str, model: Path
+) -> None:
+    source = Source.measure(model / "weights.bin", PART_BYTES)
+    with (model / "weights.bin").open("r+b") as file:
+        file.write(b"written meanwhile")
+    with Lanes(1) as lanes, pytest.raises(ArtifactError, match="changed while it was added"):
+        Upload(client, bucket, "key", source, options, lanes).run()
+    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+    assert keys(client, bucket) == []
 
 
 def test_a_single_tensor_is_read_without_its_checkpoint(
@@ -524,10 +615,11 @@ def test_the_environment_says_how_to_reach_the_bucket() -> None:
 
 
 def test_memory_stays_within_the_parts_under_way(address: str, s3_server: tuple[str, int], tmp_path: Path) -> None:
-    """64 MiB up and down again, with at most four parts of 1 MiB in memory."""
+    """Four files of 16 MiB up and down again, three parts at once."""
     (tmp_path / "sparse").mkdir()
-    with (tmp_path / "sparse" / "weights").open("wb") as file:
-        file.truncate(64 * 2**20)
+    for index in range(4):
+        with (tmp_path / "sparse" / f"weights-{index}").open("wb") as file:
+            file.truncate(16 * 2**20 + index)
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"
@@ -538,7 +630,7 @@ def test_memory_stays_within_the_parts_under_way(address: str, s3_server: tuple[
         "before = peak()\n"
         "manifest = store.add_directory(Path(sys.argv[3]), 'model', format='x', producer='x')\n"
         "tree = store.materialize(manifest)\n"
-        "assert (tree / 'weights').stat().st_size == 64 * 2**20\n"
+        "assert sum(path.stat().st_size for path in tree.iterdir()) == 64 * 2**20 + 6\n"
         "print(peak() - before)\n"
     )
     command = [sys.executable, "-c", code, f"http://127.0.0.1:{s3_server[1]}", address, str(tmp_path / "sparse")]

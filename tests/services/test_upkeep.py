@@ -50,7 +50,7 @@ def put_loose_object(store: Store, tmp_path: Path, content: bytes) -> str:
     """What a writer has put down that never committed."""
     digest = hashlib.sha256(content).hexdigest()
     (tmp_path / "loose").write_bytes(content)
-    store.root.put_file(object_key(digest), tmp_path / "loose", digest, move=False)
+    assert store.root.put_files([tmp_path / "loose"], move=False) == [digest]
     return object_key(digest)
 
 
@@ -207,8 +207,8 @@ def test_stages_read_from_a_bucket_and_write_to_it(
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
     model = add(store, tiny_parent).id
-    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, tests=rows)
-    names = ("parent", "calibration_short", "calibration_long", "tests")
+    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
+    names = ("parent", "calibration_short", "calibration_long", "prompts", "tests")
     outputs = {name: Artifact(str(tmp_path / "out" / name)) for name in names}
     run_stage("ingest", config.to_json(), {}, outputs)
     assert Manifest.read(tmp_path / "out" / "parent").id == model

@@ -14,6 +14,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.configs import PruneModelConfig
 from moesaic.errors import ArtifactError, ConfigError
 from moesaic.gpt_oss_puzzle import load_model
+from moesaic.pruning import prune_layer
 from moesaic.stages import prune_model
 
 MIXED = Architecture.of([Block(8, 8), Block(5, 16), Block(2, 8), Block(8)])
@@ -82,6 +83,18 @@ def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Che
     assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "yarn"
     total = sum(tensor.num_bytes for tensor in gpt_oss.tensor_specs(written.shape, MIXED).values())
     assert json.loads((child / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == total
+
+
+def test_every_tensor_is_its_parents_without_the_other_experts(child: Path, tiny_checkpoint: Checkpoint) -> None:
+    """Bytes copied between files against rows taken in memory."""
+    written = Checkpoint.open(child)
+    kept = json.loads((child / "pruning.json").read_text())["kept_experts"]
+    for layer in range(written.num_layers):
+        parent = {name: tiny_checkpoint.tensor(name) for name in tiny_checkpoint.layer_names(layer)}
+        for name, expected in prune_layer(parent, kept[layer]).items():
+            assert torch.equal(written.tensor(name), expected), name
+    for name in gpt_oss.outer_specs(written.shape):
+        assert torch.equal(written.tensor(name), tiny_checkpoint.tensor(name))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from moesaic.library import variants_of
 from moesaic.stages import measure_costs, report, search_architecture
 from tests.unit.recovery_inputs import BASELINE, recovery
 from tests.unit.report_inputs import evaluation, point
+from tests.unit.serving_inputs import serving
 
 SPACE = SearchSpace(expert_counts=(8, 4, 2), windows=(64, 8))
 LONG = Workload(name="long", input_tokens=256, output_tokens=64, concurrency=4)
@@ -107,6 +108,17 @@ def test_recovery_alone_is_enough(stages: dict[str, Path | list[Path]], tmp_path
     metrics = report.run(ReportConfig(), **stages, **given, output=output, scratch=tmp_path)
     assert metrics["retention_high"] == pytest.approx(1.0)
     assert "accuracy_above_baseline" not in metrics
+
+
+def test_serving_is_reported_when_it_is_given(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    given = {"serving": write(tmp_path / "s", "measurements.json", serving())}
+    metrics = report.run(ReportConfig(), **stages, **given, output=output, scratch=tmp_path)
+    pictures = {path.stem for path in output.glob("*.png")}
+    assert pictures == NAMES | {"served_frontier", "served_throughput", "served_latency"}
+    assert metrics["served_speedup_long"] == pytest.approx(1.55)
+    assert metrics["served_request_efficiency"] > 1
 
 
 def test_a_missing_or_broken_input_is_named(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:

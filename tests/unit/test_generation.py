@@ -161,3 +161,41 @@ def test_requests_that_share_a_prompt_read_it_once(tiny_parent: Path, monkeypatc
     greedy = generate(model, prompts, Sampling(6, frozenset({5})), 4)
     alone = [generate(model, [prompt], Sampling(6, frozenset({5})), 1)[0] for prompt in prompts]
     assert greedy == alone
+
+
+def test_requests_join_and_leave_a_batch_on_its_way(
+    model: PreTrainedModel, expected: dict[PreTrainedModel, list[Generated]]
+) -> None:
+    """One prompt joins after every second token; rows leave when they are done: each still gets its own tokens."""
+    waiting = list(enumerate(draw_prompts(12)))
+    replies: list[list[int]] = [[] for _ in waiting]
+    rows: list[int] = []
+    decoding: Decoding | None = None
+    widths = []
+    with torch.inference_mode():
+        for turn in range(60):
+            if waiting and turn % 2 == 0:
+                index, prompt = waiting.pop(0)
+                fresh = Decoding(model, [prompt])
+                if decoding is None:
+                    decoding = fresh
+                else:
+                    decoding.join(fresh)
+                rows.append(index)
+            if decoding is None:
+                continue
+            tokens = decoding.logits.argmax(-1)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                replies[row].append(token)
+            live = [place for place, row in enumerate(rows) if len(replies[row]) < 12 and replies[row][-1] not in STOPS]
+            rows = [rows[place] for place in live]
+            if not live:
+                decoding = None
+                continue
+            if len(live) < len(tokens):
+                decoding.keep(live)
+            decoding.step(tokens[live])
+            longest = max(len(draw_prompts(12)[row]) + len(replies[row]) for row in rows)
+            widths.append(decoding._length - longest)
+    assert [tuple(reply) for reply in replies] == [reply.token_ids for reply in expected[model]]
+    assert min(widths) == 0 and max(widths) < 13, "padding that no row needs is dropped when rows leave"

@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import pytest
 
 from moesaic.errors import ArtifactError, StageError
+from moesaic.progress import count_bytes
 from moesaic.store import FileEntry, Manifest, Store
+from moesaic.store.lanes import Lanes
 
 EMPTY_SHA = hashlib.sha256(b"").hexdigest()
 
@@ -214,12 +218,12 @@ def test_a_killed_writer_leaves_no_manifest_and_can_be_repeated(store: Store, tm
         "from pathlib import Path\n"
         "from moesaic.store import Store\n"
         "store = Store.at(Path(sys.argv[1]))\n"
-        "put, count = store.root.put_file, []\n"
-        "def put_two_then_die(key, source, sha256, move):\n"
+        "arriving, count = store.root._arriving, []\n"
+        "def put_two_then_die(key):\n"
         "    count.append(key)\n"
         "    if len(count) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    put(key, source, sha256, move=move)\n"
-        "store.root.put_file = put_two_then_die\n"
+        "    return arriving(key)\n"
+        "store.root._arriving = put_two_then_die\n"
         "store.add_directory(Path(sys.argv[2]), 'model', format='x', producer='x')\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(store.directory), str(directory)], check=False)
@@ -227,3 +231,62 @@ def test_a_killed_writer_leaves_no_manifest_and_can_be_repeated(store: Store, tm
     assert len(objects(store)) == 2
     assert not (store.directory / "manifests").exists()
     assert store.materialize(add(store, directory), verify=True).is_dir()
+
+
+def test_lanes_keep_the_order_and_a_failure_ends_what_has_not_begun() -> None:
+    done: list[int] = []
+
+    def move(part: int) -> int:
+        if part == 3:
+            raise ValueError("three")
+        done.append(part)
+        return part * 10
+
+    with Lanes(2) as lanes:
+        taken: list[int] = []
+        assert lanes.parts(move, [2, 1, 0], taken.append) == taken == [20, 10, 0]
+        done.clear()
+        with pytest.raises(ValueError, match="three"):
+            lanes.parts(move, [3, *range(100, 200)])
+        assert len(done) < 100
+
+
+def test_the_parts_of_all_files_share_the_lanes() -> None:
+    under_way, most, lock = 0, 0, Lock()
+
+    def move(part: int) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.005)
+        with lock:
+            under_way -= 1
+
+    with Lanes(2) as lanes:
+        lanes.each(lambda file: lanes.parts(move, range(file)), [1, 5, 1, 1, 5])
+    assert most == 2
+
+
+def test_a_file_that_fails_stops_the_parts_of_the_others() -> None:
+    done: list[int] = []
+
+    def move(part: int) -> None:
+        time.sleep(0.005)
+        if part == 3:
+            raise ValueError("three")
+        done.append(part)
+
+    with pytest.raises(ValueError, match="three"), Lanes(2) as lanes:
+        lanes.each(lambda parts: lanes.parts(move, parts), [[3], [*range(100, 200)]])
+    assert len(done) < 50
+
+
+def test_a_log_tells_how_far_a_transfer_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with count_bytes(2**21, "to there") as moved:
+        moved(2**20)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("moesaic.progress._LINE_EVERY_S", 0.0)
+    with count_bytes(2**21, "to there") as moved:
+        moved(2**20)
+    assert capsys.readouterr().err.startswith("to there: 1/2 MiB, ")

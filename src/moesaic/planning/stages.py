@@ -116,14 +116,9 @@ def _search_architecture(task: Task, facts: Facts, inputs: Sequence[Shards]) -> 
 
 
 def _prune_model(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
-    """A copy: reads what it keeps, writes the child; memory of one layer as it is and as it becomes."""
-    config = task.config_as(PruneModelConfig)
-    made = pruned_shards(facts, config.candidate)
-    largest = [
-        max(block_bytes(facts.shape, block, facts.packed) for block in a.blocks) for a in (facts.parent, facts.child)
-    ]
-    peak = max(sum(largest), outer_bytes(facts.shape))
-    return Needs(sum(made.values()), sum(made.values()), peak, made=made)
+    """A copy from file to file: reads what it keeps, writes the child, holds none of it."""
+    made = pruned_shards(facts, task.config_as(PruneModelConfig).candidate)
+    return Needs(sum(made.values()), sum(made.values()), made=made)
 
 
 def _generate_traces(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:

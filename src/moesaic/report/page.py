@@ -30,6 +30,8 @@ from moesaic.report.result_figures import (
     draw_search,
     draw_throughput,
 )
+from moesaic.report.serving import ServingEvidence
+from moesaic.report.serving_figures import draw_served_frontier, draw_served_latency, draw_served_throughput
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,49 @@ _RECOVERY_PICTURES: tuple[tuple[str, Callable[[RecoveryEvidence], Figure], str, 
         "Against the parent, on its own answers: those trained on, and those held out. Means over response tokens.",
     ),
 )
+_SERVING_PICTURES: tuple[tuple[str, Callable[[ServingEvidence], Figure], str, str], ...] = (
+    (
+        "served_frontier",
+        draw_served_frontier,
+        "Accuracy against requests per second, as served",
+        "Measured through the server: a model's request rate is the output-token throughput of its best configuration "
+        "under the workload of the longest prompts, divided by the mean tokens it generates per request of the test "
+        "suite. Up and to the right is better.",
+    ),
+    (
+        "served_throughput",
+        draw_served_throughput,
+        "Throughput against users",
+        "Measured through the server by a client that keeps one request of every user in flight. Lines are medians, "
+        "bands run from the slowest to the fastest repeat; every repeat has a server of its own, and repeats "
+        "alternate between the models. Labels: child over parent.",
+    ),
+    (
+        "served_latency",
+        draw_served_latency,
+        "System throughput against the speed of one user",
+        "The same runs; numbers are users. One user's speed is the reciprocal of the mean time between tokens, once a "
+        "reply has begun. Filled markers are the Pareto set: no other point of the model is better in one without "
+        "being worse in the other. Bars run over the repeats.",
+    ),
+)
 _SUPERSEDED = ("frontier", "efforts")
 """Pictures of the pruned child that recovery's say more than."""
 _NOT_TIMED = " Speed was timed with the cache in BF16 only, and is taken to be the same in FP8: the lines differ in "
 _NOT_TIMED += "accuracy and in length of the answers alone."
 
 
-def draw_pictures(evidence: Evidence, recovery: RecoveryEvidence | None = None) -> list[Picture]:
-    """All pictures, in the page's order: recovery first, if there was one."""
+def draw_pictures(
+    evidence: Evidence, recovery: RecoveryEvidence | None = None, serving: ServingEvidence | None = None
+) -> list[Picture]:
+    """All pictures, in the page's order: recovery first, if there was one, and serving last."""
     look = {"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "legend.frameon": False}
     with rc_context(look):
         search = [Picture(name, title, caption, to_png(draw(evidence))) for name, draw, title, caption in _PICTURES]
+        if serving is not None:
+            search += [
+                Picture(name, title, caption, to_png(draw(serving))) for name, draw, title, caption in _SERVING_PICTURES
+            ]
         if recovery is None:
             return search
         note = {"frontier": "" if recovery.fp8_was_timed else _NOT_TIMED}

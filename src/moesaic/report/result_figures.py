@@ -1,9 +1,12 @@
 """Pictures of the results: the search's frontier, accuracy, speed, and both together."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moesaic.efficiency import FrontierPoint
 from moesaic.report.drawing import CHILD, MARKERS, PARENT, new_figure, rival_colour, tidy
 from moesaic.report.evidence import Evidence, Solution
 from moesaic.report.findings import (
@@ -139,7 +142,11 @@ def draw_predictions(evidence: Evidence) -> Figure:
 
 def draw_request_frontier(evidence: Evidence) -> Figure:
     """Accuracy against relative request rate for every effort (the paper's Fig. 1)."""
-    points = request_frontier(evidence, *longest_context(evidence))
+    return draw_frontier(request_frontier(evidence, *longest_context(evidence)), evidence.efforts[-1])
+
+
+def draw_frontier(points: Sequence[FrontierPoint], top_effort: str) -> Figure:
+    """Accuracy against request rate relative to the parent at its top effort."""
     figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
     for model, colour in _COLOURS.items():
@@ -157,7 +164,7 @@ def draw_request_frontier(evidence: Evidence) -> Figure:
     ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if 0.7 * min(rates) <= tick <= 1.4 * max(rates)]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.set(
-        xlabel=f"requests per second, relative to the parent at {evidence.efforts[-1]} effort",
+        xlabel=f"requests per second, relative to the parent at {top_effort} effort",
         ylabel="accuracy, mean over tasks [%]",
     )
     return figure

@@ -29,6 +29,10 @@ class Stage:
     """Whether its MLflow run exists from the start, so that its engine can log the curve as it grows."""
     reads_store: bool = False
     """Whether it also takes the store's directory, as ``store``."""
+    reads_registry: bool = False
+    """Whether it also takes the address of the model registry, as ``registry``."""
+    by_manifest: tuple[str, ...] = ()
+    """Inputs of which it takes the manifest as it is; their files stay in the store."""
 
     @property
     def run(self) -> Callable[..., Metrics]:
@@ -116,7 +120,15 @@ STAGES = {
             lists=("evaluations_policies",),
             outputs=("recovery",),
         ),
+        Stage(
+            "export_engine",
+            configs.ExportEngineConfig,
+            ("child",),
+            outputs=("bundle",),
+            makes_weights=True,
+        ),
         Stage("benchmark", configs.BenchmarkConfig, ("parent", "child"), outputs=("measurements",)),
+        Stage("benchmark_serving", configs.BenchmarkServingConfig, ("parent", "child"), outputs=("serving",)),
         Stage(
             "report",
             configs.ReportConfig,
@@ -130,9 +142,19 @@ STAGES = {
                 "baselines",
                 "measurements",
             ),
-            optional=("recovery", "recovery_baseline", "evaluation_parent_fp8", "measurements_baseline"),
+            optional=("recovery", "recovery_baseline", "evaluation_parent_fp8", "measurements_baseline", "serving"),
             lists=("baselines",),
             outputs=("report",),
+        ),
+        Stage(
+            "promote",
+            configs.PromoteConfig,
+            ("child", "report"),
+            optional=("bundle",),
+            outputs=("promotion",),
+            reads_store=True,
+            reads_registry=True,
+            by_manifest=("child", "bundle"),
         ),
     )
 }

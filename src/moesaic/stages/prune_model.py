@@ -1,10 +1,8 @@
-"""Assemble a child checkpoint from its parent, a ranking and an architecture; one layer is in memory at a time."""
+"""Assemble a child checkpoint from its parent, a ranking and an architecture: ranges of the parent's files, copied."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from moesaic import gpt_oss
 from moesaic.architecture import Architecture, Block
@@ -13,6 +11,7 @@ from moesaic.configs import PruneModelConfig
 from moesaic.errors import ConfigError
 from moesaic.progress import track
 from moesaic.pruning import kept_experts, prune_layer
+from moesaic.shards import StoredTensor
 from moesaic.stages.payloads import read_json, read_orders
 
 PRUNING = "pruning.json"
@@ -71,8 +70,8 @@ def _read_candidate(path: Path, name: str) -> Architecture:
     return Architecture.of(Block.from_config(entry) for entry in found["candidates"][name]["blocks"])
 
 
-def _shards(parent: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
+def _shards(parent: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    yield "model-outer", {name: parent.stored(name) for name in gpt_oss.outer_specs(parent.shape)}
     for layer in track(range(parent.num_layers), parent.num_layers, "pruning layers"):
-        tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
+        tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
         yield from layer_shards(layer, prune_layer(tensors, kept[layer]))

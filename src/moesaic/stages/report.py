@@ -11,6 +11,7 @@ from moesaic.report.findings import summarize
 from moesaic.report.page import draw_pictures, render_page
 from moesaic.report.recovery import RecoveryEvidence, read_recovery
 from moesaic.report.recovery_findings import summarize_recovery
+from moesaic.report.serving import read_serving, summarize_serving
 from moesaic.stages.payloads import read_json, read_text
 
 
@@ -29,10 +30,11 @@ def run(
     recovery_baseline: Path | None = None,
     evaluation_parent_fp8: Path | None = None,
     measurements_baseline: Path | None = None,
+    serving: Path | None = None,
     output: Path,
     scratch: Path,
 ) -> dict[str, float]:
-    """Write ``report.html``, one PNG per picture and ``summary.json``; about recovery too, if there was one."""
+    """Write ``report.html``, one PNG per picture and ``summary.json``; about recovery and serving too, if given."""
     evidence = read_evidence(
         ranking=read_json(ranking / "ranking.json"),
         scores=read_json(scores / "scores.json"),
@@ -49,7 +51,11 @@ def run(
         others = recovery_baseline, evaluation_parent_fp8, measurements_baseline
         recovered = _read_recovery(evidence, recovery, *others)
         summary["recovery"] = summarize_recovery(recovered)
-    pictures = draw_pictures(evidence, recovered)
+    served = None
+    if serving is not None:
+        served = read_serving(read_json(serving / "measurements.json"), evidence, recovered)
+        summary["serving"] = summarize_serving(served)
+    pictures = draw_pictures(evidence, recovered, served)
     page = render_page(config.title, evidence, summary, pictures)
     for picture in pictures:
         (output / f"{picture.name}.png").write_bytes(picture.png)
@@ -93,6 +99,9 @@ def _metrics(summary: dict[str, Any]) -> dict[str, float]:
     metrics |= _per_effort("retention", retained)
     for context, found in summary["throughput"].items():
         metrics[f"speedup_{context.replace('/', '_')}"] = found["best"]["ratio"]
+    if serving := summary.get("serving"):
+        metrics["served_request_efficiency"] = serving["request_efficiency"]["best"]
+        metrics |= {f"served_speedup_{name}": found["ratio"] for name, found in serving["tokens_per_s"].items()}
     return metrics
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moesaic.errors import ArtifactError, ConfigError
 from moesaic.store.manifest import FileEntry, Kind, Manifest
-from moesaic.store.root import DirectoryRoot, Root, explained_disk_full, file_digest, object_key
+from moesaic.store.root import DirectoryRoot, Root, explained_disk_full, object_key
 from moesaic.store.s3_options import SCHEME, S3Options, cache_directory
 
 Address = Path | str
@@ -76,7 +76,7 @@ class Store:
         files = {path.relative_to(directory).as_posix(): path for path in _visible_files(directory)}
         if not files:
             raise ArtifactError(f"{directory} holds no files to add as a {kind}")
-        entries = tuple(self._add_file(name, files[name], move) for name in sorted(files))
+        entries = self._add_files(dict(sorted(files.items())), move)
         manifest = Manifest(
             kind=kind, format=format, producer=producer, parents=parents, config_digest=config_digest, files=entries
         )
@@ -86,13 +86,12 @@ class Store:
         """Add one file under its own name and commit its manifest."""
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file; give the file of a {kind}")
-        entry = self._add_file(path.name, path, move=False)
-        return self.commit(Manifest(kind=kind, format=format, producer=producer, files=(entry,)))
+        entries = self._add_files({path.name: path}, move=False)
+        return self.commit(Manifest(kind=kind, format=format, producer=producer, files=entries))
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Make a manifest visible, once all of its objects are here."""
-        for entry in manifest.files:
-            self.check_object(entry)
+        self._check_objects(manifest)
         key = _manifest_key(manifest.id)
         if self.root.size(key) is None:
             self.root.write(key, manifest.to_json().encode())
@@ -125,12 +124,11 @@ class Store:
         Raises:
             ArtifactError: if an object is missing or damaged.
         """
-        for entry in manifest.files:
-            self.check_object(entry)
-            self._local_file(entry, verify)
+        self._check_objects(manifest)
+        files = self.root.local_files({entry.sha256: entry.size_bytes for entry in manifest.files}, verify=verify)
         tree = self.directory / "trees" / manifest.id
-        if not _is_complete(tree, manifest):
-            self._build_tree(tree, manifest)
+        if not _is_complete(tree, manifest, files):
+            self._build_tree(tree, manifest, files)
         return tree
 
     def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
@@ -147,25 +145,25 @@ class Store:
             raise self._broken(entry, f"ends before byte {start + length}")
         return content
 
-    def check_object(self, entry: FileEntry) -> None:
-        """Raise an ArtifactError unless the entry's object is here, with its size."""
-        size = self.root.size(object_key(entry.sha256))
+    def check_object(self, entry: FileEntry, size: int | None) -> None:
+        """Raise an ArtifactError unless ``size``, that of the entry's object in the root, is what it should be."""
         if size is None:
             raise self._broken(entry, "is missing")
         if size != entry.size_bytes:
             raise self._broken(entry, f"has {size} bytes instead of {entry.size_bytes}")
 
-    def _add_file(self, name: str, path: Path, move: bool) -> FileEntry:
-        entry = FileEntry(path=name, size_bytes=path.stat().st_size, sha256=file_digest(path))
-        key = object_key(entry.sha256)
-        if self.root.size(key) == entry.size_bytes:
-            self.root.renew(key)
-        else:
-            self.root.put_file(key, path, entry.sha256, move=move)
-        return entry
+    def _check_objects(self, manifest: Manifest) -> None:
+        sizes = self.root.sizes([object_key(entry.sha256) for entry in manifest.files])
+        for entry, size in zip(manifest.files, sizes, strict=True):
+            self.check_object(entry, size)
 
-    def _local_file(self, entry: FileEntry, verify: bool = False) -> Path:
-        return self.root.local_file(object_key(entry.sha256), entry.sha256, verify=verify)
+    def _add_files(self, files: Mapping[str, Path], move: bool) -> tuple[FileEntry, ...]:
+        sizes = [path.stat().st_size for path in files.values()]
+        digests = self.root.put_files(list(files.values()), move=move)
+        return tuple(
+            FileEntry(path=name, size_bytes=size, sha256=digest)
+            for name, size, digest in zip(files, sizes, digests, strict=True)
+        )
 
     def _broken(self, entry: FileEntry, problem: str) -> ArtifactError:
         return ArtifactError(
@@ -173,15 +171,15 @@ class Store:
             "remove it and add its model or data set again"
         )
 
-    def _build_tree(self, tree: Path, manifest: Manifest) -> None:
+    def _build_tree(self, tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
         partial = tree.with_name(f".{tree.name}.{uuid.uuid4().hex}")
         try:
             with explained_disk_full(self.directory):
                 for entry in manifest.files:
                     place = partial / entry.path
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    _link(self._local_file(entry), place)
-                _put_in_place(partial, tree, manifest)
+                    _link(files[entry.sha256], place)
+                _put_in_place(partial, tree, manifest, files)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -198,9 +196,10 @@ def _visible_files(directory: Path) -> list[Path]:
     return found
 
 
-def _is_complete(tree: Path, manifest: Manifest) -> bool:
-    sizes: Mapping[Path, int] = {tree / entry.path: entry.size_bytes for entry in manifest.files}
-    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+def _is_complete(tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> bool:
+    """Whether it holds the very files; a damaged one that was fetched again has another inode."""
+    pairs = [(tree / entry.path, files[entry.sha256]) for entry in manifest.files]
+    return all(path.is_file() and path.samefile(file) for path, file in pairs)
 
 
 def _link(source: Path, place: Path) -> None:
@@ -210,12 +209,12 @@ def _link(source: Path, place: Path) -> None:
         place.symlink_to(source.resolve())
 
 
-def _put_in_place(partial: Path, tree: Path, manifest: Manifest) -> None:
+def _put_in_place(partial: Path, tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
     """Rename ``partial`` to ``tree``; another writer's equal tree is kept, a damaged one replaced."""
     try:
         partial.rename(tree)
     except OSError:
-        if _is_complete(tree, manifest):
+        if _is_complete(tree, manifest, files):
             return
         tree.rename(tree.with_name(f".{tree.name}.damaged-{uuid.uuid4().hex}"))
         partial.rename(tree)

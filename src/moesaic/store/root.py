@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,9 @@ class Root(Protocol):
     def size(self, key: str) -> int | None:
         """Bytes of the object, None if there is none."""
 
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """The sizes of several objects."""
+
     def read(self, key: str) -> bytes:
         """A small object's content; FileNotFoundError if there is none."""
 
@@ -48,21 +51,22 @@ class Root(Protocol):
     def write(self, key: str, content: bytes) -> None:
         """Store a small object, whole or not at all; where the key is taken, an object store keeps what it has."""
 
-    def put_file(self, key: str, source: Path, sha256: str, *, move: bool) -> None:
-        """Store a file of that digest, whole or not at all; ``move`` allows to consume it.
+    def put_files(self, sources: Sequence[Path], *, move: bool) -> list[str]:
+        """Store files as objects, each whole or not at all, but for those that are here; returns their SHA-256.
+
+        ``move`` allows to consume the files.
 
         Raises:
-            ArtifactError: if the file is found to have another digest by now.
+            ArtifactError: if a file is found to change meanwhile.
         """
 
-    def renew(self, key: str) -> None:
-        """Note that a writer relies on an object that is here already, where that can be noted."""
+    def local_files(self, sizes: Mapping[str, int], *, verify: bool = False) -> dict[str, Path]:
+        """Files with the content of objects, by SHA-256, of which also the sizes are given; nobody may write to them.
 
-    def local_file(self, key: str, sha256: str, *, verify: bool = False) -> Path:
-        """A file with the object's content, fetched first where the root is remote; nobody may write to it.
+        Where the root is remote they are fetched first.
 
         Raises:
-            ArtifactError: if the object is damaged; always checked after fetching, else only with ``verify``.
+            ArtifactError: if an object is damaged; always checked after fetching, else only with ``verify``.
         """
 
     def items(self, prefix: str) -> Iterable[Item]:
@@ -93,6 +97,10 @@ class DirectoryRoot:
         except FileNotFoundError:
             return None
 
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """See :class:`Root`."""
+        return [self.size(key) for key in keys]
+
     def read(self, key: str) -> bytes:
         """See :class:`Root`."""
         return self._path(key).read_bytes()
@@ -112,26 +120,16 @@ class DirectoryRoot:
         with self._arriving(key) as partial:
             partial.write_bytes(content)
 
-    def put_file(self, key: str, source: Path, sha256: str, *, move: bool) -> None:
-        """See :class:`Root`."""
-        with self._arriving(key) as partial:
-            if move:
-                shutil.move(source, partial)
-                return
-            shutil.copyfile(source, partial)
-            if file_digest(partial) != sha256:
-                raise changed_while_added(source)
+    def put_files(self, sources: Sequence[Path], *, move: bool) -> list[str]:
+        """See :class:`Root`; an object that is here already becomes young again, for a writer relies on it."""
+        return [self._put_file(source, move) for source in sources]
 
-    def renew(self, key: str) -> None:
+    def local_files(self, sizes: Mapping[str, int], *, verify: bool = False) -> dict[str, Path]:
         """See :class:`Root`."""
-        os.utime(self._path(key))
-
-    def local_file(self, key: str, sha256: str, *, verify: bool = False) -> Path:
-        """See :class:`Root`."""
-        path = self._path(key)
-        if verify and file_digest(path) != sha256:
-            raise damaged(key, self.address)
-        return path
+        for sha256 in sizes:
+            if verify and self.digest(object_key(sha256)) != sha256:
+                raise damaged(object_key(sha256), self.address)
+        return {sha256: self._path(object_key(sha256)) for sha256 in sizes}
 
     def items(self, prefix: str) -> Iterator[Item]:
         """See :class:`Root`."""
@@ -144,6 +142,21 @@ class DirectoryRoot:
     def delete(self, item: Item) -> None:
         """See :class:`Root`."""
         self._path(item.key).unlink(missing_ok=True)
+
+    def _put_file(self, source: Path, move: bool) -> str:
+        size_bytes, sha256 = source.stat().st_size, file_digest(source)
+        key = object_key(sha256)
+        if self.size(key) == size_bytes:
+            os.utime(self._path(key))
+            return sha256
+        with self._arriving(key) as partial:
+            if move:
+                shutil.move(source, partial)
+                return sha256
+            shutil.copyfile(source, partial)
+            if file_digest(partial) != sha256:
+                raise changed_while_added(source)
+        return sha256
 
     def _path(self, key: str) -> Path:
         return self.directory / key

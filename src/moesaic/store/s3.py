@@ -6,8 +6,10 @@ Finding out whether a key exists needs the right to list the bucket.
 
 import base64
 import hashlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from moesaic.errors import ConfigError, StageError
-from moesaic.store.root import Item, file_digest
-from moesaic.store.s3_download import Reader
+from moesaic.progress import count_bytes
+from moesaic.store.lanes import Lanes
+from moesaic.store.root import Item, file_digest, object_key
+from moesaic.store.s3_download import Reader, check_space
 from moesaic.store.s3_errors import error_code, explained_failures, missing_bucket, status_of
 from moesaic.store.s3_options import S3Options, split_address
-from moesaic.store.s3_upload import Upload, UploadLostError
+from moesaic.store.s3_upload import Source, Upload, UploadLostError
 
 _UPLOAD_ROUNDS = 3
 """How often an upload starts again because somebody else ended it."""
@@ -58,6 +62,11 @@ class S3Root:
                 if status_of(failure) == 404:
                     return None
                 raise
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """See :class:`Root`."""
+        with Lanes(self.options.connections) as lanes:
+            return lanes.each(self.size, keys)
 
     def read(self, key: str) -> bytes:
         """See :class:`Root`."""
@@ -99,37 +108,26 @@ class S3Root:
             time.sleep(self.options.retry_delay_s)  # Another writer of this key has begun, and may yet fail.
         raise StageError(f"writes of {key} to {self.address} were in conflict with others again and again; run again")
 
-    def put_file(self, key: str, source: Path, sha256: str, *, move: bool) -> None:
+    def put_files(self, sources: Sequence[Path], *, move: bool) -> list[str]:
         """See :class:`Root`; a moved file goes on into the cache, where the next stage finds it."""
-        size_bytes = source.stat().st_size
-        for _ in range(_UPLOAD_ROUNDS):
-            try:
-                with explained_failures(self.address):
-                    Upload(self.client, self.bucket, self._full(key), source, sha256, self.options).run()
-                break
-            except UploadLostError:
-                if self.size(key) == size_bytes:
-                    break
-        else:
-            raise StageError(f"uploads of {key} to {self.address} were ended by others again and again; run again")
-        if move:
-            self._keep(source, self.cache / key)
+        with self._lanes("to", sum(source.stat().st_size for source in sources)) as lanes:
+            return lanes.each(lambda source: self._put_file(source, move, lanes), sources)
 
-    def renew(self, key: str) -> None:
-        """See :class:`Root`: an object in S3 cannot be renewed without writing it anew."""
+    def local_files(self, sizes: Mapping[str, int], *, verify: bool = False) -> dict[str, Path]:
+        """See :class:`Root`; a damaged file in the cache is fetched again.
 
-    def local_file(self, key: str, sha256: str, *, verify: bool = False) -> Path:
-        """See :class:`Root`; a damaged file in the cache is fetched again."""
-        cached = self.cache / key
-        if cached.exists() and verify and file_digest(cached) != sha256:
-            cached.unlink()
-        if not cached.exists():
-            size_bytes = self.size(key)
-            if size_bytes is None:
-                raise FileNotFoundError(key)
-            with explained_failures(self.address):
-                self._reader.fetch(self._full(key), size_bytes, sha256, cached, self.address)
-        return cached
+        Nobody waits until the cache's disk has taken what was fetched, so all is checked again once the machine has
+        been started anew: its power may have failed.
+        """
+        files = {sha256: self.cache / object_key(sha256) for sha256 in sizes}
+        missing = [sha256 for sha256, file in files.items() if not file.exists()]
+        doubtful = [sha256 for sha256, file in files.items() if file.exists() and (verify or _is_older_than_boot(file))]
+        check_space(self.cache, {files[sha256]: sizes[sha256] for sha256 in missing})
+        with self._lanes("from", sum(sizes[sha256] for sha256 in missing)) as lanes:
+            lanes.each(lambda sha256: _drop_if_damaged(files[sha256], sha256), doubtful)
+            wanted = [sha256 for sha256, file in files.items() if not file.exists()]
+            lanes.each(lambda sha256: self._fetch(sha256, sizes[sha256], lanes), wanted)
+        return files
 
     def items(self, prefix: str) -> Iterator[Item]:
         """See :class:`Root`."""
@@ -162,6 +160,44 @@ class S3Root:
             except ClientError as failure:
                 if error_code(failure) != "NoSuchUpload":
                     raise
+
+    @contextmanager
+    def _lanes(self, way: str, size_bytes: int) -> Iterator[Lanes]:
+        with (
+            count_bytes(size_bytes, f"{way} {self.address}") as moved,
+            Lanes(self.options.connections, moved) as lanes,
+        ):
+            yield lanes
+
+    def _put_file(self, path: Path, move: bool, lanes: Lanes) -> str:
+        with lanes.hashing:
+            source = Source.measure(path, self.options.part_bytes)
+        key = object_key(source.sha256)
+        with lanes.turn(key):
+            if self.size(key) == source.size_bytes:
+                lanes.moved(source.size_bytes)
+                return source.sha256
+            self._upload(key, source, lanes)
+        if move:
+            self._keep(path, self.cache / key)
+        return source.sha256
+
+    def _upload(self, key: str, source: Source, lanes: Lanes) -> None:
+        upload = Upload(self.client, self.bucket, self._full(key), source, self.options, lanes)
+        for _ in range(_UPLOAD_ROUNDS):
+            try:
+                with explained_failures(self.address):
+                    upload.run()
+                return
+            except UploadLostError:
+                if self.size(key) == source.size_bytes:
+                    return
+        raise StageError(f"uploads of {key} to {self.address} were ended by others again and again; run again")
+
+    def _fetch(self, sha256: str, size_bytes: int, lanes: Lanes) -> None:
+        key = object_key(sha256)
+        with explained_failures(self.address):
+            self._reader.fetch(self._full(key), size_bytes, sha256, self.cache / key, self.address, lanes)
 
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
@@ -211,19 +247,30 @@ class S3Root:
             source.unlink()
 
 
+def _is_older_than_boot(file: Path) -> bool:
+    return file.stat().st_ctime < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _drop_if_damaged(file: Path, sha256: str) -> None:
+    if file_digest(file) == sha256:
+        os.utime(file)  # Younger than the boot now.
+    else:
+        file.unlink()
+
+
 def _connect(options: S3Options) -> Any:
     """A client that leaves checksums to us: SHA-256 on everything stored, and checked on everything fetched."""
     config = Config(
         connect_timeout=min(10.0, options.timeout_s),
         read_timeout=options.timeout_s,
-        max_pool_connections=options.connections + 2,
+        max_pool_connections=2 * options.connections,
         retries={"mode": "standard", "total_max_attempts": options.attempts},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={
             "addressing_style": "path" if options.path_style else "auto",
-            # Over TLS the signed checksum of each part says enough; signing the body too would hash it once more.
-            "payload_signing_enabled": options.is_plain_http,
+            # The checksum of what is stored is signed already; signing the body too would hash it once more.
+            "payload_signing_enabled": False,
         },
     )
     try:

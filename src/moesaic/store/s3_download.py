@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
 from moesaic.errors import StageError
-from moesaic.store.bounded import run_bounded
+from moesaic.store.lanes import Lanes
 from moesaic.store.root import damaged, explained_disk_full
 from moesaic.store.s3_errors import error_code
 from moesaic.store.s3_options import S3Options
@@ -77,7 +77,7 @@ class Reader:
                 self._wait(attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    def fetch(self, key: str, size_bytes: int, sha256: str, target: Path, address: str) -> None:
+    def fetch(self, key: str, size_bytes: int, sha256: str, target: Path, address: str, lanes: Lanes) -> None:
         """Make ``target`` a read-only file with the object's content; it appears whole or not at all.
 
         Raises:
@@ -85,25 +85,23 @@ class Reader:
             StageError: if the disk is full.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
+        partial = _partial(target)
         with _locked(partial) as descriptor, explained_disk_full(target.parent):
             if target.exists():  # Another process has fetched it meanwhile.
                 partial.unlink()
                 return
-            _check_space(target.parent, size_bytes - os.fstat(descriptor).st_blocks * 512)
-            if not self._fill(descriptor, key, self._layout(key, size_bytes, sha256), sha256):
+            if not self._fill(descriptor, key, self._layout(key, size_bytes, sha256), sha256, lanes):
                 partial.unlink()
                 raise damaged(key, address)
-            os.fsync(descriptor)
             partial.chmod(0o444)
             partial.replace(target)
 
-    def _fill(self, descriptor: int, key: str, parts: list[_Part], sha256: str) -> bool:
+    def _fill(self, descriptor: int, key: str, parts: list[_Part], sha256: str, lanes: Lanes) -> bool:
         """Fetch the parts that the file lacks until the whole has its digest; False if it never does."""
         wanted = _unlike(descriptor, parts)
         os.truncate(descriptor, parts[-1].stop if parts else 0)
         for _ in range(_ROUNDS):
-            if self._fetch_parts(descriptor, key, parts, frozenset(wanted)) == sha256:
+            if self._fetch_parts(descriptor, key, parts, frozenset(wanted), lanes) == sha256:
                 return True
             wanted = _unlike(descriptor, parts)
         return False
@@ -119,7 +117,9 @@ class Reader:
         finally:
             body.close()
 
-    def _fetch_parts(self, descriptor: int, key: str, parts: list[_Part], wanted: frozenset[_Part]) -> str:
+    def _fetch_parts(
+        self, descriptor: int, key: str, parts: list[_Part], wanted: frozenset[_Part], lanes: Lanes
+    ) -> str:
         """Fetch the parts wanted; returns the digest of the whole file, as it is on disk then."""
         whole = hashlib.sha256()
 
@@ -130,16 +130,13 @@ class Reader:
                 nonlocal offset
                 _write_at(descriptor, chunk, offset)
                 offset += len(chunk)
+                lanes.moved(len(chunk))
 
             if part in wanted:
                 self.stream(key, part.start, part.stop, take)
             return part
 
-        def hash_part(part: _Part) -> None:
-            for chunk in _chunks_of(descriptor, part):
-                whole.update(chunk)
-
-        run_bounded(fetch, parts, self.options.connections, hash_part)
+        lanes.parts(fetch, parts, lambda part: _hash_range(whole, descriptor, part))
         return whole.hexdigest()
 
     def _layout(self, key: str, size_bytes: int, sha256: str) -> list[_Part]:
@@ -200,14 +197,15 @@ def _unlike(descriptor: int, parts: list[_Part]) -> list[_Part]:
 
 def _range_digest(descriptor: int, part: _Part) -> str:
     digest = hashlib.sha256()
-    for chunk in _chunks_of(descriptor, part):
-        digest.update(chunk)
+    _hash_range(digest, descriptor, part)
     return digest.hexdigest()
 
 
-def _chunks_of(descriptor: int, part: _Part) -> Iterator[bytes]:
-    for offset in range(part.start, part.stop, _CHUNK_BYTES):
-        yield os.pread(descriptor, min(_CHUNK_BYTES, part.stop - offset), offset)
+def _hash_range(digest: "hashlib._Hash", descriptor: int, part: _Part) -> None:
+    room, offset = memoryview(bytearray(_CHUNK_BYTES)), part.start
+    while num_bytes := os.preadv(descriptor, [room[: part.stop - offset]], offset):
+        digest.update(room[:num_bytes])
+        offset += num_bytes
 
 
 def _write_at(descriptor: int, content: bytes, offset: int) -> None:
@@ -217,10 +215,24 @@ def _write_at(descriptor: int, content: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _check_space(directory: Path, needed_bytes: int) -> None:
+def check_space(directory: Path, sizes: Mapping[Path, int]) -> None:
+    """Raise a StageError if the disk of ``directory`` has no room for what these targets of ``fetch`` lack."""
+    directory.mkdir(parents=True, exist_ok=True)
+    needed_bytes = sum(size - _fetched_bytes(target) for target, size in sizes.items())
     free_bytes = shutil.disk_usage(directory).free
     if needed_bytes > free_bytes:
         raise StageError(
             f"{directory} has {free_bytes / 2**30:.1f} GiB free and {needed_bytes / 2**30:.1f} GiB more are needed; "
             "free space there, or let MOESAIC_CACHE name a directory on a larger disk"
         )
+
+
+def _fetched_bytes(target: Path) -> int:
+    try:
+        return _partial(target).stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")

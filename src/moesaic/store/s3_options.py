@@ -26,7 +26,7 @@ class S3Options:
     part_bytes: int = 64 * 2**20
     """Size of a part; objects of 10 000 parts and more get larger ones."""
     connections: int = 8
-    """Parts under way at once. An upload holds at most one part more than that in memory."""
+    """Parts under way at once, of all files together. A transfer holds no more than that in memory."""
     attempts: int = 5
     """How often a request, and a part whose download breaks off, is tried before giving up."""
     retry_delay_s: float = 1.0
@@ -51,11 +51,6 @@ class S3Options:
     def encryption(self) -> dict[str, str]:
         """The arguments of requests that make objects."""
         return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key} if self.kms_key else {}
-
-    @property
-    def is_plain_http(self) -> bool:
-        """Whether nothing but the requests' own signatures protects what is sent."""
-        return (self.endpoint_url or "").startswith("http://")
 
 
 def split_address(address: str) -> tuple[str, str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.errors import ArtifactError
-from moesaic.store.bounded import run_bounded
 from moesaic.store.content import Store
+from moesaic.store.lanes import Lanes
 from moesaic.store.manifest import FileEntry, Manifest
 from moesaic.store.root import Item, object_key
 
@@ -39,7 +39,8 @@ class Garbage:
 def verify(store: Store, manifests: Iterable[Manifest]) -> list[str]:
     """Read every object of the manifests, each once, and recompute its digest. Returns what is wrong, in words."""
     entries = {entry.sha256: entry for manifest in manifests for entry in manifest.files}
-    found = run_bounded(lambda entry: _problem(store, entry), entries.values(), _VERIFIERS)
+    with Lanes(_VERIFIERS) as lanes:
+        found = lanes.each(lambda entry: _problem(store, entry), entries.values())
     return [problem for problem in found if problem]
 
 
@@ -79,7 +80,7 @@ def delete(store: Store, garbage: Garbage) -> None:
 
 def _problem(store: Store, entry: FileEntry) -> str | None:
     try:
-        store.check_object(entry)
+        store.check_object(entry, store.root.size(object_key(entry.sha256)))
         if store.root.digest(object_key(entry.sha256)) == entry.sha256:
             return None
     except (ArtifactError, FileNotFoundError) as failure:

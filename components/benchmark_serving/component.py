@@ -1,0 +1,26 @@
+"""Kubeflow component of the stage `benchmark_serving`."""
+
+from kfp import dsl
+from kfp.dsl import Artifact, Input, Metrics, Model, Output
+
+from components import images
+
+
+@dsl.component(base_image=images.SERVE, install_kfp_package=False)
+def benchmark_serving(
+    config: str,
+    version: str,
+    parent: Input[Model],
+    child: Input[Model],
+    serving: Output[Artifact],
+    metrics: Output[Metrics],
+):
+    """Sweep over parent and child through an OpenAI-compatible server of each, in turns."""
+    from moesaic.runtime import run_stage
+
+    run_stage(
+        "benchmark_serving",
+        config,
+        inputs={"parent": parent, "child": child},
+        outputs={"serving": serving, "metrics": metrics},
+    )

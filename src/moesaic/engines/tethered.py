@@ -1,0 +1,65 @@
+"""Child processes that end with this one, however it ends, and whose output is kept in a file.
+
+The child asks the kernel for a signal at its parent's death before it becomes the program that was asked for, so that
+a killed stage leaves no server behind that holds the device.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_SHOWN_LINES = 20
+_STOP_WITHIN_S = 40.0
+_SET_PARENT_DEATH_SIGNAL = 1
+_TETHER = (
+    "import ctypes, os, sys; "
+    f"ctypes.CDLL(None).prctl({_SET_PARENT_DEATH_SIGNAL}, {signal.SIGTERM.value}); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+@contextmanager
+def tethered(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a command for as long as the block lasts; what it prints is appended to the log.
+
+    Args:
+        command: program and arguments.
+        log: its output and errors.
+        environment: of the command.
+    """
+    with log.open("ab") as target:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _TETHER, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=target,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, indented, for a message."""
+    lines = log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
+    return f"{log} ends with:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Ask, wait, then kill it with all its descendants, which share its session."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_WITHIN_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

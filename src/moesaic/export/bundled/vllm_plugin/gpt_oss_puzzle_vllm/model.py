@@ -1,0 +1,143 @@
+"""A gpt-oss child in vLLM: the engine's own gpt-oss layers, each built from its own block.
+
+Four things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number of experts, its
+attention has its own window instead of one on every even layer, its weights are loaded with its own number of experts,
+and the scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word.
+
+Written to vLLM 0.33.0 (``vllm.model_executor.models.gpt_oss``). vLLM 0.33.0 itself built and loaded it on a CPU, with
+the choice of expert kernels overridden, since it has none for MXFP4 there; it was never run on a GPU.
+"""
+
+import copy
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.gpt_oss import GptOssForCausalLM, GptOssModel, OAIAttention, TransformerBlock
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index, maybe_prefix
+from vllm.v1.attention.backend import AttentionType
+
+
+class KvScales(QuantizationConfig):
+    """A quantisation of attention alone: it lets the checkpoint's scales of K and V be loaded and kept."""
+
+    def get_name(self) -> str:
+        """A name that is no other's."""
+        return "gpt_oss_puzzle_kv"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Any."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """As for MXFP4."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """It has none."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "KvScales":
+        """There is nothing to configure."""
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """Scales of the KV cache, to be loaded."""
+        return BaseKVCacheMethod(self)
+
+
+class GptOssPuzzleAttention(OAIAttention):
+    """Attention with its own window (None: full)."""
+
+    def _build_attention(self, config: Any, cache_config: Any, quant_config: Any, prefix: str) -> nn.Module:
+        attention: nn.Module = Attention(
+            self.num_local_attention_heads,
+            self.head_dim,
+            self.scaling,
+            num_kv_heads=self.num_local_key_value_heads,
+            cache_config=cache_config,
+            quant_config=KvScales(),
+            per_layer_sliding_window=config.sliding_window,
+            attn_type=AttentionType.DECODER,
+            prefix=f"{prefix}.attn",
+            sinks=self.sinks,
+        )
+        return attention
+
+
+class GptOssPuzzleBlock(TransformerBlock):
+    """One layer, with its own experts and window."""
+
+    attention_cls = GptOssPuzzleAttention
+
+    def __init__(self, vllm_config: VllmConfig, quant_config: Any, prefix: str = "") -> None:
+        view = copy.copy(vllm_config)
+        view.model_config = copy.copy(vllm_config.model_config)
+        whole = vllm_config.model_config.hf_config
+        view.model_config.hf_config = whole.get_gpt_oss_config_for_layer(extract_layer_index(prefix))
+        super().__init__(view, quant_config, prefix)
+
+
+class GptOssPuzzleModel(GptOssModel):
+    """Embedding, layers and final norm."""
+
+    block_cls = GptOssPuzzleBlock
+    config: Any
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load layer by layer: the engine's loader reads the number of experts from ``self.config``."""
+        whole, loaded = self.config, set[str]()
+        try:
+            for layer, part in groupby(weights, key=lambda named: _layer_of(named[0])):
+                self.config = whole if layer is None else whole.get_gpt_oss_config_for_layer(layer)
+                loaded |= super().load_weights(part)
+        finally:
+            self.config = whole
+        return loaded
+
+
+def _layer_of(name: str) -> int | None:
+    found = re.match(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+class GptOssPuzzleForCausalLM(GptOssForCausalLM):
+    """A child with its output head."""
+
+    hf_to_vllm_mapper = GptOssForCausalLM.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_regex={re.compile(r"\.self_attn\.([kv])_scale$"): r".self_attn.attn.\1_scale"}
+    )
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
+        nn.Module.__init__(self)  # the engine's own __init__ would build layers that are all alike
+        self.vllm_config = vllm_config
+        self.config = vllm_config.model_config.hf_config
+        _check(self.config, vllm_config.parallel_config)
+        self.model = GptOssPuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+
+def _check(config: Any, parallel: Any) -> None:
+    """Every rank of expert parallelism must get the same number of a layer's experts."""
+    if not parallel.enable_expert_parallel:
+        return
+    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    counts = {block["num_local_experts"] for block in config.block_configs}
+    if uneven := sorted(count for count in counts if count % num_ranks):
+        raise ValueError(f"{num_ranks} expert-parallel ranks do not divide the {uneven[0]} experts of some layers")
