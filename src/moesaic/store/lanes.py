@@ -31,14 +31,22 @@ class Lanes:
         self._parts = ThreadPoolExecutor(num_lanes)
         self.hashing = threading.Semaphore(_HASHERS)
         self._turns: dict[str, threading.Lock] = {}
+        self._failure: BaseException | None = None
 
     def each(self, function: Callable[[Job], Result], files: Iterable[Job]) -> list[Result]:
         """Apply ``function`` to every file, as many at once as there are lanes; the first failure ends it."""
-        futures = [self._files.submit(function, file) for file in files]
+
+        def run(file: Job) -> Result:
+            try:
+                return function(file)
+            except BaseException as failure:
+                self._failure = self._failure or failure
+                raise
+
+        futures = [self._files.submit(run, file) for file in files]
         wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            if future.done() and not future.cancelled() and (failure := future.exception()):
-                raise failure
+        if self._failure is not None:
+            raise self._failure
         return [future.result() for future in futures]
 
     def parts(
@@ -51,7 +59,7 @@ class Lanes:
         failed = threading.Event()
 
         def run(part: Job) -> Result:
-            if failed.is_set():
+            if failed.is_set() or self._failure is not None:
                 raise CancelledError
             try:
                 return function(part)
