@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := build/tools
 
 .DEFAULT_GOAL := help
-.PHONY: setup check test demo parent compile report build-images test-images help
+.PHONY: setup check test demo parent compile report build-images test-images sbom audit help
 
 setup: $(STAMP) ## make .venv with exactly the pinned packages (done once; again when the pins change)
 
@@ -45,6 +46,18 @@ build-images: $(STAMP) ## build all images; ENGINE=docker|podman|buildah, REGIST
 
 test-images: $(STAMP) ## build one image for real and run components in it (root; Debian's buildah, crun, mmdebstrap)
 	$(BIN)/python benchmarks/image_build.py
+
+sbom: $(STAMP) $(TOOLS)/.installed ## bills of materials (CycloneDX) of the environment and of each image, in build/sbom
+	$(BIN)/python -m images.inventory sbom --tools $(TOOLS)/bin
+
+audit: $(STAMP) $(TOOLS)/.installed ## look up every pin's known vulnerabilities; SERVICE=pypi|osv, OSV_URL= a server of your own
+	$(BIN)/python -m images.inventory audit --tools $(TOOLS)/bin $(if $(SERVICE),--service $(SERVICE)) \
+		$(if $(OSV_URL),--service osv --osv-url $(OSV_URL))
+
+$(TOOLS)/.installed: images/tools.txt
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --no-deps --requirement images/tools.txt
+	touch $@
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

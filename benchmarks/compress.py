@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,7 +74,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="%(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs/full"), help="directory of the runs (%(default)s)")
     given = parser.parse_args()
-    start = time.monotonic()
     summaries = {seed: compress(given.recipe, seed, given.runs / f"seed-{seed}") for seed in given.seeds}
     reached = {seed: measure_bars(summary["recovery"]) for seed, summary in summaries.items()}
     bars = {
@@ -95,7 +93,6 @@ def main() -> None:
         "command": " ".join(["python benchmarks/compress.py", *sys.argv[1:]]),
         "commit": head.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
-        "wall_s": round(time.monotonic() - start, 1),
         "hardware": describe_hardware(),
         "versions": installed_versions(),
         "bars": bars,

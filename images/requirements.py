@@ -58,8 +58,8 @@ class Runtime:
 
 RUNTIMES = {
     "search": Runtime(("model", "search", "report", "export", "s3"), _TORCH),
-    "train": Runtime(("train", "nemo", "s3"), (*_TORCH, *_COMPILED)),
-    "rl": Runtime(("rl", "s3"), (*_MODELS, "datasets", "math-verify", "mlflow-skinny", "pyyaml")),
+    "train": Runtime(("train", "nemo", "jobs", "s3"), (*_TORCH, *_COMPILED)),
+    "rl": Runtime(("rl", "jobs", "s3"), (*_MODELS, "datasets", "math-verify", "mlflow-skinny", "pyyaml")),
     "serve": Runtime(
         ("export", "serve", "s3"), _MODELS, {"aiperf": ROOT / "src/moesaic/engines/aiperf/constraints.txt"}
     ),

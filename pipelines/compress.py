@@ -1,8 +1,8 @@
-"""The whole method: search, recover, measure, report. With several rounds, prune and distil again before recovering.
+"""The whole method: search, recover, deploy, measure, report, promote. Several rounds prune and distil more than once.
 
     ingest -> generate_traces
            -> [assemble -> distill] for every round but the last
-           -> assemble -> recover -> benchmark -> report
+           -> assemble -> recover -> deploy -> report -> promote
                   +-> the uniformly pruned child -> the same recovery
 
 Every round scores anew, because what a block is worth depends on the blocks around it (paper A's successor prunes in
@@ -20,9 +20,10 @@ from components.generate_traces.component import generate_traces
 from components.ingest.component import ingest
 from components.report.component import report
 from pipelines.assembly import Assembly, AssemblyConfigs, assemble, evaluate_rivals, prune
+from pipelines.deployment import DeploymentConfigs, deploy, put_forward
 from pipelines.recovery import Material, RecoveryConfigs, learn, recover
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 ROUNDS = (1, 2)
 """Numbers of rounds that are compiled and committed."""
 
@@ -31,7 +32,9 @@ class Outputs(NamedTuple):
     """What a run of the pipeline leaves behind."""
 
     child: dsl.Model
+    bundle: dsl.Model
     report: dsl.Artifact
+    promotion: dsl.Artifact
 
 
 def pipeline_name(rounds: int) -> str:
@@ -67,7 +70,10 @@ def compress(rounds: int) -> Any:
         evaluate_fp8_config: str,
         gather_recovery_config: str,
         benchmark_config: str,
+        export_engine_config: str,
+        benchmark_serving_config: str,
         report_config: str,
+        promote_config: str,
     ) -> Outputs:
         """Each ``*_config`` is a stage's config as JSON; ``version`` is the code's, a part of each task's cache key."""
         given = ingest(config=ingest_config, version=version).outputs
@@ -104,6 +110,13 @@ def compress(rounds: int) -> Any:
             gather_recovery=gather_recovery_config,
         )
 
+        deployment = DeploymentConfigs(
+            version=version,
+            export_engine=export_engine_config,
+            benchmark_serving=benchmark_serving_config,
+            promote=promote_config,
+        )
+
         def compare_speed(child: Any) -> Any:
             measured = benchmark(config=benchmark_config, version=version, parent=parent, child=child)
             return measured.outputs["measurements"]
@@ -120,6 +133,7 @@ def compress(rounds: int) -> Any:
         scaled_parent = calibrate_kv(
             config=calibrate_kv_config, version=version, model=parent, calibration=calibration
         ).outputs["calibrated"]
+        deployed = deploy(deployment, scaled_parent, child.child)
         page = report(
             config=report_config,
             version=version,
@@ -135,7 +149,9 @@ def compress(rounds: int) -> Any:
             recovery_baseline=baseline.recovery,
             evaluation_parent_fp8=measure(scaled_parent, evaluate_fp8_config),
             measurements_baseline=compare_speed(uniform),
-        )
-        return Outputs(child=child.child, report=page.outputs["report"])
+            serving=deployed.serving,
+        ).outputs["report"]
+        promotion = put_forward(deployment, child.child, page, deployed.bundle)
+        return Outputs(child=child.child, bundle=deployed.bundle, report=page, promotion=promotion)
 
     return pipeline

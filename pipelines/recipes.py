@@ -6,17 +6,20 @@ from typing import Self
 from moesaic.configs import (
     AverageCheckpointsConfig,
     BenchmarkConfig,
+    BenchmarkServingConfig,
     CalibrateKvConfig,
     Config,
     DistillBlocksConfig,
     DistillConfig,
     EvaluateConfig,
+    ExportEngineConfig,
     GatherRecoveryConfig,
     GenerateTracesConfig,
     IngestConfig,
     Limits,
     MeasureCostsConfig,
     OptimizerConfig,
+    PromoteConfig,
     PruneModelConfig,
     RankExpertsConfig,
     ReinforceConfig,
@@ -25,6 +28,7 @@ from moesaic.configs import (
     ScoreBlocksConfig,
     SearchArchitectureConfig,
     SearchSpace,
+    SweptWorkload,
     Workload,
 )
 
@@ -50,12 +54,16 @@ class Recipe(Config):
     calibrate_kv: CalibrateKvConfig
     evaluate: EvaluateConfig
     benchmark: BenchmarkConfig
+    benchmark_serving: BenchmarkServingConfig
     report: ReportConfig
     prune_model: PruneModelConfig = PruneModelConfig()
     baseline: PruneModelConfig = PruneModelConfig(candidate="uniform")
     """The candidate that gets the same recovery, for comparison."""
     average_checkpoints: AverageCheckpointsConfig = AverageCheckpointsConfig()
     gather_recovery: GatherRecoveryConfig = GatherRecoveryConfig()
+    export_engine: ExportEngineConfig = ExportEngineConfig(target="tensorrt_llm")
+    """Of parent and child alike."""
+    promote: PromoteConfig = PromoteConfig()
     rounds: int = 1
     """Rounds of pruning and distillation before the child is recovered whole."""
 
@@ -70,13 +78,18 @@ class Recipe(Config):
         )
         return self.model_copy(update={**changes, "policies": policies})
 
+    def labelled(self, pipeline: str, recipe: str) -> Self:
+        """The same, with what a model version made by it is to say of itself."""
+        labels = {"pipeline": pipeline, "recipe": recipe}
+        return self.model_copy(update={"promote": self.promote.model_copy(update=labels)})
+
     def arguments(self, ingest: IngestConfig, version: str, parameters: Collection[str]) -> dict[str, str | list[str]]:
         """Values for the parameters that a pipeline has."""
         configs = {name: getattr(self, name) for name in type(self).model_fields if name not in ("policies", "rounds")}
         configs |= {
             "ingest": ingest,
-            "evaluate_fp8_unit": self.evaluate.model_copy(update={"kv_cache": "fp8_unit"}),
-            "evaluate_fp8": self.evaluate.model_copy(update={"kv_cache": "fp8"}),
+            "evaluate_fp8_unit": self.evaluate.with_kv_cache("fp8_unit"),
+            "evaluate_fp8": self.evaluate.with_kv_cache("fp8"),
         }
         values: dict[str, str | list[str]] = {f"{name}_config": config.to_json() for name, config in configs.items()}
         values |= {"version": version, "reinforce_configs": [policy.to_json() for policy in self.policies]}
@@ -122,10 +135,9 @@ def tiny_cpu() -> Recipe:
             "name": "mixed",
             "efforts": ("low", "low", "medium", "high"),
             "min_parent_accuracy": 0.85,
-            "max_parent_accuracy": 0.995,
             "prompts_per_step": 144,
             "rewards": RewardConfig(length=0.2),
-            "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=5, final_learning_rate_ratio=0.3),
+            "optimizer": OptimizerConfig(learning_rate=8e-4, warmup_steps=5, final_learning_rate_ratio=0.3),
             "seed": 1,
         }
     )
@@ -146,11 +158,19 @@ def tiny_cpu() -> Recipe:
         distill=distill,
         earlier_distill=distill.model_copy(update={"steps": 40}),
         policies=(policy, mixed),
-        average_checkpoints=AverageCheckpointsConfig(weights=(1, 2)),
         calibrate_kv=CalibrateKvConfig(max_sequences=64, max_tokens=1024, precision="float32"),
         evaluate=EvaluateConfig(problems_per_task=50, max_new_tokens=128, kv_cache="bf16"),
         benchmark=BenchmarkConfig(batch_sizes=(1, 4, 16), input_tokens=(128, 2048), workloads=(long, short), repeats=3),
+        benchmark_serving=BenchmarkServingConfig(
+            workloads=(
+                SweptWorkload(name="long", input_tokens=2048, output_tokens=64, concurrencies=(1, 4)),
+                SweptWorkload(name="short", input_tokens=128, output_tokens=128, concurrencies=(1, 4)),
+            ),
+            requests_per_user=3,
+            repeats=2,
+        ),
         report=ReportConfig(title="The tiny reasoner, compressed on a CPU"),
+        promote=PromoteConfig(model="tiny-reasoner"),
     )
 
 
@@ -163,7 +183,7 @@ def tiny_cpu_full() -> Recipe:
             "distill": demo.distill.model_copy(update={"steps": 200}),
             "policies": (
                 demo.policies[0],
-                demo.policies[1].model_copy(update={"steps": 70}),
+                demo.policies[1].model_copy(update={"steps": 60}),
             ),
             "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
             "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
@@ -218,6 +238,7 @@ def gpt_oss_120b_h100x8() -> Recipe:
         search,
         search.model_copy(update={"limits": earlier, "max_experts_ratio": 0.875, "min_windowed_share": 0.2}),
         distill_steps=20_027,
+        model="gpt-oss-120b",
     )
 
 
@@ -241,6 +262,7 @@ def gpt_oss_120b_h100x1() -> Recipe:
         search,
         search.model_copy(update={"limits": earlier}),
         distill_steps=20_027,
+        model="gpt-oss-120b-one-gpu",
     )
 
 
@@ -263,6 +285,7 @@ def gpt_oss_20b_h100x1() -> Recipe:
         search,
         search.model_copy(update={"limits": earlier, "max_experts_ratio": 0.875, "min_windowed_share": 0.25}),
         distill_steps=2003,
+        model="gpt-oss-20b",
     )
 
 
@@ -287,12 +310,21 @@ def _gpt_oss_h100(
     search: SearchArchitectureConfig,
     earlier_search: SearchArchitectureConfig,
     distill_steps: int,
+    model: str,
 ) -> Recipe:
     """What the recipes for gpt-oss on H100 share.
 
     Distillation sees rows of 128K tokens, 32 a step (20,027 steps are 84B tokens), of replies at medium and high
     effort, as in the paper; the low ones measure how long the parent's replies are, for the mixed policy.
     """
+    export = ExportEngineConfig(
+        target="tensorrt_llm",
+        max_batch_size=2 * max(workload.concurrency for workload in costs.workloads),
+        tensor_parallel_size=costs.num_gpus,
+        expert_parallel_size=costs.num_gpus,
+        compare_outputs=False,
+    )
+    in_bf16 = export.model_copy(update={"kv_cache": "bf16"})
     distill = DistillConfig(
         efforts=("medium", "high"),
         sequence_tokens=131_072,
@@ -327,7 +359,13 @@ def _gpt_oss_h100(
         search_architecture=search,
         earlier_search_architecture=earlier_search,
         generate_traces=GenerateTracesConfig(
-            max_new_tokens=65_536, batch_size=1024, temperature=1.0, held_out_share=0.01, precision="bfloat16"
+            engine="tensorrt_llm",
+            bundle=in_bf16,
+            max_new_tokens=65_536,
+            batch_size=in_bf16.max_batch_size,
+            temperature=1.0,
+            held_out_share=0.01,
+            reply_timeout_s=36_000,
         ),
         distill_blocks=DistillBlocksConfig(precision="bfloat16"),
         distill=distill,
@@ -345,13 +383,15 @@ def _gpt_oss_h100(
         ),
         calibrate_kv=CalibrateKvConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536),
         evaluate=EvaluateConfig(
+            engine="tensorrt_llm",
+            bundle=in_bf16,
             efforts=("low", "medium", "high"),
             problems_per_task=500,
             max_new_tokens=65_536,
-            batch_size=1024,
+            batch_size=in_bf16.max_batch_size,
             temperature=1.0,
             kv_cache="bf16",
-            precision="bfloat16",
+            reply_timeout_s=36_000,
         ),
         benchmark=BenchmarkConfig(
             batch_sizes=(1, 16, 64),
@@ -359,8 +399,31 @@ def _gpt_oss_h100(
             output_tokens=64,
             repeats=5,
             precision="bfloat16",
+            by_block=True,
+        ),
+        export_engine=export,
+        benchmark_serving=BenchmarkServingConfig(
+            engine="tensorrt_llm",
+            workloads=tuple(_swept(workload) for workload in costs.workloads),
+            requests_per_user=2,
+            parent_kv_cache="fp8",
+            child_kv_cache="fp8",
+            precision="bfloat16",
+            point_timeout_s=36_000,
         ),
         report=ReportConfig(title=title),
+        promote=PromoteConfig(model=model, min_retention={"low": 1.0, "medium": 0.99, "high": 0.99}),
+    )
+
+
+def _swept(workload: Workload) -> SweptWorkload:
+    """A workload of the search, from one user to twice as many as it was searched for, in powers of four."""
+    most = 2 * workload.concurrency
+    return SweptWorkload(
+        name=workload.name,
+        input_tokens=workload.input_tokens,
+        output_tokens=workload.output_tokens,
+        concurrencies=tuple(4**power for power in range(most.bit_length()) if 4**power <= most),
     )
 
 

@@ -83,7 +83,7 @@ def write_tokenizer(out: Path) -> None:
 
 def checkpoint_weights(run: Path) -> dict[str, Tensor]:
     """The exact float32 weights of a training run."""
-    weights: dict[str, Tensor] = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=False)["model"]
+    weights: dict[str, Tensor] = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["model"]
     return weights
 
 

@@ -62,7 +62,7 @@ def score(
 
 def training_facts(run: Path) -> dict[str, object]:
     """What was run, and how much of it."""
-    payload = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=False)
+    payload = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     recipe, state = Recipe(**payload["recipe"]), payload["state"]
     values = asdict(Recipe())
     changed = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(recipe).items() if value != values[name]]

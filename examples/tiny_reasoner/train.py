@@ -186,7 +186,7 @@ class Trainer:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return
-        payload = torch.load(path, map_location=self.device, weights_only=False)
+        payload = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(payload["model"])
         for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
             base = [group["base_lr"] for group in optimizer.param_groups]

@@ -135,8 +135,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _locate_tensors(directory: Path) -> dict[str, Path]:
     if (directory / INDEX).is_file():
-        listed = {name: directory / file for name, file in _read_json(directory / INDEX)["weight_map"].items()}
-        shards = sorted(set(listed.values()))
+        listed = _read_json(directory / INDEX)["weight_map"]
+        files = sorted(set(listed.values()))
+        shards = [directory / file for file in files]
+        if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+            raise ArtifactError(f"{directory / INDEX} lists {outside[0]}, which is outside of the model's directory")
     else:
         listed, shards = None, sorted(directory.glob("*.safetensors"))
     if not shards:

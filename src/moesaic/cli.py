@@ -17,10 +17,12 @@ import moesaic
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.export_commands import add_export_commands
 from moesaic.planning_commands import add_planning_commands
-from moesaic.registry_commands import add_registry_commands
+from moesaic.redaction import redact
+from moesaic.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
 from moesaic.serve_command import add_serve_command
 from moesaic.store import Address, parse_address
 from moesaic.store_commands import add_store_commands
+from moesaic.submit_commands import add_submit_commands
 
 _EXAMPLE = Path("examples/tiny_reasoner")
 _SETS = {
@@ -38,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except MoesaicError as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {redact(str(failure), os.environ)}", file=sys.stderr)
         return failure.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished stage", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        said = str(stopped) or "interrupted; the same command goes on from the last finished stage"
+        print(said, file=sys.stderr)
         return 1
     return 0
 
@@ -57,14 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a whole pipeline on this machine; goes on where a killed run stopped")
     run.set_defaults(command=_run)
-    run.add_argument("pipeline", help="compress (the whole method) or search")
-    run.add_argument("--recipe", required=True, help="a recipe of pipelines/recipes.py, such as tiny_cpu, or a file")
-    run.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
-    run.add_argument("--seed", type=int, default=0, help="another number draws anew in all that learns (%(default)s)")
-    run.add_argument("--parent", type=Path, default=_EXAMPLE / "parent", help="checkpoint directory (%(default)s)")
-    run.add_argument(
-        "--data", type=Path, default=_EXAMPLE / "data", help=f"directory of {', '.join(_SETS.values())} (%(default)s)"
-    )
+    _add_choice(run)
     run.add_argument("--output", type=Path, default=Path("runs/compress"), help="directory of the run (%(default)s)")
     run.add_argument("--store", type=parse_address, help="directory or s3://bucket/prefix of the store (OUTPUT/store)")
 
@@ -108,27 +104,38 @@ def _parser() -> argparse.ArgumentParser:
 
     add_serve_command(commands)
 
+    add_submit_commands(commands, _add_choice, _choose, _prepare)
+
     doctor = commands.add_parser("doctor", help="what is installed and usable here, and what to do about the rest")
     doctor.set_defaults(command=_doctor)
     return parser
 
 
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    """What is run, and on what."""
+    parser.add_argument("pipeline", help="compress (the whole method) or search")
+    parser.add_argument("--recipe", required=True, help="a recipe of pipelines/recipes.py, such as tiny_cpu, or a file")
+    parser.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another number draws anew in all that learns (%(default)s)"
+    )
+    parser.add_argument("--parent", type=Path, default=_EXAMPLE / "parent", help="checkpoint directory (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, default=_EXAMPLE / "data", help=f"directory of {', '.join(_SETS.values())} (%(default)s)"
+    )
+
+
 def _run(options: argparse.Namespace) -> None:
-    from moesaic.local import parameters_of, run_compiled
-    from moesaic.records import code_version
+    from moesaic.local import run_compiled
     from moesaic.runtime import Place
     from moesaic.tracking import pipeline_run
 
-    recipe = _find_recipe(options.recipe + "_fast" * options.fast).seeded(options.seed)
-    manifest = _find_pipeline(options.pipeline, recipe.rounds)
-    _check_inputs(options.parent, options.data)
+    manifest, recipe, name = _choose(options)
     console = Console(stderr=True)
     options.output.mkdir(parents=True, exist_ok=True)
     place = Place.for_local_run(options.output, options.store)
-    inputs = _add_inputs(place.store, options.parent, options.data)
-    arguments = recipe.arguments(inputs, code_version(), parameters_of(manifest))
+    arguments = _prepare(options, manifest, recipe, place.store)
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
-    name = f"{manifest.stem} ({options.recipe}{'_fast' * options.fast}, seed {options.seed})"
     assert place.tracking_uri is not None, "a local run always has a place for its MLflow runs"
     console.print(f"{name}: the run lies in {options.output}", highlight=False)
     with pipeline_run(place.tracking_uri, name, arguments, digest) as run_id:
@@ -136,6 +143,26 @@ def _run(options: argparse.Namespace) -> None:
     _link_outputs(options.output, place.store, outputs)
     _show_outcome(options.output)
     print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {place.tracking_uri}")
+
+
+def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
+    """The compiled pipeline, its recipe, and a name for the run; the inputs are checked."""
+    wanted = options.recipe + "_fast" * options.fast
+    recipe = _find_recipe(wanted).seeded(options.seed)
+    manifest = _find_pipeline(options.pipeline, recipe.rounds)
+    _check_inputs(options.parent, options.data)
+    labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
+    return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"
+
+
+def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Address) -> dict[str, Any]:
+    """Put the inputs into the store; the arguments of the pipeline."""
+    from moesaic.local import parameters_of
+    from moesaic.records import code_version
+
+    inputs = _add_inputs(store, options.parent, options.data)
+    arguments: dict[str, Any] = recipe.arguments(inputs, code_version(), parameters_of(manifest))
+    return arguments
 
 
 def _find_pipeline(name: str, rounds: int) -> Path:
@@ -185,16 +212,26 @@ def _add_inputs(store: Address, parent: Path, data: Path) -> Any:
 
 
 def _link_outputs(run: Path, store: Address, outputs: dict[str, Path]) -> None:
-    """Give each output a short path in the run's directory; a model's leads to its files in the store."""
+    """Give each output a short path in the run's directory; a model's leads to its files in the store.
+
+    Under ``artifacts/`` lie the outputs as Kubeflow has them: of a model its manifest, and every record.
+    """
     from moesaic.store import Manifest, Store
     from moesaic.store.manifest import MANIFEST
 
+    (run / ARTIFACTS).mkdir(exist_ok=True)
     for name, path in outputs.items():
         whole = Store.at(store).materialize(Manifest.read(path)) if (path / MANIFEST).is_file() else path
-        link = run / f".{name}.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(whole, run.absolute()))
-        link.replace(run / name)
+        _link(run / name, whole)
+        _link(run / ARTIFACTS / name, path)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make or replace a relative link at once."""
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(target, link.parent.absolute()))
+    new.replace(link)
 
 
 def _show_outcome(run: Path) -> None:
@@ -206,8 +243,10 @@ def _show_outcome(run: Path) -> None:
     console = Console()
     found = json.loads(summary.read_text())
     console.print(*outcome_tables(found))
-    print(f"Report: {run / 'report' / 'report.html'}")
-    print(f"Child:  {run / 'child'}")
+    say_promotion(run)
+    for name, path in (("Report", "report/report.html"), ("Child", "child"), ("Bundle", "bundle")):
+        if (run / path).exists():
+            print(f"{name + ':':<7} {run / path}")
 
 
 def _stage(options: argparse.Namespace) -> None:

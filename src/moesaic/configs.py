@@ -20,6 +20,7 @@ CacheDtype = Literal["bf16", "fp8"]
 EmulatedCache = Literal["bf16", "fp8_unit", "fp8"]
 ExportTarget = Literal["tensorrt_llm", "vllm"]
 ServingEngine = Literal["moesaic", "tensorrt_llm", "vllm", "running"]
+GeneratingEngine = Literal["in_process", "moesaic", "tensorrt_llm", "vllm", "running"]
 Balance = Literal["token", "trace"]
 Trainable = Literal["attention", "norms", "router", "embedding", "head"]
 Efforts = Annotated[tuple[Effort, ...], Field(min_length=1)]
@@ -221,32 +222,111 @@ class PruneModelConfig(Config):
     """``puzzle`` is the search's best; baselines have their names, see ``moesaic.search``."""
 
 
+class ExportEngineConfig(Config):
+    """A deployment bundle: the checkpoint as a serving engine reads it, and how that engine is started."""
+
+    target: ExportTarget
+    """The engine."""
+    kv_cache: EmulatedCache = "fp8"
+    """What the engine's KV cache stores: BF16, FP8 at scale 1, or FP8 by the scales that ``calibrate_kv`` found."""
+    max_seq_len: Positive | None = None
+    """Prompt and reply of one request, in tokens, at most. None: the model's positions."""
+    max_batch_size: Positive = 256
+    """Requests that the engine works on at once, at most."""
+    max_num_tokens: Positive = 8192
+    """Tokens of one engine step, prompts and replies of all requests together."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that share every layer."""
+    expert_parallel_size: Positive = 1
+    """Groups of those GPUs that share out whole experts; vLLM knows only 1 and all."""
+    gpu: Literal["hopper", "blackwell"] = "hopper"
+    """Whose expert kernels TensorRT-LLM is told to use: it chooses well by itself only for models that it knows."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """For TensorRT-LLM the share of free GPU memory that the KV cache takes; for vLLM the share of all that it uses."""
+    prefix_reuse: bool = False
+    """Whether requests reuse the KV cache of a common start."""
+    compare_outputs: bool = True
+    """Load child and bundle whole and compare their logits; False where they do not fit into memory twice."""
+
+    @model_validator(mode="after")
+    def _servable(self) -> Self:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens {self.max_num_tokens} is less than max_batch_size {self.max_batch_size}; "
+                "a step needs a token of every request"
+            )
+        allowed = (1, self.tensor_parallel_size) if self.target == "vllm" else range(1, self.tensor_parallel_size + 1)
+        if self.expert_parallel_size not in allowed or self.tensor_parallel_size % self.expert_parallel_size:
+            raise ValueError(
+                f"expert_parallel_size {self.expert_parallel_size} does not go with tensor_parallel_size "
+                f"{self.tensor_parallel_size}; TensorRT-LLM takes a divisor of it, vLLM 1 or all of it"
+            )
+        return self
+
+
 class EvaluateConfig(Config):
     """Accuracy and generated tokens on verifiable problems."""
 
     name: str | None = None
     """What the report calls the model. None: the candidate that the checkpoint says it is, or ``parent``."""
+    engine: GeneratingEngine = "in_process"
+    """What replies: this process, or a server that inspect-ai asks: ``moesaic serve``; ``trtllm-serve`` or
+    ``vllm serve`` on an export bundle; or one that is running."""
+    bundle: ExportEngineConfig | None = None
+    """How a checkpoint becomes the bundle that the engine serves, where the model is no bundle already."""
     efforts: Efforts = ("low", "medium", "high")
     """Reasoning efforts to ask for."""
     problems_per_task: Positive = 100
     """Problems of each task, from the start of the set."""
+    epochs: Positive = 1
+    """Replies to each problem at each effort."""
     max_new_tokens: Positive = 512
     """Generation stops here; a truncated answer is wrong."""
     batch_size: Positive = 128
-    """Requests generated together."""
+    """Requests generated together; with a server, those in flight at once."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 decodes greedily; otherwise tokens are sampled at this temperature."""
     kv_cache: EmulatedCache | None = None
-    """Round what the KV cache stores: to BF16, to FP8 as it is, or to FP8 by the checkpoint's scales. None: not so."""
+    """Round what the KV cache stores: to BF16, to FP8 as it is, or to FP8 by the checkpoint's scales. None: not so.
+    ``in_process`` and ``moesaic`` emulate it, an export bundle must have been made for it, and a running server must
+    have been set up so."""
     seed: int = 0
     """For sampling."""
     precision: Precision = "float32"
-    """What the model computes in."""
+    """What the model computes in, in process or under ``moesaic``."""
+    startup_timeout_s: Amount = 1800.0
+    """A server must answer within this."""
+    reply_timeout_s: Amount = 7200.0
+    """A server must be done with one reply within this."""
+
+    @model_validator(mode="after")
+    def _different_epochs(self) -> Self:
+        if self.epochs > 1 and self.temperature == 0:
+            raise ValueError("epochs above 1 need a temperature: greedy answers are all the same")
+        return self
+
+    @model_validator(mode="after")
+    def _cache_is_named(self) -> Self:
+        if self.engine == "moesaic" and self.kv_cache is None:
+            raise ValueError("engine 'moesaic' always rounds what its KV cache stores; say how, such as kv_cache bf16")
+        if self.bundle is not None and self.bundle.kv_cache != self.kv_cache:
+            raise ValueError(f"the bundle's kv_cache is {self.bundle.kv_cache!r}, this kv_cache {self.kv_cache!r}")
+        return self
+
+    def with_kv_cache(self, kind: EmulatedCache) -> Self:
+        """The same with another KV cache, its bundle's included."""
+        bundle = self.bundle and self.bundle.model_copy(update={"kv_cache": kind})
+        return self.model_copy(update={"kv_cache": kind, "bundle": bundle})
 
 
 class GenerateTracesConfig(Config):
     """The parent's own answers, which distillation learns from (paper A: prompts answered by the parent)."""
 
+    engine: GeneratingEngine = "in_process"
+    """What replies: this process, which holds the whole model unpacked, or a server: ``moesaic serve``;
+    ``trtllm-serve`` or ``vllm serve`` on an export bundle; or one that is running."""
+    bundle: ExportEngineConfig | None = None
+    """How a checkpoint becomes the bundle that the engine serves, where the model is no bundle already."""
     efforts: Efforts = ("low", "medium", "high")
     """Reasoning efforts to answer every prompt at."""
     max_prompts: Positive | None = None
@@ -260,13 +340,17 @@ class GenerateTracesConfig(Config):
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the prompts whose traces are kept for evaluation, never trained on."""
     batch_size: Positive = 128
-    """Requests generated together."""
+    """Requests generated together; with a server, those in flight at once."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 decodes greedily; otherwise tokens are sampled at this temperature."""
     seed: int = 0
     """For sampling and for the choice of held-out prompts."""
     precision: Precision = "float32"
-    """What the model computes in."""
+    """What the model computes in, in process or under ``moesaic``."""
+    startup_timeout_s: Amount = 1800.0
+    """A server must answer within this."""
+    reply_timeout_s: Amount = 7200.0
+    """A server must be done with one reply within this."""
 
     @model_validator(mode="after")
     def _different_samples(self) -> Self:
@@ -468,6 +552,9 @@ class BenchmarkConfig(Config):
     """Timings of each point; the median counts, the spread is kept."""
     precision: Precision = "float32"
     """What the models compute in."""
+    by_block: bool = False
+    """Time each distinct block by itself and add up, as ``measure_costs`` does: for models that do not fit the device
+    unpacked. Medians without a spread."""
 
 
 class SweptWorkload(Config):
@@ -520,48 +607,6 @@ class BenchmarkServingConfig(Config):
         for workload in self.workloads:
             if len(set(workload.concurrencies)) < len(workload.concurrencies):
                 raise ValueError(f"workload {workload.name!r} names a concurrency twice: {workload.concurrencies}")
-        return self
-
-
-class ExportEngineConfig(Config):
-    """A deployment bundle: the checkpoint as a serving engine reads it, and how that engine is started."""
-
-    target: ExportTarget
-    """The engine."""
-    kv_cache: EmulatedCache = "fp8"
-    """What the engine's KV cache stores: BF16, FP8 at scale 1, or FP8 by the scales that ``calibrate_kv`` found."""
-    max_seq_len: Positive | None = None
-    """Prompt and reply of one request, in tokens, at most. None: the model's positions."""
-    max_batch_size: Positive = 256
-    """Requests that the engine works on at once, at most."""
-    max_num_tokens: Positive = 8192
-    """Tokens of one engine step, prompts and replies of all requests together."""
-    tensor_parallel_size: Positive = 1
-    """GPUs that share every layer."""
-    expert_parallel_size: Positive = 1
-    """Groups of those GPUs that share out whole experts; vLLM knows only 1 and all."""
-    gpu: Literal["hopper", "blackwell"] = "hopper"
-    """Whose expert kernels TensorRT-LLM is told to use: it chooses well by itself only for models that it knows."""
-    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """For TensorRT-LLM the share of free GPU memory that the KV cache takes; for vLLM the share of all that it uses."""
-    prefix_reuse: bool = False
-    """Whether requests reuse the KV cache of a common start."""
-    compare_outputs: bool = True
-    """Load child and bundle whole and compare their logits; False where they do not fit into memory twice."""
-
-    @model_validator(mode="after")
-    def _servable(self) -> Self:
-        if self.max_num_tokens < self.max_batch_size:
-            raise ValueError(
-                f"max_num_tokens {self.max_num_tokens} is less than max_batch_size {self.max_batch_size}; "
-                "a step needs a token of every request"
-            )
-        allowed = (1, self.tensor_parallel_size) if self.target == "vllm" else range(1, self.tensor_parallel_size + 1)
-        if self.expert_parallel_size not in allowed or self.tensor_parallel_size % self.expert_parallel_size:
-            raise ValueError(
-                f"expert_parallel_size {self.expert_parallel_size} does not go with tensor_parallel_size "
-                f"{self.tensor_parallel_size}; TensorRT-LLM takes a divisor of it, vLLM 1 or all of it"
-            )
         return self
 
 

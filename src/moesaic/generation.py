@@ -7,8 +7,11 @@ may also join a batch that is on its way (:meth:`Decoding.join`), as in a server
 ``model.generate``.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +55,11 @@ class Sampling:
     """Draws depend on it, on the order of the requests and on the batch size."""
 
 
+def seed_of(*parts: object) -> int:
+    """A number below 2^63 that depends on nothing but the parts."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8]) >> 1
+
+
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     """The tokens that end a reply, as the checkpoint's configuration names them."""
     for config in (model.generation_config, model.config):
@@ -59,6 +67,16 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
         if named is not None:
             return frozenset([named] if isinstance(named, int) else named)
     raise ConfigError("neither generation_config.json nor config.json names an eos_token_id: no reply would end")
+
+
+def read_stop_ids(directory: Path) -> frozenset[int]:
+    """The same of a checkpoint that is not loaded."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if named is not None:
+            return frozenset([named] if isinstance(named, int) else named)
+    raise ConfigError(f"neither generation_config.json nor config.json of {directory} names an eos_token_id")
 
 
 def generate(
@@ -79,7 +97,7 @@ def generate_batches(
     Raises:
         ConfigError: if a prompt is empty, or with its reply longer than the model's positions.
     """
-    _check_lengths(model, prompts, sampling.max_new_tokens)
+    check_lengths(prompts, sampling.max_new_tokens, model.config.max_position_embeddings)
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     for start in range(0, len(order), batch_size):
@@ -88,15 +106,15 @@ def generate_batches(
         yield list(zip(batch, replies, strict=True))
 
 
-def _check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, positions: int) -> None:
+    """Refuse prompts that are empty, or with their replies longer than a model's positions; a ConfigError."""
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
         raise ConfigError(f"prompt {lengths.index(0)} has no tokens; a reply needs something to reply to")
-    allowed = model.config.max_position_embeddings
-    if max(lengths, default=0) + max_new_tokens > allowed:
+    if max(lengths, default=0) + max_new_tokens > positions:
         raise ConfigError(
             f"a prompt of {max(lengths)} tokens with a reply of up to {max_new_tokens} does not fit the model's "
-            f"{allowed} positions; lower max_new_tokens or drop the long prompts"
+            f"{positions} positions; lower max_new_tokens or drop the long prompts"
         )
 
 

@@ -28,11 +28,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from moesaic import gpt_oss
 from moesaic.checkpoint import Checkpoint
-from moesaic.errors import ArtifactError, ConfigError
+from moesaic.errors import ArtifactError, ConfigError, StageError
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 """448."""
+SHARD = "model-kv-scales"
+"""The stem of the file of a checkpoint that holds the scales."""
 
 Rounding = Callable[[Tensor], Tensor]
 """From a state as computed to the same state as the cache gives it back."""
@@ -94,7 +96,7 @@ def read_scales(checkpoint: Checkpoint) -> list[KvScales]:
     for name in gpt_oss.kv_scale_names(checkpoint.num_layers):
         if name not in checkpoint.files:
             raise ConfigError(
-                f"{checkpoint.directory} has no {name}; run calibrate_kv on it, or set kv_cache to fp8_unit or bf16"
+                f"{checkpoint.directory} has no {name}; run calibrate_kv on it, or choose fp8_unit or bf16"
             )
         scale = checkpoint.tensor(name)
         if scale.numel() != 1 or not 0 < float(scale) < math.inf:
@@ -123,6 +125,30 @@ def fold(tensors: Mapping[str, Tensor], layer: int, scales: KvScales) -> dict[st
     }
     prefix = f"{gpt_oss.layer_prefix(layer)}self_attn."
     return {prefix + name: tensors[prefix + name] * factor for name, factor in factors.items()}
+
+
+def fold_checkpoint(checkpoint: Checkpoint, scales: Sequence[KvScales]) -> dict[str, Tensor]:
+    """The attention tensors of all layers that folding changes, by name; nothing for layers whose scales are 1.
+
+    Args:
+        checkpoint: of as many layers as there are scales.
+        scales: powers of two.
+
+    Raises:
+        StageError: if a weight is so small or so large that its type cannot hold it once it is scaled.
+    """
+    folded: dict[str, Tensor] = {}
+    for layer, scale in enumerate(scales):
+        if scale == UNIT:
+            continue
+        names = [name for name in checkpoint.layer_names(layer) if ".self_attn." in name]
+        tensors = {name: checkpoint.tensor(name) for name in names}
+        changed = fold(tensors, layer, scale)
+        back = fold(changed, layer, KvScales(1 / scale.key, 1 / scale.value))
+        if lost := [name for name, tensor in back.items() if not torch.equal(tensor, tensors[name])]:
+            raise StageError(f"{lost[0]}: scaling it by {scale} loses bits; use a cache of unit scales or BF16")
+        folded |= changed
+    return folded
 
 
 def roundings(kind: str, scales: Sequence[KvScales]) -> list[tuple[Rounding, Rounding]]:

@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 
 from moesaic.errors import ConfigError, MoesaicError, StageError
+from moesaic.redaction import redact
 from moesaic.runtime import FAILURE, Place
 
 LOG = "kubeflow.log"
@@ -108,7 +109,7 @@ def _shown_stages(log: Path, console: Console) -> Iterator[None]:
 
 
 class _StageLines(io.TextIOBase):
-    """Takes all that the runner prints; logs it, and shows the stages' own lines with the time since the start."""
+    """Takes all that the runner prints, but for secrets; logs it, and shows the stages' own lines with the time."""
 
     def __init__(self, log: TextIO, console: Console) -> None:
         self._log, self._console = log, console
@@ -118,10 +119,11 @@ class _StageLines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with self._lock:
-            self._log.write(text)
+            shown = redact(text, os.environ)
+            self._log.write(shown)
             self._log.flush()
-            if not self._is_the_runners(text):
-                for line in filter(str.strip, text.splitlines()):
+            if not self._is_the_runners(shown):
+                for line in filter(str.strip, shown.splitlines()):
                     self.show(line)
         return len(text)
 

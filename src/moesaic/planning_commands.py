@@ -17,7 +17,7 @@ MIB, GIB = 2**20, 2**30
 _RIVALS = ("greedy", "uniform", "max_parameters")
 """Baselines that are pruned and evaluated beside the random ones."""
 _MODEL_INPUTS = ("parent", "model", "child", "policies")
-"""Inputs of stages that are models."""
+"""Inputs of stages that are models, whose files a stage reads unless it takes their manifests only."""
 _POLICIES = "reinforce_configs"
 
 
@@ -167,7 +167,7 @@ def read_tasks(manifest: Path, recipe: Any) -> list[Task]:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(manifest.read_text(), Loader=loader)
+    content = yaml.load(manifest.read_text(), Loader=loader)  # noqa: S506 (both are safe)
     given = IngestConfig(parent="-", calibration_short="-", calibration_long="-", prompts="-", tests="-")
     arguments = recipe.arguments(given, "-", content["root"]["inputDefinitions"]["parameters"])
     rivals = [*_RIVALS, *(f"random-{seed}" for seed in recipe.search_architecture.random_seeds)]
@@ -213,7 +213,7 @@ class _Reader:
         models = [
             source
             for key in stage.inputs
-            if key in _MODEL_INPUTS and key in artifacts
+            if key in _MODEL_INPUTS and key in artifacts and key not in stage.by_manifest
             for source in self._sources(artifacts[key], outer, suffix)
         ]
         return Task(name + suffix, stage.name, stage.config.parse(config), tuple(models))

@@ -1,7 +1,8 @@
 """The gate of the model registry: what a child must show before it becomes the champion (paper A, its first figure).
 
     retention(effort)          = accuracy(child) / accuracy(parent)
-    request_efficiency(effort) = requests/s of the child / requests/s of the parent, at equal effort, KV cache in BF16
+    request_efficiency(effort) = requests/s of the child / requests/s of the parent, at equal effort: through a server,
+                                 as deployed, where the report has that; else in process, KV cache in BF16
     kv_accuracy_loss           = largest, over efforts, of accuracy(KV in BF16) - accuracy(KV in FP8), calibrated scales
 
 All three are the report's figures. Three lines more ask whether they can be trusted: the exported engine was validated,
@@ -66,7 +67,9 @@ def read_figures(summary: Mapping[str, Any]) -> Figures:
             return Figures(retained, summary["request_efficiency"]["child_over_parent"], None)
         rows = [row for row in recovery["kv_cache"] if (row["model"], row["kv_cache"]) == ("child", "fp8")]
         losses = [-found["change"] for row in rows for found in row["efforts"].values()]
-        rates = recovery["request_efficiency"]["equal_effort"]
+        served = summary.get("serving")
+        in_process = recovery["request_efficiency"]["equal_effort"]
+        rates = in_process if served is None else served["request_efficiency"]["child_over_parent"]
         return Figures(recovery["retention"], rates, max(losses, default=None))
     except (AttributeError, KeyError, TypeError) as broken:
         raise ArtifactError(f"summary.json of the report cannot be read ({broken!r}); run report again") from broken

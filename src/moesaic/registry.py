@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from moesaic.champions import History, Kind, Move, replay
 from moesaic.errors import ArtifactError, ConfigError, StageError
+from moesaic.redaction import redact
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 _OURS = "moesaic."
@@ -39,10 +39,7 @@ class RegistryAddress:
     @property
     def shown(self) -> str:
         """The URI without a password."""
-        parts = urlsplit(self.uri)
-        if not parts.password:
-            return self.uri
-        return self.uri.replace(f":{parts.password}@", ":***@", 1)
+        return redact(self.uri, {})
 
 
 @dataclass(frozen=True)
@@ -252,7 +249,8 @@ class Registry:
             )
         if failure.error_code == "RESOURCE_DOES_NOT_EXIST":
             return ArtifactError(f"{where} has no {wanted}; `moesaic promote` makes one")
-        return StageError(f"{where} failed: {str(failure).replace(self.address.uri, self.address.shown)}")
+        said = redact(str(failure), {"uri": self.address.uri})
+        return StageError(f"{where} failed: {said}")
 
 
 @contextmanager

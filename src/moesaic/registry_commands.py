@@ -15,12 +15,21 @@ import moesaic
 from moesaic.configs import PromoteConfig
 from moesaic.errors import ArtifactError, ConfigError, StageError
 from moesaic.lineage import Input, Origin, is_source, origins, sources, trace
-from moesaic.promotion import gate_table, is_met
+from moesaic.promotion import gate_table, is_met, shown
 from moesaic.records import code_digest
 from moesaic.registry import CHAMPION, MANIFEST_TAG, Registry, RegistryAddress, Version
-from moesaic.stages.promote import CONFIG_TAG, ORIGIN_TAG, examine, put_forward, store_address
+from moesaic.stages.promote import CONFIG_TAG, ORIGIN_TAG, PROMOTION, examine, put_forward, store_address
 from moesaic.store import Address, Store, parse_address
 
+ARTIFACTS = "artifacts"
+"""Folder of a run's directory with its outputs as Kubeflow has them."""
+_OUTCOMES = {
+    "promoted": "is the champion now",
+    "already": "is the champion already",
+    "refused": "is the challenger",
+    "superseded": "was champion before and is not any more",
+    "overtaken": "was overtaken by another champion",
+}
 _SHORT = 12
 """Digits of a digest in the tree."""
 
@@ -39,7 +48,7 @@ def add_registry_commands(commands: Any) -> None:
     promote.set_defaults(command=_promote)
     promote.add_argument("run", type=Path, help="directory of a finished run, as given to run --output")
     promote.add_argument("--config", default="{}", help="the gate's config: JSON, or a file that holds it")
-    promote.add_argument("--bundle", type=Path, help="directory of the exported engine")
+    promote.add_argument("--bundle", type=Path, help="directory of the exported engine (the run's)")
     promote.add_argument("--dry-run", action="store_true", help="show the gate and change nothing")
     promote.add_argument("--again", action="store_true", help="even if it was champion before and was replaced")
 
@@ -71,7 +80,9 @@ def _promote(options: argparse.Namespace) -> None:
     if not child.is_dir() or not report.is_dir():
         raise ArtifactError(f"{options.run} holds no finished run; give the directory that `moesaic run` was given")
     store = Store.at(options.store or _from_environment("MOESAIC_STORE") or options.run / "store")
-    candidate = examine(config, child=child.resolve().name, report=report, bundle=options.bundle, store=store)
+    exported = options.run / ARTIFACTS / "bundle"
+    bundle = options.bundle or (exported if exported.is_dir() else None)
+    candidate = examine(config, child=child.resolve().name, report=report, bundle=bundle, store=store)
     Console().print(gate_table(candidate.lines))
     if options.dry_run:
         print("dry run: nothing was changed")
@@ -90,8 +101,20 @@ def _say_outcome(promotion: Mapping[str, Any]) -> None:
         raise StageError(f"{version} was champion before; now {champion} is. --again makes it champion once more")
     if promotion["outcome"] == "overtaken":
         raise StageError(f"{champion} became champion meanwhile; run again to put {version} in its place")
-    words = {"promoted": "is the champion now", "already": "is the champion already", "refused": "is the challenger"}
-    print(f"{version} {words[promotion['outcome']]}")
+    print(f"{version} {_OUTCOMES[promotion['outcome']]}")
+
+
+def say_promotion(run: Path) -> None:
+    """Say what a run's own gate found, if it had one."""
+    path = run / "promotion" / PROMOTION
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    failed = [
+        f"{line['name']} {shown(line['figure'])} (asked: {line['asked']})" for line in found["lines"] if not line["met"]
+    ]
+    print(f"version {found['version']} of {found['model']} {_OUTCOMES[found['outcome']]}", end="")
+    print(f"; not met: {', '.join(failed)}" if failed else "")
 
 
 def _rollback(options: argparse.Namespace) -> None:

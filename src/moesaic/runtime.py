@@ -15,6 +15,8 @@ import shutil
 import sys
 import threading
 import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,10 +25,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from moesaic import records
+from moesaic.cluster.jobs import JOB_VARIABLE, ClusterJob, JobPlace
 from moesaic.configs import Config, PruneModelConfig, ReinforceConfig
 from moesaic.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.lineage import keep_record
 from moesaic.records import RECORD, Record
+from moesaic.redaction import redact
 from moesaic.registry import RegistryAddress
 from moesaic.stages import Stage, find_stage
 from moesaic.store import Address, Manifest, Store, parse_address
@@ -36,6 +40,9 @@ from moesaic.tracking import Tracker
 
 FAILURE = "failure.json"
 """Written into the run's directory by a stage that failed; the command line reads it."""
+
+_DONE = ".done"
+"""Ends the name of a finished stage's scratch on its way out."""
 
 _CHATTER = ("torchao", "torch.utils._pytree")
 """Loggers that warn, when transformers imports torchao on a machine without GPU, of nothing a user could do about."""
@@ -67,14 +74,16 @@ class Place:
     """Where to leave word of a failure."""
     driver_pid: int | None = None
     """The process without which there is no point in going on."""
+    job: JobPlace | None = None
+    """Nodes that the cluster gives this very stage, for what it cannot do alone."""
 
     @classmethod
     def from_environment(cls) -> "Place":
-        """Read ``MOESAIC_STORE``, MLflow's own variables, and what ``moesaic run`` sets for its tasks."""
+        """Read ``MOESAIC_STORE``, MLflow's own variables, and what a cluster or ``moesaic run`` sets for its tasks."""
         read = os.environ.get
         if not (store := read("MOESAIC_STORE")):
             raise ConfigError("MOESAIC_STORE is not set; set it to the directory or the s3:// address of the store")
-        directory, pid = read("MOESAIC_RUN_DIRECTORY"), read("MOESAIC_DRIVER_PID")
+        directory, pid, job = read("MOESAIC_RUN_DIRECTORY"), read("MOESAIC_DRIVER_PID"), read(JOB_VARIABLE)
         return cls(
             store=parse_address(store),
             tracking_uri=read("MLFLOW_TRACKING_URI") or None,
@@ -82,6 +91,7 @@ class Place:
             parent_run_id=read("MOESAIC_PARENT_RUN_ID"),
             run_directory=Path(directory) if directory else None,
             driver_pid=int(pid) if pid else None,
+            job=JobPlace.parse(job) if job else None,
         )
 
     @classmethod
@@ -113,6 +123,7 @@ class Place:
             "MOESAIC_PARENT_RUN_ID": self.parent_run_id,
             "MOESAIC_RUN_DIRECTORY": self.run_directory,
             "MOESAIC_DRIVER_PID": self.driver_pid,
+            JOB_VARIABLE: self.job.to_variable() if self.job else None,
         }
         return {name: str(value) for name, value in variables.items() if value is not None}
 
@@ -147,7 +158,7 @@ def run_stage(
     """Run a stage inside a Kubeflow task: artifacts in, artifacts and metrics out.
 
     Raises:
-        SystemExit: with the error's exit code, if it failed for a reason that its message explains.
+        SystemExit: with the error's exit code, if it failed; all that is printed of it is free of secrets.
     """
     place = Place.from_environment()
     if place.driver_pid:
@@ -162,8 +173,9 @@ def run_stage(
         _leave_word(place, name, str(failure), failure.exit_code)
         raise SystemExit(failure.exit_code) from failure
     except Exception as failure:
+        print(redact(traceback.format_exc(), os.environ), file=sys.stderr, end="")
         _leave_word(place, name, f"{type(failure).__name__}: {failure}", MoesaicError.exit_code)
-        raise
+        raise SystemExit(MoesaicError.exit_code) from failure
     if "metrics" in outputs:
         _hand_on_metrics(record.metrics, outputs["metrics"])
 
@@ -194,12 +206,19 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
 
 
 def perform(
-    task: Task, output: Path, scratch: Path, store: Address | None = None, registry: RegistryAddress | None = None
+    task: Task,
+    output: Path,
+    scratch: Path,
+    store: Address | None = None,
+    registry: RegistryAddress | None = None,
+    job: JobPlace | None = None,
 ) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
     extra = _places(task.stage, store, registry)
+    if job:
+        extra |= {"nodes": ClusterJob(job, task.key)}
     started, clock = datetime.now(UTC), time.monotonic()
     with explained_disk_full(output):
         metrics = task.stage.run(task.config, **task.inputs, **extra, output=output, scratch=scratch)
@@ -240,16 +259,19 @@ def baselines_of(architecture: str) -> list[str]:
 
 def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
     """Run in a scratch directory of the store's local part, log, and move the result to where the artifacts lie."""
-    store, tracker = Store.at(place.store), Tracker(place.tracking_uri, place.parent_run_id, place.run_id)
+    store = Store.at(place.store)
     started_ms, clock = time.time_ns() // 10**6, time.monotonic()
     _say(task, "started")
     with _workspace(store.directory / "scratch" / task.key) as workspace:
         output = workspace / "output"
+        tracker = Tracker(
+            place.tracking_uri, place.parent_run_id, place.run_id, store, _attempt(place, task, workspace)
+        )
         if task.stage.trains:
-            tracker = tracker.begin(task.stage.name, task.subject, started_ms, workspace / "mlflow_run_id")
+            tracker = tracker.begin(task.stage.name, task.subject, started_ms)
             _show_run_to_engines(tracker.live_run_id)
         try:
-            record = perform(task, output, workspace / "scratch", place.store, place.registry)
+            record = perform(task, output, workspace / "scratch", place.store, place.registry, place.job)
         except Exception as failure:
             tracker.log_failure(task.stage.name, task.subject, started_ms, task.config.model_dump(mode="json"), failure)
             raise
@@ -269,15 +291,32 @@ def _show_run_to_engines(run_id: str | None) -> None:
 
 @contextmanager
 def _workspace(directory: Path) -> Iterator[Path]:
-    """A directory with an empty ``output`` and a kept ``scratch``; held by one process, removed after success."""
+    """A directory with an empty ``output`` and a kept ``scratch``; held by one process, removed after success.
+
+    It is removed under another name: half of a scratch must never be taken for the scratch of a killed run.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with directory.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for done in directory.parent.glob(f"*{_DONE}"):
+            shutil.rmtree(done, ignore_errors=True)
         shutil.rmtree(directory / "output", ignore_errors=True)
         (directory / "output").mkdir(parents=True)
         (directory / "scratch").mkdir(exist_ok=True)
         yield directory
-        shutil.rmtree(directory)
+        shutil.rmtree(directory.rename(directory.with_suffix(f".{uuid.uuid4().hex}{_DONE}")), ignore_errors=True)
+
+
+def _attempt(place: Place, task: Task, workspace: Path) -> str:
+    """What names the stage's run in MLflow: each task of a pipeline run has one; elsewhere each success ends one."""
+    if place.parent_run_id:
+        return hashlib.sha256(f"{place.parent_run_id} {task.key}".encode()).hexdigest()
+    note = workspace / "attempt"
+    if not note.is_file():
+        partial = note.with_suffix(".partial")
+        partial.write_text(uuid.uuid4().hex)
+        partial.rename(note)
+    return note.read_text()
 
 
 def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
@@ -309,9 +348,20 @@ def _hand_on(stage: Stage, record: Record, output: Path, targets: Mapping[str, P
         made = replace(record, subject=name) if len(stage.outputs) > 1 else record
         made.write(source)
         keep_record(store, made)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(source, target)
+        _put_in_place(source, target)
+
+
+def _put_in_place(source: Path, target: Path) -> None:
+    """Move a directory, from another disk too, so that at its place there is nothing or the whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    arriving, leaving = (target.with_name(f".{target.name}.{word}") for word in ("arriving", "leaving"))
+    for left in (arriving, leaving):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.move(source, arriving)
+    if target.exists():
+        target.rename(leaving)
+    arriving.rename(target)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def _hand_on_metrics(values: Mapping[str, float], metrics: Any) -> None:
@@ -378,6 +428,7 @@ def _say(task: Task, what: str) -> None:
 
 def _leave_word(place: Place, stage: str, message: str, exit_code: int) -> None:
     """Kubeflow's local runner names a failed task but not why: say it here, and where the command line looks."""
+    message = redact(message, os.environ)
     print(f"error: {stage}: {message}", file=sys.stderr, flush=True)
     if place.run_directory:
         word = {"stage": stage, "message": message, "exit_code": exit_code}

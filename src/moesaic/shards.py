@@ -8,12 +8,12 @@ some of its rows is a few ranges of the file, which are copied as they are: none
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ _DTYPES = {
 }
 """By the names of the format, in the order in which its library stores them."""
 _LENGTH = struct.Struct("<Q")
+_FIRST_READ_BYTES = 64 * 2**10
+"""Read at once: enough for the header of most files."""
+_LONGEST_HEADER_BYTES = 100 * 2**20
 _COPIED_BYTES = 2**20
 """Copied at once: what a core's second-level cache takes."""
 
@@ -84,24 +87,53 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a file that is known to be a safetensors file.
+    """Every tensor of a safetensors file.
 
     Raises:
-        ArtifactError: for a tensor of a dtype that Moesaic does not read.
+        ArtifactError: if it is none, or for a tensor of a dtype that Moesaic does not read.
     """
     with path.open("rb") as file:
-        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ArtifactError(f"{path}: {name} is of type {entry['dtype']}; allowed are {', '.join(_DTYPES)}")
+
+        def read(start: int, count: int) -> bytes:
+            file.seek(start)
+            return file.read(count)
+
+        return find_tensors(read, os.fstat(file.fileno()).st_size, path)
+
+
+def find_tensors(read: Callable[[int, int], bytes], size_bytes: int, path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file, wherever it is.
+
+    Args:
+        read: gives as many bytes, from a byte on; asked for the header alone, in one or two pieces.
+        size_bytes: of the file.
+        path: its name in what is returned, and in errors.
+
+    Raises:
+        ArtifactError: as :func:`read_header`.
+    """
+    first = read(0, min(_FIRST_READ_BYTES, size_bytes))
+    length = _LENGTH.unpack_from(first)[0] if len(first) >= _LENGTH.size else size_bytes
     data = _LENGTH.size + length
-    return {
-        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), ((data + start, end - start),))
-        for name, entry in header.items()
-        for start, end in (entry["data_offsets"],)
-    }
+    if data > size_bytes or length > _LONGEST_HEADER_BYTES:
+        raise ArtifactError(f"{path} is not a safetensors file: its header would be longer than the file")
+    text = first[_LENGTH.size : data]
+    text += read(len(first), data - len(first)) if data > len(first) else b""
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        return {name: _stored(path, name, entry, data) for name, entry in header.items()}
+    except ArtifactError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as broken:
+        raise ArtifactError(f"{path} is not a safetensors file: its header is broken") from broken
+
+
+def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    if entry["dtype"] not in _DTYPES:
+        raise ArtifactError(f"{path}: {name} is of type {entry['dtype']}; allowed are {', '.join(_DTYPES)}")
+    start, end = entry["data_offsets"]
+    return StoredTensor(path, entry["dtype"], tuple(entry["shape"]), ((data + start, end - start),))
 
 
 def write_shard(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -118,14 +150,30 @@ def write_shard(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         runs = [(sources[tensor.file], *run) for tensor in ordered.values() for run in tensor.runs]
         for source, start, count in runs:  # all of it is asked for at once, so that no copy waits for a disk at rest
             os.posix_fadvise(source.fileno(), start, count, os.POSIX_FADV_WILLNEED)
-        target.write(_header(ordered))
+        target.write(header_of(ordered))
         buffer = memoryview(bytearray(_COPIED_BYTES))
         for source, start, count in runs:
             _copy(source, target, start, count, buffer)
 
 
-def _header(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """With its length in front, and spaces at its end up to a multiple of eight."""
+class Described(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """As the format calls it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+
+
+def header_of(tensors: Mapping[str, Described]) -> bytes:
+    """The header of a file of these tensors in this order: its length in front, spaces up to a multiple of eight."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in tensors.items():

@@ -1,15 +1,21 @@
-"""``moesaic store ls | verify | gc``: look into a store, check it, and free what nobody needs."""
+"""``moesaic store ls | verify | gc | send-logs``: look into a store, check it, clean it, send what waits in it.
+
+What waits are runs of stages for MLflow, see :mod:`moesaic.tracking`.
+"""
 
 import argparse
+import math
 import os
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.errors import ArtifactError, ConfigError
+from moesaic.errors import ArtifactError, ConfigError, StageError
+from moesaic.redaction import redact
 from moesaic.store import Manifest, Store, parse_address
 from moesaic.store.upkeep import GRACE_HOURS, delete, find_garbage, verify
+from moesaic.tracking import Tracker, count_waiting
 
 
 def add_store_commands(commands: Any) -> None:
@@ -36,6 +42,11 @@ def add_store_commands(commands: Any) -> None:
     collecting.add_argument(
         "--grace-hours", type=float, default=GRACE_HOURS, help="keep whatever is younger (%(default)s)"
     )
+
+    sending = actions.add_parser(
+        "send-logs", parents=[where], help="tell MLflow (MLFLOW_TRACKING_URI) of the stages that ran while it was down"
+    )
+    sending.set_defaults(command=_send_logs)
 
 
 def _open(options: argparse.Namespace) -> Store:
@@ -85,3 +96,14 @@ def _gc(options: argparse.Namespace) -> None:
     what = f"{len(garbage.objects)} objects, {len(garbage.leftovers)} leftovers, {len(garbage.trees)} trees"
     done = "deleted" if options.delete else "would be deleted with --delete"
     print(f"{what}, {garbage.size_bytes / 2**20:,.1f} MiB: {done}")
+
+
+def _send_logs(options: argparse.Namespace) -> None:
+    if not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
+        raise ConfigError("MLFLOW_TRACKING_URI is not set; set it to the address that the stages were to log to")
+    store = _open(options)
+    sent, kept = Tracker(uri, store=store).send_waiting(limit_s=math.inf)
+    others = count_waiting(store) - kept
+    print(f"{sent} runs logged; {kept} still wait" + (f", and {others} for other addresses" if others else ""))
+    if kept:
+        raise StageError(f"MLflow at {redact(uri, {})} did not take {kept} runs; they stay in the store")

@@ -140,7 +140,7 @@ class HeldTensor:
     """A tensor in a room: on its device, in the host's memory, or in a file."""
 
     def __init__(self, room: StateRoom, tensor: Tensor) -> None:
-        self._room, self._num_bytes = room, tensor.nbytes
+        self._room, self.num_bytes = room, tensor.nbytes
         self._shape, self._dtype = tensor.shape, tensor.dtype
         self._kept: Tensor | Path | None
         if tensor.device.type != "cpu" and room.device_bytes >= tensor.nbytes:
@@ -167,9 +167,9 @@ class HeldTensor:
         if isinstance(self._kept, Path):
             self._kept.unlink()
         elif self._kept is not None and self._kept.device.type == "cpu":
-            self._room.host_bytes += self._num_bytes
+            self._room.host_bytes += self.num_bytes
         elif self._kept is not None:
-            self._room.device_bytes += self._num_bytes
+            self._room.device_bytes += self.num_bytes
         self._kept = None
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from moesaic.checkpoint import CONFIG, appearing, write_index
 from moesaic.errors import ConfigError, StageError
 from moesaic.gpt_oss import MXFP4_BLOCK, ModelShape, TensorSpec
 from moesaic.progress import track
+from moesaic.shards import header_of
 
 _PIECE = 2**22
 """Values generated at once."""
@@ -220,7 +221,7 @@ def _pieces(model: Model, seed: int) -> Iterator[tuple[str, str, Iterator[bytes]
     """For every tensor its shard's file name, its own name and its bytes; a shard's first begins with the header."""
     shards = plan_shards(model)
     for index, shard in enumerate(shards, 1):
-        file, header = f"model-{index:05d}-of-{len(shards):05d}.safetensors", _header(shard)
+        file, header = f"model-{index:05d}-of-{len(shards):05d}.safetensors", header_of(shard)
         for name, spec in shard.items():
             yield file, name, _with_header(header, random_bytes(name, spec, seed))
             header = b""
@@ -229,19 +230,6 @@ def _pieces(model: Model, seed: int) -> Iterator[tuple[str, str, Iterator[bytes]
 def _with_header(header: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield header
     yield from pieces
-
-
-def _header(shard: Mapping[str, TensorSpec]) -> bytes:
-    """A safetensors header: its length in eight bytes, then JSON padded with spaces to a multiple of eight."""
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, spec in shard.items():
-        end = start + spec.num_bytes
-        content[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def random_bytes(name: str, spec: TensorSpec, seed: int) -> Iterator[bytes]:

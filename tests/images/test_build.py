@@ -86,7 +86,7 @@ def test_without_a_registry_nothing_is_pushed_or_locked(calls: Path, tmp_path: P
 def test_the_context_holds_what_an_image_checks_itself_against(calls: Path, tmp_path: Path) -> None:
     assert build.main(["--version", "1", "--only", "rl", "--context", str(tmp_path / "context")]) == 0
     facts = json.loads((tmp_path / "context/rl/runtime.json").read_text())
-    assert facts["wanted"] == ["moesaic[rl,s3]", "kfp", "mlflow-skinny"]
+    assert facts["wanted"] == ["moesaic[rl,jobs,s3]", "kfp", "mlflow-skinny"]
     assert {"kfp", "torch", "transformers"} <= set(facts["opaque"])
     assert {path.name for path in (tmp_path / "context").iterdir()} == {"install.py", "rl", "rl.log", "wheels"}
 

@@ -28,9 +28,42 @@ auth_cache_ttl_seconds = 60
 _START_S = 180
 
 
-@dataclass(frozen=True)
+@dataclass
 class MlflowServer:
-    uri: str
+    directory: Path
+    database: str
+    auth: Path
+    port: int
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Begin, or begin again with all that it held before."""
+        command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "basic-auth"]
+        command += ["--workers", "1", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", self.database]
+        command += ["--artifacts-destination", str(self.directory / "artifacts")]
+        settings = {
+            "MLFLOW_AUTH_CONFIG_PATH": str(self.auth),
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "for these tests",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        log = self.directory / "server.log"
+        with log.open("w") as target:
+            self.process = subprocess.Popen(
+                command, env=os.environ | settings, stdout=target, stderr=target, start_new_session=True
+            )
+        _wait_for(self.uri, self.process, log)
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End it with all its workers."""
+        if self.process is not None:
+            os.killpg(self.process.pid, how)
+            self.process.wait(30)
+            self.process = None
 
     def add_user(self, name: str, password: str) -> None:
         """One that may read everything and make models of its own."""
@@ -54,33 +87,15 @@ def started_server() -> Iterator[MlflowServer]:
             database.psql(f"create database {name}")
         auth = directory / "basic_auth.ini"
         auth.write_text(_AUTH.format(database=database.get_uri("auth"), admin=ADMIN, password=PASSWORD))
-        with _process(directory, database.get_uri("mlflow"), auth) as uri:
-            yield MlflowServer(uri)
+        server = MlflowServer(directory, database.get_uri("mlflow"), auth, free_port())
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
     finally:
         database.cleanup()
         shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _process(directory: Path, database: str, auth: Path) -> Iterator[str]:
-    port = _free_port()
-    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", database]
-    command += ["--artifacts-destination", str(directory / "artifacts")]
-    settings = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(auth),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "for these tests",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    with (directory / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        _wait_for(uri, process, directory / "server.log")
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
 
 
 def _wait_for(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -94,7 +109,7 @@ def _wait_for(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"MLflow's server did not start:\n{log.read_text()[-3000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -25,6 +25,7 @@ from moesaic.errors import ArtifactError, ConfigError, StageError
 from moesaic.store import Manifest, S3Options, Store
 from moesaic.store.lanes import Lanes
 from moesaic.store.root import object_key
+from moesaic.store.s3 import connect
 from moesaic.store.s3_upload import PARTS, Source, Upload
 from moesaic.store.tensors import read_tensor
 
@@ -232,6 +233,22 @@ def test_a_download_cut_in_mid_part_goes_on_from_there(
     assert f"bytes={PART_BYTES + PART_BYTES // 2}-{2 * PART_BYTES - 1}" in proxy.ranges()
 
 
+def test_delays_between_attempts_grow_up_to_a_limit(
+    store: Store, model: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1, 2, 4, 8, 16, 20, 20 s, each shortened by chance to at least half; nobody waits for them here."""
+    manifest = add(store, model)
+    waited: list[float] = []
+    monkeypatch.setattr("moesaic.store.s3_download.time", type("Clock", (), {"sleep": waited.append}))
+    patient = replace_options(store, attempts=8, retry_delay_s=1.0)
+    in_last_part = f"-{5 * PART_BYTES + 999}"
+    proxy.faults.append(Fault("cut response", lambda one: (one.range or "").endswith(in_last_part), times=7))
+    assert_same(patient.materialize(manifest), model)
+    longest = [1, 2, 4, 8, 16, 20, 20]
+    assert len(waited) == 7
+    assert all(limit / 2 <= delay <= limit for delay, limit in zip(waited, longest, strict=True))
+
+
 def test_an_interrupted_download_fetches_only_what_is_missing(
     store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
 ) -> None:
@@ -277,6 +294,36 @@ def test_a_killed_upload_is_resumed_without_sending_finished_parts_again(
     assert sorted(proxy.parts_sent()) == [4, 5, 6]
     assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
     assert_same(elsewhere.materialize(manifest, verify=True), model)
+
+
+def test_a_killed_download_is_resumed_without_fetching_finished_parts_again(
+    store: Store, elsewhere: Store, model: Path, tmp_path: Path, proxy: FaultyProxy
+) -> None:
+    manifest = add(store, model)
+    proxy.log.clear()
+    proxy.faults.append(Fault("hang", is_range(3)))
+    code = (
+        "import sys\n"
+        "from moesaic.store import S3Options, Store\n"
+        "size = int(sys.argv[2])\n"
+        "options = S3Options(endpoint_url=sys.argv[1], region='us-east-1', part_bytes=size, connections=1)\n"
+        "store = Store.at(sys.argv[3], options)\n"
+        "store.materialize(store.manifest(sys.argv[4]))\n"
+    )
+    command = [sys.executable, "-c", code, proxy.url, str(PART_BYTES), store.root.address, manifest.id]
+    reader = subprocess.Popen(command, env=os.environ | {"MOESAIC_CACHE": str(tmp_path / "other-cache")})
+    until = time.monotonic() + 30
+    while proxy.faults[0].times:
+        assert time.monotonic() < until and reader.poll() is None
+        time.sleep(0.01)
+    reader.send_signal(signal.SIGKILL)
+    assert reader.wait() == -signal.SIGKILL
+    assert not list(elsewhere.directory.glob("trees/*"))
+    assert not (elsewhere.directory / entry_of(manifest, "weights.bin")).exists()
+    proxy.log.clear()
+    assert_same(elsewhere.materialize(manifest), model)
+    starts = sorted(int(one[6:].split("-")[0]) for one in proxy.ranges())
+    assert starts == [3 * PART_BYTES, 4 * PART_BYTES, 5 * PART_BYTES]
 
 
 def test_parts_of_other_content_or_size_are_not_taken_for_finished(
@@ -608,10 +655,30 @@ def test_the_environment_says_how_to_reach_the_bucket() -> None:
     )
     assert options == S3Options("http://special", "eu-west-1", True, "key", 16 * 2**20, 2)
     assert S3Options.from_environment({}).part_bytes == 64 * 2**20
+    styles = [S3Options.from_environment({"MOESAIC_S3_PATH_STYLE": given}).path_style for given in ("", "0", "yes")]
+    assert styles == [None, False, True]
     with pytest.raises(ConfigError, match="MOESAIC_S3_PART_MIB = '0' is not a whole number"):
         S3Options.from_environment({"MOESAIC_S3_PART_MIB": "0"})
     with pytest.raises(ConfigError, match="MOESAIC_S3_PATH_STYLE = 'maybe'"):
         S3Options.from_environment({"MOESAIC_S3_PATH_STYLE": "maybe"})
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "path_style", "begins"),
+    [
+        ("http://s3.example.com", None, "http://s3.example.com/bucket/key?"),
+        ("http://s3.example.com", True, "http://s3.example.com/bucket/key?"),
+        ("http://s3.example.com", False, "http://bucket.s3.example.com/key?"),
+        (None, None, "https://bucket.s3.amazonaws.com/key?"),
+        (None, True, "https://s3.amazonaws.com/bucket/key?"),
+    ],
+)
+def test_the_bucket_stands_in_the_path_or_in_the_host_name(
+    endpoint: str | None, path_style: bool | None, begins: str, options: S3Options
+) -> None:
+    client = connect(replace(options, endpoint_url=endpoint, path_style=path_style))
+    asked = client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
+    assert asked.startswith(begins)
 
 
 def test_memory_stays_within_the_parts_under_way(address: str, s3_server: tuple[str, int], tmp_path: Path) -> None:

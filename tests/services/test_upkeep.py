@@ -120,6 +120,16 @@ def test_leftovers_of_interrupted_writers_go_after_the_grace(either: Store, mode
     assert list(either.root.leftovers()) == []
 
 
+@pytest.mark.parametrize("key", ["manifests/a.json", "records/a.json", "unlogged/server/a.json"])
+def test_half_a_small_object_is_a_leftover_and_not_an_object(key: str, tmp_path: Path) -> None:
+    root = Store.at(tmp_path).root
+    root.write(key, b"{}")
+    (tmp_path / key).with_name(".a.json.dead").write_bytes(b"{")
+    top = key.partition("/")[0] + "/"
+    assert [item.key for item in root.items(top)] == [key]
+    assert [item.size_bytes for item in root.leftovers()] == [1]
+
+
 def test_verifying_names_everything_missing_or_damaged(either: Store, model: Path, client: Any) -> None:
     manifest = add(either, model)
     config, weights = (object_key(entry.sha256) for entry in manifest.files)

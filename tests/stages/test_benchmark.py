@@ -66,3 +66,17 @@ def test_contexts_beyond_the_models_positions_are_refused_first(tiny_parent: Pat
         config = CONFIG.model_copy(update={"input_tokens": (510,)})
         benchmark.run(config, parent=tiny_parent, child=tiny_parent, output=tmp_path, scratch=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_by_block_a_model_is_the_sum_of_its_parts(tiny_parent: Path, tmp_path: Path) -> None:
+    """The same model twice: whatever its blocks take, both take the same, and total = prefill + (new - 1) decode."""
+    config = CONFIG.model_copy(update={"by_block": True, "workloads": ()})
+    metrics = benchmark.run(config, parent=tiny_parent, child=tiny_parent, output=tmp_path, scratch=tmp_path)
+    content = json.loads((tmp_path / "measurements.json").read_text())
+    assert content["hardware"]["by_block"] is True
+    assert len(content["points"]) == 2 * 4
+    for point in content["points"]:
+        total_ms = point["prefill_ms"]["median"] + 2 * point["decode_ms"]["median"]
+        assert point["tokens_per_s"]["median"] == pytest.approx(1000 * point["batch_size"] * 3 / total_ms)
+    speedups = [value for name, value in metrics.items() if name.startswith("speedup")]
+    assert speedups == [1.0] * 4

@@ -4,22 +4,29 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
+
+pytest.importorskip("kubernetes_validate", reason="validates against Kubernetes' schemas: pip install '.[dev]'")
 
 from moesaic import gpt_oss
 from moesaic.architecture import Architecture, Block
 from moesaic.checkpoint import Checkpoint, layer_shards, read_recovery, write_checkpoint
+from moesaic.cluster.jobs import ClusterJob, JobPlace
 from moesaic.configs import DistillConfig, OptimizerConfig
 from moesaic.engines.automodel.curve import read_curve
 from moesaic.errors import ArtifactError, ConfigError, StageError
 from moesaic.pruning import prune_layer
+from moesaic.runtime import perform, plan_task
 from moesaic.stages import distill
 from moesaic.stages.sharding import NUM_PROCESSES
 from moesaic.traces import Trace
+from tests.services.kubernetes_api import KubernetesApi, serve
 
 CONFIG = DistillConfig(
     sequence_tokens=48,
@@ -150,6 +157,70 @@ def test_a_killed_run_on_two_ranks_ends_like_an_undisturbed_one_on_one(
         assert resumed == pytest.approx(undisturbed, rel=1e-3)
     assert metrics == pytest.approx(trained[1], rel=1e-3)
     assert "Loading checkpoint" in (tmp_path / "scratch" / "engine.log").read_text()
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
+    """A Kubernetes API whose nodes are processes of this machine."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    for api in serve(tmp_path):
+        api.runs_commands = True
+        yield api
+
+
+def two_nodes(shared: Path) -> ClusterJob:
+    """A TrainJob of two nodes without GPUs that see a test's directory."""
+    template = yaml.safe_load((Path(__file__).parents[2] / "manifests" / "jobs" / "trainjob.yaml").read_text())
+    template["spec"]["trainer"] |= {"numNodes": 2, "numProcPerNode": 1, "env": []}
+    place = JobPlace(manifest=template, num_nodes=2, gpus_per_node=0, shared=(str(shared),), poll_s=0.2)
+    return ClusterJob(place, key="0123456789abcdef" * 4)
+
+
+def test_two_nodes_of_a_job_end_like_one_process_here(
+    trained: tuple[Path, dict[str, float]],
+    child: Path,
+    tiny_parent: Path,
+    traces: Path,
+    tmp_path: Path,
+    api: KubernetesApi,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The job's own command, once for each node, meets by the variables that Kubeflow Trainer sets."""
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    places = {"output": tmp_path / "output", "scratch": tmp_path / "scratch", "nodes": two_nodes(tmp_path)}
+    metrics = distill.run(CONFIG, child=child, parent=tiny_parent, traces=traces, **places)
+    assert metrics == pytest.approx(trained[1], rel=1e-3)
+    for shared, alone in zip(
+        read_curve(tmp_path / "output" / "training.jsonl"), read_curve(trained[0] / "training.jsonl"), strict=True
+    ):
+        assert shared == pytest.approx(alone, rel=1e-3)
+    (job,) = api.jobs.values()
+    assert "--standalone" not in job["spec"]["trainer"]["args"]
+    assert len(api.processes) == 2
+    errors = capfd.readouterr().err
+    assert "2 of 2 nodes run" in errors and "distill: step 6/6" in errors
+    assert "step 6" in (tmp_path / "scratch" / "engine.log").read_text()
+
+
+def test_a_job_that_diverges_ends_with_advice_and_the_node(
+    child: Path, tiny_parent: Path, traces: Path, tmp_path: Path, api: KubernetesApi
+) -> None:
+    steep = CONFIG.model_copy(update={"steps": 12, "optimizer": OptimizerConfig(learning_rate=3.0, warmup_steps=0)})
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    places = {"output": tmp_path / "output", "scratch": tmp_path / "scratch", "nodes": two_nodes(tmp_path)}
+    with pytest.raises(StageError, match=r"(?s)lower optimizer.*\nTrainJob .* failed first: Error, exit code 1"):
+        distill.run(steep, child=child, parent=tiny_parent, traces=traces, **places)
+
+
+def test_the_runtime_hands_a_tasks_nodes_on(child: Path, tiny_parent: Path, traces: Path, tmp_path: Path) -> None:
+    """Here they see nothing of the scratch."""
+    given = {"child": child, "parent": tiny_parent, "traces": traces}
+    task = plan_task("distill", CONFIG.to_json(), given, None)
+    with pytest.raises(ConfigError, match=r"the nodes of a job do not see .*scratch, only what lies below"):
+        perform(task, tmp_path / "output", tmp_path / "scratch", job=two_nodes(tmp_path / "elsewhere").place)
 
 
 def test_a_run_that_diverges_ends_with_advice(child: Path, tiny_parent: Path, traces: Path, tmp_path: Path) -> None:

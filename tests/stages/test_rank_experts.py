@@ -2,7 +2,11 @@
 
 import json
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,8 +16,10 @@ from moesaic.calibration import load_batches
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import RankExpertsConfig
 from moesaic.errors import ArtifactError
-from moesaic.ranking import rank_layer
-from moesaic.stages import rank_experts
+from moesaic.ranking import LayerRanking, rank_layer
+from moesaic.stages import rank_experts, ranking_progress
+from moesaic.stages.ranking_progress import RankingProgress
+from moesaic.stages.sharding import Shards
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +99,84 @@ def test_one_layer_in_memory_at_a_time(
     rank(tiny_parent, calibration, tmp_path / "a", precision="bfloat16")
     assert loaded == [0, 1, 2, 3]
     assert torch.is_grad_enabled()
+
+
+def test_a_killed_pass_goes_on_behind_the_layers_it_has_ranked(
+    tiny_parent: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed as layer 2 is loaded; the next attempt loads layers 2 and 3 alone and writes the same bytes."""
+    rank(tiny_parent, calibration, tmp_path / "whole", batch_tokens=100, precision="bfloat16")
+    loaded: list[int] = []
+    build_block = streaming.build_block
+
+    def build(checkpoint: Checkpoint, layer: int, *rest: object) -> object:
+        loaded.append(layer)
+        if loaded == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return build_block(checkpoint, layer, *rest)
+
+    monkeypatch.setattr(streaming, "build_block", build)
+    monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
+    config = RankExpertsConfig.model_validate({"batch_tokens": 100, "precision": "bfloat16"})
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    for directory in (output, scratch):
+        directory.mkdir()
+    given = {"parent": tiny_parent, "calibration_short": calibration, "output": output, "scratch": scratch}
+    with pytest.raises(KeyboardInterrupt):
+        rank_experts.run(config, **given)
+    assert sorted(place.name for place in scratch.glob("ranked*")) == ["ranked-0-002", "ranked.json"]
+    rank_experts.run(config, **given)
+    assert loaded == [0, 1, 2, 2, 3]
+    assert (output / "ranking.json").read_bytes() == (tmp_path / "whole" / "ranking.json").read_bytes()
+
+
+class Threads(Shards):
+    """Processes played by threads."""
+
+    parts: ClassVar[dict[int, list[object]]] = {}
+    barrier: ClassVar[threading.Barrier] = threading.Barrier(2, timeout=30)
+
+    def gather(self, parts):
+        self.parts[self.rank] = list(parts)
+        self.barrier.wait()
+        found = [part for rank in range(self.count) for part in self.parts[rank]]
+        self.barrier.wait()
+        return found
+
+
+def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first process's clock decides, the second one's says never; other numbers of processes begin anew."""
+    room = streaming.StateRoom(2**20, tmp_path / "states", torch.device("cpu"))
+    layers = [LayerRanking((1, 0), (0.25, 0.5)), LayerRanking((0, 1), (1 / 3, 0.0))]
+
+    def work(rank: int) -> None:
+        progress = RankingProgress(tmp_path, Threads(rank, 2))
+        progress._kept_s += rank * 10**9
+        for count in (1, 2):
+            progress.keep(layers[:count], [room.hold(torch.tensor([10.0 * rank + count, part])) for part in (0, 1)])
+
+    monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, (0, 1)))
+    for rank in (0, 1):
+        again = RankingProgress(tmp_path, Threads(rank, 2))
+        assert [(*one.order, *one.scores) for one in again.layers()] == [(1, 0, 0.25, 0.5), (0, 1, 1 / 3, 0.0)]
+        assert [state.tolist() for state in again.states(2)] == [[10.0 * rank + 2, 0.0], [10.0 * rank + 2, 1.0]]
+    assert sorted(path.name for path in tmp_path.glob("ranked-*")) == ["ranked-0-002", "ranked-1-002"]
+    assert RankingProgress(tmp_path, Shards()).layers() == []
+
+
+def test_nothing_is_kept_before_its_time_or_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    room = streaming.StateRoom(2**20, tmp_path / "states", torch.device("cpu"))
+    states = [room.hold(torch.zeros(100))]
+    RankingProgress(tmp_path, Shards()).keep([], states)
+    monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranking_progress.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 400 - 1))
+        RankingProgress(tmp_path, Shards()).keep([], states)
+    assert not list(tmp_path.glob("ranked*"))
+    RankingProgress(tmp_path, Shards()).keep([], states)
+    assert len(list(tmp_path.glob("ranked*"))) == 2
 
 
 def test_missing_inputs_write_nothing(tiny_parent: Path, calibration: Path, tmp_path: Path):

@@ -148,6 +148,11 @@ def play(store: Store, recipe: Recipe, scratch: Path, name: str = "puzzle") -> P
     found = shrink(model, recipe.search_architecture)
     pruned, uniform = prune(recipe.prune_model, model, found), prune(recipe.baseline, model, found)
     child, recovery = recover(pruned)
+    scaled = player.run("calibrate_kv", recipe.calibrate_kv, "parent", model=parent, calibration=short)
+    bundles = {
+        role: player.run("export_engine", recipe.export_engine, child=model)
+        for role, model in (("parent", scaled), ("child", child))
+    }
     random = prune(configs.PruneModelConfig(candidate="random-0"), model, found)
     report = player.run(
         "report",
@@ -159,5 +164,6 @@ def play(store: Store, recipe: Recipe, scratch: Path, name: str = "puzzle") -> P
         measurements=player.run("benchmark", recipe.benchmark, parent=parent, child=pruned),
         recovery=recovery,
         recovery_baseline=recover(uniform)[1],
+        serving=player.run("benchmark_serving", recipe.benchmark_serving, **bundles),
     )
     return PlayedRun(child, report, inputs)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from moesaic.engines.aiperf import client, environment
+from moesaic.engines.aiperf import client
 from moesaic.engines.aiperf.client import Client, Load, find_client
+from moesaic.engines.aiperf.environment import AIPERF
 from moesaic.engines.aiperf.export import EXPORT, read_export
+from moesaic.engines.own_environment import OwnEnvironment, own_variables
 from moesaic.errors import ConfigError, StageError
 from moesaic.load_sweep import Counts, Latency, LoadPoint
 from tests.unit.aiperf_export import export, metric
@@ -92,21 +94,21 @@ def test_the_environments_of_others_do_not_reach_the_client(tmp_path: Path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("MOESAIC_AIPERF", str(program(tmp_path, "import os; print(sorted(os.environ), '0.13.0')")))
     assert find_client() == Client(tmp_path / "aiperf", "0.13.0")
-    assert {"PYTHONPATH", "HF_HUB_OFFLINE"}.isdisjoint(environment.own_variables())
-    assert "PATH" in environment.own_variables()
+    assert {"PYTHONPATH", "HF_HUB_OFFLINE"}.isdisjoint(own_variables())
+    assert "PATH" in own_variables()
 
 
 def test_a_program_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESAIC_AIPERF", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"MOESAIC_AIPERF is '.*nothing', which is no program"):
-        environment.find_program()
+        AIPERF.find_program()
     monkeypatch.setenv("MOESAIC_AIPERF", str(program(tmp_path, "raise SystemExit('broken')")))
     with pytest.raises(StageError, match="--version failed: broken"):
         find_client()
 
 
 def test_constraints_pin_everything_exactly() -> None:
-    pins = [line for line in environment._constraints().splitlines() if not line.startswith("#")]
+    pins = [line for line in AIPERF.pins.splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins)
     assert sum(pin.startswith("aiperf==") for pin in pins) == 1
 
@@ -118,32 +120,30 @@ def test_the_environment_is_made_once_and_one_half_made_is_made_anew(
     monkeypatch.delenv("MOESAIC_AIPERF", raising=False)
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
     calls = []
-    real = environment._call
+    real = OwnEnvironment.call
 
-    def call(command: list[str]) -> None:
+    def call(this: OwnEnvironment, command: list[str]) -> None:
         calls.append(command)
         if "install" not in command:
-            real([*command, "--without-pip"])
+            real(this, [*command, "--without-pip"])
 
-    monkeypatch.setattr(environment, "_call", call)
-    home = environment.environment_directory()
+    monkeypatch.setattr(OwnEnvironment, "call", call)
+    home = AIPERF.directory
     home.mkdir(parents=True)
     (home / "left over").touch()
-    assert environment.find_program() == home / "bin" / "aiperf"
+    assert AIPERF.find_program() == home / "bin" / "aiperf"
     assert not (home / "left over").exists()
     assert calls[1][-2:] == [str(home / "constraints.txt"), "aiperf"]
-    assert (home / "constraints.txt").read_text() == environment._constraints()
-    assert environment.find_program() == home / "bin" / "aiperf"
+    assert (home / "constraints.txt").read_text() == AIPERF.pins
+    assert AIPERF.find_program() == home / "bin" / "aiperf"
     assert len(calls) == 2
 
 
-def test_other_pins_have_an_environment_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = environment.environment_directory()
-    monkeypatch.setattr(environment, "_constraints", lambda: "aiperf==9\n")
-    assert environment.environment_directory() != before
+def test_other_pins_have_an_environment_of_their_own() -> None:
+    assert replace(AIPERF, pins="aiperf==9\n").directory != AIPERF.directory
 
 
 def test_without_a_package_index_the_error_says_what_to_do() -> None:
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--disable-pip-version-check", "--target", "x"]
     with pytest.raises(StageError, match=r"let MOESAIC_AIPERF name an aiperf(.|\n)*No matching distribution"):
-        environment._call([*command, "aiperf"])
+        AIPERF.call([*command, "aiperf"])

@@ -83,8 +83,7 @@ def test_on_gpus_exactly_what_does_not_learn_is_frozen(words: tuple[str, ...]) -
 
 
 def test_mlflow_is_only_configured_for_a_run_that_is_open() -> None:
-    assert "mlflow" not in render(CONFIG, job())
-    assert "mlflow" in render(CONFIG, job(log_to_mlflow=True))
+    assert "mlflow" not in render(CONFIG, job(log_to_mlflow=True))  # the recipe itself logs, as AutoModel would fail
 
 
 def test_rows_of_a_step_must_be_whole_forward_passes_of_all_ranks() -> None:

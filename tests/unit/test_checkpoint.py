@@ -65,6 +65,16 @@ def test_a_tensor_missing_from_index_and_shards_is_named(copy: Path) -> None:
         Checkpoint.open(copy)
 
 
+@pytest.mark.parametrize("place", ["../other/{name}", "{directory}/{name}"])
+def test_an_index_cannot_name_files_elsewhere(copy: Path, tmp_path: Path, place: str) -> None:
+    other = Path(shutil.copytree(copy, tmp_path / "other"))
+    weights = json.loads((copy / INDEX).read_text())["weight_map"]
+    moved = {name: place.format(name=file, directory=other) for name, file in weights.items()}
+    _edit(copy / INDEX, weight_map=moved)
+    with pytest.raises(ArtifactError, match="which is outside of the model's directory"):
+        Checkpoint.open(copy)
+
+
 def test_weights_of_another_shape_are_refused(copy: Path) -> None:
     _edit(copy / CONFIG, num_local_experts=7)
     with pytest.raises(ArtifactError, match=r"has shape \(8,.*asks for \(7,"):

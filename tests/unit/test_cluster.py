@@ -115,6 +115,14 @@ def test_a_registry_replaces_what_stands_before_our_images_and_keeps_the_digest(
     assert set(images[1:]) == {f"registry.internal/ml/moesaic/search:1@{digest}"}
 
 
+def test_a_stage_can_have_another_image() -> None:
+    containers, _ = placed(images={"evaluate": "moesaic/serve@sha256:1234"}, registry="registry.internal/ml")
+    assert containers["exec-evaluate"]["image"] == "registry.internal/ml/moesaic/serve@sha256:1234"
+    assert containers["exec-rank-experts"]["image"].startswith("registry.internal/ml/moesaic/search:")
+    with pytest.raises(ConfigError, match=r"names the stages \['evaluation'\]"):
+        placed(images={"evaluation": "moesaic/serve:1"})
+
+
 def test_the_compiled_pipeline_is_not_touched_and_placing_gives_the_same_bytes() -> None:
     path, before = compiled()["search"], search()
     first = placed_text(path, profile(queue="moesaic"), STAGES)

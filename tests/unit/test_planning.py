@@ -14,9 +14,11 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.configs import (
     AverageCheckpointsConfig,
+    BenchmarkServingConfig,
     Config,
     DistillConfig,
     EvaluateConfig,
+    ExportEngineConfig,
     IngestConfig,
     PruneModelConfig,
     RankExpertsConfig,
@@ -24,6 +26,7 @@ from moesaic.configs import (
     ScoreBlocksConfig,
     SearchArchitectureConfig,
     SearchSpace,
+    SweptWorkload,
 )
 from moesaic.gpt_oss import (
     GPT_OSS_20B_BLOCKS,
@@ -137,6 +140,25 @@ def test_recovery_uploads_everything_but_experts_once_per_stage() -> None:
     assert found["reinforce1"].needs.counts["replies"] == 24
     assert found["evaluate"].needs.counts == {"replies": 2 * 3 * 3, "tokens": 180}
     assert found["evaluate"].download_bytes == CHILD_BYTES
+
+
+def test_export_links_and_serving_loads_one_model_at_a_time() -> None:
+    """Folding writes all but experts of the layers anew; engines keep experts packed, ``moesaic serve`` does not."""
+    sweep = SweptWorkload(name="short", input_tokens=8, output_tokens=4, concurrencies=(1, 2))
+    load = BenchmarkServingConfig(workloads=(sweep,), requests_per_user=3, repeats=2)
+    found = run(
+        task("prune_model", PruneModelConfig(), "ingest"),
+        task("export_engine1", ExportEngineConfig(target="vllm", compare_outputs=False), "ingest"),
+        task("export_engine2", ExportEngineConfig(target="tensorrt_llm", compare_outputs=False), "prune_model"),
+        task("benchmark_serving1", load, "export_engine1", "export_engine2"),
+        task("benchmark_serving2", load.model_copy(update={"engine": "vllm"}), "export_engine1", "export_engine2"),
+    )
+    assert found["export_engine1"].upload_bytes == 0
+    assert found["export_engine2"].upload_bytes == OUTSIDE_EXPERTS - OUTER_BYTES
+    ours, theirs = (found[name].needs for name in ("benchmark_serving1", "benchmark_serving2"))
+    assert ours.counts == {"points": 2, "requests": 2 * 2 * (3 + 1) * (1 + 2)}
+    assert ours.read_bytes == 2 * (PARENT_BYTES + CHILD_BYTES)
+    assert theirs.peak_bytes == PARENT_BYTES < ours.peak_bytes
 
 
 def test_only_what_learns_has_optimiser_state() -> None:

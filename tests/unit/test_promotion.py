@@ -38,6 +38,11 @@ def test_figures_of_a_recovered_child() -> None:
     assert found.kv_accuracy_loss == pytest.approx(0.01)
 
 
+def test_what_was_measured_through_a_server_counts() -> None:
+    served = {"request_efficiency": {"child_over_parent": {"low": 1.1, "high": 1.3}}}
+    assert read_figures(summary() | {"serving": served}).request_efficiency == {"low": 1.1, "high": 1.3}
+
+
 def test_figures_of_a_child_that_was_only_pruned() -> None:
     """Accuracies 0.45 of 0.50 and 0.81 of 0.90; requests/s 3000/10 of 2000/10 and 3000/80 of 2000/100."""
     found = read_figures(summarize(read_evidence(**inputs())))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.cli import main
-from moesaic.configs import IngestConfig
+from moesaic.configs import IngestConfig, PromoteConfig
 from moesaic.store import Store
 from pipelines.recipes import RECIPES, Recipe
 from tests.unit.played_run import play
@@ -95,9 +95,13 @@ def test_the_life_of_two_versions(place: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def expected(recipe: Recipe) -> Recipe:
-    """What only runs of several rounds use is taken from the one round there was."""
+    """What only runs of several rounds use is taken from the one round there was; the gate is the version's own."""
     return recipe.model_copy(
-        update={"earlier_distill": recipe.distill, "earlier_search_architecture": recipe.search_architecture}
+        update={
+            "earlier_distill": recipe.distill,
+            "earlier_search_architecture": recipe.search_architecture,
+            "promote": PromoteConfig.parse(GATE),
+        }
     )
 
 

@@ -237,6 +237,19 @@ def test_scratch_survives_a_failure_and_not_a_success(
     assert not Path(outputs["child"].path).exists()
 
 
+def test_what_a_kill_left_behind_is_swept_and_an_older_output_gives_way(
+    ingest_config: IngestConfig, place: Place, tmp_path: Path
+) -> None:
+    half_removed = place.store / "scratch" / "key.0123.done"
+    for folder in (half_removed, tmp_path / "out" / ".parent.arriving", tmp_path / "out" / "parent"):
+        folder.mkdir(parents=True)
+        (folder / "left").write_text("")
+    ingest(ingest_config, tmp_path / "out")
+    assert not half_removed.exists()
+    assert sorted(path.name for path in (tmp_path / "out" / "parent").iterdir()) == ["manifest.json", "record.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_place_survives_the_environment(place: Place) -> None:
     assert Place.from_environment() == place
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import ArtifactError
-from moesaic.shards import StoredTensor, num_data_bytes, read_header, write_shard
+from moesaic.shards import StoredTensor, find_tensors, num_data_bytes, read_header, write_shard
 
 
 def _rows() -> dict[str, Tensor]:
@@ -82,3 +82,37 @@ def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
     save_file({"ids": torch.arange(3)}, tmp_path / "x.safetensors")
     with pytest.raises(ArtifactError, match="ids is of type I64; allowed are F64, F32"):
         read_header(tmp_path / "x.safetensors")
+
+
+def test_a_header_is_found_in_one_read_or_two_and_nothing_else_is_read(tmp_path: Path) -> None:
+    """The format: eight bytes of length, JSON, data. The long header has 2000 tensors of one byte each."""
+    for count, reads in ((4, 1), (2000, 2)):
+        save_file({f"layer.{index}.weight": torch.zeros(1).byte() for index in range(count)}, tmp_path / "x")
+        content, asked = (tmp_path / "x").read_bytes(), []
+
+        def read(start: int, length: int, content: bytes = content, asked: list[int] = asked) -> bytes:
+            asked.append(length)
+            return content[start : start + length]
+
+        found = find_tensors(read, len(content), tmp_path / "x")
+        header_bytes = 8 + int.from_bytes(content[:8], "little")
+        assert found == read_header(tmp_path / "x") and len(found) == count
+        assert len(asked) == reads and sum(asked) <= max(header_bytes, 2**16)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234567",
+        (2**40).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{]",
+        (12).to_bytes(8, "little") + b'{"a": "BF16"}',
+        (30).to_bytes(8, "little") + b'{"a": {"dtype": "U8"}}        ',
+    ],
+)
+def test_what_is_no_safetensors_file_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ArtifactError, match="x is not a safetensors file: its header"):
+        read_header(tmp_path / "x")

@@ -1,6 +1,7 @@
 """Runs land in MLflow nested under their pipeline's run, with what the record says and nothing from the environment."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,19 +97,30 @@ def test_a_run_that_a_scheduler_opened_is_used_and_left_open(uri: str) -> None:
     assert client.get_run(given).info.status == "RUNNING"
 
 
-def test_a_run_begun_before_its_stage_is_the_same_after_a_kill_and_ends_with_the_stage(
-    uri: str, tmp_path: Path
-) -> None:
+def test_a_run_begun_before_its_stage_is_the_same_after_a_kill_and_ends_with_the_stage(uri: str) -> None:
     from mlflow import MlflowClient
 
-    client, note = MlflowClient(uri), tmp_path / "run"
-    killed = Tracker(uri).begin("distill", "puzzle", 0, note)
+    client = MlflowClient(uri)
+    killed = Tracker(uri, attempt="a").begin("distill", "puzzle", 0)
     assert killed.live_run_id and client.get_run(killed.live_run_id).info.status == "RUNNING"
-    again = Tracker(uri).begin("distill", "puzzle", 0, note)
+    again = Tracker(uri, attempt="a").begin("distill", "puzzle", 0)
     assert again.live_run_id == killed.live_run_id
     again.log_stage(RECORD, 0, [])
     run = client.get_run(again.live_run_id)
     assert run.info.status == "FINISHED" and run.data.metrics == {"accuracy": 0.75}
+
+
+def test_an_attempt_that_failed_and_then_succeeds_is_one_run_without_the_error(uri: str) -> None:
+    from mlflow import MlflowClient
+
+    client, attempt = MlflowClient(uri), Tracker(uri, attempt="b")
+    attempt.log_failure("evaluate", "greedy", 0, RECORD.config, ConfigError("no such"))
+    attempt.log_stage(RECORD, 0, [])
+    attempt.log_stage(replace(RECORD, metrics={"accuracy": 0.5}), 0, [])
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`moesaic.attempt` = 'b'")
+    assert run.info.status == "FINISHED" and "moesaic.error" not in run.data.tags
+    assert run.data.metrics == {"accuracy": 0.5}, "the latest counts, not the greatest"
 
 
 def test_a_lost_server_costs_a_warning_and_not_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,19 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.cluster.profile import SCRATCH, SHARED_MEMORY, TEMPORARY, ClusterProfile, Node
+from moesaic.cluster.jobs.manifest import place_job
+from moesaic.cluster.jobs.place import JOB_VARIABLE
+from moesaic.cluster.profile import (
+    QUEUE_LABEL,
+    SCRATCH,
+    SHARED_MEMORY,
+    STAGE_LABEL,
+    TEMPORARY,
+    ClusterProfile,
+    Node,
+)
 from moesaic.errors import ArtifactError
 
-QUEUE_LABEL, STAGE_LABEL = "kueue.x-k8s.io/queue-name", "moesaic/stage"
 _OUR_IMAGE = re.compile(r"(?:.*/)?(?P<image>moesaic/[^/]+)")
 _STAGE_ARGUMENT = "--function_to_execute"
 
@@ -44,7 +53,12 @@ def place(pipeline: Mapping[str, Any], profile: ClusterProfile, stages: Collecti
             "this is no pipeline that `make compile` wrote: a task has no container of ours"
         ) from failure
     for name, stage in running.items():
+        if stage in profile.images:
+            executors[name]["container"]["image"] = profile.images[stage]
         _equip(executors[name]["container"], profile, profile.node_for(stage))
+        if stage in profile.jobs:
+            job = place_job(profile, stage, executors[name]["container"]["image"])
+            executors[name]["container"]["env"].append({"name": JOB_VARIABLE, "value": job.to_variable()})
     platform = {name: _platform_config(profile, stage) for name, stage in running.items()}
     return [placed, {"platforms": {"kubernetes": {"deploymentSpec": {"executors": platform}}}}]
 

@@ -24,7 +24,7 @@ _TETHER = (
 
 @contextmanager
 def tethered(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ
+    command: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ, directory: Path | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a command for as long as the block lasts; what it prints is appended to the log.
 
@@ -32,6 +32,7 @@ def tethered(
         command: program and arguments.
         log: its output and errors.
         environment: of the command.
+        directory: where it runs; None: here.
     """
     with log.open("ab") as target:
         process = subprocess.Popen(
@@ -40,6 +41,7 @@ def tethered(
             stdout=target,
             stderr=subprocess.STDOUT,
             env=dict(environment),
+            cwd=directory,
             start_new_session=True,
         )
     try:

@@ -12,21 +12,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from torch import Tensor
 
 import moesaic
 from moesaic import gpt_oss, kv_cache
 from moesaic.checkpoint import Checkpoint, read_recovery, rewrite_checkpoint
 from moesaic.configs import ExportEngineConfig
-from moesaic.errors import ArtifactError, ConfigError, StageError
+from moesaic.errors import ArtifactError, ConfigError
 from moesaic.export import tensorrt_llm, vllm
 from moesaic.export.manifest import Digests, ExportManifest, KvPolicy, Layer, Source, seal, write_files
 from moesaic.kv_cache import UNIT, KvScales
 
-SCALES_SHARD = "model-kv-scales"
-"""The stem of the file that holds the scales of the KV cache, as ``calibrate_kv`` names it."""
 BUNDLED = Path(__file__).with_name("bundled")
 MODELLING = Path(__file__).parents[1] / "gpt_oss_puzzle"
 """The child's own classes, which travel with it."""
@@ -98,31 +94,12 @@ def _write_weights(
     rewrite_checkpoint(
         as_child,
         output,
-        fold(child, scales) if scales is not None and folds else {},
+        kv_cache.fold_checkpoint(child, scales) if scales is not None and folds else {},
         {"stage": "export_engine", "target": config.target, "kv_cache": config.kv_cache, "folded": folds},
         added=kv_cache.scale_tensors([UNIT] * child.num_layers) if unit else None,
-        added_shard=SCALES_SHARD,
+        added_shard=kv_cache.SHARD,
         extra=sorted(MODELLING.glob("*_gpt_oss_puzzle.py")),
     )
-
-
-def fold(child: Checkpoint, scales: Iterable[KvScales]) -> dict[str, Tensor]:
-    """The attention tensors that folding changes.
-
-    Raises:
-        StageError: if a weight is so small or so large that its type cannot hold it once it is scaled.
-    """
-    folded: dict[str, Tensor] = {}
-    for layer, scale in enumerate(scales):
-        if scale == UNIT:
-            continue
-        tensors = {name: child.tensor(name) for name in child.layer_names(layer) if ".self_attn." in name}
-        changed = kv_cache.fold(tensors, layer, scale)
-        back = kv_cache.fold(changed, layer, KvScales(1 / scale.key, 1 / scale.value))
-        if lost := [name for name, tensor in back.items() if not torch.equal(tensor, tensors[name])]:
-            raise StageError(f"{lost[0]}: scaling it by {scale} loses bits; export with kv_cache fp8_unit or bf16")
-        folded |= changed
-    return folded
 
 
 def _describe(

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from moesaic import gpt_oss
 from moesaic.configs import (
     BenchmarkConfig,
+    BenchmarkServingConfig,
     CalibrateKvConfig,
     DistillBlocksConfig,
     DistillConfig,
     EvaluateConfig,
+    ExportEngineConfig,
     GenerateTracesConfig,
     PruneModelConfig,
     RankExpertsConfig,
@@ -122,14 +124,14 @@ def _prune_model(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
 
 
 def _generate_traces(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
-    """Replies = prompts * efforts * samples, each ``reply_share`` of the longest; the model resident, unpacked."""
+    """Replies = prompts * efforts * samples, each ``reply_share`` of the longest; the model as :func:`_held`."""
     config, model = task.config_as(GenerateTracesConfig), model_of(facts, inputs[0])
     replies = (config.max_prompts or facts.assumed.num_prompts) * len(config.efforts) * config.samples_per_prompt
     mean = reply_tokens(facts, config.max_new_tokens)
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=replies * (mean + facts.assumed.prompt_tokens) * TRACE_BYTES_PER_TOKEN,
-        peak_bytes=resident(facts, model, config.precision),
+        peak_bytes=_held(config, facts, inputs[0]),
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )
@@ -247,20 +249,23 @@ def _calibrate_kv(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
 
 
 def _evaluate(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
-    """Replies = tasks * problems_per_task * efforts, each ``reply_share`` of the longest; the model resident."""
+    """Replies = tasks * problems_per_task * efforts * epochs, each ``reply_share`` of the longest; as :func:`_held`."""
     config, model = task.config_as(EvaluateConfig), model_of(facts, inputs[0])
-    replies = facts.assumed.num_tasks * config.problems_per_task * len(config.efforts)
+    replies = facts.assumed.num_tasks * config.problems_per_task * len(config.efforts) * config.epochs
     mean = reply_tokens(facts, config.max_new_tokens)
     return Needs(
         read_bytes=sum(inputs[0].values()),
-        peak_bytes=resident(facts, model, config.precision),
+        peak_bytes=_held(config, facts, inputs[0]),
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )
 
 
 def _benchmark(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
-    """Both models resident; every point ``repeats + 1`` times: ``prefill + output_tokens * decode`` on all GPUs."""
+    """Every point ``repeats + 1`` times: ``prefill + output_tokens * decode`` on all GPUs.
+
+    Memory: both models; ``by_block`` one layer unpacked and one packed, and what is outside the layers.
+    """
     config = task.config_as(BenchmarkConfig)
     points = [
         Workload(name="point", input_tokens=tokens, output_tokens=config.output_tokens, concurrency=batch)
@@ -277,10 +282,72 @@ def _benchmark(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
         ms = facts.target.num_gpus * (config.repeats + 1) * busy
     return Needs(
         read_bytes=sum(sum(each.values()) for each in inputs),
-        peak_bytes=sum(resident(facts, model, config.precision) for model in (facts.parent, facts.child)),
+        peak_bytes=streamed_layers(facts, config.precision) + outer_bytes(facts.shape)
+        if config.by_block
+        else sum(resident(facts, model, config.precision) for model in (facts.parent, facts.child)),
         gpu_ms=ms,
         counts={"points": len(loads)},
     )
+
+
+def _export_engine(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
+    """Links what it does not change, and hashes all of it; folding writes attention anew.
+
+    Memory: one layer's attention; with ``compare_outputs`` the model twice, unpacked.
+    """
+    config, model = task.config_as(ExportEngineConfig), model_of(facts, inputs[0])
+    folds = config.target == "tensorrt_llm" and config.kv_cache == "fp8"
+    made = retrained(inputs[0], task.name, ["attention"]) if folds else inputs[0]
+    size = sum(inputs[0].values())
+    return Needs(
+        read_bytes=size + sum(made.values()),
+        written_bytes=_new_bytes(made, inputs[0]),
+        peak_bytes=2 * resident(facts, model, "float32") if config.compare_outputs else outer_bytes(facts.shape),
+        made=made,
+    )
+
+
+def _benchmark_serving(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
+    """One model at a time; every point ``repeats`` times on each, its requests and their warm-up.
+
+    Time: ``rounds * (prefill + output_tokens * decode)`` with one round for every request of a user. Memory:
+    :func:`_held`.
+    """
+    config = task.config_as(BenchmarkServingConfig)
+    rounds = config.requests_per_user + config.warmup_requests_per_user
+    loads = [
+        Workload(name="point", input_tokens=each.input_tokens, output_tokens=each.output_tokens, concurrency=users)
+        for each in config.workloads
+        for users in each.concurrencies
+    ]
+    ms: float | None = None
+    if facts.target is not None:
+        runs = [
+            (load, facts.target.model_runtime(model, load)) for load in loads for model in (facts.parent, facts.child)
+        ]
+        busy = sum(runtime.prefill_ms + load.output_tokens * runtime.decode_ms for load, runtime in runs)
+        ms = facts.target.num_gpus * config.repeats * rounds * busy
+    return Needs(
+        read_bytes=config.repeats * sum(sum(each.values()) for each in inputs),
+        peak_bytes=max(_held(config, facts, each) for each in inputs),
+        gpu_ms=ms,
+        counts={
+            "points": len(loads),
+            "requests": 2 * config.repeats * rounds * sum(each.concurrency for each in loads),
+        },
+    )
+
+
+def _held(
+    config: GenerateTracesConfig | EvaluateConfig | BenchmarkServingConfig, facts: Facts, shards: Shards
+) -> float:
+    """Of a model that generates: unpacked in process and under ``moesaic``, else one GPU's share of the packed weights.
+
+    The KV cache of a serving engine takes what is left, and is not counted.
+    """
+    if config.engine in ("in_process", "moesaic"):
+        return resident(facts, model_of(facts, shards), config.precision)
+    return sum(shards.values()) / (facts.target.num_gpus if facts.target else 1)
 
 
 def _new_bytes(made: Shards, given: Shards) -> int:
@@ -301,5 +368,7 @@ STAGES: dict[str, Callable[[Task, Facts, Sequence[Shards]], Needs]] = {
     "calibrate_kv": _calibrate_kv,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
+    "export_engine": _export_engine,
+    "benchmark_serving": _benchmark_serving,
 }
 """Stages that are not here read and write small files only."""

@@ -100,7 +100,8 @@ class Endpoints:
             usage = asked.stream_options is not None and asked.stream_options.include_usage is True
             return _Stream(_chunks(exchange, form, usage), exchange)
         try:
-            return await _unless_gone(request, _whole(exchange, form))
+            named = isinstance(asked, CompletionRequest) and asked.return_token_ids is True
+            return await _unless_gone(request, _whole(exchange, form, named))
         finally:
             exchange.close()
 
@@ -121,10 +122,10 @@ async def _read(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-async def _whole(exchange: Exchange, form: Shape) -> Response:
+async def _whole(exchange: Exchange, form: Shape, token_ids: bool) -> Response:
     async for index, event in exchange.events():
         form.add(index, event)
-    return JSONResponse(form.whole(exchange.num_generated))
+    return JSONResponse(form.whole(exchange.num_generated, exchange.token_ids if token_ids else ()))
 
 
 async def _chunks(exchange: Exchange, form: Shape, usage: bool) -> AsyncIterator[bytes]:

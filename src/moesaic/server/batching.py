@@ -48,10 +48,15 @@ class Reply:
 
     def __init__(self, prompt: Sequence[int], rule: Rule, writer: Writer) -> None:
         self.prompt, self.rule = tuple(prompt), rule
-        self.num_generated = 0
+        self.token_ids: list[int] = []
         self.cancelled = False
         self._writer = writer
         self._dice = random.Random(rule.seed)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens so far."""
+        return len(self.token_ids)
 
     @property
     def longest(self) -> int:
@@ -64,7 +69,7 @@ class Reply:
 
     def take(self, token: int) -> Event:
         """Append a token."""
-        self.num_generated += 1
+        self.token_ids.append(token)
         may_stop = self.num_generated >= self.rule.min_tokens
         ends = token in self.rule.stop_ids
         pieces = self._writer.add(token, may_stop)

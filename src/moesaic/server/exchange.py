@@ -62,6 +62,11 @@ class Exchange:
         """Tokens of all replies so far."""
         return sum(reply.num_generated for reply in self._indices)
 
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Those of every reply so far."""
+        return [list(reply.token_ids) for reply in self._indices]
+
     def put(self, reply: Reply, event: Event) -> None:
         """Take an event in."""
         self._queue.put_nowait((self._indices[reply], event))

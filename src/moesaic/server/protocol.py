@@ -6,9 +6,18 @@ that no client believes in something that is not done. Unknown names are refused
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 _LARGEST_SEED = 2**63 - 1
 _NAME = re.compile(r"(?!str$|int$)\w+")
@@ -177,11 +186,19 @@ class CompletionRequest(_Generation):
     """A prompt or several, as text or as token ids."""
     skip_special_tokens: bool | None = None
     """Leave markers out of the text; true if not given."""
+    return_token_ids: bool | None = None
+    """Name the generated tokens as well, as ``token_ids`` of every choice; not in a stream."""
 
     logprobs: None = None
     echo: No | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1), Whole] | None = None
+
+    @model_validator(mode="after")
+    def _whole_if_token_ids(self) -> Self:
+        if self.stream and self.return_token_ids:
+            raise ValueError("return_token_ids is not served in a stream")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

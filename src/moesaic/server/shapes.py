@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -44,12 +44,14 @@ class Shape(ABC):
             texts[piece.kind] = texts.get(piece.kind, "") + piece.text
         self._finishes[index] = event.finish
 
-    def whole(self, num_generated: int) -> dict[str, Any]:
-        """The complete reply."""
+    def whole(self, num_generated: int, token_ids: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+        """The complete reply; with the token ids of every choice, if they are given."""
         choices = [
             {"index": index, **self.choice(texts), "finish_reason": finish, "logprobs": None}
             for index, (texts, finish) in enumerate(zip(self._texts, self._finishes, strict=True))
         ]
+        for choice, ids in zip(choices, token_ids, strict=False):
+            choice["token_ids"] = list(ids)
         return self._envelope(self.whole_object, choices) | {"usage": self._usage(num_generated)}
 
     def chunks(self, index: int, event: Event) -> Iterator[dict[str, Any]]:

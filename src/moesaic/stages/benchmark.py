@@ -3,6 +3,9 @@
 Every point times both models on the same random prompts of exact length with a fixed number of output tokens and no
 stop token. Repeats alternate between the models (parent, child, parent, child, ...), so that a machine that slows down
 slows both; an untimed run of each comes first. Medians are reported with the smallest and the largest value.
+
+With ``by_block`` no model is held whole: every distinct block of both is timed, their repeats in turns (see
+``moesaic.stages.block_timing``), and a model's time is the sum over its layers and the part outside them.
 """
 
 import json
@@ -17,13 +20,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moesaic.architecture import Architecture, Block
 from moesaic.blocks import choose_device
 from moesaic.checkpoint import Checkpoint
-from moesaic.configs import BenchmarkConfig
+from moesaic.configs import BenchmarkConfig, Workload
+from moesaic.costs import Runtime
 from moesaic.errors import ConfigError
 from moesaic.generation import Decoding
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.progress import track
+from moesaic.stages.block_timing import time_blocks
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,12 @@ class Point:
     batch_size: int
     input_tokens: int
     output_tokens: int
+
+    def workload(self, name: str) -> Workload:
+        """The same as blocks are timed under."""
+        return Workload(
+            name=name, input_tokens=self.input_tokens, output_tokens=self.output_tokens, concurrency=self.batch_size
+        )
 
 
 @dataclass(frozen=True)
@@ -49,13 +61,12 @@ def run(config: BenchmarkConfig, *, parent: Path, child: Path, output: Path, scr
     points = list_points(config)
     for model in (parent, child):
         _check_positions(Checkpoint.open(model), points, model)
-    precision, device = getattr(torch, config.precision), choose_device()
-    models = {name: load_model(path, precision).to(device) for name, path in (("parent", parent), ("child", child))}
-    measured = []
-    steps = _schedule(models, points, config.repeats)
-    for point, timings in track(steps, len(points), "benchmark"):
-        measured += [describe(name, point, found) for name, found in timings.items()]
-    content = {"hardware": _hardware(device), "precision": config.precision, "points": measured}
+    device = choose_device()
+    paths = {"parent": parent, "child": child}
+    steps = _time_by_block(config, paths, points, device) if config.by_block else _time(config, paths, points, device)
+    measured = [describe(name, point, found) for point, timings in steps for name, found in timings.items()]
+    hardware = _hardware(device) | {"by_block": config.by_block}
+    content = {"hardware": hardware, "precision": config.precision, "points": measured}
     (output / "measurements.json").write_text(json.dumps(content, indent=1) + "\n")
     return _metrics(measured)
 
@@ -75,6 +86,37 @@ def _check_positions(checkpoint: Checkpoint, points: Sequence[Point], path: Path
             f"{longest.input_tokens} input and {longest.output_tokens} output tokens do not fit the "
             f"{checkpoint.shape.max_positions} positions of {path}; shorten them"
         )
+
+
+def _time(
+    config: BenchmarkConfig, paths: Mapping[str, Path], points: Sequence[Point], device: torch.device
+) -> Iterator[tuple[Point, dict[str, list[Timing]]]]:
+    precision = getattr(torch, config.precision)
+    models = {name: load_model(path, precision).to(device) for name, path in paths.items()}
+    yield from track(_schedule(models, points, config.repeats), len(points), "benchmark")
+
+
+def _time_by_block(
+    config: BenchmarkConfig, paths: Mapping[str, Path], points: Sequence[Point], device: torch.device
+) -> Iterator[tuple[Point, dict[str, list[Timing]]]]:
+    """Blocks carry weights of the parent: which experts a layer of the child has kept does not change its time."""
+    architectures = {name: Checkpoint.open(path).architecture for name, path in paths.items()}
+    distinct = sorted({block for model in architectures.values() for block in model.blocks}, key=lambda b: b.label)
+    loads = {point: point.workload(f"point{index}") for index, point in enumerate(points)}
+    precision = getattr(torch, config.precision)
+    parent = Checkpoint.open(paths["parent"])
+    times, fixed = time_blocks(parent, distinct, list(loads.values()), config.repeats, precision, device)
+    for point, load in loads.items():
+        yield point, {name: [_sum(model, times, fixed, load)] for name, model in architectures.items()}
+
+
+def _sum(
+    model: Architecture, times: Mapping[Block, Mapping[str, Runtime]], fixed: Mapping[str, Runtime], load: Workload
+) -> Timing:
+    """``total = prefill + (output_tokens - 1) decode``: the first token comes out of the prefill."""
+    parts = [fixed[load.name], *(times[block][load.name] for block in model.blocks)]
+    prefill_ms, decode_ms = sum(part.prefill_ms for part in parts), sum(part.decode_ms for part in parts)
+    return Timing(prefill_ms, decode_ms, prefill_ms + (load.output_tokens - 1) * decode_ms)
 
 
 def _schedule(

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from moesaic import kv_cache
 from moesaic.calibration import load_batches
 from moesaic.checkpoint import Checkpoint, rewrite_checkpoint
@@ -12,9 +10,6 @@ from moesaic.configs import CalibrateKvConfig
 from moesaic.engines.modelopt_kv import Amax, measure_amax
 from moesaic.errors import StageError
 from moesaic.kv_cache import KvScales
-
-SHARD = "model-kv-scales"
-"""The stem of the file that holds the scales."""
 
 
 def run(config: CalibrateKvConfig, *, model: Path, calibration: Path, output: Path, scratch: Path) -> dict[str, float]:
@@ -33,10 +28,10 @@ def run(config: CalibrateKvConfig, *, model: Path, calibration: Path, output: Pa
     rewrite_checkpoint(
         checkpoint,
         output,
-        _folded(checkpoint, scales) if config.fold else {},
+        kv_cache.fold_checkpoint(checkpoint, scales) if config.fold else {},
         step,
         added=kv_cache.scale_tensors([kv_cache.UNIT] * len(scales) if config.fold else scales),
-        added_shard=SHARD,
+        added_shard=kv_cache.SHARD,
     )
     return _metrics(amax, scales) | {"num_tokens": float(sum(int(batch.is_token.sum()) for batch in batches))}
 
@@ -46,14 +41,6 @@ def _scales(amax: Sequence[Amax], power_of_two: bool) -> list[KvScales]:
         if not all(0 <= value < float("inf") for value in largest):
             raise StageError(f"layer {layer}: the largest K and V are {largest}; the model computes no finite numbers")
     return [KvScales.of_amax(key, value, power_of_two) for key, value in amax]
-
-
-def _folded(checkpoint: Checkpoint, scales: Sequence[KvScales]) -> dict[str, Tensor]:
-    folded: dict[str, Tensor] = {}
-    for layer, scale in enumerate(scales):
-        names = [name for name in checkpoint.layer_names(layer) if ".self_attn." in name]
-        folded |= kv_cache.fold({name: checkpoint.tensor(name) for name in names}, layer, scale)
-    return folded
 
 
 def _metrics(amax: Sequence[Amax], scales: Sequence[KvScales]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from moesaic import gpt_oss
 from moesaic.checkpoint import CONFIG, Checkpoint, rewrite_checkpoint
+from moesaic.cluster.jobs import ClusterJob
 from moesaic.configs import DistillConfig
 from moesaic.engines.automodel.curve import read_curve
 from moesaic.engines.automodel.launch import check_installed, train
@@ -19,34 +20,53 @@ from moesaic.traces import Trace, pack_traces, read_traces
 
 
 def run(
-    config: DistillConfig, *, child: Path, parent: Path, traces: Path, output: Path, scratch: Path
+    config: DistillConfig,
+    *,
+    child: Path,
+    parent: Path,
+    traces: Path,
+    output: Path,
+    scratch: Path,
+    nodes: ClusterJob | None = None,
 ) -> dict[str, float]:
-    """Write the trained child and ``training.jsonl``; a killed run goes on from its last checkpoint in ``scratch``."""
+    """Write the trained child and ``training.jsonl``; a killed run goes on from its last checkpoint in ``scratch``.
+
+    ``nodes`` are those of a cluster to train on; without them it is done here.
+    """
     mine, whole = Checkpoint.open(child), Checkpoint.open(parent)
     _check_models(mine, whole)
     counts = _check_traces(read_traces(traces), config, whole)
-    job = _plan(mine, whole, traces, scratch)
+    if nodes:
+        mine = Checkpoint.open(nodes.visible("child", child, scratch))
+        whole = Checkpoint.open(nodes.visible("parent", parent, scratch))
+        traces = nodes.visible("traces", traces, scratch)
+    job = _plan(mine, whole, traces, scratch, nodes)
     check_batch(config, job.num_processes)
     if config.steps and not job.trained.is_file():
         check_installed()
-        train(config, job)
+        train(config, job, nodes)
     job.curve.touch()
     trained = load_file(job.trained) if config.steps else {}
     rewrite_checkpoint(mine, output, trained, {"stage": "distill", "steps": config.steps}, extra=[job.curve])
     return counts | _metrics(job.curve)
 
 
-def _plan(child: Checkpoint, parent: Checkpoint, traces: Path, scratch: Path) -> Job:
-    on_gpus, processes = torch.cuda.is_available(), num_processes()
-    shared = expert_parallel_size(processes, parent.architecture, child.architecture) if on_gpus else 1
+def _plan(child: Checkpoint, parent: Checkpoint, traces: Path, scratch: Path, nodes: ClusterJob | None) -> Job:
+    """On how many devices; experts are shared within a node only."""
+    if nodes:
+        on_gpus, count, here = nodes.place.gpus_per_node > 0, nodes.place.num_nodes, nodes.place.processes_per_node
+    else:
+        on_gpus, count, here = torch.cuda.is_available(), 1, num_processes()
+    shared = expert_parallel_size(here, parent.architecture, child.architecture) if on_gpus else 1
     return Job(
         child=child.directory.absolute(),
         parent=_as_child(parent, scratch / "parent") if on_gpus else parent.directory.absolute(),
         traces=traces.absolute(),
         scratch=scratch.absolute(),
-        num_processes=processes,
+        num_processes=count * here,
         on_gpus=on_gpus,
-        driver_pid=os.getpid(),
+        driver_pid=None if nodes else os.getpid(),
+        num_nodes=count,
         expert_parallel_size=shared,
         log_to_mlflow={"MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI"} <= os.environ.keys(),
     )

@@ -1,8 +1,12 @@
-"""Accuracy and generated tokens per request on verifiable problems, per task and reasoning effort."""
+"""Accuracy and generated tokens per request on verifiable problems, per task and reasoning effort.
+
+The model replies in this process, or through a server that inspect-ai asks. Prompts, which are rendered here, and
+verifiers are the same, and so is what is written.
+"""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -15,12 +19,14 @@ from moesaic import gpt_oss, kv_cache
 from moesaic.blocks import choose_device
 from moesaic.chat import load_tokenizer
 from moesaic.checkpoint import Checkpoint, read_recovery
-from moesaic.configs import EvaluateConfig
-from moesaic.generation import Generated, Sampling, generate_batches, stop_ids
+from moesaic.configs import Effort, EvaluateConfig
+from moesaic.engines.inspect_ai import Answer, Question, Rules, find_inspect
+from moesaic.generation import Generated, Sampling, check_lengths, generate_batches, seed_of, stop_ids
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.problems import Problem, first_of_each_task, read_problems, render_prompt
 from moesaic.progress import track
 from moesaic.stages.prune_model import PRUNING
+from moesaic.stages.served_model import bundled, check_served, served
 from moesaic.verifiers import split_reply
 
 _FIGURES = ("accuracy", "tokens_per_request", "truncated")
@@ -37,23 +43,28 @@ class Sample:
     correct: bool
     tokens: int
     truncated: bool
+    epoch: int = 1
+    """Which of the replies to this problem at this effort."""
+
+
+Answered = Iterator[tuple[Effort, list[Sample]]]
+"""The samples of one effort after the other."""
 
 
 def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scratch: Path) -> dict[str, float]:
     """Write ``evaluation.json`` and ``samples.jsonl``; an effort that a killed run had finished is not repeated."""
     checkpoint = Checkpoint.open(model)
     config = config.model_copy(update={"name": config.name or _candidate(model)})
-    scales = kv_cache.read_scales(checkpoint) if config.kv_cache == "fp8" else [kv_cache.UNIT] * checkpoint.num_layers
     problems = first_of_each_task(read_problems(tests), config.problems_per_task)
-    tokenizer = load_tokenizer(model)
-    loaded: PreTrainedModel | None = None
-    samples: dict[str, list[Sample]] = {}
-    for effort in config.efforts:
-        finished = scratch / f"samples-{effort}.jsonl"
-        if not finished.is_file():
-            loaded = loaded or _load(model, config, scales)
-            _write_samples(finished, answer_problems(loaded, tokenizer, problems, effort, config))
-        samples[effort] = _read_samples(finished)
+    files = {effort: scratch / f"samples-{effort}.jsonl" for effort in config.efforts}
+    missing = [effort for effort, file in files.items() if not file.is_file()]
+    if config.engine == "in_process":
+        answered = _answer_here(config, checkpoint, problems, missing)
+    else:
+        answered = _answer_by_server(config, checkpoint, problems, missing, scratch)
+    for effort, found in answered:
+        _write_samples(files[effort], found)
+    samples = {effort: _read_samples(file) for effort, file in files.items()}
     evaluation: dict[str, Any] = {
         "name": config.name,
         "steps": read_recovery(model),
@@ -66,12 +77,82 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
     return _metrics(evaluation["efforts"])
 
 
+def _answer_here(
+    config: EvaluateConfig, checkpoint: Checkpoint, problems: Sequence[Problem], efforts: Sequence[Effort]
+) -> Answered:
+    scales = _scales(config, checkpoint)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    if efforts:
+        model = _load(checkpoint.directory, config, scales)
+        for effort in efforts:
+            yield effort, answer_problems(model, tokenizer, problems, effort, config)
+
+
+def _scales(config: EvaluateConfig, checkpoint: Checkpoint) -> Sequence[kv_cache.KvScales]:
+    if config.kv_cache == "fp8":
+        return kv_cache.read_scales(checkpoint)
+    return [kv_cache.UNIT] * checkpoint.num_layers
+
+
 def _load(model: Path, config: EvaluateConfig, scales: Sequence[kv_cache.KvScales]) -> PreTrainedModel:
     """The model, with the KV cache that the config asks for."""
     loaded = load_model(model, getattr(torch, config.precision)).to(choose_device())
     if config.kv_cache is not None:
         kv_cache.emulate(loaded, kv_cache.roundings(config.kv_cache, scales))
     return loaded
+
+
+def _answer_by_server(
+    config: EvaluateConfig,
+    checkpoint: Checkpoint,
+    problems: Sequence[Problem],
+    efforts: Sequence[Effort],
+    scratch: Path,
+) -> Answered:
+    """Everything is checked before the server starts, which one run of inspect-ai per effort then asks."""
+    if not efforts:
+        return
+    model = bundled(config, checkpoint.directory, scratch)
+    check_served(config, model, config.kv_cache)
+    if config.engine == "moesaic":
+        _scales(config, checkpoint)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    questions = {effort: _questions(config, problems, tokenizer, effort) for effort in efforts}
+    prompts = [question.prompt_ids for asked in questions.values() for question in asked]
+    check_lengths(prompts, config.max_new_tokens, checkpoint.shape.max_positions)
+    inspect = find_inspect()
+    rules = Rules(config.max_new_tokens, config.temperature, config.batch_size, config.reply_timeout_s)
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    tasks = {problem.id: problem.task for problem in problems}
+    with served(config, model, config.kv_cache, longest, scratch / "server.log") as server:
+        for effort, asked in questions.items():
+            answers = inspect.ask(server, f"{config.name}-{effort}", asked, rules, scratch / f"inspect-{effort}")
+            yield effort, [_sample(answer, tasks[answer.id], effort) for answer in answers]
+
+
+def _questions(
+    config: EvaluateConfig, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, effort: str
+) -> list[Question]:
+    questions = []
+    for problem in problems:
+        prompt = tuple(render_prompt(problem, tokenizer, effort))
+        text = str(tokenizer.decode(prompt, skip_special_tokens=False))
+        seeds = tuple(seed_of("evaluate", config.seed, effort, problem.id, epoch) for epoch in range(config.epochs))
+        questions.append(Question(problem.id, problem.task, prompt, text, problem.answer, problem.verifier, seeds))
+    return questions
+
+
+def _sample(answer: Answer, task: str, effort: str) -> Sample:
+    return Sample(
+        id=answer.id,
+        task=task,
+        effort=effort,
+        output=answer.text,
+        correct=answer.correct,
+        tokens=answer.tokens,
+        truncated=answer.truncated,
+        epoch=answer.epoch,
+    )
 
 
 def answer_problems(
@@ -82,12 +163,16 @@ def answer_problems(
     config: EvaluateConfig,
 ) -> list[Sample]:
     """Let the model reply to every problem at one effort, and judge the replies."""
-    prompts = [render_prompt(problem, tokenizer, effort) for problem in problems]
+    asked = [(problem, epoch + 1) for problem in problems for epoch in range(config.epochs)]
+    prompts = [render_prompt(problem, tokenizer, effort) for problem, _ in asked]
     sampling = Sampling(config.max_new_tokens, stop_ids(model), config.temperature, config.seed)
     batches = generate_batches(model, prompts, sampling, config.batch_size)
     num_batches = -(-len(prompts) // config.batch_size)
     found = dict(chain.from_iterable(track(batches, num_batches, f"{config.name}: batches at {effort} effort")))
-    return [judge(problem, found[index], tokenizer, effort) for index, problem in enumerate(problems)]
+    return [
+        replace(judge(problem, found[index], tokenizer, effort), epoch=epoch)
+        for index, (problem, epoch) in enumerate(asked)
+    ]
 
 
 def judge(problem: Problem, reply: Generated, tokenizer: PreTrainedTokenizerBase, effort: str) -> Sample:
@@ -106,7 +191,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
             "accuracy": fmean(sample.correct for sample in found),
             "tokens_per_request": fmean(sample.tokens for sample in found),
             "truncated": fmean(sample.truncated for sample in found),
-            "problems": len(found),
+            "problems": len({sample.id for sample in found}),
         }
     suite = {key: fmean(task[key] for task in tasks.values()) for key in _FIGURES}
     return {**suite, "tasks": tasks}

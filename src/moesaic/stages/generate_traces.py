@@ -3,9 +3,12 @@
 Prompts go through the model in chunks of ``batch_size``. A chunk is one file in scratch, there only when it is whole;
 what is sampled in it depends on the seed, the effort and its number alone. A killed run so repeats one chunk at most,
 and what it writes in the end is, byte for byte, what it would have written.
+
+A server is asked for the replies of all chunks one after another, ``batch_size`` at once, whatever chunk they are of:
+no chunk waits for the longest reply of another. Each reply has a seed of its own; how far that decides the reply is the
+server's affair.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +23,14 @@ from moesaic.blocks import choose_device
 from moesaic.chat import load_tokenizer
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import GenerateTracesConfig
+from moesaic.engines.servers.completions import Completion, Rules, complete
 from moesaic.errors import ArtifactError, ConfigError
-from moesaic.generation import Sampling, generate, stop_ids
+from moesaic.generation import Generated, Sampling, generate, read_stop_ids, seed_of, stop_ids
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.problems import Problem, read_problems, render_prompt, spread_over_tasks
 from moesaic.progress import track
 from moesaic.stages.evaluate import judge
+from moesaic.stages.served_model import bundled, check_served, served
 from moesaic.traces import Trace, read_traces
 
 TRACES = "traces.jsonl"
@@ -41,6 +46,8 @@ class Request:
     problem: Problem
     prompt_ids: tuple[int, ...]
     held_out: bool
+    number: int
+    """Which of the replies to this prompt at this effort."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,11 @@ def run(config: GenerateTracesConfig, *, model: Path, prompts: Path, output: Pat
     problems = spread_over_tasks(read_problems(prompts), config.max_prompts)
     chunks = _plan(problems, load_tokenizer(model), config)
     _check_lengths(chunks, config, checkpoint.shape.max_positions)
-    _answer_chunks([chunk for chunk in chunks if not (scratch / chunk.file_name).is_file()], model, scratch, config)
+    missing = [chunk for chunk in chunks if not (scratch / chunk.file_name).is_file()]
+    if config.engine == "in_process":
+        _answer_here(missing, model, scratch, config)
+    else:
+        _answer_by_server(missing, model, scratch, config)
     replies = [trace for chunk in chunks for trace in read_traces(scratch / chunk.file_name)]
     kept = [trace for trace in replies if config.keep_truncated or not trace.truncated]
     _check_split(kept)
@@ -82,12 +93,7 @@ def choose_held_out(ids: Sequence[str], share: float, seed: int) -> frozenset[st
     if len(ids) < 2:
         raise ArtifactError(f"{len(ids)} prompt is too few: one is held out for evaluation, others are trained on")
     number = min(max(1, round(share * len(ids))), len(ids) - 1)
-    return frozenset(sorted(ids, key=lambda name: _hash("held out", seed, name))[:number])
-
-
-def _hash(*parts: object) -> int:
-    """A number below 2^63 that depends on nothing but the parts."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8]) >> 1
+    return frozenset(sorted(ids, key=lambda name: seed_of("held out", seed, name))[:number])
 
 
 def _plan(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: GenerateTracesConfig) -> list[Chunk]:
@@ -95,10 +101,11 @@ def _plan(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, confi
     chunks = []
     for effort in config.efforts:
         requests = [
-            Request(problem, tuple(render_prompt(problem, tokenizer, effort)), problem.id in held_out)
+            Request(problem, prompt, problem.id in held_out, number)
             for problem in problems
+            for prompt in [tuple(render_prompt(problem, tokenizer, effort))]
+            for number in range(config.samples_per_prompt)
         ]
-        requests = [request for request in requests for _ in range(config.samples_per_prompt)]
         for number, start in enumerate(range(0, len(requests), config.batch_size)):
             chunks.append(Chunk(effort, number, tuple(requests[start : start + config.batch_size])))
     return chunks
@@ -115,7 +122,7 @@ def _check_lengths(chunks: Sequence[Chunk], config: GenerateTracesConfig, max_po
         )
 
 
-def _answer_chunks(chunks: Sequence[Chunk], model: Path, scratch: Path, config: GenerateTracesConfig) -> None:
+def _answer_here(chunks: Sequence[Chunk], model: Path, scratch: Path, config: GenerateTracesConfig) -> None:
     if chunks:
         tokenizer = load_tokenizer(model)
         loaded = load_model(model, getattr(torch, config.precision)).to(choose_device())
@@ -127,21 +134,51 @@ def _answer(
     chunk: Chunk, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateTracesConfig
 ) -> Iterator[Trace]:
     """The parent's replies to one chunk, verified."""
-    seed = _hash("sampling", config.seed, chunk.effort, chunk.number)
+    seed = seed_of("sampling", config.seed, chunk.effort, chunk.number)
     sampling = Sampling(config.max_new_tokens, stop_ids(model), config.temperature, seed)
     replies = generate(model, [request.prompt_ids for request in chunk.requests], sampling, config.batch_size)
     for request, reply in zip(chunk.requests, replies, strict=True):
-        correct = judge(request.problem, reply, tokenizer, chunk.effort).correct
-        yield Trace(
-            id=request.problem.id,
-            task=request.problem.task,
-            effort=chunk.effort,
-            prompt_ids=request.prompt_ids,
-            reply_ids=reply.token_ids,
-            correct=correct,
-            truncated=reply.truncated,
-            held_out=request.held_out,
-        )
+        yield _trace(request, reply, tokenizer, chunk.effort)
+
+
+def _answer_by_server(chunks: Sequence[Chunk], model: Path, scratch: Path, config: GenerateTracesConfig) -> None:
+    """Write the chunks as their last replies come in."""
+    if not chunks:
+        return
+    model = bundled(config, model, scratch)
+    check_served(config, model, None)
+    tokenizer = load_tokenizer(model)
+    rules = Rules(read_stop_ids(model), config.batch_size, config.reply_timeout_s)
+    wanted = [(chunk, place) for chunk in chunks for place in range(len(chunk.requests))]
+    asked = [_completion(config, chunk.effort, chunk.requests[place]) for chunk, place in wanted]
+    longest = max(len(one.prompt) for one in asked) + config.max_new_tokens
+    traces: dict[str, dict[int, Trace]] = {chunk.file_name: {} for chunk in chunks}
+    with served(config, model, None, longest, scratch / "server.log") as server:
+        for index, reply in track(complete(server, asked, rules), len(asked), "traces"):
+            chunk, place = wanted[index]
+            found = traces[chunk.file_name]
+            found[place] = _trace(chunk.requests[place], reply, tokenizer, chunk.effort)
+            if len(found) == len(chunk.requests):
+                _write_traces(scratch / chunk.file_name, [found[place] for place in sorted(found)])
+                found.clear()
+
+
+def _completion(config: GenerateTracesConfig, effort: str, request: Request) -> Completion:
+    seed = seed_of("reply", config.seed, effort, request.problem.id, request.number)
+    return Completion(request.problem.id, request.prompt_ids, config.max_new_tokens, config.temperature, seed)
+
+
+def _trace(request: Request, reply: Generated, tokenizer: PreTrainedTokenizerBase, effort: str) -> Trace:
+    return Trace(
+        id=request.problem.id,
+        task=request.problem.task,
+        effort=effort,
+        prompt_ids=request.prompt_ids,
+        reply_ids=reply.token_ids,
+        correct=judge(request.problem, reply, tokenizer, effort).correct,
+        truncated=reply.truncated,
+        held_out=request.held_out,
+    )
 
 
 def _check_split(kept: Sequence[Trace]) -> None:

@@ -20,7 +20,7 @@ from moesaic.stages.payloads import read_json
 from moesaic.store import Address, Manifest, Store
 from moesaic.store.manifest import MANIFEST
 
-SUMMARY = "summary.json"
+SUMMARY, PROMOTION = "summary.json", "promotion.json"
 ORIGIN_TAG, CONFIG_TAG = "moesaic.origin", "moesaic.promote_config"
 """Tags that say how the inputs of a promotion (``.child``, ``.report``, ``.bundle``) came about, and its config."""
 _DIRECTORY = "moesaic://"
@@ -59,7 +59,7 @@ def run(
     candidate = examine(config, child=Manifest.read(child).id, report=report, bundle=bundle, store=Store.at(store))
     Console(file=sys.stderr, width=120).print(gate_table(candidate.lines))
     promotion = put_forward(config, candidate, registry)
-    (output / "promotion.json").write_text(json.dumps(promotion, indent=1) + "\n")
+    (output / PROMOTION).write_text(json.dumps(promotion, indent=1) + "\n")
     figures = {line.name: line.figure for line in candidate.lines if isinstance(line.figure, float)}
     return figures | {"version": promotion["version"], "champion": float(promotion["champion"] == promotion["version"])}
 

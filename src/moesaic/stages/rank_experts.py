@@ -1,4 +1,7 @@
-"""Rank the experts of every layer in one streaming pass over the short calibration set."""
+"""Rank the experts of every layer in one streaming pass over the short calibration set.
+
+A killed pass goes on from ``scratch``, where it keeps every five minutes what it has done.
+"""
 
 import json
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.configs import Criterion, RankExpertsConfig
 from moesaic.progress import track
 from moesaic.ranking import NUM_SPARE, LayerRanking, Tally, rank_randomly, rank_tallies, tally
+from moesaic.stages.ranking_progress import RankingProgress
 from moesaic.stages.sharding import Shards, share
 from moesaic.streaming import HeldTensor, LayerReader, StateRoom, state_memory_bytes
 
@@ -63,22 +67,30 @@ def _load_batches(config: RankExpertsConfig, checkpoint: Checkpoint, data: Path)
 def _rank(
     config: RankExpertsConfig, checkpoint: Checkpoint, batches: list[Batch], scratch: Path, shards: Shards
 ) -> Iterator[LayerRanking]:
-    """Rank layer after layer from all processes' batches, of which this one takes its share."""
+    """Rank layer after layer from all processes' batches, of which this one takes its share; go on after a kill."""
     dtype, device = getattr(torch, config.precision), blocks.choose_device()
     turns = blocks.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
     mine = shards.mine(batches)
     room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
-    states = [room.hold(hidden) for hidden in blocks.embed_each(checkpoint, [b.token_ids for b in mine], dtype)]
-    reader, layers = LayerReader(checkpoint, dtype, device), range(checkpoint.num_layers)
+    progress = RankingProgress(scratch, shards)
+    done = progress.layers()
+    embedded = blocks.embed_each(checkpoint, [batch.token_ids for batch in mine], dtype)
+    states = [room.hold(hidden) for hidden in (progress.states(len(done)) if done else embedded)]
+    reader, layers = LayerReader(checkpoint, dtype, device), range(len(done), checkpoint.num_layers)
+    yield from done
     try:
         for layer in track(layers, len(layers), "ranking layers") if shards.rank == 0 else layers:
             window = checkpoint.architecture.blocks[layer].window
-            module = reader.load(layer, then=layer + 1 if layer + 1 < len(layers) else None)
+            more = layer + 1 < checkpoint.num_layers
+            module = reader.load(layer, then=layer + 1 if more else None)
             tallies = [
                 _pass(config.criterion, module, room, states, mine, index, turns, window) for index in range(len(mine))
             ]
             del module
-            yield rank_tallies(config.criterion, shards.gather(tallies))
+            done.append(rank_tallies(config.criterion, shards.gather(tallies)))
+            if more:
+                progress.keep(done, states)
+            yield done[-1]
     finally:
         reader.close()
 

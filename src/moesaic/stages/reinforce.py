@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint, rewrite_checkpoint
+from moesaic.cluster.jobs import ClusterJob
 from moesaic.configs import ReinforceConfig
-from moesaic.errors import ArtifactError
+from moesaic.errors import ArtifactError, ConfigError
 from moesaic.problems import Problem, Question, read_problems, spread_over_tasks
 from moesaic.stages.generate_traces import SUMMARY
 from moesaic.stages.payloads import read_json
@@ -22,14 +23,24 @@ _FIGURES = ("accuracy_", "tokens_per_request_", "truncated_")
 
 
 def run(
-    config: ReinforceConfig, *, model: Path, prompts: Path, traces: Path, output: Path, scratch: Path
+    config: ReinforceConfig,
+    *,
+    model: Path,
+    prompts: Path,
+    traces: Path,
+    output: Path,
+    scratch: Path,
+    nodes: ClusterJob | None = None,
 ) -> dict[str, float]:
-    """Write the policy into ``output``; a killed run goes on from its last checkpoint in ``scratch``."""
+    """Write the policy into ``output``; a killed run goes on from its last checkpoint in ``scratch``.
+
+    ``nodes`` are those of a cluster to train on; without them it is done here.
+    """
     checkpoint = Checkpoint.open(model)
     problems = spread_over_tasks(read_problems(prompts), config.max_prompts)
     reference_tokens = read_reference_tokens(traces / SUMMARY, config)
     questions = choose_questions(config, problems, traces)
-    learned = _train(config, model, questions, reference_tokens, scratch) if config.steps else {}
+    learned = _train(config, model, questions, reference_tokens, scratch, nodes) if config.steps else {}
     curve = scratch / CURVE
     curve.touch()
     step = {"stage": "reinforce", "policy": config.name, "steps": config.steps}
@@ -86,12 +97,18 @@ def _train(
     questions: Sequence[Question],
     reference_tokens: Mapping[str, float],
     scratch: Path,
+    nodes: ClusterJob | None,
 ) -> dict[str, Tensor]:
     """Engines are imported where they are used: each has an environment of its own."""
     if config.engine == "nemo_rl":
         from moesaic.engines.nemo_rl import launch
 
-        return launch.train(config, model, questions, reference_tokens, scratch)
+        return launch.train(config, model, questions, reference_tokens, scratch, nodes)
+    if nodes:
+        raise ConfigError(
+            f"engine '{config.engine}' trains in one process, but the cluster profile gives reinforce a job's nodes; "
+            "choose engine 'nemo_rl', or leave reinforce out of the profile's jobs"
+        )
     from moesaic.engines.trl import grpo
 
     return grpo.train(config, model, questions, reference_tokens, scratch)

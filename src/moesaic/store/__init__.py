@@ -6,6 +6,7 @@ Layout under a root::
     objects/sha256/ab/<digest>.parts    in S3, beside a large one: size and digests of its parts
     manifests/<id>.json                 what belongs together; committed last, so nothing half-written is ever visible
     records/<origin>.json               how a stage's output was made, see :mod:`moesaic.lineage`
+    unlogged/<server>/<attempt>.json    what MLflow could not be told yet, see :mod:`moesaic.tracking`
 
 A root is a directory or an S3 bucket. A store also has a local directory for what is rebuilt at will: ``trees/<id>``
 (a manifest's files under their names) and, where the root is remote, the objects fetched so far.

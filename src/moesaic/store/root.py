@@ -13,6 +13,9 @@ from typing import Protocol
 
 from moesaic.errors import ArtifactError, StageError
 
+_TOPS = ("objects/", "manifests/", "records/", "unlogged/")
+"""What keys start with."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -137,7 +140,7 @@ class DirectoryRoot:
 
     def leftovers(self) -> Iterator[Item]:
         """See :class:`Root`."""
-        return (item for top in ("objects/", "manifests/") for item in self._files(top) if _is_hidden(item.key))
+        return (item for top in _TOPS for item in self._files(top) if _is_hidden(item.key))
 
     def delete(self, item: Item) -> None:
         """See :class:`Root`."""

@@ -44,7 +44,7 @@ class S3Root:
         self.cache, self.options = cache, options
         self._address = address
         with explained_failures(address):
-            self.client = _connect(options)
+            self.client = connect(options)
             self._check_bucket()
         self._reader = Reader(self.client, self.bucket, options)
 
@@ -258,7 +258,7 @@ def _drop_if_damaged(file: Path, sha256: str) -> None:
         file.unlink()
 
 
-def _connect(options: S3Options) -> Any:
+def connect(options: S3Options) -> Any:
     """A client that leaves checksums to us: SHA-256 on everything stored, and checked on everything fetched."""
     config = Config(
         connect_timeout=min(10.0, options.timeout_s),
@@ -268,7 +268,7 @@ def _connect(options: S3Options) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={
-            "addressing_style": "path" if options.path_style else "auto",
+            "addressing_style": {True: "path", False: "virtual", None: "auto"}[options.path_style],
             # The checksum of what is stored is signed already; signing the body too would hash it once more.
             "payload_signing_enabled": False,
         },

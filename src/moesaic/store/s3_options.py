@@ -19,8 +19,8 @@ class S3Options:
     endpoint_url: str | None = None
     """A server other than AWS's; None lets botocore look into its own settings too."""
     region: str | None = None
-    path_style: bool = False
-    """Put the bucket into the path rather than the host name, as many own servers need."""
+    path_style: bool | None = None
+    """Put the bucket into the path (True) or the host name; None: the host name at AWS, the path on other servers."""
     kms_key: str | None = None
     """Id or ARN of the KMS key that the server encrypts new objects with; None takes the bucket's default."""
     part_bytes: int = 64 * 2**20
@@ -74,8 +74,10 @@ def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"
 
 
-def _flag(environment: Mapping[str, str], name: str) -> bool:
-    value = environment.get(name, "0").lower()
+def _flag(environment: Mapping[str, str], name: str) -> bool | None:
+    value = environment.get(name, "").lower()
+    if not value:
+        return None
     if value not in _TRUE + _FALSE:
         raise ConfigError(f"{name} = {value!r} is neither {' nor '.join((_TRUE[0], _FALSE[0]))}")
     return value in _TRUE

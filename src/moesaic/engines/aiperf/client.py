@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.engines.aiperf.environment import find_program, own_variables
+from moesaic.engines.aiperf.environment import AIPERF
 from moesaic.engines.aiperf.export import EXPORT, read_export
+from moesaic.engines.own_environment import own_variables, program_version
 from moesaic.engines.tethered import last_lines, tethered
 from moesaic.errors import StageError
 from moesaic.load_sweep import LoadPoint, LoadRun
@@ -93,17 +94,14 @@ class Client:
 
 
 def find_client() -> Client:
-    """AIPerf and its version; its environment is made if need be, see :func:`environment.find_program`.
+    """AIPerf and its version; its environment is made if need be.
 
     Raises:
         ConfigError: if ``MOESAIC_AIPERF`` names no program.
         StageError: if its environment cannot be made, or it does not start.
     """
-    program = find_program()
-    done = subprocess.run([str(program), "--version"], capture_output=True, text=True, env=own_variables(), check=False)
-    if done.returncode:
-        raise StageError(f"{program} --version failed: {(done.stdout + done.stderr).strip()[-500:]}")
-    return Client(program, done.stdout.split()[-1])
+    program = AIPERF.find_program()
+    return Client(program, program_version(program, "--version"))
 
 
 def _write_inputs(path: Path, model: str, load: Load) -> None:

@@ -1,15 +1,17 @@
-"""Start AutoModel's own command line, show its progress, and take it down whole."""
+"""Start AutoModel's own command line, here or as a job, show its progress, and take it down whole."""
 
 import os
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 
 import psutil
 import yaml
 
+from moesaic.cluster.jobs import ClusterJob, Work
 from moesaic.configs import DistillConfig
 from moesaic.engines.automodel.driver import PREFIX
 from moesaic.engines.automodel.settings import Job, render
@@ -30,18 +32,53 @@ def check_installed() -> None:
         raise ConfigError("distill trains with nemo-automodel, which is not installed; install moesaic[train]")
 
 
-def train(config: DistillConfig, job: Job) -> None:
+def train(config: DistillConfig, job: Job, nodes: ClusterJob | None = None) -> None:
     """Run a distillation to its end, from where an earlier call with the same scratch directory came to.
+
+    Args:
+        config: what to train.
+        job: its files and devices.
+        nodes: where its processes run; None: beside this one.
 
     Raises:
         StageError: if the engine fails, saying why; it goes on from its last checkpoint when called again.
     """
+    if nodes:
+        _train_on(nodes, config, job)
+    else:
+        _train_here(config, job)
+
+
+def command(job: Job, rendezvous: Sequence[str]) -> list[str]:
+    """What every node runs; ``rendezvous`` says how the processes find each other."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
+    processes = ["--nproc-per-node", str(job.num_processes // job.num_nodes)]
+    return [*launcher, *processes, "-m", "nemo_automodel.cli.app", str(job.settings)]
+
+
+def _prepare(config: DistillConfig, job: Job) -> None:
     job.settings.write_text(yaml.safe_dump(render(config, job), sort_keys=False))
     job.failure.unlink(missing_ok=True)
-    processes = ["--standalone", "--nproc-per-node", str(job.num_processes)]
-    command = [sys.executable, "-m", "torch.distributed.run", *processes, "-m", "nemo_automodel.cli.app"]
+
+
+def _train_on(nodes: ClusterJob, config: DistillConfig, job: Job) -> None:
+    """As a TrainJob; Kubeflow Trainer sets torchrun's variables of the node's rank and of where the first node is."""
+    run_id = {name: value for name, value in os.environ.items() if name == "MLFLOW_RUN_ID"}
+    work = Work(command(job, ["--nnodes", str(job.num_nodes)]), _ENVIRONMENT | run_id, job.log)
+    try:
+        nodes.run(work, prepare=lambda: _prepare(config, job), show=_show)
+    except StageError as failure:
+        if not job.failure.is_file():
+            raise
+        raise StageError(f"{job.failure.read_text()}\n{failure}") from failure
+    if not job.trained.is_file():
+        raise StageError(f"the job ended without {job.trained}; its output is in {job.log}")
+
+
+def _train_here(config: DistillConfig, job: Job) -> None:
+    _prepare(config, job)
     engine = subprocess.Popen(
-        [*command, str(job.settings)],
+        command(job, ["--standalone"]),
         env={**os.environ, **_ENVIRONMENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -66,9 +103,14 @@ def _follow(engine: "subprocess.Popen[str]", job: Job) -> deque[str]:
             log.write(line)
             log.flush()
             last.append(line)
-            if PREFIX in line:
-                print(line[line.index(PREFIX) :], end="", file=sys.stderr, flush=True)
+            _show(line.removesuffix("\n"))
     return last
+
+
+def _show(line: str) -> None:
+    """Pass progress on to standard error."""
+    if PREFIX in line:
+        print(line[line.index(PREFIX) :], file=sys.stderr, flush=True)
 
 
 def _take_down(engine: "subprocess.Popen[str]") -> None:

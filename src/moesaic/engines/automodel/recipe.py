@@ -1,14 +1,14 @@
 """Our subclass of AutoModel's knowledge distillation recipe.
 
 AutoModel's: process groups, sharding, optimiser, schedule, gradient accumulation and clipping, checkpoints and their
-rotation, MLflow. Ours: the loss (``moesaic.distillation``), the rows and their order, what a checkpoint holds of the
-model (the tensors that learn), evaluation, the training curve and the end on divergence.
+rotation. Ours: the loss (``moesaic.distillation``), the rows and their order, what a checkpoint holds of the
+model (the tensors that learn), evaluation, the training curve, here and in MLflow, and the end on divergence.
 
 Gradients are of the weighted mean over all response tokens of a step: each rank's sum is divided by the weight of the
 tokens on all ranks, and multiplied by the number of ranks because FSDP averages over them.
 """
 
-import logging
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,9 +35,8 @@ from moesaic.engines.automodel.rows import collate, held_out_rows
 from moesaic.engines.automodel.settings import Job
 from moesaic.engines.automodel.states import compute_states, gather_trained, reshard
 from moesaic.engines.automodel.trained_weights import TrainedWeightsCheckpointer
+from moesaic.engines.live_log import LiveLog
 from moesaic.traces import IGNORED
-
-logger = logging.getLogger(__name__)
 
 _PARTS = ("kl", "hidden", "lm", "top1")
 
@@ -52,6 +51,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         section = self.cfg.get("distillation").to_dict()
         self.settings = DistillConfig.model_validate(section["config"])
         self.job = Job.from_plain(section["job"])
+        self.live = LiveLog()
         if self.job.on_gpus:
             from moesaic.engines.automodel import cluster_model
 
@@ -59,7 +59,8 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
 
     def setup(self) -> None:
         """Build everything and go back to the last checkpoint, if there is one."""
-        end_with(self.job.driver_pid)
+        if self.job.driver_pid is not None:
+            end_with(self.job.driver_pid)
         with leaves_word(self.job.failure), device_policy():
             super().setup()
             self.device = self.dist_env.device or CPU
@@ -174,13 +175,10 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         return {"loss": sum(weight * parts[name] for name, weight in weights.items()), **parts}
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        """Into the MLflow run that AutoModel opened, if it did; a server that fails costs a line in the log."""
-        if self.cfg.mlflow is None or not self.dist_env.is_main:
-            return
-        try:
-            train_ft.mlflow.log_metrics(values, step=step)
-        except Exception as lost:
-            logger.warning("step %d was not logged to MLflow: %r", step, lost)
+        """Into the MLflow run that the environment names; AutoModel's own way there fails where the server does."""
+        if self.job.log_to_mlflow and self.dist_env.is_main:
+            run_id = os.environ["MLFLOW_RUN_ID"]
+            self.live.attempt(lambda: train_ft.mlflow.log_metrics(values, step=step, run_id=run_id))
 
     def _hand_over(self) -> None:
         """Write the trained tensors, whole and by their checkpoint names; the file appears when it is complete."""

@@ -32,8 +32,10 @@ class Job:
     num_processes: int
     on_gpus: bool
     """One process per GPU; else all of them on CPUs."""
-    driver_pid: int
-    """The training ends when this process does."""
+    driver_pid: int | None
+    """The training ends when this process does; None: when its job does."""
+    num_nodes: int = 1
+    """Nodes with an equal share of the processes each."""
     expert_parallel_size: int = 1
     """GPUs that share the experts of a layer."""
     log_to_mlflow: bool = False
@@ -133,8 +135,6 @@ def render(config: DistillConfig, job: Job) -> dict[str, Any]:
     }
     if job.on_gpus:
         settings["freeze_config"] = _frozen_modules(config)
-    if job.log_to_mlflow:
-        settings["mlflow"] = {"experiment_name": "moesaic"}
     return settings
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger
 from nemo.core.classes import ModelPT
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 from moesaic import blocks, gpt_oss
 from moesaic.block_distillation import batch_order, block_loss, error_and_energy
 from moesaic.checkpoint import Checkpoint
+from moesaic.engines.live_log import LiveLog
 from moesaic.engines.nemo_blocks.jobs import HELD_OUT, LEARNED, BlockExamples, BlockJob, BlockResult, Example
 from moesaic.errors import StageError
 
@@ -123,18 +124,22 @@ class BlockModel(ModelPT):
         return {name: tensor.detach() for name, tensor in self.named_parameters() if tensor.requires_grad}
 
 
-class OpenRun(MLFlowLogger):
-    """Logs into an MLflow run that others opened and will close."""
+class OpenRun(Logger):
+    """Logs into an MLflow run that others opened and will close, if its server answers."""
 
-    def log_hyperparams(self, *details: Any) -> None:
+    name = version = "mlflow"
+
+    def __init__(self, run_id: str, tracking_uri: str) -> None:
+        super().__init__()
+        self._live, self._logger = LiveLog(), MLFlowLogger(run_id=run_id, tracking_uri=tracking_uri)
+
+    def log_hyperparams(self, *details: Any, **more: Any) -> None:
         """The run has its config already."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """All but Lightning's count of epochs, which mean nothing here."""
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
-
-    def finalize(self, status: str = "success") -> None:
-        """Leave it open."""
+        values = {name: value for name, value in metrics.items() if name != "epoch"}
+        self._live.attempt(lambda: self._logger.log_metrics(values, step))
 
 
 def train_block(job: BlockJob) -> None:

@@ -1,8 +1,7 @@
 """Train one policy with NeMo-RL: write its inputs, run the driver, bring back the tensors that learned.
 
-The driver is one command over files in one folder, which every node must see at the same path. Here it is a process
-beside this one, in a pod that is the head of a Ray cluster or a whole one by itself; NeMo-RL attaches to a cluster that
-is there. The same folder and command make a Ray job: ``prepare`` and ``collect`` are what comes before and after.
+The driver is one command over files in one folder, which every node must see at the same path. It is a process beside
+this one, or the same command as a RayJob on nodes of its own; NeMo-RL attaches to the Ray cluster that is there.
 """
 
 import json
@@ -10,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from moesaic import gpt_oss
 from moesaic.chat import load_tokenizer
 from moesaic.checkpoint import Checkpoint
+from moesaic.cluster.jobs import ClusterJob, Work
 from moesaic.configs import ReinforceConfig
 from moesaic.engines.automodel.expert_parallel import check_expert_parallel
 from moesaic.engines.nemo_rl.config import Placement, Run, render
@@ -30,6 +31,7 @@ from moesaic.errors import ConfigError, StageError
 from moesaic.problems import Question, render_prompt
 
 CONFIG = "nemo_rl.yaml"
+_LOG = "nemo_rl.log"
 _CONVERTED = "converted"
 _WEIGHTS = "pytorch_model.bin"
 
@@ -40,7 +42,7 @@ def train(
     questions: Sequence[Question],
     reference_tokens: Mapping[str, float],
     scratch: Path,
-    placement: Placement | None = None,
+    nodes: ClusterJob | None = None,
 ) -> dict[str, Tensor]:
     """Train, or go on where a killed run left off, and return the weights that learned, by checkpoint name.
 
@@ -50,17 +52,22 @@ def train(
         questions: what is asked.
         reference_tokens: the parent's mean reply length at each effort.
         scratch: where checkpoints and ``training.jsonl`` are kept.
-        placement: where it runs; None: on this node's GPUs.
+        nodes: of a Ray cluster to train on; None: on this node's GPUs.
 
     Raises:
         ConfigError: if NeMo-RL is not installed, or cannot train this.
         StageError: if NeMo-RL fails; its log is this process's.
     """
     root = _nemo_rl_root()
-    placement = placement or Placement(gpus_per_node=torch.cuda.device_count())
-    run = prepare(config, model, questions, reference_tokens, scratch, placement)
+    if nodes:
+        model = nodes.visible("model", model, scratch)
+        placement = Placement(nodes.place.num_nodes, nodes.place.gpus_per_node)
+    else:
+        placement = Placement(gpus_per_node=torch.cuda.device_count())
+    run = plan(config, model, questions, scratch, placement)
     if run.first_step < config.steps:
-        _call([sys.executable, "-m", "moesaic.engines.nemo_rl.driver", str(scratch / CONFIG)])
+        write = partial(_write, run, config, questions, reference_tokens, placement)
+        _drive(run, write, nodes)
     if not (scratch / _CONVERTED).is_dir():
         _convert(root, run, config.steps)
     return collect(run, scratch / _CONVERTED / _WEIGHTS)
@@ -75,6 +82,19 @@ def prepare(
     placement: Placement,
 ) -> Run:
     """Write the prompts, the names of what learns and NeMo-RL's config into ``scratch``."""
+    run = plan(config, model, questions, scratch, placement)
+    _write(run, config, questions, reference_tokens, placement)
+    return run
+
+
+def plan(
+    config: ReinforceConfig, model: Path, questions: Sequence[Question], scratch: Path, placement: Placement
+) -> Run:
+    """What a training reads and writes, checked; nothing is written yet.
+
+    Raises:
+        ConfigError: if it cannot be trained.
+    """
     checkpoint = Checkpoint.open(model)
     check_expert_parallel(checkpoint.architecture, placement.expert_parallel_size)
     tokenizer = load_tokenizer(model)
@@ -95,14 +115,39 @@ def prepare(
         stop_ids=_stop_ids(model),
         log_to_mlflow=bool(os.environ.get("MLFLOW_RUN_ID") and os.environ.get("MLFLOW_TRACKING_URI")),
     )
-    rendered = render(config, placement, run)
+    render(config, placement, run)
+    return run
+
+
+def _write(
+    run: Run,
+    config: ReinforceConfig,
+    questions: Sequence[Question],
+    reference_tokens: Mapping[str, float],
+    placement: Placement,
+) -> None:
+    checkpoint = Checkpoint.open(run.model)
     rows = (prompt_row(problem, effort, reference_tokens[effort]) for problem, effort in questions)
     run.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     learns = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable)
     run.trainable.write_text(json.dumps(learns))
-    (scratch / CONFIG).write_text(yaml.safe_dump(rendered))
+    (run.directory / CONFIG).write_text(yaml.safe_dump(render(config, placement, run)))
     _keep_curve_until(run.first_step, run.curve)
-    return run
+
+
+def _drive(run: Run, write: Callable[[], None], nodes: ClusterJob | None) -> None:
+    """Run the driver here, or as a job, for which nothing is written while one of it still runs."""
+    command = [sys.executable, "-m", "moesaic.engines.nemo_rl.driver", str(run.directory / CONFIG)]
+    if nodes:
+        run_id = {name: value for name, value in os.environ.items() if name == "MLFLOW_RUN_ID"}
+        nodes.run(Work(command, run_id, run.directory / _LOG), prepare=write, show=_show)
+    else:
+        write()
+        _call(command)
+
+
+def _show(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def collect(run: Run, weights: Path) -> dict[str, Tensor]:

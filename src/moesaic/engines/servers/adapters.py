@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moesaic.configs import EmulatedCache, Precision, ServingEngine
 from moesaic.errors import ArtifactError, ConfigError
 
 URL_VARIABLE = "MOESAIC_SERVER_URL_{role}"
-"""Environment variable of a running server of the ``PARENT`` or the ``CHILD``."""
+"""Environment variable of a running server of the ``PARENT`` or the ``CHILD``, or where there is one, the ``MODEL``."""
 HOST = "127.0.0.1"
 
 
@@ -21,7 +22,7 @@ class Offer:
     """What one server is to serve."""
 
     role: str
-    """``parent`` or ``child``; also the name clients call the model by."""
+    """``parent``, ``child`` or, alone, ``model``; also the name clients call the model by."""
     directory: Path
     """A checkpoint, or for TensorRT-LLM and vLLM an export bundle."""
     kv_cache: EmulatedCache
@@ -57,6 +58,20 @@ COUNTERS = (
     ),
 )
 """Of all servers that are known; a running one need not say which it is."""
+
+TEXT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "moesaic": {"skip_special_tokens": False},
+    "vllm": {"skip_special_tokens": False, "include_stop_str_in_output": True},
+    "tensorrt_llm": {"skip_special_tokens": False, "include_stop_str_in_output": True},
+}
+"""What makes a completion's text all of the reply, markers and the token that ended it included; by who owns the model
+in ``/v1/models``."""
+TOKEN_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "moesaic": {"return_token_ids": True},
+    "vllm": {"return_token_ids": True, "include_stop_str_in_output": True},
+    "tensorrt_llm": {"detokenize": False, "include_stop_str_in_output": True},
+}
+"""What puts the reply's token ids into a completion, as ``token_ids`` of its choice."""
 
 _PROGRAMS = {"tensorrt_llm": "trtllm-serve", "vllm": "vllm"}
 _BUNDLED = {"tensorrt_llm": "serve.yaml", "vllm": "serve.args"}

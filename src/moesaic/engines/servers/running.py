@@ -9,9 +9,20 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moesaic.configs import ServingEngine
-from moesaic.engines.servers.adapters import COUNTERS, HOST, Offer, command, environment, model_name, running_url
+from moesaic.engines.servers.adapters import (
+    COUNTERS,
+    HOST,
+    TEXT_OPTIONS,
+    TOKEN_OPTIONS,
+    Offer,
+    command,
+    environment,
+    model_name,
+    running_url,
+)
 from moesaic.engines.tethered import last_lines, tethered
 from moesaic.errors import StageError
 
@@ -30,6 +41,18 @@ class Server:
     process: "subprocess.Popen[bytes] | None"
     """None if it is not ours."""
     log: Path
+    owner: str = "vllm"
+    """Who owns the model by its own word: what kind of server it is. Those that are not known are asked as vLLM is."""
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """What a completion must ask for to get the whole text of the reply."""
+        return dict(TEXT_OPTIONS.get(self.owner, TEXT_OPTIONS["vllm"]))
+
+    @property
+    def token_options(self) -> dict[str, Any]:
+        """What a completion must ask for to get the token ids of the reply."""
+        return dict(TOKEN_OPTIONS.get(self.owner, TOKEN_OPTIONS["vllm"]))
 
     def check_alive(self) -> None:
         """Raise StageError, with the end of its log, if it has died."""
@@ -66,7 +89,8 @@ def serving(engine: ServingEngine, offer: Offer, log: Path, timeout_s: float) ->
     if engine == "running":
         url = running_url(offer.role)
         _await_health(url, None, log, timeout_s)
-        yield Server(url, _models(url)[0], None, log)
+        name, owner = next(iter(_models(url).items()))
+        yield Server(url, name, None, log, owner)
         return
     port = _free_port()
     url = f"http://{HOST}:{port}"
@@ -74,8 +98,8 @@ def serving(engine: ServingEngine, offer: Offer, log: Path, timeout_s: float) ->
     with tethered(command(engine, offer, port), log, environment(engine, offer)) as process:
         _await_health(url, process, log, timeout_s)
         if name not in (models := _models(url)):
-            raise StageError(f"{url} serves {models}, not {name!r}: another server took the port; start again")
-        yield Server(url, name, process, log)
+            raise StageError(f"{url} serves {[*models]}, not {name!r}: another server took the port; start again")
+        yield Server(url, name, process, log, models[name])
 
 
 def _free_port() -> int:
@@ -103,8 +127,9 @@ def _is_healthy(url: str) -> bool:
     return True
 
 
-def _models(url: str) -> list[str]:
-    return [entry["id"] for entry in json.loads(_get(f"{url}/v1/models"))["data"]]
+def _models(url: str) -> dict[str, str]:
+    """Who owns each model that is served."""
+    return {entry["id"]: entry.get("owned_by", "") for entry in json.loads(_get(f"{url}/v1/models"))["data"]}
 
 
 def _get(url: str) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import MLflowCallback
 
+from moesaic.engines.live_log import LiveLog
 from moesaic.errors import StageError
 
 EFFORT_FIGURES = (
@@ -76,6 +78,28 @@ class Curve(TrainerCallback):
             file=sys.stderr,
             flush=True,
         )
+
+
+class LiveCurve(TrainerCallback):
+    """The curve in the MLflow run that the environment names, while its server answers."""
+
+    def __init__(self) -> None:
+        self._inner, self._live = MLflowCallback(), LiveLog()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Send the figures; the first ones open the run."""
+        self._live.attempt(lambda: self._inner.on_log(args, state, control, logs or {}))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let go of the run."""
+        self._live.attempt(lambda: self._inner.on_train_end(args, state, control))
 
 
 def _is_kept(name: str) -> bool:

@@ -30,7 +30,7 @@ from moesaic import gpt_oss
 from moesaic.chat import load_tokenizer
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import ReinforceConfig
-from moesaic.engines.trl.curve import EFFORT_FIGURES, Curve
+from moesaic.engines.trl.curve import EFFORT_FIGURES, Curve, LiveCurve
 from moesaic.engines.trl.policy_trainer import WEIGHTS, PolicyTrainer, Rollouts
 from moesaic.errors import ConfigError
 from moesaic.generation import Sampling, stop_ids
@@ -173,7 +173,7 @@ def _trainer(
             train_dataset=Dataset.from_list(list(rows)).select(row_order(len(rows), config)),
             processing_class=tokenizer,
             rollout_func=Rollouts(sampling, config.batch_size),
-            callbacks=[curve],
+            callbacks=[curve, *_mlflow()],
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -210,7 +210,7 @@ def _arguments(config: ReinforceConfig, folder: Path) -> GRPOConfig:
         save_total_limit=1,
         disable_tqdm=True,
         **_optimizer(config),
-        **_mlflow(),
+        report_to="none",
     )
 
 
@@ -228,12 +228,12 @@ def _optimizer(config: ReinforceConfig) -> dict[str, Any]:
     }
 
 
-def _mlflow() -> dict[str, Any]:
+def _mlflow() -> list[LiveCurve]:
     """Log the curve into the run that the environment names; the config and the rest are logged by ``tracking``."""
     if not (os.environ.get("MLFLOW_RUN_ID") and os.environ.get("MLFLOW_TRACKING_URI")):
-        return {"report_to": "none"}
+        return []
     os.environ.setdefault("MLFLOW_MAX_LOG_PARAMS", "0")
-    return {"report_to": "mlflow"}
+    return [LiveCurve()]
 
 
 def _checkpoint(folder: Path, step: int) -> Path:

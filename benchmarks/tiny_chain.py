@@ -1,0 +1,224 @@
+"""Every stage on the tiny reasoner, as small as it goes: what each takes from which."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesaic import configs
+from moesaic.stages import STAGES
+from moesaic.store import Store
+
+EXAMPLE = Path("examples/tiny_reasoner")
+SETS = {"calibration_short": 24, "calibration_long": 8, "prompts": 48, "tests": 24}
+"""Rows of each data set, spread over it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage with its config and where its inputs come from."""
+
+    name: str
+    config: configs.Config
+    inputs: Mapping[str, str | list[str]] = field(default_factory=dict)
+    """``step.output``, by the input's name."""
+    stage: str = ""
+    """The step's name where it is empty; else the step only prepares what others need and is not killed."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the artifacts it makes."""
+        return STAGES[self.stage or self.name].outputs
+
+    def needs(self) -> Iterator[str]:
+        """Names of the steps before it."""
+        for sources in self.inputs.values():
+            for source in sources if isinstance(sources, list) else [sources]:
+                yield source.split(".")[0]
+
+
+def put_inputs(store: Store, directory: Path) -> tuple[str, dict[str, str]]:
+    """Put the model and small data sets, cut in ``directory``, into the store; the ids of their manifests."""
+    sets = {}
+    parent = store.add_directory(EXAMPLE / "parent", "model", format="safetensors", producer="example").id
+    for name, count in SETS.items():
+        lines = (EXAMPLE / "data" / f"{'test' if name == 'tests' else name}.jsonl").read_text().splitlines(True)
+        file = directory / f"{name}.jsonl"
+        file.write_text("".join(lines[:: len(lines) // count][:count]))
+        sets[name] = store.add_file(file, "dataset", format="jsonl", producer="example").id
+    return parent, sets
+
+
+def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
+    """Every stage, small, and what they need of each other; the arguments are ids of manifests."""
+    space = configs.SearchSpace(expert_counts=(16, 8), windows=(64,))
+    workload = configs.Workload(name="short", input_tokens=64, output_tokens=16, concurrency=2)
+    evaluate = configs.EvaluateConfig(efforts=("low", "high"), problems_per_task=1, max_new_tokens=24)
+    policy = configs.ReinforceConfig(
+        steps=3,
+        efforts=("low",),
+        prompts_per_step=4,
+        generations_per_prompt=2,
+        replies_per_forward=8,
+        max_new_tokens=24,
+        checkpoint_every_steps=1,
+        precision="float32",
+    )
+    prune, short = configs.PruneModelConfig, "ingest.calibration_short"
+
+    def evaluation(step: str, model: str, **changes: Any) -> Step:
+        given = {"model": model, "tests": "ingest.tests"}
+        return Step(step, evaluate.model_copy(update=changes), given, "" if step == "evaluate" else "evaluate")
+
+    def reinforce(step: str, stage: str, **changes: Any) -> Step:
+        given = {"model": "distill.trained", "prompts": "ingest.prompts", "traces": "generate_traces.traces"}
+        return Step(step, policy.model_copy(update=changes), given, stage)
+
+    return (
+        Step("ingest", configs.IngestConfig(parent=parent, **sets)),
+        Step(
+            "rank_experts",
+            configs.RankExpertsConfig(max_tokens=128),
+            {"parent": "ingest.parent", "calibration_short": short},
+        ),
+        Step(
+            "score_blocks",
+            configs.ScoreBlocksConfig(space=space, max_sequences=4, max_tokens=512),
+            {
+                "parent": "ingest.parent",
+                "ranking": "rank_experts.ranking",
+                "calibration_short": short,
+                "calibration_long": "ingest.calibration_long",
+            },
+        ),
+        Step(
+            "measure_costs",
+            configs.MeasureCostsConfig(space=space, workloads=(workload,), repeats=1),
+            {"parent": "ingest.parent"},
+        ),
+        Step(
+            "search_architecture",
+            configs.SearchArchitectureConfig(max_experts_ratio=0.7, frontier_points=2, random_seeds=(0,)),
+            {"parent": "ingest.parent", "scores": "score_blocks.scores", "costs": "measure_costs.costs"},
+        ),
+        *(
+            Step(
+                name,
+                prune(candidate=candidate),
+                {
+                    "parent": "ingest.parent",
+                    "ranking": "rank_experts.ranking",
+                    "architecture": "search_architecture.architecture",
+                },
+                stage,
+            )
+            for name, candidate, stage in (("prune_model", "puzzle", ""), ("prune_uniform", "uniform", "prune_model"))
+        ),
+        Step(
+            "generate_traces",
+            configs.GenerateTracesConfig(max_new_tokens=48, keep_truncated=True, held_out_share=0.2),
+            {"model": "ingest.parent", "prompts": "ingest.prompts"},
+        ),
+        Step(
+            "distill_blocks",
+            configs.DistillBlocksConfig(steps=4, max_sequences=8, max_tokens=64, checkpoint_every_steps=1),
+            {"child": "prune_model.child", "parent": "ingest.parent", "calibration": short},
+        ),
+        Step(
+            "distill",
+            configs.DistillConfig(
+                steps=4,
+                sequence_tokens=128,
+                rows_per_step=2,
+                evaluate_every_steps=2,
+                checkpoint_every_steps=1,
+                precision="float32",
+            ),
+            {"child": "distill_blocks.trained", "parent": "ingest.parent", "traces": "generate_traces.traces"},
+        ),
+        reinforce("reinforce", ""),
+        reinforce("reinforce_mixed", "reinforce", name="mixed", seed=1),
+        Step(
+            "average_checkpoints",
+            configs.AverageCheckpointsConfig(weights=(1, 2)),
+            {"policies": ["reinforce.policy", "reinforce_mixed.policy"]},
+        ),
+        Step(
+            "calibrate_kv",
+            configs.CalibrateKvConfig(max_sequences=8, max_tokens=128, precision="float32"),
+            {"model": "average_checkpoints.averaged", "calibration": short},
+        ),
+        evaluation("evaluate", "ingest.parent"),
+        evaluation("evaluate_child", "prune_model.child"),
+        evaluation("evaluate_uniform", "prune_uniform.child"),
+        evaluation("evaluate_distilled", "distill.trained"),
+        evaluation("evaluate_high", "reinforce.policy"),
+        evaluation("evaluate_mixed", "reinforce_mixed.policy"),
+        evaluation("evaluate_averaged", "average_checkpoints.averaged"),
+        evaluation("evaluate_fp8_unit", "calibrate_kv.calibrated", kv_cache="fp8_unit"),
+        evaluation("evaluate_fp8", "calibrate_kv.calibrated", kv_cache="fp8"),
+        Step(
+            "gather_recovery",
+            configs.GatherRecoveryConfig(),
+            {
+                "traces": "generate_traces.traces",
+                "distilled": "distill.trained",
+                "evaluation_pruned": "evaluate_child.evaluation",
+                "evaluation_distilled": "evaluate_distilled.evaluation",
+                "evaluations_policies": ["evaluate_high.evaluation", "evaluate_mixed.evaluation"],
+                "evaluation_averaged": "evaluate_averaged.evaluation",
+                "evaluation_fp8_unit": "evaluate_fp8_unit.evaluation",
+                "evaluation_fp8": "evaluate_fp8.evaluation",
+            },
+        ),
+        Step(
+            "export_engine",
+            configs.ExportEngineConfig(target="tensorrt_llm"),
+            {"child": "calibrate_kv.calibrated"},
+        ),
+        Step(
+            "benchmark",
+            configs.BenchmarkConfig(batch_sizes=(2,), input_tokens=(64,), output_tokens=4, repeats=1),
+            {"parent": "ingest.parent", "child": "prune_model.child"},
+        ),
+        Step(
+            "benchmark_serving",
+            configs.BenchmarkServingConfig(
+                workloads=(configs.SweptWorkload(name="tiny", input_tokens=24, output_tokens=8, concurrencies=(1,)),),
+                requests_per_user=2,
+                repeats=2,
+            ),
+            {"parent": "ingest.parent", "child": "calibrate_kv.calibrated"},
+        ),
+        Step(
+            "report",
+            configs.ReportConfig(),
+            {
+                "ranking": "rank_experts.ranking",
+                "scores": "score_blocks.scores",
+                "costs": "measure_costs.costs",
+                "architecture": "search_architecture.architecture",
+                "evaluation_parent": "evaluate.evaluation",
+                "evaluation_child": "evaluate_child.evaluation",
+                "baselines": ["evaluate_uniform.evaluation"],
+                "measurements": "benchmark.measurements",
+                "recovery": "gather_recovery.recovery",
+            },
+        ),
+        Step(
+            "promote",
+            configs.PromoteConfig(
+                model="killed", min_retention={}, min_request_efficiency={}, max_kv_accuracy_loss=None
+            ),
+            {"child": "calibrate_kv.calibrated", "report": "report.report", "bundle": "export_engine.bundle"},
+        ),
+    )
+
+
+def wanted_steps(all_steps: Sequence[Step], stages: Sequence[str]) -> list[Step]:
+    """The steps of these stages and all that they need, in order."""
+    needed = set(stages)
+    for step in reversed(all_steps):
+        if step.name in needed:
+            needed.update(step.needs())
+    return [step for step in all_steps if step.name in needed]
