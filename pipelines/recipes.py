@@ -122,10 +122,9 @@ def tiny_cpu() -> Recipe:
             "name": "mixed",
             "efforts": ("low", "low", "medium", "high"),
             "min_parent_accuracy": 0.85,
-            "max_parent_accuracy": 0.995,
             "prompts_per_step": 144,
             "rewards": RewardConfig(length=0.2),
-            "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=5, final_learning_rate_ratio=0.3),
+            "optimizer": OptimizerConfig(learning_rate=8e-4, warmup_steps=5, final_learning_rate_ratio=0.3),
             "seed": 1,
         }
     )
@@ -163,7 +162,7 @@ def tiny_cpu_full() -> Recipe:
             "distill": demo.distill.model_copy(update={"steps": 200}),
             "policies": (
                 demo.policies[0],
-                demo.policies[1].model_copy(update={"steps": 70}),
+                demo.policies[1].model_copy(update={"steps": 60}),
             ),
             "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
             "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
