@@ -145,6 +145,7 @@ def tiny_cpu() -> Recipe:
         distill=distill,
         earlier_distill=distill.model_copy(update={"steps": 40}),
         policies=(policy, mixed),
+        average_checkpoints=AverageCheckpointsConfig(weights=(2, 1)),
         calibrate_kv=CalibrateKvConfig(max_sequences=64, max_tokens=1024, precision="float32"),
         evaluate=EvaluateConfig(problems_per_task=50, max_new_tokens=128, kv_cache="bf16"),
         benchmark=BenchmarkConfig(batch_sizes=(1, 4, 16), input_tokens=(128, 2048), workloads=(long, short), repeats=3),
