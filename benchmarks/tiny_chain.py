@@ -184,7 +184,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         Step(
             "benchmark_serving",
             configs.BenchmarkServingConfig(
-                workloads=(configs.SweptWorkload(name="tiny", input_tokens=24, output_tokens=8, concurrencies=(1,)),),
+                workloads=(configs.SweptWorkload(name="tiny", input_tokens=24, output_tokens=64, concurrencies=(1,)),),
                 requests_per_user=2,
                 repeats=2,
             ),

@@ -322,8 +322,9 @@ def test_a_killed_download_is_resumed_without_fetching_finished_parts_again(
     assert not (elsewhere.directory / entry_of(manifest, "weights.bin")).exists()
     proxy.log.clear()
     assert_same(elsewhere.materialize(manifest), model)
-    starts = sorted(int(one[6:].split("-")[0]) for one in proxy.ranges())
-    assert starts == [3 * PART_BYTES, 4 * PART_BYTES, 5 * PART_BYTES]
+    # A set: the killed reader's last request may be logged late.
+    starts = {int(one[6:].split("-")[0]) for one in proxy.ranges()}
+    assert starts == {3 * PART_BYTES, 4 * PART_BYTES, 5 * PART_BYTES}
 
 
 def test_parts_of_other_content_or_size_are_not_taken_for_finished(

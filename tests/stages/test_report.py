@@ -51,7 +51,7 @@ def stages(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path) -> di
     given = {"parent": tiny_parent, "scores": scores, "costs": costs}
     search_architecture.run(wanted, **given, output=architecture, scratch=tmp_path)
     points = [point(model, (256, 64, 4), speed) for model, speed in (("parent", 100.0), ("child", 130.0))]
-    hardware = {"device": "cpu", "name": "test", "num_threads": 1}
+    hardware = {"device": "cpu", "name": "test", "num_threads": 1, "by_block": False}
     return {
         "ranking": ranking,
         "scores": scores,

@@ -117,7 +117,7 @@ def inputs() -> dict[str, Any]:
             evaluation("random-1", 0.4, 0.6),
         ],
         "measurements": {
-            "hardware": {"device": "cpu", "name": "a <fast> machine", "num_threads": 1},
+            "hardware": {"device": "cpu", "name": "a <fast> machine", "num_threads": 1, "by_block": False},
             "points": [
                 point(model, setting, speed)
                 for setting, pair in speeds.items()
