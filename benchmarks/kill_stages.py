@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bars import Bar, conclude
+from pydantic import TypeAdapter
 from tiny_chain import Step, put_inputs, steps, wanted_steps
 
 from moesaic import records
@@ -108,7 +109,7 @@ class World:
         self.log = directory / "attempts.log"
         self.database = self.directory / "mlflow.db" if tracking else None
         self.outputs = self.directory / "outputs"
-        self.outputs.mkdir(parents=True)
+        self.outputs.mkdir(parents=True, exist_ok=True)
         self.environment = {"MOESAIC_STORE": str(self.directory / "store")}
         if self.database:
             uri = f"sqlite:///{self.database}"
@@ -123,8 +124,8 @@ class World:
 
     def save(self, name: str) -> None:
         """Keep a copy, hard links among its files included."""
-        shutil.rmtree(self.saved / name, ignore_errors=True)
         self.saved.mkdir(exist_ok=True)
+        shutil.rmtree(self.saved / name, ignore_errors=True)
         subprocess.run(["cp", "-a", self.directory, self.saved / name], check=True)
 
     def restore(self, name: str) -> None:
@@ -310,17 +311,23 @@ def _is_tree_whole(store: Store, tree: Path) -> bool:
 
 
 def harass_all(given: argparse.Namespace, directory: Path) -> dict[str, Findings]:
-    """All stages that were asked for, by name."""
-    world, draws = World(directory, given.tracking), random.Random(given.seed)
-    found: dict[str, Findings] = {}
+    """All stages that were asked for, by name; goes on after the last step that is done in the directory."""
+    world, notes, kept = World(directory, given.tracking), directory / "findings.json", TypeAdapter(dict[str, Findings])
+    done = kept.validate_json(notes.read_bytes()) if notes.is_file() else {}
+    if done:
+        world.restore(list(done)[-1])
     for step in wanted_steps(steps(*put_inputs(world.store, world.directory)), given.stages):
+        if step.name in done:
+            continue
         to_kill = step.name in given.stages and not step.stage
         kinds = ["commit" if index % 3 == 2 else "any time" for index in range(given.kills)] if to_kill else []
-        findings = harass(world, step, kinds, draws)
-        if to_kill:
-            found[step.name] = findings
-            print(_line(step.name, findings), file=sys.stderr, flush=True)
-    return found
+        done[step.name] = harass(world, step, kinds, random.Random(f"{given.seed} {step.name}"))
+        world.save(step.name)
+        notes.write_bytes(kept.dump_json(done))
+        for earlier in list(done)[:-1]:
+            shutil.rmtree(world.saved / earlier, ignore_errors=True)
+        print(_line(step.name, done[step.name]), file=sys.stderr, flush=True)
+    return {name: findings for name, findings in done.items() if name in given.stages}
 
 
 def _line(name: str, findings: Findings) -> str:
@@ -349,11 +356,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3, help="of each stage (%(default)s); every third in its commit")
     parser.add_argument("--seed", type=int, default=0, help="%(default)s")
     parser.add_argument("--no-tracking", dest="tracking", action="store_false", help="without MLflow")
-    parser.add_argument("--directory", type=Path, help="where to work (a temporary directory)")
+    parser.add_argument("--directory", type=Path, help="where to work, and to go on if the same is given again")
     parser.add_argument("--record", type=Path, help="JSON file to write")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.directory) as directory:
-        found = harass_all(given, Path(directory))
+    with tempfile.TemporaryDirectory() as directory:
+        found = harass_all(given, given.directory or Path(directory))
     kills = sum(len(findings.kills) for findings in found.values())
     bars = [
         Bar("kills", kills, least=given.kills * len(found)),
