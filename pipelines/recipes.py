@@ -198,16 +198,26 @@ def tiny_cpu_fast() -> Recipe:
     return full.model_copy(
         update={
             "rank_experts": full.rank_experts.model_copy(update={"max_sequences": 32}),
-            "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 12}),
+            "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 8}),
+            "measure_costs": full.measure_costs.model_copy(update={"repeats": 2}),
             "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 240}),
-            "distill": full.distill.model_copy(update={"steps": 30}),
-            "earlier_distill": full.distill.model_copy(update={"steps": 15}),
+            "distill": full.distill.model_copy(update={"steps": 15}),
+            "earlier_distill": full.distill.model_copy(update={"steps": 10}),
             "policies": tuple(
                 policy.model_copy(update={"steps": 4, "prompts_per_step": 24, "replies_per_forward": 192})
                 for policy in full.policies
             ),
-            "evaluate": full.evaluate.model_copy(update={"problems_per_task": 20}),
-            "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "repeats": 2}),
+            "evaluate": full.evaluate.model_copy(update={"problems_per_task": 10}),
+            "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "repeats": 1}),
+            "benchmark_serving": full.benchmark_serving.model_copy(
+                update={
+                    "requests_per_user": 2,
+                    "workloads": tuple(
+                        workload.model_copy(update={"concurrencies": (4,)})
+                        for workload in full.benchmark_serving.workloads
+                    ),
+                }
+            ),
         }
     )
 
