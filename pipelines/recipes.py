@@ -200,15 +200,16 @@ def tiny_cpu_fast() -> Recipe:
             "rank_experts": full.rank_experts.model_copy(update={"max_sequences": 32}),
             "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 8}),
             "measure_costs": full.measure_costs.model_copy(update={"repeats": 2}),
-            "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 240}),
-            "distill": full.distill.model_copy(update={"steps": 15}),
+            "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 150}),
+            "distill": full.distill.model_copy(update={"steps": 12}),
             "earlier_distill": full.distill.model_copy(update={"steps": 10}),
             "policies": tuple(
-                policy.model_copy(update={"steps": 4, "prompts_per_step": 24, "replies_per_forward": 192})
+                policy.model_copy(update={"steps": 2, "prompts_per_step": 24, "replies_per_forward": 192})
                 for policy in full.policies
             ),
-            "evaluate": full.evaluate.model_copy(update={"problems_per_task": 10}),
-            "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "repeats": 1}),
+            "evaluate": full.evaluate.model_copy(update={"problems_per_task": 5}),
+            "search_architecture": full.search_architecture.model_copy(update={"random_seeds": ()}),
+            "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "workloads": (), "repeats": 1}),
             "benchmark_serving": full.benchmark_serving.model_copy(
                 update={
                     "requests_per_user": 2,
