@@ -1,16 +1,17 @@
 """Token ids over HTTP: our server's, and what the client makes of servers that do otherwise."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from moesaic.engines.servers import Server
-from moesaic.engines.servers.completions import Completion, Rules, complete
+from moesaic.engines.servers.completions import Completion, Rules, _ask_all, complete
 from moesaic.errors import StageError
 from moesaic.generation import Generated, Sampling, generate, read_stop_ids
 from moesaic.server.running import load
@@ -63,7 +64,7 @@ def test_a_request_that_is_refused_names_the_problem(parent: Running) -> None:
 class Careless(BaseHTTPRequestHandler):
     """Replies with what the class says."""
 
-    choice: dict[str, Any]
+    choice: ClassVar[dict[str, Any]]
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -93,6 +94,32 @@ def test_replies_without_all_their_tokens_are_refused(choice: dict[str, Any], sa
         server = Server(f"http://127.0.0.1:{careless.server_port}", "m", None, Path("log"))
         with pytest.raises(StageError, match=said):
             list(complete(server, wanted(), RULES))
+        careless.shutdown()
+
+
+def test_no_request_outlives_the_first_failure() -> None:
+    """It would find its client closed, and might leave a connection behind."""
+    held = threading.Event()
+
+    class OneAnswersBadly(Careless):
+        choice: ClassVar = {"index": 0, "text": "x", "finish_reason": "stop", "token_ids": [7]}
+
+        def do_POST(self) -> None:
+            if turns.pop():
+                held.wait(20)
+            super().do_POST()
+
+    async def ask() -> int:
+        with pytest.raises(StageError, match="ended"):
+            await _ask_all(server, wanted(), RULES, asyncio.Queue())
+        return len(asyncio.all_tasks())
+
+    turns = [True, False]
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneAnswersBadly) as careless:
+        threading.Thread(target=careless.serve_forever, daemon=True).start()
+        server = Server(f"http://127.0.0.1:{careless.server_port}", "m", None, Path("log"))
+        assert asyncio.run(ask()) == 1
+        held.set()
         careless.shutdown()
 
 

@@ -73,7 +73,10 @@ async def _next(server: Server, arrivals: asyncio.Queue[Arrival], asking: asynci
 async def _ask_all(
     server: Server, wanted: Sequence[Completion], rules: Rules, arrivals: asyncio.Queue[Arrival]
 ) -> None:
-    """The server is near, so no proxy is asked."""
+    """The server is near, so no proxy is asked.
+
+    The first failure ends the other requests before the client closes: a connection made later would stay open.
+    """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     async with AsyncOpenAI(
@@ -89,7 +92,12 @@ async def _ask_all(
             for place in places:
                 arrivals.put_nowait((place, await _reply(client, server, wanted[place], rules.stop_ids)))
 
-        await asyncio.gather(*(ask() for _ in range(min(rules.max_requests, len(wanted)))))
+        try:
+            async with asyncio.TaskGroup() as requests:
+                for _ in range(min(rules.max_requests, len(wanted))):
+                    requests.create_task(ask())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0]  # noqa: B904 - one failure, with its own cause, says it all
 
 
 async def _reply(client: "AsyncOpenAI", server: Server, wanted: Completion, stop_ids: frozenset[int]) -> Generated:
