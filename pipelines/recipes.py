@@ -195,14 +195,16 @@ def tiny_cpu_full() -> Recipe:
 def tiny_cpu_fast() -> Recipe:
     """The same with less of everything, to see that it works."""
     full = tiny_cpu()
+    optimizer = full.distill.optimizer.model_copy(update={"warmup_steps": 2})
+    distill = full.distill.model_copy(update={"steps": 6, "optimizer": optimizer})
     return full.model_copy(
         update={
             "rank_experts": full.rank_experts.model_copy(update={"max_sequences": 32}),
-            "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 8}),
-            "measure_costs": full.measure_costs.model_copy(update={"repeats": 2}),
-            "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 150}),
-            "distill": full.distill.model_copy(update={"steps": 12}),
-            "earlier_distill": full.distill.model_copy(update={"steps": 10}),
+            "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 4}),
+            "measure_costs": full.measure_costs.model_copy(update={"repeats": 1}),
+            "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 120}),
+            "distill": distill,
+            "earlier_distill": distill,
             "policies": tuple(
                 policy.model_copy(update={"steps": 2, "prompts_per_step": 24, "replies_per_forward": 192})
                 for policy in full.policies

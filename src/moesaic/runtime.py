@@ -6,6 +6,7 @@ environment, and only :meth:`Place.from_environment` reads it; how to reach a bu
 """
 
 import fcntl
+import gc
 import hashlib
 import json
 import logging
@@ -43,6 +44,9 @@ FAILURE = "failure.json"
 
 _DONE = ".done"
 """Ends the name of a finished stage's scratch on its way out."""
+
+_COLLECTOR = (100_000, 50, 50)
+"""When a task's process looks for garbage: at Python's own thresholds a quarter of what imports take goes into it."""
 
 _CHATTER = ("torchao", "torch.utils._pytree")
 """Loggers that warn, when transformers imports torchao on a machine without GPU, of nothing a user could do about."""
@@ -160,6 +164,7 @@ def run_stage(
     Raises:
         SystemExit: with the error's exit code, if it failed; all that is printed of it is free of secrets.
     """
+    gc.set_threshold(*_COLLECTOR)
     place = Place.from_environment()
     if place.driver_pid:
         _end_with(place.driver_pid)
