@@ -215,10 +215,7 @@ def tiny_cpu_fast() -> Recipe:
             "benchmark_serving": full.benchmark_serving.model_copy(
                 update={
                     "requests_per_user": 2,
-                    "workloads": tuple(
-                        workload.model_copy(update={"concurrencies": (4,)})
-                        for workload in full.benchmark_serving.workloads
-                    ),
+                    "workloads": (full.benchmark_serving.workloads[0].model_copy(update={"concurrencies": (4,)}),),
                 }
             ),
         }
