@@ -26,8 +26,7 @@ from moesaic.store.s3_options import S3Options
 PARTS = ".parts"
 """Ending of the key beside an object of several parts: their size and digests, for whoever reads it."""
 _MAX_PARTS = 10_000
-_CHUNK_BYTES = 2**20
-_PIECE_BYTES = 2**18
+_CHUNK_BYTES = 2**18
 _LOST = ("NoSuchUpload", "InvalidPart")
 """The second: another writer has sent a part anew after this one learned its tag."""
 
@@ -44,7 +43,7 @@ class Window:
 
     def __init__(self, file: io.FileIO | io.BytesIO, start: int, num_bytes: int) -> None:
         self._file, self._start, self._num_bytes = file, start, num_bytes
-        self._room = memoryview(bytearray(min(_PIECE_BYTES, num_bytes)))
+        self._room = memoryview(bytearray(min(_CHUNK_BYTES, num_bytes)))
         self.seek(0)
 
     def __len__(self) -> int:
