@@ -33,7 +33,9 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 RECOVERY = "recovery.json"
 """The file in a checkpoint that lists what was done to it since it was pruned."""
-_OF_ONE_STAGE = ("record.json", "training.jsonl")
+CURVE = "training.jsonl"
+"""The file beside trained weights with their training curve, a line per step."""
+_OF_ONE_STAGE = ("record.json", CURVE)
 """Files beside weights that say how these very weights came about; a rewritten checkpoint has its own."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 

@@ -17,7 +17,7 @@ from moesaic import blocks, gpt_oss
 from moesaic.block_distillation import HELD_OUT_EVERY, changed_layers, split_held_out
 from moesaic.calibration import Batch, make_batches, read_conversations, tokenize
 from moesaic.chat import load_tokenizer
-from moesaic.checkpoint import Checkpoint, rewrite_checkpoint
+from moesaic.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
 from moesaic.configs import DistillBlocksConfig
 from moesaic.engines.nemo_blocks import BlockJob, BlockResult, check_installed, train_blocks
 from moesaic.engines.nemo_blocks.jobs import HELD_OUT, LEARNED, MASKS, batch_name, boundary_file, save_tensors
@@ -45,7 +45,7 @@ def run(
         train_blocks(jobs, config.layers_in_parallel, scratch)
     results = {job.layer: BlockResult.load(job.directory) for job in jobs}
     better = {layer: result for layer, result in results.items() if result.is_better}
-    training = scratch / "training.jsonl"
+    training = scratch / CURVE
     training.write_text("".join(json.dumps(row) + "\n" for layer in layers for row in _rows(layer, results[layer])))
     rewrite_checkpoint(
         student,

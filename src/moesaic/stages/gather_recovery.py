@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.checkpoint import CURVE
 from moesaic.configs import GatherRecoveryConfig
 from moesaic.errors import ArtifactError
 from moesaic.stages.payloads import read_json, read_text
-
-CURVE = "training.jsonl"
 
 
 def run(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moesaic.checkpoint import Checkpoint, rewrite_checkpoint
+from moesaic.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
 from moesaic.cluster.jobs import ClusterJob
 from moesaic.configs import ReinforceConfig
 from moesaic.errors import ArtifactError, ConfigError
@@ -17,8 +17,6 @@ from moesaic.stages.generate_traces import SUMMARY
 from moesaic.stages.payloads import read_json
 from moesaic.traces import accuracy_by_task, read_traces
 
-CURVE = "training.jsonl"
-"""One line per optimiser step; engines write it in scratch."""
 _FIGURES = ("accuracy_", "tokens_per_request_", "truncated_")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.architecture import Architecture
+from moesaic.checkpoint import CURVE
 from moesaic.configs import DistillConfig, OptimizerConfig
 from moesaic.errors import ConfigError
 
@@ -64,7 +65,7 @@ class Job:
     @property
     def curve(self) -> Path:
         """One line per step and evaluation so far."""
-        return self.scratch / "training.jsonl"
+        return self.scratch / CURVE
 
     @property
     def failure(self) -> Path:

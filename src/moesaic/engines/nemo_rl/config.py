@@ -15,6 +15,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from moesaic.checkpoint import CURVE
 from moesaic.configs import OptimizerConfig, ReinforceConfig
 from moesaic.engines.nemo_rl import schema
 from moesaic.errors import ConfigError
@@ -79,7 +80,7 @@ class Run:
     @property
     def curve(self) -> Path:
         """One line per step, of the rewards' parts."""
-        return self.directory / "training.jsonl"
+        return self.directory / CURVE
 
 
 def render(config: ReinforceConfig, placement: Placement, run: Run) -> dict[str, Any]:

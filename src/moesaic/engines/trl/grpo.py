@@ -28,7 +28,7 @@ from trl import GRPOConfig
 
 from moesaic import gpt_oss
 from moesaic.chat import load_tokenizer
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint import CURVE, Checkpoint
 from moesaic.configs import ReinforceConfig
 from moesaic.engines.trl.curve import EFFORT_FIGURES, Curve, LiveCurve
 from moesaic.engines.trl.policy_trainer import WEIGHTS, PolicyTrainer, Rollouts
@@ -38,9 +38,6 @@ from moesaic.gpt_oss_puzzle import load_model
 from moesaic.problems import Question, render_prompt
 from moesaic.rewards import reward_reply
 from moesaic.verifiers import split_reply
-
-CURVE = "training.jsonl"
-"""The file in scratch with the training curve."""
 
 
 def train(
