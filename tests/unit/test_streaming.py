@@ -19,6 +19,7 @@ from moesaic.streaming import LayerReader, StateRoom, state_memory_bytes
 from moesaic.synthesis import MODELS, Model, scale_model, write_synthetic
 
 CPU = torch.device("cpu")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 MEASURE = """
 import json, os, sys
@@ -51,14 +52,16 @@ print(json.dumps(found))
 """
 
 
-def test_layers_read_ahead_are_the_layers(tiny_checkpoint: Checkpoint):
-    """In order, out of order, and without being told what comes next."""
-    reader = LayerReader(tiny_checkpoint, torch.float32, CPU)
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_read_ahead_are_the_layers(tiny_checkpoint: Checkpoint, device: str):
+    """In order, out of order, and without being told what comes next; on a GPU through both pinned buffers."""
+    reader = LayerReader(tiny_checkpoint, torch.float32, torch.device(device))
     for layer, then in ((0, 1), (1, 3), (2, None), (3, 3), (3, 0)):
         found = reader.load(layer, then).state_dict()
         expected = blocks.load_block(tiny_checkpoint, layer).state_dict()
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert all(torch.equal(found[name].cpu(), expected[name]) for name in expected)
+        assert {tensor.device.type for tensor in found.values()} == {device}
     reader.close()
 
 
@@ -82,6 +85,21 @@ def test_states_spill_when_the_room_is_full_and_give_it_back(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 1
     held[2].drop()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_states_keep_their_bits_wherever_they_are(device: str, tmp_path: Path):
+    """On the device while there is room, then in the host's memory, then in a file."""
+    state = torch.randn(3, 4, 5, device=device).bfloat16()
+    room = StateRoom(2 * state.nbytes, tmp_path, torch.device(device))
+    room.device_bytes = min(room.device_bytes, state.nbytes)
+    held = [room.hold(state) for _ in range(4)]
+    kept = [held_state.read() for held_state in held]
+    assert len(list(tmp_path.iterdir())) == (1 if device == "cuda" else 2)
+    assert all(torch.equal(found.to(device), state) for found in kept)
+    for held_state in held:
+        held_state.drop()
+    assert (room.host_bytes, list(tmp_path.iterdir())) == (2 * state.nbytes, [])
 
 
 def test_spilled_states_keep_dtype_and_bits_and_killed_runs_leave_none(tmp_path: Path):
