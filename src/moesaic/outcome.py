@@ -9,6 +9,8 @@ _TOO_FINE = ("tasks", "truncated")
 """Left to the report page."""
 _OF_THE_PRUNED_CHILD = ("efforts", "request_efficiency", "recovery")
 """Superseded by what recovery says."""
+_OF_THE_SEARCHED_MODEL = ("experts", "memory_mib", "kv_mib_per_request")
+"""Known of the model that the last search began from, which after several rounds is not the parent."""
 _STAGES = {"fp8_unit": "FP8, unit scales", "fp8": "FP8, calibrated"}
 _WORDS = {
     "efforts": "effort",
@@ -24,7 +26,9 @@ def outcome_tables(summary: Mapping[str, Any]) -> list[Table]:
     recovery = summary.get("recovery")
     if recovery is None:
         return [comparison_table(summary), rivals_table(summary["rivals"])]
-    sizes = {name: value for name, value in summary.items() if name not in _OF_THE_PRUNED_CHILD}
+    superseded = _OF_THE_PRUNED_CHILD if recovery["searched_parent"] else _OF_THE_PRUNED_CHILD + _OF_THE_SEARCHED_MODEL
+    sizes = {name: value for name, value in summary.items() if name not in superseded}
+    sizes["parameters"] = recovery["parameters"]
     return [comparison_table(sizes), recovery_table(recovery), rivals_table(summary["rivals"])]
 
 

@@ -11,7 +11,7 @@ from moesaic.report.findings import summarize
 from moesaic.report.recovery import read_recovery
 from moesaic.report.recovery_findings import summarize_recovery
 from tests.unit.recovery_inputs import recovery_inputs
-from tests.unit.report_inputs import inputs
+from tests.unit.report_inputs import evaluation, inputs
 
 
 def shown(summary: dict[str, Any]) -> list[list[str]]:
@@ -39,3 +39,13 @@ def test_with_recovery_every_stage_has_a_row() -> None:
     assert ["greedy, averaged", "46.0   80.0", "9.0  75.0", "1.78  2.13"] in rows
     assert not any("accuracy" in row[0] for row in rows)
     assert ["experts", "8", "6", "0.750"] in rows
+
+
+def test_after_several_rounds_sizes_are_against_the_parent_or_not_shown() -> None:
+    """What the last search began from is half as large as the parent."""
+    whole = {"evaluation_parent": evaluation("parent", 0.5, 0.9) | {"parameters": 320}}
+    search = read_evidence(**(inputs() | whole))
+    summary = summarize(search) | {"recovery": summarize_recovery(read_recovery(search, **recovery_inputs()))}
+    rows = shown(summary)
+    assert ["parameters", "320", "160", "0.500"] in rows
+    assert not any(row[0] == "experts" or "MiB" in row[0] for row in rows)
