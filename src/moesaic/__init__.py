@@ -1,3 +1,9 @@
 """Moesaic: deployment-optimised mixture-of-experts reasoning models by block-wise architecture search."""
 
+import logging
+
 __version__ = "0.1.0"
+
+for _chatter in ("torchao", "torch.utils._pytree"):
+    # When transformers imports torchao on a machine without GPU, they warn of nothing a user could do about.
+    logging.getLogger(_chatter).setLevel(logging.ERROR)

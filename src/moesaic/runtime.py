@@ -9,7 +9,6 @@ import fcntl
 import gc
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -47,9 +46,6 @@ _DONE = ".done"
 
 _COLLECTOR = (100_000, 50, 50)
 """When a task's process looks for garbage: at Python's own thresholds a quarter of what imports take goes into it."""
-
-_CHATTER = ("torchao", "torch.utils._pytree")
-"""Loggers that warn, when transformers imports torchao on a machine without GPU, of nothing a user could do about."""
 
 Result = TypeVar("Result")
 Given = Mapping[str, Path | list[Path]]
@@ -219,8 +215,6 @@ def perform(
     job: JobPlace | None = None,
 ) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
-    for name in _CHATTER:
-        logging.getLogger(name).setLevel(logging.ERROR)
     extra = _places(task.stage, store, registry)
     if job:
         extra |= {"nodes": ClusterJob(job, task.key)}
