@@ -15,6 +15,7 @@ from moesaic.cli import main
 from moesaic.configs import (
     AverageCheckpointsConfig,
     BenchmarkServingConfig,
+    CalibrateKvConfig,
     Config,
     DistillConfig,
     EvaluateConfig,
@@ -96,6 +97,14 @@ def test_ranking_reads_all_but_the_head_once() -> None:
     assert needs.peak_bytes == 4 * layer_parameters + layer_bytes + 4 * 21 * 64
     assert needs.counts == {"tokens": 21}
     assert needs.gpu_ms is None
+
+
+def test_calibration_holds_a_layer_at_a_time_as_ranking_does() -> None:
+    ranking = RankExpertsConfig(max_sequences=3, max_tokens=7, precision="float32")
+    calibration = CalibrateKvConfig(max_sequences=3, max_tokens=7, precision="float32")
+    found = run(task("rank_experts", ranking, "ingest"), task("calibrate_kv", calibration, "ingest"))
+    assert found["calibrate_kv"].needs.peak_bytes == found["rank_experts"].needs.peak_bytes
+    assert found["calibrate_kv"].needs.read_bytes == PARENT_BYTES
 
 
 def test_scoring_counts_what_scoring_does() -> None:

@@ -232,16 +232,17 @@ def _average_checkpoints(task: Task, facts: Facts, inputs: Sequence[Shards]) -> 
 
 
 def _calibrate_kv(task: Task, facts: Facts, inputs: Sequence[Shards]) -> Needs:
-    """One forward of the calibration set with the model resident, unpacked; adds a shard of two scalars a layer."""
+    """One forward of the calibration set, layer by layer as in ``rank_experts``; adds two scalars a layer."""
     config, model = task.config_as(CalibrateKvConfig), model_of(facts, inputs[0])
     tokens = config.max_sequences * config.max_tokens
+    states = tokens * facts.shape.hidden_size * WIDTH[config.precision]
     scales = 2 * 4 * model.num_layers
     made = retrained(inputs[0], task.name, ["attention"]) if config.fold else dict(inputs[0])
     made |= {f"scales by {task.name}": scales}
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=_new_bytes(made, inputs[0]),
-        peak_bytes=resident(facts, model, config.precision),
+        peak_bytes=streamed_layers(facts, config.precision) + states,
         gpu_ms=forward_ms(facts, model.blocks, tokens, config.max_tokens),
         counts={"tokens": tokens},
         made=made,
