@@ -1,20 +1,20 @@
 # Logic lives in Python; these are names for it.
-PYTHON ?= python3.11
+# The oldest Python that is supported and there; PYTHON= names another.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := build/tools
 
 .DEFAULT_GOAL := help
-.PHONY: setup check test demo parent compile report build-images test-images sbom audit help
+.PHONY: setup check test demo parent compile build-images test-images sbom audit pins check-pins help
 
-setup: $(STAMP) ## make .venv with exactly the pinned packages (done once; again when the pins change)
+setup: $(STAMP) ## make .venv with the pinned packages, once; PYTHON=python3.12, TORCH=cpu|cuda choose
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[dev]'
-	touch $(STAMP)
+$(STAMP): pyproject.toml constraints.txt constraints-cpu.txt images/environment.py
+	@test -n "$(PYTHON)" || { echo "error: set-up: no Python 3.11, 3.12 or 3.13 is on the PATH; install one, or name it: make setup PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -m images.environment $(VENV) $(if $(TORCH),--torch $(TORCH))
 
 check: $(STAMP) ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -37,9 +37,6 @@ parent: $(STAMP) ## train the tiny reasoner anew (about 80 minutes on one core; 
 compile: $(STAMP) ## compile the pipelines into manifests/
 	$(BIN)/python -m pipelines.compiling
 
-report: $(STAMP) ## show the outcome of the last demo
-	$(BIN)/moesaic report runs/demo
-
 build-images: $(STAMP) ## build all images; ENGINE=docker|podman|buildah, REGISTRY=host/path pushes and writes the lock, VERSION=
 	$(BIN)/python -m images.build $(if $(ENGINE),--engine $(ENGINE)) $(if $(REGISTRY),--registry $(REGISTRY)) \
 		$(if $(VERSION),--version $(VERSION))
@@ -53,6 +50,13 @@ sbom: $(STAMP) $(TOOLS)/.installed ## bills of materials (CycloneDX) of the envi
 audit: $(STAMP) $(TOOLS)/.installed ## look up every pin's known vulnerabilities; SERVICE=pypi|osv, OSV_URL= a server of your own
 	$(BIN)/python -m images.inventory audit --tools $(TOOLS)/bin $(if $(SERVICE),--service $(SERVICE)) \
 		$(if $(OSV_URL),--service osv --osv-url $(OSV_URL))
+
+pins: $(STAMP) $(TOOLS)/.installed ## resolve the pins anew; UPGRADE=1 takes the newest versions that the ranges allow
+	$(BIN)/python -m images.pins renew --uv $(TOOLS)/bin/uv $(if $(UPGRADE),--upgrade)
+	$(BIN)/python -m images.requirements
+
+check-pins: $(STAMP) $(TOOLS)/.installed ## resolve the pins for every platform from the registry alone
+	$(BIN)/python -m images.pins check --uv $(TOOLS)/bin/uv
 
 $(TOOLS)/.installed: images/tools.txt
 	$(PYTHON) -m venv --clear $(TOOLS)

@@ -2,7 +2,8 @@
 
 An image gets all that its extras of moesaic need, however deep, but for what its base brings and guards (NVIDIA's
 PyTorch and what is compiled against it). What is needed is read from the packages of this environment, versions from
-``constraints.txt``; the images' Python is newer than this one, so markers are evaluated for theirs.
+``constraints.txt``; the images' Python is newer than this one, so markers are evaluated for theirs. What only GPU code
+needs is not installed here and is brought by the bases: it is not looked into.
 """
 
 import tomllib
@@ -15,8 +16,14 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
+from images.environment import PINS, ROOT, pins_for
+
 FOLDER = Path(__file__).parent
+GPU_ONLY = (
+    *("cuda-toolkit", "nvidia-cudnn-cu13", "nvidia-cusparselt-cu13", "nvidia-nccl-cu13", "nvidia-nvshmem-cu13"),
+    *("quack-kernels", "triton"),
+)
+"""What PyTorch's CPU build and nothing of ours imports without a GPU; with them goes what they alone need."""
 PYTHON = "3.12"
 """The Python of NVIDIA's images."""
 EVERYWHERE = ("kfp", "mlflow-skinny")
@@ -26,7 +33,7 @@ WITHOUT_DEPENDENCIES = frozenset({"kfp"})
 _TORCH = ("torch", "numpy", "setuptools")
 _COMPILED = (
     *("torchao", "triton", "quack-kernels", "ninja", "pandas", "pillow", "pyarrow", "scikit-learn", "onnx"),
-    "tensorboard",
+    *("tensorboard", "cuda-bindings", "einops"),
 )
 _MODELS = (*_TORCH, "transformers", "accelerate", "safetensors", "pydantic", "rich", "requests", "protobuf", "psutil")
 
@@ -90,7 +97,7 @@ def closure(wanted: Iterable[Requirement], python: str = PYTHON) -> set[str]:
         name = canonicalize_name(requirement.name)
         for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
             seen.add((name, extra))
-            needed = [] if name in WITHOUT_DEPENDENCIES else distribution(name).requires or []
+            needed = [] if name in {*WITHOUT_DEPENDENCIES, *GPU_ONLY} else distribution(name).requires or []
             for one in map(Requirement, needed):
                 if one.marker is None or one.marker.evaluate({**environment, "extra": extra}):
                     todo.append(one)
@@ -98,14 +105,14 @@ def closure(wanted: Iterable[Requirement], python: str = PYTHON) -> set[str]:
 
 
 def constraints() -> dict[str, str]:
-    """Every pinned version, by canonical name."""
-    pins = (line.split("==") for line in pins_in(ROOT / "constraints.txt"))
+    """Every version pinned for the images, by canonical name."""
+    pins = (line.split("==") for line in pins_in(PINS["cuda"]))
     return {canonicalize_name(name): version for name, version in pins}
 
 
 def pins_in(path: Path) -> list[str]:
-    """The lines of a file of pins, without its comments."""
-    return [line for line in path.read_text().splitlines() if "==" in line and not line.startswith("#")]
+    """``name==version`` of a file's lines that hold in the images."""
+    return pins_for(path, "linux", tuple(map(int, PYTHON.split("."))))
 
 
 def path_of(name: str) -> Path:

@@ -1,0 +1,206 @@
+"""The pins of the local environment: written by a resolver for every supported platform, checked against the registry.
+
+``constraints.txt`` has all that ``moesaic[dev]`` needs with PyTorch's CUDA build, ``constraints-cpu.txt`` what is left
+with its CPU build. Both hold for every platform and Python in ``pyproject.toml``; a line that does not hold everywhere
+carries a marker. Versions move only where a range asks for it, or all of them with ``--upgrade``.
+
+The check resolves anew, from the registry alone: whatever find-links or local index this machine has is left out.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from images.environment import PINS, PLATFORMS, ROOT
+from images.requirements import GPU_ONLY
+from moesaic.engines.aiperf.environment import AIPERF
+from moesaic.engines.own_environment import OwnEnvironment
+from moesaic.errors import MoesaicError, StageError
+
+PROGRAMS = (AIPERF,)
+PYTHONS = ("3.11", "3.12", "3.13")
+SOURCES = ("antlr4-python3-runtime", "kfp-server-api", "crick")
+"""All else must have a wheel. The first two are pure Python; AIPerf's crick has none for aarch64 Linux, where its
+environment needs a C compiler."""
+
+_MACOS = {"MACOSX_DEPLOYMENT_TARGET": "14.0"}
+"""PyTorch's wheels want macOS 14."""
+_LOCAL = ("FIND_LINKS", "EXTRA_INDEX_URL", "INDEX", "NO_INDEX", "CONSTRAINT", "CONFIG_FILE")
+_TRIPLES = {"linux": "unknown-linux-gnu", "darwin": "apple-darwin"}
+_OURS = (ROOT / "pyproject.toml", "--extra", "dev")
+_MARKERS = (None, "sys_platform == 'linux'", "sys_platform == 'darwin'")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an environment may be made."""
+
+    system: str
+    machine: str
+    python: str
+    build: str
+    """Of PyTorch: ``cpu`` or ``cuda``."""
+
+    def __str__(self) -> str:
+        return f"{self.system} {self.machine}, Python {self.python}, {self.build}"
+
+    @property
+    def marker_values(self) -> dict[str, str]:
+        """What the variables of a marker are there."""
+        return {
+            "sys_platform": self.system,
+            "platform_system": self.system.capitalize(),
+            "platform_machine": self.machine,
+            "python_version": self.python,
+            "python_full_version": f"{self.python}.0",
+            "implementation_name": "cpython",
+            "platform_python_implementation": "CPython",
+        }
+
+    @property
+    def options(self) -> list[str]:
+        """How uv is told of it, and that there must be a wheel."""
+        triple = f"{'aarch64' if self.machine == 'arm64' else self.machine}-{_TRIPLES[self.system]}"
+        wheels = ["--only-binary", ":all:", *(word for name in SOURCES for word in ("--no-binary", name))]
+        return ["--python-version", self.python, "--python-platform", triple, *wheels]
+
+
+TARGETS = [
+    Target(system, machine, python, build)
+    for build in PINS
+    for system, machine in PLATFORMS
+    for python in PYTHONS
+    if (system, build) != ("darwin", "cuda")
+]
+"""Everything that is supported; macOS knows no CUDA."""
+
+
+def registry_alone(variables: Mapping[str, str]) -> dict[str, str]:
+    """These environment variables without any that name packages of this machine's own."""
+    local = {f"{tool}_{name}" for tool in ("PIP", "UV") for name in _LOCAL}
+    return {name: value for name, value in variables.items() if name not in local} | _MACOS
+
+
+def resolve(uv: Path, build: str, output: Path, *options: str | Path) -> None:
+    """Ask uv for all that the options name, without what a build of PyTorch does not need.
+
+    Raises:
+        StageError: with uv's explanation, if there is no solution.
+    """
+    command: list[str | Path] = [uv, "pip", "compile", "--quiet", "--no-annotate", "--no-header", "--native-tls"]
+    command += ["--output-file", output, *options]
+    with tempfile.TemporaryDirectory() as folder:
+        if build == "cpu":
+            without = Path(folder) / "overrides.txt"
+            without.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in GPU_ONLY))
+            command += ["--override", without]
+        done = subprocess.run(command, capture_output=True, text=True, env=registry_alone(os.environ), check=False)
+    if done.returncode:
+        raise StageError(done.stderr.strip())
+
+
+def renew(uv: Path, upgrade: bool) -> None:
+    """Write both files anew; a version that is pinned stays where its range allows it, unless all are to be upgraded."""
+    with tempfile.TemporaryDirectory() as folder:
+        for build in ("cuda", "cpu"):
+            output = Path(folder) / f"{build}.txt"
+            output.write_text("" if upgrade and build == "cuda" else PINS["cuda"].read_text())
+            resolve(uv, build, output, *_OURS, "--universal", "--python-version", PYTHONS[0])
+            pins = (Requirement(line) for line in output.read_text().splitlines() if "==" in line)
+            PINS[build].write_text("".join(f"{_with_short_marker(pin)}\n" for pin in pins))
+
+
+def _with_short_marker(pin: Requirement) -> str:
+    """A pin with the shortest marker that holds on the same targets; the resolver's spell out every platform."""
+    values = [target.marker_values for target in TARGETS]
+    holds = [pin.marker is None or pin.marker.evaluate(value) for value in values]
+    for marker in _MARKERS:
+        if [marker is None or Requirement(f"x ; {marker}").marker.evaluate(value) for value in values] == holds:  # type: ignore[union-attr]
+            return f"{pin.name}{pin.specifier}" + (f" ; {marker}" if marker else "")
+    raise StageError(f"{pin}: no simple marker holds on the same platforms; pin a version that does not differ")
+
+
+def pins_on(target: Target) -> dict[str, str]:
+    """Versions by canonical name that the committed pins give on a target."""
+    lines = [Requirement(line) for line in PINS[target.build].read_text().splitlines() if "==" in line]
+    holding = [pin for pin in lines if pin.marker is None or pin.marker.evaluate(target.marker_values)]
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in holding}
+
+
+def problem_of(uv: Path, target: Target) -> str | None:
+    """Why the committed pins do not make an environment on a target, from the registry alone; None if they do."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "resolved.txt"
+        try:
+            resolve(uv, target.build, output, *_OURS, "--constraint", PINS[target.build], *target.options)
+        except StageError as failure:
+            return str(failure)
+        resolved = [Requirement(line) for line in output.read_text().splitlines() if "==" in line]
+    pins = pins_on(target)
+    wanted = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in resolved}
+    loose = sorted(name for name, version in wanted.items() if pins.get(name) != version)
+    needless = sorted(set(pins) - set(wanted))
+    if loose or needless:
+        return f"not pinned: {', '.join(loose) or 'none'}; pinned and not needed: {', '.join(needless) or 'none'}"
+    return None
+
+
+def program_problem_of(uv: Path, environment: OwnEnvironment, target: Target) -> str | None:
+    """The same for a program with an environment of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, pins = Path(folder) / "wanted.in", Path(folder) / "pins.txt"
+        wanted.write_text("\n".join(environment.packages))
+        pins.write_text(environment.pins)
+        try:
+            resolve(uv, target.build, Path(folder) / "resolved.txt", wanted, "--constraint", pins, *target.options)
+        except StageError as failure:
+            return str(failure)
+    return None
+
+
+def check(uv: Path) -> None:
+    """Resolve the committed pins for every target.
+
+    Raises:
+        StageError: naming each target that cannot be set up, and why.
+    """
+    checks: dict[str, Callable[[], str | None]] = {str(target): partial(problem_of, uv, target) for target in TARGETS}
+    for program in PROGRAMS:
+        on_cpu = (target for target in TARGETS if target.build == "cpu")
+        checks |= {f"{program.title}, {target}": partial(program_problem_of, uv, program, target) for target in on_cpu}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        outcomes = dict(zip(checks, pool.map(lambda ask: ask(), checks.values()), strict=True))
+    for name, problem in outcomes.items():
+        print(f"{name}: {'does not resolve' if problem else 'resolves'}")
+    problems = [f"{name}: {problem}" for name, problem in outcomes.items() if problem]
+    if problems:
+        raise StageError("\n".join([*problems, "`make pins` writes the pins anew"]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Renew or check the pins; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("renew", "check"))
+    parser.add_argument("--uv", type=Path, required=True, help="the resolver's program")
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that the ranges allow")
+    given = parser.parse_args(arguments)
+    try:
+        renew(given.uv, given.upgrade) if given.action == "renew" else check(given.uv)
+    except MoesaicError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
