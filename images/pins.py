@@ -110,7 +110,7 @@ def resolve(uv: Path, build: str, output: Path, *options: str | Path) -> None:
 
 
 def renew(uv: Path, upgrade: bool) -> None:
-    """Write both files anew; a version that is pinned stays where its range allows it, unless all are to be upgraded."""
+    """Write both files anew; pinned versions stay where their ranges allow it, unless all are to be upgraded."""
     with tempfile.TemporaryDirectory() as folder:
         for build in ("cuda", "cpu"):
             output = Path(folder) / f"{build}.txt"
