@@ -270,8 +270,8 @@ class EvaluateConfig(Config):
     name: str | None = None
     """What the report calls the model. None: the candidate that the checkpoint says it is, or ``parent``."""
     engine: GeneratingEngine = "in_process"
-    """What replies: this process, or a server that inspect-ai asks: ``moesaic serve``; ``trtllm-serve`` or
-    ``vllm serve`` on an export bundle; or one that is running."""
+    """What replies: this process, which holds the whole model unpacked, or a server: ``moesaic serve``;
+    ``trtllm-serve`` or ``vllm serve`` on an export bundle; or one that is running."""
     bundle: ExportEngineConfig | None = None
     """How a checkpoint becomes the bundle that the engine serves, where the model is no bundle already."""
     efforts: Efforts = ("low", "medium", "high")

@@ -1,18 +1,14 @@
-"""Evaluation and traces through a server: what they have in common with those in process, on a model that reasons.
-
-inspect-ai's environment is made on the first run (minutes).
-"""
+"""Evaluation and traces through a server: what they have in common with those in process, on a model that reasons."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from moesaic.configs import EvaluateConfig, ExportEngineConfig, GenerateTracesConfig
-from moesaic.engines.inspect_ai import Inspect
-from moesaic.engines.servers import Server
 from moesaic.errors import ArtifactError, ConfigError
 from moesaic.server.limits import Limits
 from moesaic.server.running import load
@@ -65,6 +61,10 @@ def run_evaluate(directory: Path, problems: Path, **changes: Any) -> dict[str, f
     )
 
 
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "output/samples.jsonl").read_text().splitlines()]
+
+
 def run_traces(directory: Path, **changes: Any) -> Path:
     for name in ("output", "scratch"):
         (directory / name).mkdir(parents=True, exist_ok=True)
@@ -78,38 +78,48 @@ def run_traces(directory: Path, **changes: Any) -> Path:
     return directory / "output"
 
 
-@pytest.mark.timeout(3600)
-def test_inspect_ai_through_our_server_finds_what_evaluation_in_process_finds(
-    problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_through_our_server_finds_what_evaluation_in_process_finds(problems: Path, tmp_path: Path) -> None:
     """Greedy replies of a trained model in float32 do not depend on the batch: all bytes are the same."""
-    asked: list[int] = []
-    real = Inspect.ask
-
-    def ask(this: Inspect, server: Server, *rest: Any) -> Any:
-        answers = real(this, server, *rest)
-        asked.append(server.counts()["requests"])
-        return answers
-
-    monkeypatch.setattr(Inspect, "ask", ask)
     here = run_evaluate(tmp_path / "here", problems)
     served = run_evaluate(tmp_path / "served", problems, engine="moesaic")
     assert served == here
     for name in PAYLOAD:
         assert (tmp_path / "served/output" / name).read_text() == (tmp_path / "here/output" / name).read_text()
     assert here["accuracy_high"] > 0.9 and here["accuracy_high_math"] == 1
-    assert asked == [14, 28]
-    (tmp_path / "served/scratch/samples-low.jsonl").unlink()
-    assert run_evaluate(tmp_path / "served", problems, engine="moesaic") == here
-    assert asked[2:] == [0]  # all of it was in inspect's log
+    assert [here[f"tokens_per_request_{effort}"] for effort in EVALUATE.efforts] == [
+        pytest.approx(fmean(line["tokens"] for line in read_samples(tmp_path / "served") if line["effort"] == effort))
+        for effort in EVALUATE.efforts
+    ]
 
 
-@pytest.mark.timeout(3600)
+def test_replies_that_are_cut_off_count_as_in_process(problems: Path, tmp_path: Path) -> None:
+    """At most 12 tokens: at high effort no reply is whole, and none is right."""
+    here = run_evaluate(tmp_path / "here", problems, max_new_tokens=12)
+    assert run_evaluate(tmp_path / "served", problems, max_new_tokens=12, engine="moesaic") == here
+    assert here["truncated_high"] == 1 and here["accuracy_high"] == 0 and here["tokens_per_request_high"] == 12
+    for name in PAYLOAD:
+        assert (tmp_path / "served/output" / name).read_text() == (tmp_path / "here/output" / name).read_text()
+
+
+def test_a_lost_chunk_of_samples_comes_back(running: Running, problems: Path, tmp_path: Path) -> None:
+    changes = {"engine": "running", "efforts": ("low",), "batch_size": 5}
+    before = running.engine.num_generated
+    metrics = run_evaluate(tmp_path, problems, **changes)
+    samples = read_samples(tmp_path)
+    assert running.engine.num_generated - before == sum(line["tokens"] for line in samples)
+    before = running.engine.num_generated
+    (tmp_path / "scratch/samples-low.jsonl").unlink()
+    (tmp_path / "scratch/samples-low-000001.jsonl").unlink()
+    assert run_evaluate(tmp_path, problems, **changes) == metrics
+    assert read_samples(tmp_path) == samples
+    assert running.engine.num_generated - before == sum(line["tokens"] for line in samples[5:10])
+
+
 def test_epochs_are_different_and_the_same_again(running: Running, problems: Path, tmp_path: Path) -> None:
     changes = {"engine": "running", "epochs": 3, "temperature": 2.0, "efforts": ("low",), "problems_per_task": 1}
     metrics = run_evaluate(tmp_path / "one", problems, **changes)
     run_evaluate(tmp_path / "two", problems, **changes)
-    lines = [json.loads(line) for line in (tmp_path / "one/output/samples.jsonl").read_text().splitlines()]
+    lines = read_samples(tmp_path / "one")
     assert [(line["task"], line["epoch"]) for line in lines[:4]] == [("add", 1), ("add", 2), ("add", 3), ("chain", 1)]
     assert len({(line["id"], line["output"]) for line in lines}) > 7  # at low effort some families are guesses
     assert metrics["accuracy_low"] == pytest.approx(sum(line["correct"] for line in lines) / 21)
@@ -164,6 +174,9 @@ def test_what_cannot_be_asked_is_refused_before_anything_starts(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ArtifactError, match=r"holds no serve.args; .* give a bundle of export_engine"):
         run_traces(tmp_path, engine="vllm")
+    monkeypatch.setattr("moesaic.engines.servers.completions.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"needs the package openai; pip install 'moesaic\[evaluate\]'"):
+        run_evaluate(tmp_path, problems, engine="moesaic")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.engines.servers import Offer, adapters, check_available, running, serving
+from moesaic.engines.servers import Offer, Server, adapters, check_available, running, serving
 from moesaic.engines.servers.running import read_counters
 from moesaic.engines.tethered import last_lines, tethered
 from moesaic.errors import ArtifactError, ConfigError, StageError
@@ -45,6 +45,16 @@ def url() -> Iterator[str]:
 
 def offer(directory: Path, role: str = "child") -> Offer:
     return Offer(role, directory, "fp8", "float32", max_requests=8, max_cache_tokens=2**16)
+
+
+def test_every_server_is_asked_for_all_tokens_of_a_reply() -> None:
+    def options(owner: str) -> dict[str, object]:
+        return Server("http://127.0.0.1:8000", "model", None, Path("log"), owner).token_options
+
+    assert options("moesaic") == {"return_token_ids": True}
+    assert options("vllm") == {"return_token_ids": True, "include_stop_str_in_output": True}
+    assert options("tensorrt_llm") == {"detokenize": False, "include_stop_str_in_output": True}
+    assert options("another") == options("vllm")
 
 
 def test_counters_are_summed_over_their_labels() -> None:

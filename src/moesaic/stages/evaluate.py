@@ -1,7 +1,8 @@
 """Accuracy and generated tokens per request on verifiable problems, per task and reasoning effort.
 
-The model replies in this process, or through a server that inspect-ai asks. Prompts, which are rendered here, and
-verifiers are the same, and so is what is written.
+The model replies in this process or through a server. Prompts, which are rendered here, and verifiers are the same, and
+so is what is written. Replies of a server are kept in files of ``batch_size`` in scratch, each there only when it is
+whole: a killed run asks again for what its missing files would hold.
 """
 
 import json
@@ -20,13 +21,13 @@ from moesaic.blocks import choose_device
 from moesaic.chat import load_tokenizer
 from moesaic.checkpoint import Checkpoint, read_recovery
 from moesaic.configs import Effort, EvaluateConfig
-from moesaic.engines.inspect_ai import Answer, Question, Rules, find_inspect
+from moesaic.engines.servers.completions import Completion
 from moesaic.generation import Generated, Sampling, check_lengths, generate_batches, seed_of, stop_ids
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.problems import Problem, first_of_each_task, read_problems, render_prompt
 from moesaic.progress import track
 from moesaic.stages.prune_model import PRUNING
-from moesaic.stages.served_model import bundled, check_served, served
+from moesaic.stages.served_model import served_replies, whole_chunks
 from moesaic.verifiers import split_reply
 
 _FIGURES = ("accuracy", "tokens_per_request", "truncated")
@@ -45,6 +46,25 @@ class Sample:
     truncated: bool
     epoch: int = 1
     """Which of the replies to this problem at this effort."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One reply to ask a server for."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    epoch: int
+    """Which of the replies to this problem at this effort, from 1."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Requests of one effort whose samples are kept in one file."""
+
+    effort: Effort
+    requests: tuple[Request, ...]
+    file: Path
 
 
 Answered = Iterator[tuple[Effort, list[Sample]]]
@@ -109,50 +129,62 @@ def _answer_by_server(
     efforts: Sequence[Effort],
     scratch: Path,
 ) -> Answered:
-    """Everything is checked before the server starts, which one run of inspect-ai per effort then asks."""
+    """One server replies at all efforts; no reply waits for those of another effort."""
     if not efforts:
         return
-    model = bundled(config, checkpoint.directory, scratch)
-    check_served(config, model, config.kv_cache)
     if config.engine == "moesaic":
         _scales(config, checkpoint)
     tokenizer = load_tokenizer(checkpoint.directory)
-    questions = {effort: _questions(config, problems, tokenizer, effort) for effort in efforts}
-    prompts = [question.prompt_ids for asked in questions.values() for question in asked]
-    check_lengths(prompts, config.max_new_tokens, checkpoint.shape.max_positions)
-    inspect = find_inspect()
-    rules = Rules(config.max_new_tokens, config.temperature, config.batch_size, config.reply_timeout_s)
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    tasks = {problem.id: problem.task for problem in problems}
-    with served(config, model, config.kv_cache, longest, scratch / "server.log") as server:
-        for effort, asked in questions.items():
-            answers = inspect.ask(server, f"{config.name}-{effort}", asked, rules, scratch / f"inspect-{effort}")
-            yield effort, [_sample(answer, tasks[answer.id], effort) for answer in answers]
+    chunks = [chunk for effort in efforts for chunk in _plan(config, problems, tokenizer, effort, scratch)]
+    missing = [chunk for chunk in chunks if not chunk.file.is_file()]
+    if missing:
+        _ask_server(config, checkpoint, tokenizer, missing, scratch)
+    for effort in efforts:
+        yield effort, [sample for chunk in chunks if chunk.effort == effort for sample in _read_samples(chunk.file)]
 
 
-def _questions(
-    config: EvaluateConfig, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, effort: str
-) -> list[Question]:
-    questions = []
-    for problem in problems:
-        prompt = tuple(render_prompt(problem, tokenizer, effort))
-        text = str(tokenizer.decode(prompt, skip_special_tokens=False))
-        seeds = tuple(seed_of("evaluate", config.seed, effort, problem.id, epoch) for epoch in range(config.epochs))
-        questions.append(Question(problem.id, problem.task, prompt, text, problem.answer, problem.verifier, seeds))
-    return questions
+def _plan(
+    config: EvaluateConfig,
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    effort: Effort,
+    scratch: Path,
+) -> list[Chunk]:
+    requests = [
+        Request(problem, prompt, epoch)
+        for problem in problems
+        for prompt in [tuple(render_prompt(problem, tokenizer, effort))]
+        for epoch in range(1, config.epochs + 1)
+    ]
+    parts = [tuple(requests[start : start + config.batch_size]) for start in range(0, len(requests), config.batch_size)]
+    return [Chunk(effort, part, scratch / f"samples-{effort}-{number:06d}.jsonl") for number, part in enumerate(parts)]
 
 
-def _sample(answer: Answer, task: str, effort: str) -> Sample:
-    return Sample(
-        id=answer.id,
-        task=task,
-        effort=effort,
-        output=answer.text,
-        correct=answer.correct,
-        tokens=answer.tokens,
-        truncated=answer.truncated,
-        epoch=answer.epoch,
-    )
+def _ask_server(
+    config: EvaluateConfig,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    chunks: Sequence[Chunk],
+    scratch: Path,
+) -> None:
+    """Write the chunks as their last replies come in; what can be checked is checked before the server starts."""
+    requests = [(chunk.effort, request) for chunk in chunks for request in chunk.requests]
+    wanted = [_completion(config, effort, request) for effort, request in requests]
+    check_lengths([one.prompt for one in wanted], config.max_new_tokens, checkpoint.shape.max_positions)
+    with served_replies(config, checkpoint.directory, config.kv_cache, wanted, scratch) as replies:
+        samples = (
+            (place, replace(judge(request.problem, reply, tokenizer, effort), epoch=request.epoch))
+            for place, reply in track(replies, len(wanted), f"{config.name}: replies")
+            for effort, request in [requests[place]]
+        )
+        for number, found in whole_chunks(samples, [len(chunk.requests) for chunk in chunks]):
+            _write_samples(chunks[number].file, found)
+
+
+def _completion(config: EvaluateConfig, effort: str, request: Request) -> Completion:
+    """With a seed that only this problem has, and only in this epoch."""
+    seed = seed_of("evaluate", config.seed, effort, request.problem.id, request.epoch - 1)
+    return Completion(request.problem.id, request.prompt_ids, config.max_new_tokens, config.temperature, seed)
 
 
 def answer_problems(

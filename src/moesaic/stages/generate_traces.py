@@ -23,14 +23,14 @@ from moesaic.blocks import choose_device
 from moesaic.chat import load_tokenizer
 from moesaic.checkpoint import Checkpoint
 from moesaic.configs import GenerateTracesConfig
-from moesaic.engines.servers.completions import Completion, Rules, complete
+from moesaic.engines.servers.completions import Completion
 from moesaic.errors import ArtifactError, ConfigError
-from moesaic.generation import Generated, Sampling, generate, read_stop_ids, seed_of, stop_ids
+from moesaic.generation import Generated, Sampling, generate, seed_of, stop_ids
 from moesaic.gpt_oss_puzzle import load_model
 from moesaic.problems import Problem, read_problems, render_prompt, spread_over_tasks
 from moesaic.progress import track
 from moesaic.stages.evaluate import judge
-from moesaic.stages.served_model import bundled, check_served, served
+from moesaic.stages.served_model import served_replies, whole_chunks
 from moesaic.traces import Trace, read_traces
 
 TRACES = "traces.jsonl"
@@ -145,22 +145,17 @@ def _answer_by_server(chunks: Sequence[Chunk], model: Path, scratch: Path, confi
     """Write the chunks as their last replies come in."""
     if not chunks:
         return
-    model = bundled(config, model, scratch)
-    check_served(config, model, None)
     tokenizer = load_tokenizer(model)
-    rules = Rules(read_stop_ids(model), config.batch_size, config.reply_timeout_s)
-    wanted = [(chunk, place) for chunk in chunks for place in range(len(chunk.requests))]
-    asked = [_completion(config, chunk.effort, chunk.requests[place]) for chunk, place in wanted]
-    longest = max(len(one.prompt) for one in asked) + config.max_new_tokens
-    traces: dict[str, dict[int, Trace]] = {chunk.file_name: {} for chunk in chunks}
-    with served(config, model, None, longest, scratch / "server.log") as server:
-        for index, reply in track(complete(server, asked, rules), len(asked), "traces"):
-            chunk, place = wanted[index]
-            found = traces[chunk.file_name]
-            found[place] = _trace(chunk.requests[place], reply, tokenizer, chunk.effort)
-            if len(found) == len(chunk.requests):
-                _write_traces(scratch / chunk.file_name, [found[place] for place in sorted(found)])
-                found.clear()
+    requests = [(chunk.effort, request) for chunk in chunks for request in chunk.requests]
+    wanted = [_completion(config, effort, request) for effort, request in requests]
+    with served_replies(config, model, None, wanted, scratch) as replies:
+        traces = (
+            (place, _trace(request, reply, tokenizer, effort))
+            for place, reply in track(replies, len(wanted), "traces")
+            for effort, request in [requests[place]]
+        )
+        for number, found in whole_chunks(traces, [len(chunk.requests) for chunk in chunks]):
+            _write_traces(scratch / chunks[number].file_name, found)
 
 
 def _completion(config: GenerateTracesConfig, effort: str, request: Request) -> Completion:

@@ -59,19 +59,13 @@ COUNTERS = (
 )
 """Of all servers that are known; a running one need not say which it is."""
 
-TEXT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "moesaic": {"skip_special_tokens": False},
-    "vllm": {"skip_special_tokens": False, "include_stop_str_in_output": True},
-    "tensorrt_llm": {"skip_special_tokens": False, "include_stop_str_in_output": True},
-}
-"""What makes a completion's text all of the reply, markers and the token that ended it included; by who owns the model
-in ``/v1/models``."""
 TOKEN_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "moesaic": {"return_token_ids": True},
     "vllm": {"return_token_ids": True, "include_stop_str_in_output": True},
     "tensorrt_llm": {"detokenize": False, "include_stop_str_in_output": True},
 }
-"""What puts the reply's token ids into a completion, as ``token_ids`` of its choice."""
+"""What puts all token ids of the reply into a completion, as ``token_ids`` of its choice; by who owns the model in
+``/v1/models``."""
 
 _PROGRAMS = {"tensorrt_llm": "trtllm-serve", "vllm": "vllm"}
 _BUNDLED = {"tensorrt_llm": "serve.yaml", "vllm": "serve.args"}

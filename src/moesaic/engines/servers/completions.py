@@ -1,7 +1,7 @@
 """Replies of a server to prompts of token ids, as token ids: many requests at once, by the ``openai`` client."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -43,15 +43,18 @@ class Rules:
     reply_timeout_s: float
 
 
-def complete(server: Server, wanted: Sequence[Completion], rules: Rules) -> Iterator[Arrival]:
+def check_client() -> None:
+    """Raise ConfigError if the ``openai`` client is not installed."""
+    if find_spec("openai") is None:
+        raise ConfigError("asking a server needs the package openai; pip install 'moesaic[evaluate]'")
+
+
+def complete(server: Server, wanted: Sequence[Completion], rules: Rules) -> Generator[Arrival, None, None]:
     """The replies as they come in.
 
     Raises:
-        ConfigError: if the ``openai`` client is not installed.
         StageError: if the server dies, refuses a request, or leaves token ids out.
     """
-    if find_spec("openai") is None:
-        raise ConfigError("asking a server needs the package openai; pip install 'moesaic[evaluate]'")
     with asyncio.Runner() as runner:
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
         asking = runner.get_loop().create_task(_ask_all(server, wanted, rules, arrivals))

@@ -15,7 +15,6 @@ from moesaic.configs import ServingEngine
 from moesaic.engines.servers.adapters import (
     COUNTERS,
     HOST,
-    TEXT_OPTIONS,
     TOKEN_OPTIONS,
     Offer,
     command,
@@ -43,11 +42,6 @@ class Server:
     log: Path
     owner: str = "vllm"
     """Who owns the model by its own word: what kind of server it is. Those that are not known are asked as vLLM is."""
-
-    @property
-    def text_options(self) -> dict[str, Any]:
-        """What a completion must ask for to get the whole text of the reply."""
-        return dict(TEXT_OPTIONS.get(self.owner, TEXT_OPTIONS["vllm"]))
 
     @property
     def token_options(self) -> dict[str, Any]:
