@@ -14,8 +14,6 @@ from moesaic.errors import ArtifactError
 PARENT_TYPE = "gpt_oss"
 CHILD_TYPE = "gpt_oss_puzzle"
 CHILD_CLASS = "GptOssPuzzleForCausalLM"
-MXFP4_BITS = 4.25
-"""Bits a packed value takes, its share of the block scale included."""
 BF16_BYTES = 2
 MXFP4_BLOCK = 32
 NOT_PACKED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
