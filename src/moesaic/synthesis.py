@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from moesaic import gpt_oss
 from moesaic.architecture import Architecture, Block
@@ -35,7 +33,6 @@ _CODE_DEVIATION = math.sqrt((0.25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8)
 """Standard deviation of an MXFP4 code drawn at random."""
 _SCALE_BIAS = 127
 _VOCABULARY_MULTIPLE = 64
-_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -161,13 +158,6 @@ def model_config(model: Model) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
-    }
-
-
-def meta_tensors(model: Model) -> dict[str, Tensor]:
-    """Every tensor on the meta device: shapes and dtypes for planning, nothing allocated."""
-    return {
-        name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device="meta") for name, spec in model.specs.items()
     }
 
 

@@ -13,7 +13,7 @@ from moesaic.checkpoint import INDEX, Checkpoint
 from moesaic.cli import main
 from moesaic.errors import ArtifactError, ConfigError, StageError
 from moesaic.gpt_oss_puzzle import load_model
-from moesaic.synthesis import MODELS, meta_tensors, model_config, plan_shards, scale_model, write_synthetic
+from moesaic.synthesis import MODELS, model_config, plan_shards, scale_model, write_synthetic
 
 LIKE = MODELS["gpt-oss-120b"]
 TINY = scale_model(LIKE, 1 / 45, num_layers=4, num_experts=8, num_shards=5)
@@ -51,12 +51,6 @@ def test_scale_keeps_shapes_valid() -> None:
     half = scale_model(LIKE, 0.5)
     assert (half.shape.hidden_size, half.shape.num_heads, half.shape.vocab_size) == (1440, 32, 100_544)
     assert 0.24 < half.num_bytes / LIKE.num_bytes < 0.27
-
-
-def test_meta_tensors_allocate_nothing() -> None:
-    tensors = meta_tensors(LIKE)
-    assert all(tensor.is_meta for tensor in tensors.values())
-    assert sum(tensor.nbytes for tensor in tensors.values()) == LIKE.num_bytes
 
 
 def test_it_is_a_checkpoint_whose_pairs_straddle_shards(tiny: Path) -> None:
