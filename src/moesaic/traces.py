@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.configs import Effort
@@ -79,12 +79,10 @@ class PackedBatch:
     input_ids: Int[Tensor, "batch token"]
     position_ids: Int[Tensor, "batch token"]
     """Restart at 0 at every trace and at the padding."""
-    is_response: Bool[Tensor, "batch token"]
-    """True where the token that follows is the parent's reply: the predictions that are trained."""
     labels: Int[Tensor, "batch token"]
-    """The token that follows where ``is_response``, else IGNORED."""
+    """The token that follows where that is the parent's reply: the predictions that are trained. Elsewhere IGNORED."""
     reply_share: Float[Tensor, "batch token"]
-    """The share of its reply that a prediction is: those of one reply sum to 1; 0 where not ``is_response``."""
+    """The share of its reply that a prediction is: those of one reply sum to 1; 0 where the label is IGNORED."""
 
 
 def read_traces(path: Path) -> list[Trace]:
@@ -198,7 +196,7 @@ def make_batch(rows: Sequence[PackedRow]) -> PackedBatch:
             reply_share[number, start + first_reply - 1 : stop] = 1 / len(trace.reply_ids)
             start = stop
         position_ids[number, start:] = torch.arange(longest - start)
-    return PackedBatch(input_ids, position_ids, labels != IGNORED, labels, reply_share)
+    return PackedBatch(input_ids, position_ids, labels, reply_share)
 
 
 def rows_of_step(num_rows: int, rows_per_step: int, step: int, seed: int) -> list[int]:

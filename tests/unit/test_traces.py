@@ -111,9 +111,8 @@ def test_a_batch_by_hand() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]]
     none = IGNORED
     assert batch.labels.tolist() == [[none, none, 4, 5, 7, 8], [7, 8, none, none, none, none]]
-    assert batch.is_response.tolist() == [[label != none for label in row] for row in batch.labels.tolist()]
     torch.testing.assert_close(batch.reply_share.sum(-1), torch.tensor([2.0, 1.0]))
-    assert torch.equal(batch.reply_share > 0, batch.is_response)
+    assert torch.equal(batch.reply_share > 0, batch.labels != IGNORED)
 
 
 def test_packed_traces_do_not_see_each_other(tiny_parent: Path) -> None:
