@@ -16,12 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic import gpt_oss, mxfp4
+from moesaic import gpt_oss
 from moesaic.architecture import Architecture
 from moesaic.errors import ArtifactError, StageError
 from moesaic.shards import StoredTensor, num_data_bytes, read_header, write_shard
@@ -89,17 +88,6 @@ class Checkpoint:
     def layer_names(self, layer: int) -> list[str]:
         """The names of one layer's tensors, in the order of the layout table."""
         return list(gpt_oss.layer_specs(self.shape, layer, self.architecture.blocks[layer], self.packed))
-
-    def layer_state(self, layer: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """One layer in the names and layout that transformers' decoder layer loads, experts unpacked, cast to dtype."""
-        prefix = gpt_oss.layer_prefix(layer)
-        names = [name for name in self.layer_names(layer) if not name.endswith(("_blocks", "_scales"))]
-        state = {name.removeprefix(prefix): self.tensor(name).to(dtype) for name in names}
-        for projection in gpt_oss.PACKED_PROJECTIONS if self.packed else ():
-            name = f"{prefix}mlp.experts.{projection}"
-            rows = mxfp4.dequantize(self.tensor(f"{name}_blocks"), self.tensor(f"{name}_scales"), dtype)
-            state[f"mlp.experts.{projection}"] = rows.transpose(-1, -2).contiguous()
-        return state
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:

@@ -31,6 +31,7 @@ from moesaic.engines.automodel.cluster_attention import (
 from moesaic.engines.automodel.expert_parallel import check_expert_parallel
 from moesaic.errors import ArtifactError, ConfigError
 from moesaic.pruning import prune_layer
+from tests.layer_states import layer_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed:UserWarning"),
@@ -74,7 +75,7 @@ def write_child(parent: Checkpoint, directory: Path, packed: bool, architecture:
             tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
             if not packed:
                 prefix = gpt_oss.layer_prefix(layer)
-                tensors = {prefix + name: value for name, value in parent.layer_state(layer, torch.bfloat16).items()}
+                tensors = {prefix + name: value for name, value in layer_state(parent, layer, torch.bfloat16).items()}
             yield from layer_shards(layer, prune_layer(tensors, range(block.num_experts)))
 
     config = {**gpt_oss.child_config(parent.config, architecture), "router_aux_loss_coef": 0.9}
@@ -159,7 +160,7 @@ def test_the_whole_state_goes_to_checkpoint_names_and_back_unchanged(child: Path
     expected = {name: checkpoint.tensor(name).float() for name in gpt_oss.outer_specs(checkpoint.shape)}
     for layer in range(checkpoint.num_layers):
         prefix = gpt_oss.layer_prefix(layer)
-        expected |= {prefix + name: value for name, value in checkpoint.layer_state(layer).items()}
+        expected |= {prefix + name: value for name, value in layer_state(checkpoint, layer).items()}
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
     torch.testing.assert_close(model.state_dict_adapter.from_hf(ours), native, rtol=0, atol=0)
 

@@ -11,6 +11,7 @@ from moesaic import blocks, gpt_oss
 from moesaic.architecture import Architecture, Block
 from moesaic.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.pruning import prune_layer
+from tests.layer_states import layer_state
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def whole_model(tiny_checkpoint: Checkpoint) -> GptOssForCausalLM:
     model = GptOssForCausalLM._from_config(GptOssConfig.from_dict(config), attn_implementation="eager").eval()
     state = {name: tiny_checkpoint.tensor(name).float() for name in gpt_oss.outer_specs(tiny_checkpoint.shape)}
     for layer in range(tiny_checkpoint.num_layers):
-        own = tiny_checkpoint.layer_state(layer)
+        own = layer_state(tiny_checkpoint, layer)
         state |= {gpt_oss.layer_prefix(layer) + name: tensor for name, tensor in own.items()}
     model.load_state_dict(state)
     return model

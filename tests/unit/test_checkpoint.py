@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from moesaic import checkpoint as checkpoint_module
 from moesaic.checkpoint import CONFIG, INDEX, Checkpoint, read_recovery, rewrite_checkpoint, write_checkpoint
 from moesaic.errors import ArtifactError, StageError
+from tests.layer_states import layer_state
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_layers_are_what_transformers_reads(tiny_parent: Path, tiny_checkpoint: 
     model = AutoModelForCausalLM.from_pretrained(tiny_parent, dtype=torch.float32)
     for layer in range(tiny_checkpoint.num_layers):
         expected = model.model.layers[layer].state_dict()
-        state = tiny_checkpoint.layer_state(layer)
+        state = layer_state(tiny_checkpoint, layer)
         assert state.keys() == expected.keys()
         for name, tensor in state.items():
             assert torch.equal(tensor, expected[name]), name

@@ -17,6 +17,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import ConfigError
 from moesaic.streaming import LayerReader, StateRoom, state_memory_bytes
 from moesaic.synthesis import MODELS, Model, scale_model, write_synthetic
+from tests.layer_states import layer_state
 
 CPU = torch.device("cpu")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -66,10 +67,10 @@ def test_layers_read_ahead_are_the_layers(tiny_checkpoint: Checkpoint, device: s
 
 
 def test_layers_equal_the_checkpoints_own_reading(tiny_checkpoint: Checkpoint):
-    """``Checkpoint.layer_state`` unpacks in one go and copies: the slow and plain way."""
+    """``layer_state`` unpacks in one go and copies: the slow and plain way."""
     for dtype in (torch.float32, torch.bfloat16):
         found = blocks.load_block(tiny_checkpoint, 1, dtype).state_dict()
-        for name, expected in tiny_checkpoint.layer_state(1, dtype).items():
+        for name, expected in layer_state(tiny_checkpoint, 1, dtype).items():
             torch.testing.assert_close(found[name].to(dtype), expected, rtol=0, atol=0)
 
 
