@@ -59,7 +59,7 @@ from moesaic.engines.automodel.cluster_attention import (
     flex_sink_attention,
     tile_mask,
 )
-from moesaic.engines.automodel.cluster_weights import PuzzleStateDictAdapter, load_weights
+from moesaic.engines.automodel.cluster_weights import PuzzleStateDictAdapter
 from moesaic.errors import ConfigError
 from moesaic.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 
@@ -306,21 +306,6 @@ def register() -> None:
     gpt_oss_puzzle.register()
     for architecture in (gpt_oss.CHILD_CLASS, GptOssForCausalLM.__name__):
         register_architecture(architecture, GptOssPuzzleForCausalLM, exist_ok=True)
-
-
-def load_cluster_model(
-    directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-) -> GptOssPuzzleForCausalLM:
-    """A whole child or parent on one device, by the steps AutoModel's recipes take on many.
-
-    Raises:
-        ArtifactError: if the checkpoint is damaged or its tensors are not the model's.
-    """
-    config = read_config(directory)
-    config.dtype = dtype
-    model: GptOssPuzzleForCausalLM = GptOssPuzzleForCausalLM(config).to(device or _default_device())
-    load_weights(model, directory)
-    return model
 
 
 def _dtype(config: GptOssConfig) -> torch.dtype:

@@ -1,29 +1,24 @@
-"""Weights between our checkpoints and the cluster model: names, layouts, MXFP4, loading and reading back.
+"""Weights between our checkpoints and the cluster model: names, layouts, MXFP4 and reading back.
 
 On disk layer i holds ``E_i`` experts under Hugging Face's names, packed (``_blocks`` and ``_scales``, see
 ``moesaic.mxfp4``) or not; in AutoModel's blocks the experts are ``gate_and_up_projs`` and ``down_projs``, each
 ``[expert, in, out]``. AutoModel's adapter does the renaming; ours adds the sizes of any model, where its own are those
-of gpt-oss-120b, and unpacks experts that ranks share unevenly. Tensors that are not exactly the model's are refused.
+of gpt-oss-120b, and unpacks experts that ranks share unevenly.
 
 Reading back goes the way recovery needs it: tensors outside the experts, whole and under their checkpoint names, for
 ``moesaic.checkpoint.rewrite_checkpoint``, which leaves the frozen experts' shards as they are, byte for byte.
 """
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
-from nemo_automodel.components.checkpoint.config import CheckpointingConfig
 from nemo_automodel.components.models.gpt_oss.state_dict_adapter import GPTOSSStateDictAdapter
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_distributed
 
 from moesaic import gpt_oss, mxfp4
-from moesaic.checkpoint import Checkpoint
 from moesaic.errors import ArtifactError
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -82,43 +77,6 @@ def _empty_bytes(like: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, device=like.device)
     placements = [place if place == Shard(0) else Replicate() for place in like.placements]
     return empty_distributed(shape, dtype=torch.uint8, device_mesh=like.device_mesh, placements=placements)
-
-
-def load_weights(model: nn.Module, directory: Path, moe_mesh: DeviceMesh | None = None) -> None:
-    """Fill a model, sharded or not, from a checkpoint, by AutoModel's own loader.
-
-    Args:
-        model: of the class in ``cluster_model``, on its device.
-        directory: a parent or a child.
-        moe_mesh: the mesh its experts are spread over, if they are.
-
-    Raises:
-        ArtifactError: if the checkpoint is damaged, or lacks a tensor of the model, or has one the model lacks.
-    """
-    checkpoint = Checkpoint.open(directory)
-    check_names(model, checkpoint)
-    settings = CheckpointingConfig(checkpoint_dir=directory, model_repo_id=str(directory), save_consolidated=False)
-    Checkpointer(settings, 0, 0, 0, moe_mesh).load_model(model, str(directory), is_init_step=True)
-
-
-def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """The checkpoint must hold every tensor of the model and no other.
-
-    Raises:
-        ArtifactError: naming the first tensor of either kind.
-    """
-    adapter = _adapter(model)
-    wanted = {
-        name
-        for native, value in model.state_dict().items()
-        for name, _ in adapter.convert_single_tensor_to_hf(_unwrapped(native), value, quantization=checkpoint.packed)
-    }
-    for names, complaint in (
-        (wanted - set(checkpoint.files), "lacks {}, which the model needs"),
-        (set(checkpoint.files) - wanted, "has {}, which the model does not know"),
-    ):
-        if names:
-            raise ArtifactError(f"{checkpoint.directory} {complaint.format(min(names))} ({len(names)} such tensors)")
 
 
 def checkpoint_tensors(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
