@@ -21,10 +21,10 @@ check: $(STAMP) ## style, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --quiet tests/unit/test_imports.py
+	$(BIN)/python -m pytest --quiet tests/core/test_imports.py
 
 test: $(STAMP) ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: a short form); run again to go on after an interruption
 	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) --output runs/demo$(if $(FAST),-fast)
@@ -34,7 +34,8 @@ parent: $(STAMP) ## train the tiny reasoner anew (about 80 minutes on one core; 
 	$(BIN)/python -m examples.tiny_reasoner.export --run runs/parent
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.tiny_reasoner.record --run runs/parent
 
-compile: $(STAMP) ## compile the pipelines into manifests/
+compile: $(STAMP) ## write the components from the stages' declarations, compile the pipelines into the package
+	$(BIN)/python -m components.generate
 	$(BIN)/python -m pipelines.compiling
 
 build-images: $(STAMP) ## build all images; ENGINE=docker|podman|buildah, REGISTRY=host/path pushes and writes the lock, VERSION=

@@ -9,7 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from moesaic import records
+from moesaic.core.code import code_version
+from moesaic.platform.runs import records
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def conclude(command: str, bars: Sequence[Bar], found: dict[str, Any], record: P
     """Print what was found and every bar; write the record, if it is wanted."""
     content = {
         "command": command,
-        "commit": records.code_version(),
+        "commit": code_version(),
         "date": str(date.today()),
         "hardware": records.describe_hardware(),
         "load_average": round(os.getloadavg()[1], 1),

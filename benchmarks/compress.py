@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moesaic.records import describe_hardware, installed_versions
+from moesaic.platform.runs.records import describe_hardware, installed_versions
 
 BARS = {
     "distillation recovers at least half of what pruning lost, at every effort": 0.5,
@@ -34,7 +34,7 @@ def compress(recipe: str, seed: int, directory: Path) -> dict[str, Any]:
     """One run's summary; the run is made if it is not there."""
     summary = directory / "report" / "summary.json"
     if not summary.is_file():
-        command = [sys.executable, "-m", "moesaic.cli", "run", "compress", "--recipe", recipe]
+        command = [sys.executable, "-m", "moesaic.command_line.main", "run", "compress", "--recipe", recipe]
         subprocess.run([*command, "--seed", str(seed), "--output", str(directory)], check=True, stdout=sys.stderr)
     found: dict[str, Any] = json.loads(summary.read_text())
     return found

@@ -17,15 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import moesaic
-from moesaic.architecture import Architecture, Block
-from moesaic.configs import Workload
-from moesaic.costs import CostTable, full_length, least_padding_group_size, request_kv_bytes, stock_group_size
-from moesaic.fitting import fit
-from moesaic.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
-from moesaic.hardware import HardwareTable, Target
-from moesaic.serving import Serving, cache_room, life_kv_bytes, serve
+from moesaic.costs.block_costs import (
+    CostTable,
+    full_length,
+    least_padding_group_size,
+    request_kv_bytes,
+    stock_group_size,
+)
+from moesaic.costs.fitting import fit
+from moesaic.costs.hardware import HardwareTable, Target
+from moesaic.costs.hardware_tables import read_table
+from moesaic.costs.throughput import Serving, cache_room, life_kv_bytes, serve
+from moesaic.costs.workload import Workload
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 
-H100 = HardwareTable.from_json((Path(moesaic.__file__).parent / "hardware_tables" / "h100.json").read_text())
+H100 = read_table("h100")
 PARENT, CHILD = GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 GROUP = least_padding_group_size(CHILD.layouts)
 """KV groups of the branch that serves the released child."""

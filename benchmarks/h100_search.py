@@ -1,7 +1,7 @@
 """A search over gpt-oss-120b's 36 layers with the H100 table: the frontier, and where the released layout lies.
 
-Costs are modelled (``moesaic.hardware``). DAMAGE SCORES ARE MADE UP, by a formula that is stated in ``damage`` and
-seeded noise: real ones need the weights. What the script shows is how costs, limits and the KV allocator shape the
+Costs are modelled (``moesaic.costs.hardware``). DAMAGE SCORES ARE MADE UP, by a formula that is stated in ``damage``
+and seeded noise: real ones need the weights. What the script shows is how costs, limits and the KV allocator shape the
 answer, not which layers matter. Shape of the formula: damage grows with the share of experts removed and with the
 logarithm of how far a window shortens the view; experts matter more in early layers; windows hurt most in the middle.
 
@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import moesaic
-from moesaic.architecture import Architecture, Block
-from moesaic.configs import Limits, MeasureCostsConfig, SearchArchitectureConfig, SearchSpace, Workload
-from moesaic.costs import (
+from moesaic.costs.block_costs import (
     BlockCost,
     CostTable,
     FixedCost,
@@ -34,13 +32,19 @@ from moesaic.costs import (
     outer_parameters,
     stock_group_size,
 )
-from moesaic.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
-from moesaic.hardware import HardwareTable, Target, model_blocks
-from moesaic.library import BlockLibrary, distinct_blocks, total, variants_of
-from moesaic.search import Search, Solution
-from moesaic.serving import serve
+from moesaic.costs.hardware import Target, model_blocks
+from moesaic.costs.hardware_tables import read_table
+from moesaic.costs.throughput import serve
+from moesaic.costs.workload import Workload
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.search.library import BlockLibrary, distinct_blocks, total, variants_of
+from moesaic.search.measure_costs.stage import MeasureCostsConfig
+from moesaic.search.search_architecture.search import Search, Solution
+from moesaic.search.search_architecture.stage import Limits, SearchArchitectureConfig
+from moesaic.search.space import SearchSpace
 
-H100 = HardwareTable.from_json((Path(moesaic.__file__).parent / "hardware_tables" / "h100.json").read_text())
+H100 = read_table("h100")
 PARENT, RELEASED = GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 SPACE = SearchSpace(
     expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192, 4096, 1024), expert_parallel_size=8
@@ -91,7 +95,9 @@ def library(num_gpus: int) -> BlockLibrary:
 def cost_table(config: MeasureCostsConfig) -> CostTable:
     """The modelled costs, as ``measure_costs`` writes them."""
     distinct = distinct_blocks(PARENT, SPACE, GPT_OSS_120B.experts_per_token)
-    runtimes, fixed = model_blocks(H100, GPT_OSS_120B, distinct, config)
+    runtimes, fixed = model_blocks(
+        Target(H100, GPT_OSS_120B, config.num_gpus, config.kv_cache), distinct, config.workloads
+    )
     blocks = {}
     for block in distinct:
         workloads = {

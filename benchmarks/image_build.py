@@ -32,10 +32,11 @@ import yaml
 import moesaic
 from images import build
 from images.requirements import RUNTIMES, Requirement, closure, constraints
-from moesaic.configs import IngestConfig, RankExpertsConfig
-from moesaic.records import describe_hardware
-from moesaic.store import Store
-from pipelines import compiled
+from moesaic.pipelines import compiled
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.runs.records import describe_hardware
+from moesaic.platform.store import Store
+from moesaic.search.rank_experts.stage import RankExpertsConfig
 
 EXAMPLE = Path("examples/tiny_reasoner")
 DEBIAN, PYTHON = "bookworm", "3.11"

@@ -29,13 +29,13 @@ from bars import Bar, conclude
 from pydantic import TypeAdapter
 from tiny_chain import Step, put_inputs, steps, wanted_steps
 
-from moesaic import records
-from moesaic.records import RECORD, Record
+from moesaic.platform.runs import records
+from moesaic.platform.runs.records import RECORD, Record
+from moesaic.platform.store import Manifest, Store
+from moesaic.platform.store.manifest import MANIFEST
+from moesaic.platform.store.root import file_digest
+from moesaic.platform.store.upkeep import verify
 from moesaic.stages import STAGES
-from moesaic.store import Manifest, Store
-from moesaic.store.manifest import MANIFEST
-from moesaic.store.root import file_digest
-from moesaic.store.upkeep import verify
 
 STRUCTURE_ONLY = {
     "measure_costs": "it times blocks on this machine",
@@ -52,7 +52,7 @@ _ATTEMPT = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from moesaic import runtime
+from moesaic.platform.runs import runtime
 
 def artifacts(paths):
     return [artifacts(path) for path in paths] if isinstance(paths, list) else SimpleNamespace(path=paths)
@@ -69,7 +69,7 @@ runtime.run_stage(stage, config, *places)
 """
 _PIPELINE = """
 import sys
-from moesaic.tracking import pipeline_run
+from moesaic.platform.runs.tracking import pipeline_run
 with pipeline_run(sys.argv[1], "killed", {}, "killed") as run_id:
     print(run_id)
 """

@@ -23,7 +23,7 @@ import torch
 from bars import Bar, conclude, cpu_seconds
 from torch import Tensor
 
-from moesaic import mxfp4
+from moesaic.models import mxfp4
 
 BAR = 20.0
 EXPERT = {"gate_up_proj": (5760, 2880), "down_proj": (2880, 2880)}

@@ -6,7 +6,7 @@ keeps 88 of 128 experts in every layer, which ones is random, so that its rows a
 Both sides read files whose pages were dropped from the cache (``posix_fadvise``), write new files to the same disk and
 end when all of them are on it (``fsync``). They take turns, and so does who begins:
 
-prune   ``moesaic.stages.prune_model.run`` as a process of its own would call it: checks, copy, fsync, final check.
+prune   ``moesaic.search.prune_model.run.run`` as a process of its own would call it: checks, copy, fsync, final check.
 copy    ``shutil.copyfile`` of every file of an earlier child, then ``fsync`` of each: the same bytes in the same files.
 
 Digests for the store are no part of the stage: the store takes them when the output is added, and that time is given
@@ -33,10 +33,10 @@ from typing import Any
 
 from bars import Bar, conclude
 
-from moesaic.checkpoint import Checkpoint
-from moesaic.configs import PruneModelConfig
-from moesaic.stages import prune_model
-from moesaic.synthesis import MODELS, scale_model, write_synthetic
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.synthesis import MODELS, scale_model, write_synthetic
+from moesaic.search.prune_model import run as prune_model
+from moesaic.search.prune_model.stage import PruneModelConfig
 
 MIB, GIB = 2**20, 2**30
 KEPT = 88
@@ -44,9 +44,9 @@ MOST_TIME, MOST_MEMORY_GIB = 1.3, 1.5
 ALONE = """
 import sys
 from pathlib import Path
-from moesaic.configs import PruneModelConfig
-from moesaic.records import peak_memory_mib
-from moesaic.stages import prune_model
+from moesaic.search.prune_model.stage import PruneModelConfig
+from moesaic.platform.runs.records import peak_memory_mib
+from moesaic.search.prune_model import run as prune_model
 names = ("parent", "ranking", "architecture", "output", "scratch")
 prune_model.run(PruneModelConfig(), **dict(zip(names, map(Path, sys.argv[1:]), strict=True)))
 print(peak_memory_mib())

@@ -37,13 +37,13 @@ KEY, SECRET = "benchmark", "benchmark-secret"
 STORE_UP = """
 import sys
 from pathlib import Path
-from moesaic.store import Store
+from moesaic.platform.store import Store
 added = Store.at(sys.argv[1]).add_directory(Path(sys.argv[2]), "model", format="safetensors", producer="benchmark")
 print(added.id)
 """
 STORE_DOWN = """
 import sys
-from moesaic.store import Store
+from moesaic.platform.store import Store
 store = Store.at(sys.argv[1])
 store.materialize(store.manifest(sys.argv[2]))
 """

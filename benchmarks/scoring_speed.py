@@ -6,9 +6,9 @@ both sets, with the model in memory, our own fast blocks and as many tokens at a
 about the same, so a sample of them is timed, half before and half after scoring, and the rest is counted. Both give the
 same damages; the largest relative difference is in the record.
 
-The ideal is the count of block forwards that prefix reuse leaves (``moesaic.scoring.num_steps``), each at the speed of
-one block forward over both sets. A share above 1 is possible: the short sequences fit into every window, so windows are
-not told apart there. ``block_forwards_told_apart`` counts only what the sets can tell apart, and
+The ideal is the count of block forwards that prefix reuse leaves (``moesaic.search.score_blocks.scoring.num_steps``),
+each at the speed of one block forward over both sets. A share above 1 is possible: the short sequences fit into every
+window, so windows are not told apart there. ``block_forwards_told_apart`` counts only what the sets can tell apart, and
 ``share_of_told_apart`` is of that.
 
 The second case is the size at which puzzletron's method was measured earlier on this kind of processor: 4 layers, 8
@@ -32,16 +32,17 @@ import torch
 from bars import Bar, conclude, cpu_seconds
 from torch import Tensor
 
-from moesaic import blocks, damage, mxfp4, scoring
-from moesaic.architecture import Architecture, Block
-from moesaic.calibration import TokenSequence, make_batches
-from moesaic.checkpoint import Checkpoint
-from moesaic.gpt_oss import ModelShape
-from moesaic.pruning import kept_experts
-from moesaic.ranking import NUM_SPARE, rank_layer
-from moesaic.scoring import Parent, Probe, Variant
-from moesaic.streaming import LayerReader, StateRoom
-from moesaic.synthesis import Model, write_synthetic
+from moesaic.data.batches import TokenSequence, make_batches
+from moesaic.models import layers, loading, mxfp4
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.streaming import LayerReader, StateRoom
+from moesaic.models.synthesis import Model, write_synthetic
+from moesaic.search.prune_model.pruning import kept_experts
+from moesaic.search.rank_experts.ranking import NUM_SPARE, rank_layer
+from moesaic.search.score_blocks import damage, scoring
+from moesaic.search.score_blocks.scoring import Parent, Probe, Variant
 
 CPU = torch.device("cpu")
 PUZZLETRON_CPU_S = 47.0
@@ -82,8 +83,8 @@ def open_parent(checkpoint: Checkpoint, place: Path, longest: int) -> Parent:
     return Parent(
         checkpoint.architecture,
         LayerReader(checkpoint, torch.float32, CPU).load,
-        blocks.load_head(checkpoint),
-        blocks.rotary(checkpoint, longest),
+        loading.load_head(checkpoint),
+        loading.rotary(checkpoint, longest),
         StateRoom(2**32, place, CPU).hold,
     )
 
@@ -93,9 +94,9 @@ def score_all(
 ) -> list[list[damage.Metrics]]:
     """All layers, as the stage does; metrics over all probes."""
     tokens = [probe.batch.token_ids for probe in probes]
-    states = [parent.hold(hidden) for hidden in blocks.embed_each(checkpoint, tokens)]
+    states = [parent.hold(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
     measurements = exhaust(scoring.run_parent(parent, states, probes))
-    states = [parent.hold(hidden) for hidden in blocks.embed_each(checkpoint, tokens)]
+    states = [parent.hold(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
     found = []
     for layer, offers in enumerate(variants):
         sums = exhaust(scoring.score_layer(parent, layer, states, measurements, offers, GROUP))
@@ -110,26 +111,26 @@ class Straightforward:
 
     def __init__(self, checkpoint: Checkpoint, probes: Sequence[Probe]) -> None:
         self.checkpoint, self.probes = checkpoint, probes
-        self.layers = [blocks.load_block(checkpoint, layer) for layer in range(checkpoint.num_layers)]
-        self.head = blocks.load_head(checkpoint)
-        self.turns = blocks.rotary(checkpoint, max(probe.batch.num_positions for probe in probes))
-        self.embedded = blocks.embed(checkpoint, [probe.batch.token_ids for probe in probes])
+        self.layers = [loading.load_block(checkpoint, layer) for layer in range(checkpoint.num_layers)]
+        self.head = loading.load_head(checkpoint)
+        self.turns = loading.rotary(checkpoint, max(probe.batch.num_positions for probe in probes))
+        self.embedded = loading.embed(checkpoint, [probe.batch.token_ids for probe in probes])
         self.references = [self.forward(probe) for probe in probes]
 
     def forward(self, probe: Probe, layer: int | None = None, variant: Variant | None = None) -> Tensor:
         """Final-norm hidden states at measured positions."""
-        (hidden,) = blocks.embed(self.checkpoint, [probe.batch.token_ids])
+        (hidden,) = loading.embed(self.checkpoint, [probe.batch.token_ids])
         for index, module in enumerate(self.layers):
             block, kept = self.checkpoint.architecture.blocks[index], None
             if variant is not None and index == layer:
                 block, kept = variant.block, variant.kept
-            hidden = blocks.run_block(module, hidden, self.turns, block.window, kept)
+            hidden = layers.run_block(module, hidden, self.turns, block.window, kept)
         return self.head.normed(hidden[probe.measured])
 
     def run_one_block(self) -> None:
         """The first block alone, over all sequences."""
         for hidden in self.embedded:
-            blocks.run_block(self.layers[0], hidden, self.turns, None)
+            layers.run_block(self.layers[0], hidden, self.turns, None)
 
     def score(self, layer: int, variant: Variant) -> damage.Metrics:
         """One variant."""
@@ -246,17 +247,17 @@ def compare_with_puzzletron(directory: Path) -> dict[str, Any]:
 def rank_speed(directory: Path) -> dict[str, float]:
     """CPU seconds of ranking one layer over those of a plain forward, by criterion; needs the first case's model."""
     checkpoint = Checkpoint.open(directory / "wide")
-    module, turns = blocks.load_block(checkpoint, 0), blocks.rotary(checkpoint, 512)
+    module, turns = loading.load_block(checkpoint, 0), loading.rotary(checkpoint, 512)
     hidden = torch.randn(4, 512, 128, generator=torch.Generator().manual_seed(1))
 
     def rank(criterion: Any) -> None:
-        attended = blocks.attend(module, hidden, turns, None)
+        attended = layers.attend(module, hidden, turns, None)
         normed = module.post_attention_layernorm(attended).flatten(0, 1)
-        routing = blocks.route(module, normed, NUM_SPARE.get(criterion, 0))
+        routing = layers.route(module, normed, NUM_SPARE.get(criterion, 0))
         rank_layer(criterion, [routing])
         attended + routing.mixture().view_as(attended)
 
-    actions: dict[str, Callable[[], Any]] = {"plain": lambda: blocks.run_block(module, hidden, turns, None)}
+    actions: dict[str, Callable[[], Any]] = {"plain": lambda: layers.run_block(module, hidden, turns, None)}
     actions |= {name: partial(rank, name) for name in RANKING_BARS}
     rounds = [{name: cpu_seconds(action) for name, action in actions.items()} for _ in range(9)]
     least = {name: min(times[name] for times in rounds) for name in actions}

@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import pulp
 
-from moesaic.decomposition import minimise
-from moesaic.errors import StageError
-from moesaic.library import Choice, total
-from moesaic.limits import Limit, LimitSet
-from moesaic.records import describe_hardware, installed_versions
-from moesaic.solver import Effort, branch_and_bound
+from moesaic.core.errors import StageError
+from moesaic.platform.runs.records import describe_hardware, installed_versions
+from moesaic.search.library import Choice, total
+from moesaic.search.limits import Limit, LimitSet
+from moesaic.search.solver.decomposition import minimise
+from moesaic.search.solver.mip import Effort, branch_and_bound
 
 SIZES = ((36, 16, 3), (36, 100, 3), (100, 400, 2), (100, 400, 3))
 """Layers, variants of each, limits."""

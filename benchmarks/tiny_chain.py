@@ -5,9 +5,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesaic import configs
+from moesaic.core.config import Config
+from moesaic.costs.workload import Workload
+from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.measure.benchmark.stage import BenchmarkConfig
+from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig, SweptWorkload
+from moesaic.measure.evaluate.stage import EvaluateConfig
+from moesaic.measure.gather_recovery.stage import GatherRecoveryConfig
+from moesaic.measure.report.stage import ReportConfig
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.promote.stage import PromoteConfig
+from moesaic.platform.store import Store
+from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
+from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
+from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
+from moesaic.recover.generate_traces.stage import GenerateTracesConfig
+from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.search.measure_costs.stage import MeasureCostsConfig
+from moesaic.search.prune_model.stage import PruneModelConfig
+from moesaic.search.rank_experts.stage import RankExpertsConfig
+from moesaic.search.score_blocks.stage import ScoreBlocksConfig
+from moesaic.search.search_architecture.stage import SearchArchitectureConfig
+from moesaic.search.space import SearchSpace
 from moesaic.stages import STAGES
-from moesaic.store import Store
 
 EXAMPLE = Path("examples/tiny_reasoner")
 SETS = {"calibration_short": 24, "calibration_long": 8, "prompts": 48, "tests": 24}
@@ -19,7 +40,7 @@ class Step:
     """A stage with its config and where its inputs come from."""
 
     name: str
-    config: configs.Config
+    config: Config
     inputs: Mapping[str, str | list[str]] = field(default_factory=dict)
     """``step.output``, by the input's name."""
     stage: str = ""
@@ -28,7 +49,7 @@ class Step:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the artifacts it makes."""
-        return STAGES[self.stage or self.name].outputs
+        return STAGES[self.stage or self.name].output_names
 
     def needs(self) -> Iterator[str]:
         """Names of the steps before it."""
@@ -51,10 +72,10 @@ def put_inputs(store: Store, directory: Path) -> tuple[str, dict[str, str]]:
 
 def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
     """Every stage, small, and what they need of each other; the arguments are ids of manifests."""
-    space = configs.SearchSpace(expert_counts=(16, 8), windows=(64,))
-    workload = configs.Workload(name="short", input_tokens=64, output_tokens=16, concurrency=2)
-    evaluate = configs.EvaluateConfig(efforts=("low", "high"), problems_per_task=1, max_new_tokens=24)
-    policy = configs.ReinforceConfig(
+    space = SearchSpace(expert_counts=(16, 8), windows=(64,))
+    workload = Workload(name="short", input_tokens=64, output_tokens=16, concurrency=2)
+    evaluate = EvaluateConfig(efforts=("low", "high"), problems_per_task=1, max_new_tokens=24)
+    policy = ReinforceConfig(
         steps=3,
         efforts=("low",),
         prompts_per_step=4,
@@ -64,7 +85,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         checkpoint_every_steps=1,
         precision="float32",
     )
-    prune, short = configs.PruneModelConfig, "ingest.calibration_short"
+    prune, short = PruneModelConfig, "ingest.calibration_short"
 
     def evaluation(step: str, model: str, **changes: Any) -> Step:
         given = {"model": model, "tests": "ingest.tests"}
@@ -75,15 +96,15 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         return Step(step, policy.model_copy(update=changes), given, stage)
 
     return (
-        Step("ingest", configs.IngestConfig(parent=parent, **sets)),
+        Step("ingest", IngestConfig(parent=parent, **sets)),
         Step(
             "rank_experts",
-            configs.RankExpertsConfig(max_tokens=128),
+            RankExpertsConfig(max_tokens=128),
             {"parent": "ingest.parent", "calibration_short": short},
         ),
         Step(
             "score_blocks",
-            configs.ScoreBlocksConfig(space=space, max_sequences=4, max_tokens=512),
+            ScoreBlocksConfig(space=space, max_sequences=4, max_tokens=512),
             {
                 "parent": "ingest.parent",
                 "ranking": "rank_experts.ranking",
@@ -93,12 +114,12 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         ),
         Step(
             "measure_costs",
-            configs.MeasureCostsConfig(space=space, workloads=(workload,), repeats=1),
+            MeasureCostsConfig(space=space, workloads=(workload,), repeats=1),
             {"parent": "ingest.parent"},
         ),
         Step(
             "search_architecture",
-            configs.SearchArchitectureConfig(max_experts_ratio=0.7, frontier_points=2, random_seeds=(0,)),
+            SearchArchitectureConfig(max_experts_ratio=0.7, frontier_points=2, random_seeds=(0,)),
             {"parent": "ingest.parent", "scores": "score_blocks.scores", "costs": "measure_costs.costs"},
         ),
         *(
@@ -116,17 +137,17 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         ),
         Step(
             "generate_traces",
-            configs.GenerateTracesConfig(max_new_tokens=48, keep_truncated=True, held_out_share=0.2),
+            GenerateTracesConfig(max_new_tokens=48, keep_truncated=True, held_out_share=0.2),
             {"model": "ingest.parent", "prompts": "ingest.prompts"},
         ),
         Step(
             "distill_blocks",
-            configs.DistillBlocksConfig(steps=4, max_sequences=8, max_tokens=64, checkpoint_every_steps=1),
+            DistillBlocksConfig(steps=4, max_sequences=8, max_tokens=64, checkpoint_every_steps=1),
             {"child": "prune_model.child", "parent": "ingest.parent", "calibration": short},
         ),
         Step(
             "distill",
-            configs.DistillConfig(
+            DistillConfig(
                 steps=4,
                 sequence_tokens=128,
                 rows_per_step=2,
@@ -140,12 +161,12 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         reinforce("reinforce_mixed", "reinforce", name="mixed", seed=1),
         Step(
             "average_checkpoints",
-            configs.AverageCheckpointsConfig(weights=(1, 2)),
+            AverageCheckpointsConfig(weights=(1, 2)),
             {"policies": ["reinforce.policy", "reinforce_mixed.policy"]},
         ),
         Step(
             "calibrate_kv",
-            configs.CalibrateKvConfig(max_sequences=8, max_tokens=128, precision="float32"),
+            CalibrateKvConfig(max_sequences=8, max_tokens=128, precision="float32"),
             {"model": "average_checkpoints.averaged", "calibration": short},
         ),
         evaluation("evaluate", "ingest.parent"),
@@ -159,7 +180,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         evaluation("evaluate_fp8", "calibrate_kv.calibrated", kv_cache="fp8"),
         Step(
             "gather_recovery",
-            configs.GatherRecoveryConfig(),
+            GatherRecoveryConfig(),
             {
                 "traces": "generate_traces.traces",
                 "distilled": "distill.trained",
@@ -173,18 +194,18 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         ),
         Step(
             "export_engine",
-            configs.ExportEngineConfig(target="tensorrt_llm"),
+            ExportEngineConfig(target="tensorrt_llm"),
             {"child": "calibrate_kv.calibrated"},
         ),
         Step(
             "benchmark",
-            configs.BenchmarkConfig(batch_sizes=(2,), input_tokens=(64,), output_tokens=4, repeats=1),
+            BenchmarkConfig(batch_sizes=(2,), input_tokens=(64,), output_tokens=4, repeats=1),
             {"parent": "ingest.parent", "child": "prune_model.child"},
         ),
         Step(
             "benchmark_serving",
-            configs.BenchmarkServingConfig(
-                workloads=(configs.SweptWorkload(name="tiny", input_tokens=24, output_tokens=64, concurrencies=(1,)),),
+            BenchmarkServingConfig(
+                workloads=(SweptWorkload(name="tiny", input_tokens=24, output_tokens=64, concurrencies=(1,)),),
                 requests_per_user=2,
                 repeats=2,
             ),
@@ -192,7 +213,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         ),
         Step(
             "report",
-            configs.ReportConfig(),
+            ReportConfig(),
             {
                 "ranking": "rank_experts.ranking",
                 "scores": "score_blocks.scores",
@@ -207,9 +228,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         ),
         Step(
             "promote",
-            configs.PromoteConfig(
-                model="killed", min_retention={}, min_request_efficiency={}, max_kv_accuracy_loss=None
-            ),
+            PromoteConfig(model="killed", min_retention={}, min_request_efficiency={}, max_kv_accuracy_loss=None),
             {"child": "calibrate_kv.calibrated", "report": "report.report", "bundle": "export_engine.bundle"},
         ),
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images.requirements import FOLDER, PYTHON, ROOT, RUNTIMES, path_of, pins_in
-from moesaic.errors import ConfigError, MoesaicError, StageError
+from moesaic.core.errors import ConfigError, MoesaicError, StageError
 
 LOCK = FOLDER / "lock.json"
 CONTEXT = ROOT / "build" / "images"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import moesaic
 from images.requirements import FOLDER, ROOT, RUNTIMES, path_of
-from moesaic.errors import ConfigError, MoesaicError, StageError
+from moesaic.core.errors import ConfigError, MoesaicError, StageError
 
 BILLS = ROOT / "build" / "sbom"
 TOOLS = FOLDER / "tools.txt"

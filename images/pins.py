@@ -23,9 +23,9 @@ from packaging.utils import canonicalize_name
 
 from images.environment import PINS, PLATFORMS, ROOT
 from images.requirements import GPU_ONLY
-from moesaic.engines.aiperf.environment import AIPERF
-from moesaic.engines.own_environment import OwnEnvironment
-from moesaic.errors import MoesaicError, StageError
+from moesaic.core.errors import MoesaicError, StageError
+from moesaic.core.own_environment import OwnEnvironment
+from moesaic.measure.benchmark_serving.aiperf.environment import AIPERF
 
 PROGRAMS = (AIPERF,)
 PYTHONS = ("3.11", "3.12", "3.13")

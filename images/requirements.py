@@ -68,7 +68,9 @@ RUNTIMES = {
     "train": Runtime(("train", "nemo", "jobs", "s3"), (*_TORCH, *_COMPILED)),
     "rl": Runtime(("rl", "jobs", "s3"), (*_MODELS, "datasets", "math-verify", "mlflow-skinny", "pyyaml")),
     "serve": Runtime(
-        ("evaluate", "export", "serve", "s3"), _MODELS, {"aiperf": ROOT / "src/moesaic/engines/aiperf/constraints.txt"}
+        ("evaluate", "export", "serve", "s3"),
+        _MODELS,
+        {"aiperf": ROOT / "src/moesaic/measure/benchmark_serving/aiperf/constraints.txt"},
     ),
     "kv": Runtime(("kv", "s3"), (*_TORCH, "ninja", "nvidia-ml-py", "scipy")),
 }

@@ -1,19 +1,19 @@
-"""Compile every pipeline into ``manifests/pipelines``; the same source gives the same bytes."""
+"""Compile every pipeline into the package, where an installed wheel finds it; the same source gives the same bytes."""
 
 import sys
 from pathlib import Path
 
 from kfp import compiler
 
-from pipelines import MANIFESTS, compress, search
+from moesaic.pipelines import COMPILED, pipeline_name
+from pipelines import compress, search
 
 
-def compile_all(directory: Path = MANIFESTS) -> list[Path]:
+def compile_all(directory: Path = COMPILED) -> list[Path]:
     """Write ``<name>-<version>.yaml`` for each."""
-    named = {
-        f"{compress.pipeline_name(rounds)}-{compress.VERSION}": compress.compress(rounds) for rounds in compress.ROUNDS
-    }
+    named = {f"{pipeline_name(rounds)}-{compress.VERSION}": compress.compress(rounds) for rounds in compress.ROUNDS}
     named[f"search-{search.VERSION}"] = search.search
+    directory.mkdir(exist_ok=True)
     paths = []
     for name, pipeline in named.items():
         paths.append(directory / f"{name}.yaml")

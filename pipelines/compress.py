@@ -19,11 +19,12 @@ from components.evaluate.component import evaluate
 from components.generate_traces.component import generate_traces
 from components.ingest.component import ingest
 from components.report.component import report
+from moesaic.pipelines import pipeline_name
 from pipelines.assembly import Assembly, AssemblyConfigs, assemble, evaluate_rivals, prune
 from pipelines.deployment import DeploymentConfigs, deploy, put_forward
 from pipelines.recovery import Material, RecoveryConfigs, learn, recover
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 ROUNDS = (1, 2)
 """Numbers of rounds that are compiled and committed."""
 
@@ -35,11 +36,6 @@ class Outputs(NamedTuple):
     bundle: dsl.Model
     report: dsl.Artifact
     promotion: dsl.Artifact
-
-
-def pipeline_name(rounds: int) -> str:
-    """What the pipeline with so many rounds is called: ``compress``, ``compress-2-rounds``."""
-    return "compress" if rounds == 1 else f"compress-{rounds}-rounds"
 
 
 def compress(rounds: int) -> Any:

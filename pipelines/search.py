@@ -16,7 +16,7 @@ from components.ingest.component import ingest
 from components.report.component import report
 from pipelines.assembly import AssemblyConfigs, assemble, evaluate_rivals
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 
 
 class Outputs(NamedTuple):

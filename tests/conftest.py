@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from moesaic import gpt_oss, mxfp4
-from moesaic.architecture import Architecture, Block
-from moesaic.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models import gpt_oss, mxfp4
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 
 SHAPE = gpt_oss.ModelShape(
     hidden_size=64,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from moesaic import gpt_oss, mxfp4
-from moesaic.checkpoint import Checkpoint
+from moesaic.models import gpt_oss, mxfp4
+from moesaic.models.checkpoint import Checkpoint
 
 
 def layer_state(checkpoint: Checkpoint, layer: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `average_checkpoints`."""
+"""Kubeflow component of the stage `average_checkpoints`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Input, Metrics, Model, Output
@@ -14,9 +14,17 @@ def average_checkpoints(
     averaged: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Average the weights of any number of policies."""
-    from moesaic.runtime import run_stage
+    """The weighted mean of policies that come from one checkpoint; experts must be the same bytes in all."""
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
-        "average_checkpoints", config, inputs={"policies": policies}, outputs={"averaged": averaged, "metrics": metrics}
+        "average_checkpoints",
+        config,
+        inputs={
+            "policies": policies,
+        },
+        outputs={
+            "averaged": averaged,
+            "metrics": metrics,
+        },
     )

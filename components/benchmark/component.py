@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `benchmark`."""
+"""Kubeflow component of the stage `benchmark`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Metrics, Model, Output
@@ -15,12 +15,20 @@ def benchmark(
     measurements: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Time prefill and decode of parent and child, interleaved on this device."""
-    from moesaic.runtime import run_stage
+    """Times prefill and decode of parent and child at several batch sizes and context lengths, interleaved on
+    this device.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "benchmark",
         config,
-        inputs={"parent": parent, "child": child},
-        outputs={"measurements": measurements, "metrics": metrics},
+        inputs={
+            "parent": parent,
+            "child": child,
+        },
+        outputs={
+            "measurements": measurements,
+            "metrics": metrics,
+        },
     )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `benchmark_serving`."""
+"""Kubeflow component of the stage `benchmark_serving`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Metrics, Model, Output
@@ -15,12 +15,20 @@ def benchmark_serving(
     serving: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Sweep over parent and child through an OpenAI-compatible server of each, in turns."""
-    from moesaic.runtime import run_stage
+    """Serves parent and child in turns and sweeps over numbers of users with AIPerf: throughput, time to first
+    token, time between tokens, request latency.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "benchmark_serving",
         config,
-        inputs={"parent": parent, "child": child},
-        outputs={"serving": serving, "metrics": metrics},
+        inputs={
+            "parent": parent,
+            "child": child,
+        },
+        outputs={
+            "serving": serving,
+            "metrics": metrics,
+        },
     )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `calibrate_kv`."""
+"""Kubeflow component of the stage `calibrate_kv`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -15,12 +15,20 @@ def calibrate_kv(
     calibrated: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Find the FP8 scales of the KV cache."""
-    from moesaic.runtime import run_stage
+    """Max-calibrated scales of K (after RoPE) and V per layer by NVIDIA ModelOpt, as one small shard beside
+    untouched weights.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "calibrate_kv",
         config,
-        inputs={"model": model, "calibration": calibration},
-        outputs={"calibrated": calibrated, "metrics": metrics},
+        inputs={
+            "model": model,
+            "calibration": calibration,
+        },
+        outputs={
+            "calibrated": calibrated,
+            "metrics": metrics,
+        },
     )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `distill`."""
+"""Kubeflow component of the stage `distill`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -16,12 +16,21 @@ def distill(
     trained: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Recover the child from its parent by distillation, experts and router frozen."""
-    from moesaic.runtime import run_stage
+    """Global knowledge distillation on NeMo AutoModel: KL on logits and cosine of hidden states, experts and
+    router frozen.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "distill",
         config,
-        inputs={"child": child, "parent": parent, "traces": traces},
-        outputs={"trained": trained, "metrics": metrics},
+        inputs={
+            "child": child,
+            "parent": parent,
+            "traces": traces,
+        },
+        outputs={
+            "trained": trained,
+            "metrics": metrics,
+        },
     )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `distill_blocks`."""
+"""Kubeflow component of the stage `distill_blocks`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -16,12 +16,19 @@ def distill_blocks(
     trained: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Train each changed block alone against its parent's output."""
-    from moesaic.runtime import run_stage
+    """Optional block-wise local distillation on nemo_toolkit."""
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "distill_blocks",
         config,
-        inputs={"child": child, "parent": parent, "calibration": calibration},
-        outputs={"trained": trained, "metrics": metrics},
+        inputs={
+            "child": child,
+            "parent": parent,
+            "calibration": calibration,
+        },
+        outputs={
+            "trained": trained,
+            "metrics": metrics,
+        },
     )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `evaluate`."""
+"""Kubeflow component of the stage `evaluate`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
@@ -15,12 +15,18 @@ def evaluate(
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Measure accuracy and generated tokens on verifiable problems, per effort."""
-    from moesaic.runtime import run_stage
+    """Measures accuracy and generated tokens per task and reasoning effort."""
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "evaluate",
         config,
-        inputs={"model": model, "tests": tests},
-        outputs={"evaluation": evaluation, "metrics": metrics},
+        inputs={
+            "model": model,
+            "tests": tests,
+        },
+        outputs={
+            "evaluation": evaluation,
+            "metrics": metrics,
+        },
     )

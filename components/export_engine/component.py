@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `export_engine`."""
+"""Kubeflow component of the stage `export_engine`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Input, Metrics, Model, Output
@@ -14,7 +14,19 @@ def export_engine(
     bundle: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Write and validate the bundle that a serving engine loads."""
-    from moesaic.runtime import run_stage
+    """A deployment bundle for TensorRT-LLM or vLLM: the checkpoint as that engine reads it, its model module,
+    its settings, and a manifest of every file; files and layout are checked, no engine loads it.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
-    run_stage("export_engine", config, inputs={"child": child}, outputs={"bundle": bundle, "metrics": metrics})
+    run_stage(
+        "export_engine",
+        config,
+        inputs={
+            "child": child,
+        },
+        outputs={
+            "bundle": bundle,
+            "metrics": metrics,
+        },
+    )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `gather_recovery`."""
+"""Kubeflow component of the stage `gather_recovery`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
@@ -21,8 +21,10 @@ def gather_recovery(
     recovery: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Put one model's recovery, stage by stage, in one place."""
-    from moesaic.runtime import run_stage
+    """Collects the evaluations after each stage of one model's recovery, its traces' summary and its training
+    curve.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "gather_recovery",
@@ -37,5 +39,8 @@ def gather_recovery(
             "evaluation_fp8_unit": evaluation_fp8_unit,
             "evaluation_fp8": evaluation_fp8,
         },
-        outputs={"recovery": recovery, "metrics": metrics},
+        outputs={
+            "recovery": recovery,
+            "metrics": metrics,
+        },
     )

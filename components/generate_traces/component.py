@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `generate_traces`."""
+"""Kubeflow component of the stage `generate_traces`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -15,12 +15,20 @@ def generate_traces(
     traces: Output[Dataset],
     metrics: Output[Metrics],
 ):
-    """Let the parent answer the prompts at every effort."""
-    from moesaic.runtime import run_stage
+    """The parent answers every prompt at each effort; its answers, as token ids, are what distillation learns
+    from.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "generate_traces",
         config,
-        inputs={"model": model, "prompts": prompts},
-        outputs={"traces": traces, "metrics": metrics},
+        inputs={
+            "model": model,
+            "prompts": prompts,
+        },
+        outputs={
+            "traces": traces,
+            "metrics": metrics,
+        },
     )

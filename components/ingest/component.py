@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `ingest`."""
+"""Kubeflow component of the stage `ingest`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Metrics, Model, Output
@@ -17,8 +17,10 @@ def ingest(
     tests: Output[Dataset],
     metrics: Output[Metrics],
 ):
-    """Look the inputs up in the store, check them whole, hand on their manifests."""
-    from moesaic.runtime import run_stage
+    """Brings the inputs of a pipeline run in: looks each one up in the store by its manifest's id, recomputes
+    every digest, opens the checkpoint by its headers and reads every row of the data sets.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "ingest",

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `measure_costs`."""
+"""Kubeflow component of the stage `measure_costs`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Metrics, Model, Output
@@ -14,12 +14,19 @@ def measure_costs(
     costs: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Find the memory and the runtime of every variant under every workload."""
-    from moesaic.runtime import run_stage
+    """Finds memory and runtime of every variant under every workload, measured on this device or computed from a
+    hardware table.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "measure_costs",
         config,
-        inputs={"parent": parent},
-        outputs={"costs": costs, "metrics": metrics},
+        inputs={
+            "parent": parent,
+        },
+        outputs={
+            "costs": costs,
+            "metrics": metrics,
+        },
     )

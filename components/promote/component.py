@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `promote`."""
+"""Kubeflow component of the stage `promote`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Metrics, Model, Output
@@ -16,12 +16,21 @@ def promote(
     metrics: Output[Metrics],
     bundle: Input[Artifact] | None = None,
 ):
-    """Register the child, and make it the champion if it passes the gate."""
-    from moesaic.runtime import run_stage
+    """Registers a child in MLflow's model registry, holds it against the gate, and makes it the champion if
+    every line is met.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "promote",
         config,
-        inputs={"child": child, "report": report, "bundle": bundle},
-        outputs={"promotion": promotion, "metrics": metrics},
+        inputs={
+            "child": child,
+            "report": report,
+            "bundle": bundle,
+        },
+        outputs={
+            "promotion": promotion,
+            "metrics": metrics,
+        },
     )

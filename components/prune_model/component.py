@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `prune_model`."""
+"""Kubeflow component of the stage `prune_model`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Metrics, Model, Output
@@ -16,12 +16,19 @@ def prune_model(
     child: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Assemble a candidate's checkpoint from the parent's weights."""
-    from moesaic.runtime import run_stage
+    """Assembles a candidate's checkpoint from the parent's weights; kept experts are byte-exact."""
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "prune_model",
         config,
-        inputs={"parent": parent, "ranking": ranking, "architecture": architecture},
-        outputs={"child": child, "metrics": metrics},
+        inputs={
+            "parent": parent,
+            "ranking": ranking,
+            "architecture": architecture,
+        },
+        outputs={
+            "child": child,
+            "metrics": metrics,
+        },
     )

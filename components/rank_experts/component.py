@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `rank_experts`."""
+"""Kubeflow component of the stage `rank_experts`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
@@ -15,12 +15,18 @@ def rank_experts(
     ranking: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Order the experts of every layer by how much their removal changes it."""
-    from moesaic.runtime import run_stage
+    """Orders the experts of every layer by importance, in one streaming pass over calibration data."""
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "rank_experts",
         config,
-        inputs={"parent": parent, "calibration_short": calibration_short},
-        outputs={"ranking": ranking, "metrics": metrics},
+        inputs={
+            "parent": parent,
+            "calibration_short": calibration_short,
+        },
+        outputs={
+            "ranking": ranking,
+            "metrics": metrics,
+        },
     )

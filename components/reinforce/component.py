@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `reinforce`."""
+"""Kubeflow component of the stage `reinforce`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -16,12 +16,19 @@ def reinforce(
     policy: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Train one policy on verifiable rewards by GRPO, experts and router frozen."""
-    from moesaic.runtime import run_stage
+    """GRPO on TRL, or on NeMo-RL with `engine: nemo_rl`."""
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "reinforce",
         config,
-        inputs={"model": model, "prompts": prompts, "traces": traces},
-        outputs={"policy": policy, "metrics": metrics},
+        inputs={
+            "model": model,
+            "prompts": prompts,
+            "traces": traces,
+        },
+        outputs={
+            "policy": policy,
+            "metrics": metrics,
+        },
     )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `report`."""
+"""Kubeflow component of the stage `report`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Metrics, Output
@@ -26,8 +26,8 @@ def report(
     measurements_baseline: Input[Artifact] | None = None,
     serving: Input[Artifact] | None = None,
 ):
-    """Make the report page, its pictures and its summary."""
-    from moesaic.runtime import run_stage
+    """Makes one self-contained page with its pictures, and the summary that the command line prints."""
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "report",
@@ -47,5 +47,8 @@ def report(
             "measurements_baseline": measurements_baseline,
             "serving": serving,
         },
-        outputs={"report": report, "metrics": metrics},
+        outputs={
+            "report": report,
+            "metrics": metrics,
+        },
     )

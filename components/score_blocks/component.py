@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `score_blocks`."""
+"""Kubeflow component of the stage `score_blocks`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
@@ -17,8 +17,10 @@ def score_blocks(
     scores: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Measure the damage of every variant of every block, in short and in long contexts."""
-    from moesaic.runtime import run_stage
+    """Replaces one block at a time by every variant and measures the damage at the model's output, in short and
+    in long contexts.
+    """
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "score_blocks",
@@ -29,5 +31,8 @@ def score_blocks(
             "calibration_short": calibration_short,
             "calibration_long": calibration_long,
         },
-        outputs={"scores": scores, "metrics": metrics},
+        outputs={
+            "scores": scores,
+            "metrics": metrics,
+        },
     )

@@ -1,4 +1,4 @@
-"""Kubeflow component of the stage `search_architecture`."""
+"""Kubeflow component of the stage `search_architecture`, written by `make compile`."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Metrics, Model, Output
@@ -16,13 +16,22 @@ def search_architecture(
     architecture: Output[Artifact],
     metrics: Output[Metrics],
 ) -> list[str]:
-    """Choose one block per layer under all limits; return the pruning configs of the baselines."""
-    from moesaic.runtime import baselines_of, run_stage
+    """Solves for one block per layer with the least damage under all limits at once; sweeps the frontier and
+    makes baselines of equal budget.
+    """
+    from moesaic.platform.runs.runtime import baselines_of, run_stage
 
     run_stage(
         "search_architecture",
         config,
-        inputs={"parent": parent, "scores": scores, "costs": costs},
-        outputs={"architecture": architecture, "metrics": metrics},
+        inputs={
+            "parent": parent,
+            "scores": scores,
+            "costs": costs,
+        },
+        outputs={
+            "architecture": architecture,
+            "metrics": metrics,
+        },
     )
     return baselines_of(architecture.path)

@@ -15,8 +15,8 @@ from torch import Tensor
 from examples.tiny_reasoner.model import reasoner_config
 from examples.tiny_reasoner.quantized import is_expert_matrix
 from examples.tiny_reasoner.tokenizer import PAD_ID, RETURN_ID, build_tokenizer
-from moesaic import gpt_oss, mxfp4
-from moesaic.checkpoint import write_checkpoint
+from moesaic.models import gpt_oss, mxfp4
+from moesaic.models.checkpoint import write_checkpoint
 
 NUM_SHARDS = 2
 UNUSED = ("_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "problem_type")

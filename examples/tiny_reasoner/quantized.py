@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moesaic import mxfp4
+from moesaic.models import mxfp4
 
 
 def is_expert_matrix(name: str) -> bool:

@@ -22,12 +22,12 @@ from examples.tiny_reasoner.export import checkpoint_weights
 from examples.tiny_reasoner.model import WINDOW, reasoner_config
 from examples.tiny_reasoner.tasks import EFFORTS, FAR_FAMILIES
 from examples.tiny_reasoner.train import Recipe
-from moesaic import attention
-from moesaic.chat import load_tokenizer
-from moesaic.configs import EvaluateConfig
-from moesaic.gpt_oss_puzzle import load_model
-from moesaic.problems import Problem, first_of_each_task, read_problems
-from moesaic.stages.evaluate import answer_problems, summarize
+from moesaic.data.chat import load_tokenizer
+from moesaic.data.problems import Problem, first_of_each_task, read_problems
+from moesaic.measure.evaluate.run import answer_problems, summarize
+from moesaic.measure.evaluate.stage import EvaluateConfig
+from moesaic.models import attention
+from moesaic.models.gpt_oss_puzzle import load_model
 
 EXAMPLE = Path(__file__).parent
 Scores = Mapping[str, Mapping[str, Any]]

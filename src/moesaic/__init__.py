@@ -2,7 +2,10 @@
 
 import logging
 
-__version__ = "0.1.0"
+from moesaic.compress import compress
+from moesaic.core.version import __version__
+
+__all__ = ["__version__", "compress"]
 
 for _chatter in ("torchao", "torch.utils._pytree"):
     # When transformers imports torchao on a machine without GPU, they warn of nothing a user could do about.

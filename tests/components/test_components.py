@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from components import images
+from components.generate import files_of
 from moesaic.stages import STAGES
 
 FOLDER = Path(__file__).parents[2] / "components"
@@ -33,6 +34,12 @@ def test_there_is_one_component_per_stage() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_files_are_what_the_declaration_gives(name: str) -> None:
+    committed = {path.name: path.read_text() for path in (FOLDER / name).iterdir() if path.is_file()}
+    assert committed == files_of(STAGES[name]), "run `make compile`"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_bodies_are_at_most_ten_statements(name: str) -> None:
     body = definition(name).body
     statements = [node for part in body for node in ast.walk(part) if isinstance(node, ast.stmt)]
@@ -43,7 +50,7 @@ def test_bodies_are_at_most_ten_statements(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_signature_is_the_stages_inputs_and_outputs(name: str) -> None:
     stage = STAGES[name]
-    expected = ["config", "version", *stage.inputs, *stage.outputs, "metrics", *stage.optional]
+    expected = ["config", "version", *stage.required, *stage.output_names, "metrics", *stage.optional]
     assert list(inspect.signature(function_of(name)).parameters) == expected
 
 
@@ -54,14 +61,14 @@ def test_the_image_and_its_tag_are_named_once(name: str) -> None:
     runtime = yaml.safe_load((FOLDER / name / "metadata.yaml").read_text())["runtime"]
     assert container.image == getattr(images, runtime.upper())
     assert container.image not in (FOLDER / name / "component.py").read_text()
-    assert "pip" not in " ".join(container.command)
+    assert "pip install" not in " ".join(container.command)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_contract_names_every_input_and_output(name: str) -> None:
     contract = (FOLDER / name / "README.md").read_text()
     stage = STAGES[name]
-    missing = [part for part in (*stage.inputs, *stage.optional, *stage.outputs) if f"`{part}`" not in contract]
+    missing = [part for part in (*stage.required, *stage.optional, *stage.output_names) if f"`{part}`" not in contract]
     assert missing == []
     assert stage.config.__name__ in contract
 
@@ -76,15 +83,15 @@ def test_the_metadata_is_complete(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_body_calls_its_own_stage_with_all_it_was_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr("moesaic.runtime.run_stage", lambda *given, **named: calls.append((given, named)))
-    monkeypatch.setattr("moesaic.runtime.baselines_of", lambda path: [path])
+    monkeypatch.setattr("moesaic.platform.runs.runtime.run_stage", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr("moesaic.platform.runs.runtime.baselines_of", lambda path: [path])
     function, stage = function_of(name), STAGES[name]
     given = {key: SimpleNamespace(path=key) for key in inspect.signature(function).parameters}
     returned = function(**given | {"config": "{}", "version": "1"})
     ((positional, named),) = calls
     assert positional == (name, "{}")
-    assert named["inputs"] == {key: given[key] for key in (*stage.inputs, *stage.optional)}
-    assert named["outputs"] == {key: given[key] for key in (*stage.outputs, "metrics")}
+    assert named["inputs"] == {key: given[key] for key in (*stage.required, *stage.optional)}
+    assert named["outputs"] == {key: given[key] for key in (*stage.output_names, "metrics")}
     assert returned == (["architecture"] if name == "search_architecture" else None)
 
 
@@ -93,8 +100,8 @@ def test_ingest_runs_as_kubeflow_would_call_it(
 ) -> None:
     from kfp import dsl
 
-    from moesaic.configs import IngestConfig
-    from moesaic.store import Manifest, Store
+    from moesaic.platform.ingest.stage import IngestConfig
+    from moesaic.platform.store import Manifest, Store
 
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     store = Store.at(tmp_path / "store")
@@ -103,7 +110,9 @@ def test_ingest_runs_as_kubeflow_would_call_it(
     monkeypatch.setenv("MOESAIC_STORE", str(store.directory))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
-    outputs = {name: dsl.Artifact(name=name, uri=str(tmp_path / "out" / name)) for name in STAGES["ingest"].outputs}
+    outputs = {
+        name: dsl.Artifact(name=name, uri=str(tmp_path / "out" / name)) for name in STAGES["ingest"].output_names
+    }
     metrics = dsl.Metrics(name="metrics", uri=str(tmp_path / "out" / "metrics"))
     function_of("ingest")(config=config.to_json(), version="1", **outputs, metrics=metrics)
     assert Manifest.read(Path(outputs["parent"].path)).id == model

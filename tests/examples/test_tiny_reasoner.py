@@ -24,9 +24,10 @@ from examples.tiny_reasoner.tokenizer import (
     render_turns,
 )
 from examples.tiny_reasoner.vocabulary import words
-from moesaic.chat import load_tokenizer
-from moesaic.gpt_oss_puzzle import load_model
-from moesaic.problems import first_of_each_task, read_problems
+from moesaic.data.chat import load_tokenizer
+from moesaic.data.problems import first_of_each_task, read_problems
+from moesaic.models.gpt_oss_puzzle import load_model
+from tests.closeness import assert_near
 
 EXAMPLE = Path(train.__file__).parent
 PARENT, DATA = EXAMPLE / "parent", EXAMPLE / "data"
@@ -215,7 +216,7 @@ def test_fast_layers_equal_eager_ones(lively_model: GptOssForCausalLM) -> None:
     expected, expected_gradients = outputs_and_gradients(lively_model, ids)
     use_fast_layers(lively_model)
     found, gradients = outputs_and_gradients(lively_model, ids)
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4 * float(expected.abs().max()))
+    assert_near(found, expected, 2e-4)  # ten times ROUNDING: logits here are sums of larger terms, as weights are large
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-9, name
 
@@ -232,7 +233,7 @@ def test_the_flash_kernel_computes_the_definition(packed: bool) -> None:
         output = attend(*leaves, mask, 0.3)
         found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     for flash, plain in zip(*found, strict=True):
-        torch.testing.assert_close(flash, plain, rtol=1e-4, atol=1e-5)
+        assert_near(flash, plain)
 
 
 def test_window_attention_needs_whole_blocks() -> None:
@@ -265,7 +266,7 @@ def test_orthogonalize_keeps_directions_and_evens_lengths() -> None:
     values = torch.linalg.svdvals(orthogonalize(stack, 5))
     assert values.min() > 0.3 and values.max() < 1.4
     single = orthogonalize(stack[1], 5)
-    torch.testing.assert_close(orthogonalize(stack, 5)[1], single)
+    assert_near(orthogonalize(stack, 5)[1], single)
 
 
 def test_stored_weights_are_temporary(lively_model: GptOssForCausalLM) -> None:

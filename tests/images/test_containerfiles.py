@@ -48,7 +48,7 @@ def test_the_base_is_nvidias_and_pinned(name: str) -> None:
 
 
 def test_the_rl_base_is_the_version_whose_source_the_engine_was_written_for() -> None:
-    from moesaic.engines.nemo_rl.surface import IMAGE
+    from moesaic.recover.reinforce.nemo_rl.surface import IMAGE
 
     assert base_of("rl") == IMAGE
 

@@ -8,11 +8,11 @@ from kfp import compiler, dsl
 from rich.console import Console
 
 from components.ingest.component import ingest
-from moesaic.configs import IngestConfig
-from moesaic.errors import ConfigError
-from moesaic.local import LOG, _StageLines, run_compiled
-from moesaic.runtime import FAILURE, Place
-from moesaic.store import Manifest, Store
+from moesaic.core.errors import ConfigError
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.runs.local import LOG, _StageLines, run_compiled
+from moesaic.platform.runs.runtime import FAILURE, Place
+from moesaic.platform.store import Manifest, Store
 
 
 @dsl.pipeline(name="only-ingest")

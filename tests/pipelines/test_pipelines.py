@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 from components import images
-from moesaic.configs import IngestConfig
-from moesaic.local import parameters_of
+from moesaic.pipelines import COMPILED, compiled
+from moesaic.pipelines.recipes import RECIPES
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.runs.local import parameters_of
 from moesaic.stages import STAGES
-from pipelines import MANIFESTS, compiled
 from pipelines.compiling import compile_all
-from pipelines.recipes import RECIPES
 
 PIPELINES = compiled()
 INPUTS = IngestConfig(parent="a", calibration_short="b", calibration_long="c", prompts="d", tests="e")
@@ -22,9 +22,9 @@ SINGLE = {f"{name}_config": stage.config for name, stage in STAGES.items()}
 
 def test_recompiling_reproduces_the_committed_bytes(tmp_path: Path) -> None:
     written = compile_all(tmp_path)
-    assert {path.name for path in written} == {path.name for path in MANIFESTS.glob("*.yaml")}
+    assert {path.name for path in written} == {path.name for path in COMPILED.glob("*.yaml")}
     for path in written:
-        assert path.read_bytes() == (MANIFESTS / path.name).read_bytes(), "run `make compile`, and a new version"
+        assert path.read_bytes() == (COMPILED / path.name).read_bytes(), "run `make compile`, and a new version"
 
 
 def executors_of(name: str) -> dict[str, dict[str, dict[str, str]]]:

@@ -1,0 +1,332 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 the input cannot be used."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.command_line.export_commands import add_export_commands
+from moesaic.command_line.planning_commands import add_planning_commands
+from moesaic.command_line.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
+from moesaic.command_line.serve_command import add_serve_command
+from moesaic.command_line.store_commands import add_store_commands
+from moesaic.command_line.submit_commands import add_submit_commands
+from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
+from moesaic.core.files import write_text_atomically
+from moesaic.core.redaction import redact
+from moesaic.core.version import __version__
+from moesaic.data.sets import FILES, DataSets
+from moesaic.pipelines import example, find_pipeline
+from moesaic.platform.store import Address, parse_address
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except MoesaicError as failure:
+        print(f"error: {redact(str(failure), os.environ)}", file=sys.stderr)
+        return failure.exit_code
+    except KeyboardInterrupt as stopped:
+        said = str(stopped) or "interrupted; the same command goes on from the last finished stage"
+        print(said, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moesaic",
+        description="Turn a mixture-of-experts reasoning model into a smaller, faster one.",
+        epilog="Exit codes: 0 done, 1 failed, 2 the input cannot be used.",
+    )
+    parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a whole pipeline on this machine; goes on where a killed run stopped")
+    run.set_defaults(command=_run)
+    _add_choice(run)
+    run.add_argument("--output", type=Path, default=Path("runs/compress"), help="directory of the run (%(default)s)")
+    run.add_argument("--store", type=parse_address, help="directory or s3://bucket/prefix of the store (OUTPUT/store)")
+
+    stage = commands.add_parser("stage", help="run one stage on directories, without Kubeflow")
+    stage.set_defaults(command=_stage)
+    stage.add_argument("name", help="name of a stage, such as rank_experts")
+    stage.add_argument("config", help="its config: JSON, or a file that holds it; '{}' for the defaults")
+    stage.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an input directory; repeat it for every input, and for every member of a list",
+    )
+    stage.add_argument("--output", type=Path, required=True, help="directory to make")
+    stage.add_argument(
+        "--store", type=parse_address, help="directory or s3://bucket/prefix of the store, where an input is a manifest"
+    )
+
+    prompts = commands.add_parser("prompts", help="turn rows of a public set into prompts to train policies on")
+    prompts.set_defaults(command=_prompts)
+    prompts.add_argument("source", help="whose rows they are: dapo_math_17k, skywork_or1 or nemo_gym")
+    prompts.add_argument("rows", type=Path, nargs="+", help="JSON-lines files of that set")
+    prompts.add_argument("--output", type=Path, required=True, help="prompts.jsonl to make, or to append to")
+
+    inspect = commands.add_parser("inspect", help="sizes and layout of a checkpoint, from its headers alone")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("model", type=Path, help="checkpoint directory")
+
+    report = commands.add_parser("report", help="show the outcome of a finished run")
+    report.set_defaults(command=_report)
+    report.add_argument("run", type=Path, help="directory of the run, as given to run --output")
+
+    add_planning_commands(commands)
+
+    add_store_commands(commands)
+
+    add_export_commands(commands)
+
+    add_registry_commands(commands)
+
+    add_serve_command(commands)
+
+    add_submit_commands(commands, _add_choice, _choose, _prepare)
+
+    doctor = commands.add_parser("doctor", help="what is installed and usable here, and what to do about the rest")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    """What is run, and on what."""
+    parser.add_argument("pipeline", help="compress (the whole method) or search")
+    parser.add_argument("--recipe", required=True, help="a recipe, such as tiny_cpu, or a file")
+    parser.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another number draws anew in all that learns (%(default)s)"
+    )
+    parser.add_argument(
+        "--parent", type=Path, default=example() / "parent", help="checkpoint directory (the tiny reasoner)"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=example() / "data", help=f"directory of {', '.join(FILES.values())} (its data)"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    from moesaic.platform.runs.local import run_compiled
+    from moesaic.platform.runs.runtime import Place
+    from moesaic.platform.runs.tracking import pipeline_run
+
+    manifest, recipe, name = _choose(options)
+    console = Console(stderr=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    place = Place.for_local_run(options.output, options.store)
+    arguments = _prepare(options, manifest, recipe, place.store)
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    assert place.tracking_uri is not None, "a local run always has a place for its MLflow runs"
+    console.print(f"{name}: the run lies in {options.output}", highlight=False)
+    with pipeline_run(place.tracking_uri, name, arguments, digest) as run_id:
+        outputs = run_compiled(manifest, arguments, place.inside(run_id), console)
+    _link_outputs(options.output, place.store, outputs)
+    _show_outcome(options.output)
+    print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {place.tracking_uri}")
+
+
+def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
+    """The compiled pipeline, its recipe, and a name for the run; the inputs are checked."""
+    from moesaic.pipelines.recipes import find_recipe
+
+    wanted = options.recipe + "_fast" * options.fast
+    recipe = find_recipe(wanted).seeded(options.seed)
+    manifest = find_pipeline(options.pipeline, recipe.rounds)
+    _check_inputs(options.parent, options.data)
+    labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
+    return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"
+
+
+def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Address) -> dict[str, Any]:
+    """Put the inputs into the store; the arguments of the pipeline."""
+    from moesaic.core.code import code_version
+    from moesaic.platform.runs.local import parameters_of
+
+    inputs = _add_inputs(store, options.parent, options.data)
+    arguments: dict[str, Any] = recipe.arguments(inputs, code_version(), parameters_of(manifest))
+    return arguments
+
+
+def _check_inputs(parent: Path, data: Path) -> None:
+    """Refuse what no stage could use before anything is copied or started."""
+    from moesaic.platform.ingest.run import check_model
+
+    check_model(parent)
+    DataSets.at(data).check()
+
+
+def _add_inputs(store: Address, parent: Path, data: Path) -> Any:
+    from moesaic.platform.ingest.stage import IngestConfig
+    from moesaic.platform.store import Store
+
+    contents = Store.at(store)
+    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest")
+    sets = {
+        name: contents.add_file(file, "dataset", format="jsonl", producer="ingest").id
+        for name, file in DataSets.at(data).by_name().items()
+    }
+    return IngestConfig(parent=model.id, **sets)
+
+
+def _link_outputs(run: Path, store: Address, outputs: dict[str, Path]) -> None:
+    """Give each output a short path in the run's directory; a model's leads to its files in the store.
+
+    Under ``artifacts/`` lie the outputs as Kubeflow has them: of a model its manifest, and every record.
+    """
+    from moesaic.platform.store import Manifest, Store
+    from moesaic.platform.store.manifest import MANIFEST
+
+    (run / ARTIFACTS).mkdir(exist_ok=True)
+    for name, path in outputs.items():
+        whole = Store.at(store).materialize(Manifest.read(path)) if (path / MANIFEST).is_file() else path
+        _link(run / name, whole)
+        _link(run / ARTIFACTS / name, path)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make or replace a relative link at once."""
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(target, link.parent.absolute()))
+    new.replace(link)
+
+
+def _show_outcome(run: Path) -> None:
+    from moesaic.platform.runs.outcome import outcome_tables
+
+    summary = run / "report" / "summary.json"
+    if not summary.is_file():
+        raise ArtifactError(f"{run} holds no finished run; `moesaic run --output {run}` makes one or goes on with it")
+    console = Console()
+    found = json.loads(summary.read_text())
+    console.print(*outcome_tables(found))
+    say_promotion(run)
+    for name, path in (("Report", "report/report.html"), ("Child", "child"), ("Bundle", "bundle")):
+        if (run / path).exists():
+            print(f"{name + ':':<7} {run / path}")
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from moesaic.platform.registry.registry import RegistryAddress
+    from moesaic.platform.runs.runtime import perform, plan_task
+    from moesaic.platform.store import Store
+    from moesaic.stages import find_stage
+
+    given = _named_paths(options.input, find_stage(options.name).lists)
+    task = plan_task(
+        options.name, _read_config(options.config), given, Store.at(options.store) if options.store else None
+    )
+    if options.output.exists():
+        raise ConfigError(f"--output {options.output} exists already; choose another or remove it")
+    work = options.output.with_name(f".{options.output.name}.{task.key[:12]}")
+    output, scratch = work / "output", work / "scratch"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    scratch.mkdir(exist_ok=True)
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    record = perform(task, output, scratch, options.store, RegistryAddress(uri) if uri else None)
+    output.rename(options.output)
+    shutil.rmtree(work)
+    table = Table("metric", "value", box=None)
+    for name, value in record.metrics.items():
+        table.add_row(name, f"{value:.6g}")
+    Console().print(table)
+    print(f"{options.output} ({record.duration_s:.1f} s, {record.peak_memory_mib:.0f} MiB)")
+
+
+def _read_config(given: str) -> str:
+    if given.lstrip().startswith("{"):
+        return given
+    if not Path(given).is_file():
+        raise ConfigError(f"config {given!r} is neither JSON nor a file that holds it; '{{}}' stands for the defaults")
+    return Path(given).read_text()
+
+
+def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path | list[Path]]:
+    """``NAME=PATH`` options; a stage that takes a list gets one even of a single member."""
+    named: dict[str, Path | list[Path]] = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not separator:
+            raise ConfigError(f"--input {pair!r} is not NAME=PATH")
+        if name in lists:
+            members = named.setdefault(name, [])
+            assert isinstance(members, list)
+            members.append(Path(path))
+        elif name in named:
+            raise ConfigError(f"--input {name} is given twice")
+        else:
+            named[name] = Path(path)
+    return named
+
+
+def _prompts(options: argparse.Namespace) -> None:
+    from moesaic.data.datasets import read_rows
+    from moesaic.data.prompt_sources import convert
+
+    found = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
+    if not found.problems:
+        raise ArtifactError(f"no row of {options.source} can be verified here: {found.left_out}")
+    before = options.output.read_text() if options.output.is_file() else ""
+    write_text_atomically(options.output, before + "".join(json.dumps(problem) + "\n" for problem in found.problems))
+    print(f"{options.output}: {len(found.problems)} prompts of {options.source}")
+    for reason, count in found.left_out.items():
+        print(f"left out {count}: {reason}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from moesaic.costs import block_costs as costs
+    from moesaic.models import gpt_oss
+    from moesaic.models.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(options.model)
+    shape, architecture = checkpoint.shape, checkpoint.architecture
+    console = Console()
+    sizes = Table("", "", box=None, show_header=False)
+    sizes.add_row("parameters", f"{gpt_oss.num_parameters(shape, architecture):,}")
+    sizes.add_row("weights", f"{gpt_oss.num_bytes(shape, architecture, checkpoint.packed) / 2**20:,.1f} MiB")
+    sizes.add_row("experts", f"{architecture.num_experts}, top-{shape.experts_per_token}")
+    sizes.add_row("expert format", "MXFP4" if checkpoint.packed else "as the other weights")
+    sizes.add_row("hidden size", f"{shape.hidden_size}, {shape.num_heads} heads of {shape.head_dim}")
+    tokens = shape.max_positions
+    caches = (
+        f"{costs.request_kv_bytes(shape, architecture, tokens, kind) / 2**20:,.1f} MiB in {kind}"
+        for kind in ("bf16", "fp8")
+    )
+    sizes.add_row("KV cache", f"{', '.join(caches)}, of one request of {tokens:,} tokens")
+    sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
+    console.print(sizes)
+    layers = Table("layer", "experts", "window", box=None)
+    for layer, block in enumerate(architecture.blocks):
+        layers.add_row(str(layer), str(block.num_experts), str(block.window or "full"))
+    console.print(layers)
+
+
+def _report(options: argparse.Namespace) -> None:
+    _show_outcome(options.run)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from moesaic.command_line.doctor import diagnose, print_findings
+
+    print_findings(diagnose(), Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The training curve on disk: lines ``{"step": int, name: float}`` in the order of training, without times.
+
+A run that was killed goes on from its last checkpoint; what it had written of later steps is forgotten first.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from moesaic.core.files import write_text_atomically
+
+Row = dict[str, float]
+"""A line of the curve."""
+
+
+def read_curve(path: Path) -> list[Row]:
+    """The lines of a curve; one that a killed run left unfinished is not among them."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def resume_curve(path: Path, step: int) -> list[Row]:
+    """Cut a curve back to what led to ``step``, and return that: nothing where training begins anew."""
+    rows = kept_rows(path, step)
+    write_text_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    return rows
+
+
+def kept_rows(path: Path, step: int) -> list[Row]:
+    """The lines that :func:`resume_curve` leaves."""
+    return [row for row in read_curve(path) if row["step"] <= step] if step else []
+
+
+def append_row(path: Path, row: Mapping[str, float]) -> None:
+    """Add the figures of a step, or of an evaluation after it."""
+    with path.open("a") as file:
+        file.write(f"{json.dumps(row)}\n")

@@ -1,0 +1,235 @@
+"""What a block costs, and what an assembly of blocks costs (paper B, its MIP).
+
+Weights and KV cache of a block follow from shapes alone. With ``B`` concurrent requests of ``s`` tokens::
+
+    memory      = sum_i weights(i) + B * sum_i kv(i, s),     kv(i, s) = min(s, window_i) * kv_elements * element_bytes
+    throughput  = B * output_tokens / (sum_i prefill(i) + output_tokens * sum_i decode(i))
+    latency     = sum_i decode(i)
+
+where ``prefill(i)`` is the time in which block ``i`` reads the prompts of all ``B`` requests, ``decode(i)`` its time
+for one step of all of them at their mean context, and every sum includes the fixed part: embedding, norm and head.
+
+Departure: sums over blocks are the paper's, and exact for weights. A serving engine allocates KV memory for groups of
+equally many layers, so a window whose layers do not fill its last group pays for the padding; ``group_size`` turns that
+on. vLLM 0.33 takes the smallest layer count as group size (``stock_group_size``), NVIDIA's branch a size that pads less
+(``least_padding_group_size``; its exact rule is not known, this one gives its published size).
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from moesaic.core.config import CacheDtype
+from moesaic.core.errors import ArtifactError
+from moesaic.costs.workload import Workload
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.gpt_oss import ModelShape
+
+ELEMENT_BYTES: dict[CacheDtype, int] = {"bf16": 2, "fp8": 1}
+MIB = 2**20
+_SAME_SIZE = 1.25
+"""Stock vLLM pads up to the largest group if that is less than this many times the smallest."""
+
+Source = Literal["measured", "modelled"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Milliseconds for the prompts of all concurrent requests, and for one decode step of all of them."""
+
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class WorkloadCost(Runtime):
+    """A block under one workload; ``kv_bytes`` is the cache of one request at its full length."""
+
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """A block: its weights, and its cost under every workload by name."""
+
+    parameters: int
+    memory_bytes: int
+    source: Source
+    workloads: Mapping[str, WorkloadCost]
+
+
+@dataclass(frozen=True)
+class FixedCost:
+    """What every assembly of the same parent shares: embedding, final norm, head and the overhead of a step."""
+
+    parameters: int
+    memory_bytes: int
+    workloads: Mapping[str, Runtime]
+
+
+@dataclass(frozen=True)
+class AssemblyCost:
+    """What a whole model costs, per workload name where it depends on one."""
+
+    parameters: int
+    num_experts: int
+    memory_mib: Mapping[str, float]
+    throughput_tokens_per_s: Mapping[str, float]
+    latency_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The costs of every distinct block under every workload."""
+
+    parent: Architecture
+    hardware: Mapping[str, Any]
+    kv_cache: CacheDtype
+    workloads: tuple[Workload, ...]
+    fixed: FixedCost
+    blocks: Mapping[Block, BlockCost]
+
+    def evaluate(self, architecture: Architecture, group_size: int | None = None) -> AssemblyCost:
+        """Add up an assembly. ``group_size`` is that of the engine's KV allocator; None pays for no padding."""
+        costs = [self.blocks[block] for block in architecture.blocks]
+        memory, throughput, latency = {}, {}, {}
+        for workload in self.workloads:
+            name, fixed = workload.name, self.fixed.workloads[workload.name]
+            prefill_ms = fixed.prefill_ms + sum(cost.workloads[name].prefill_ms for cost in costs)
+            decode_ms = fixed.decode_ms + sum(cost.workloads[name].decode_ms for cost in costs)
+            request_bytes = sum(
+                self.kv_bytes(window, name) * padded_layers(count, group_size)
+                for window, count in architecture.layouts.items()
+            )
+            weights = self.fixed.memory_bytes + sum(cost.memory_bytes for cost in costs)
+            memory[name] = (weights + workload.concurrency * request_bytes) / MIB
+            throughput[name] = 1000 * output_tokens(workload) / (prefill_ms + workload.output_tokens * decode_ms)
+            latency[name] = decode_ms
+        parameters = self.fixed.parameters + sum(cost.parameters for cost in costs)
+        return AssemblyCost(parameters, architecture.num_experts, memory, throughput, latency)
+
+    def kv_bytes(self, window: int | None, workload: str) -> int:
+        """Cache bytes that one request of a workload leaves in one layer with this window."""
+        return next(cost.workloads[workload].kv_bytes for block, cost in self.blocks.items() if block.window == window)
+
+    def to_json(self) -> str:
+        """The content of ``costs.json``."""
+        rows = [
+            {"num_experts": block.num_experts, "window": block.window, **asdict(cost)}
+            for block, cost in self.blocks.items()
+        ]
+        content = {
+            "parent": [block.as_config() for block in self.parent.blocks],
+            "hardware": dict(self.hardware),
+            "kv_cache": self.kv_cache,
+            "workloads": [workload.model_dump() for workload in self.workloads],
+            "fixed": asdict(self.fixed),
+            "rows": rows,
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "CostTable":
+        """Read what :meth:`to_json` wrote."""
+        try:
+            content = json.loads(text)
+            fixed = content["fixed"]
+            runtimes = {name: Runtime(**runtime) for name, runtime in fixed["workloads"].items()}
+            return cls(
+                parent=Architecture.of(Block.from_config(entry) for entry in content["parent"]),
+                hardware=content["hardware"],
+                kv_cache=content["kv_cache"],
+                workloads=tuple(Workload.model_validate(workload) for workload in content["workloads"]),
+                fixed=FixedCost(fixed["parameters"], fixed["memory_bytes"], runtimes),
+                blocks=dict(_read_row(row) for row in content["rows"]),
+            )
+        except (KeyError, TypeError, ValueError) as broken:
+            raise ArtifactError(f"the cost table cannot be read ({broken!r}); run measure_costs again") from broken
+
+
+def _read_row(row: Mapping[str, Any]) -> tuple[Block, BlockCost]:
+    workloads = {name: WorkloadCost(**cost) for name, cost in row["workloads"].items()}
+    cost = BlockCost(row["parameters"], row["memory_bytes"], row["source"], workloads)
+    return Block(row["num_experts"], row["window"]), cost
+
+
+def output_tokens(workload: Workload) -> int:
+    """Tokens that all concurrent requests of a workload generate."""
+    return workload.concurrency * workload.output_tokens
+
+
+def full_length(workload: Workload) -> int:
+    """Tokens of one request when it ends."""
+    return workload.input_tokens + workload.output_tokens
+
+
+def mean_context(workload: Workload) -> int:
+    """Tokens a request holds halfway through its output, the context at which a decode step is costed."""
+    return workload.input_tokens + workload.output_tokens // 2
+
+
+def block_parameters(shape: ModelShape, block: Block) -> int:
+    """Parameters of one layer."""
+    return sum(spec.num_parameters for spec in gpt_oss.layer_specs(shape, 0, block).values())
+
+
+def block_bytes(shape: ModelShape, block: Block, packed: bool = True) -> int:
+    """Bytes of one layer's weights, experts in MXFP4 if ``packed``, the rest in BF16."""
+    return sum(spec.num_bytes for spec in gpt_oss.layer_specs(shape, 0, block, packed).values())
+
+
+def outer_parameters(shape: ModelShape) -> int:
+    """Parameters outside the layers."""
+    return sum(spec.num_parameters for spec in gpt_oss.outer_specs(shape).values())
+
+
+def outer_bytes(shape: ModelShape) -> int:
+    """Bytes of the weights outside the layers."""
+    return sum(spec.num_bytes for spec in gpt_oss.outer_specs(shape).values())
+
+
+def expected_experts(num_experts: int, experts_per_token: int, num_tokens: float) -> float:
+    """Distinct experts that ``num_tokens`` independent, evenly routed tokens touch: ``E (1 - (1 - k/E)^B)``."""
+    return num_experts * (1 - math.pow(1 - experts_per_token / num_experts, num_tokens))
+
+
+def layer_kv_bytes(shape: ModelShape, window: int | None, num_tokens: int, kv_cache: CacheDtype) -> int:
+    """KV cache of one request of ``num_tokens`` in one layer; a window keeps no more than its own length."""
+    kept = num_tokens if window is None else min(num_tokens, window)
+    return kept * shape.kv_elements * ELEMENT_BYTES[kv_cache]
+
+
+def request_kv_bytes(
+    shape: ModelShape,
+    architecture: Architecture,
+    num_tokens: int,
+    kv_cache: CacheDtype,
+    group_size: int | None = None,
+) -> int:
+    """KV cache of one request in all layers, allocator padding included if ``group_size`` says how it groups."""
+    return sum(
+        layer_kv_bytes(shape, window, num_tokens, kv_cache) * padded_layers(count, group_size)
+        for window, count in architecture.layouts.items()
+    )
+
+
+def padded_layers(num_layers: int, group_size: int | None) -> int:
+    """Layers an allocator pays for: the next multiple of its group size."""
+    return num_layers if group_size is None else -(-num_layers // group_size) * group_size
+
+
+def stock_group_size(layouts: Counter[int | None]) -> int:
+    """The group size of vLLM 0.33: the smallest layer count, or the largest if it is less than 1.25 times that."""
+    smallest, largest = min(layouts.values()), max(layouts.values())
+    return largest if largest < _SAME_SIZE * smallest else smallest
+
+
+def least_padding_group_size(layouts: Counter[int | None]) -> int:
+    """Of the sizes between smallest and largest layer count, the one that pads the fewest layers."""
+    counts = layouts.values()
+    sizes: Iterable[int] = range(min(counts), max(counts) + 1)
+    return min(sizes, key=lambda size: (sum(padded_layers(count, size) for count in counts), -size))

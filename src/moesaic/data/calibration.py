@@ -1,0 +1,92 @@
+"""Calibration sets: conversations in, right-padded batches of tokens out, with the assistant's own tokens marked.
+
+A set is a JSON-lines file; a row is ``{"messages": [...], "effort": "low" | "medium" | "high"}``, and an assistant
+message may carry ``thinking``. Rows are rendered with the checkpoint's chat template. *Response tokens* are what the
+assistant generated: everything after the generation prompt (analysis, final answer, end token), not what it was given.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from moesaic.core.errors import ArtifactError
+from moesaic.data.batches import Batch, TokenSequence, make_batches
+from moesaic.data.chat import PROMPT_DATE, load_tokenizer
+from moesaic.data.datasets import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row of a calibration set."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    effort: str | None
+    """Reasoning effort it was held at; None leaves it to the chat template."""
+    place: str
+    """File and line, for messages."""
+
+
+def load_batches(data: Path, model: Path, *, max_sequences: int, max_tokens: int, batch_tokens: int) -> list[Batch]:
+    """Read, render, cut and batch the first ``max_sequences`` rows of a calibration set for a checkpoint.
+
+    Raises:
+        ArtifactError: if the set is missing, empty or has a bad row, or the checkpoint has no tokenizer.
+    """
+    conversations = read_conversations(data)[:max_sequences]
+    tokenizer = load_tokenizer(model)
+    return make_batches([tokenize(tokenizer, row, max_tokens) for row in conversations], batch_tokens)
+
+
+def read_conversations(data: Path) -> list[Conversation]:
+    """All rows of a calibration set; an ArtifactError names the line that is not a conversation."""
+    return [_read_conversation(row) for row in read_rows(data)]
+
+
+def _read_conversation(row: Row) -> Conversation:
+    messages = row.values.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ArtifactError(f"{row.place} has no conversation; a row needs messages, each with role and content")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ArtifactError(f"{row.place}: each message needs a text for role and for content, got {message!r}")
+    return Conversation(tuple(messages), row.values.get("effort"), row.place)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: int) -> TokenSequence:
+    """Render one conversation, mark its response tokens, cut it at ``max_tokens``."""
+    text = _render(tokenizer, row, len(row.messages))
+    spans = _response_spans(tokenizer, row, text)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    written = [any(start <= first < stop for start, stop in spans) for first, _ in encoded["offset_mapping"]]
+    return TokenSequence(tuple(encoded["input_ids"][:max_tokens]), tuple(written[:max_tokens]))
+
+
+def _response_spans(tokenizer: PreTrainedTokenizerFast, row: Conversation, text: str) -> list[tuple[int, int]]:
+    """Where in ``text`` each assistant turn stands as it was generated.
+
+    A turn counts if ``text`` begins with what was rendered when the turn was the last. Templates that rewrite earlier
+    turns (gpt-oss drops their analysis) leave only the final one.
+    """
+    spans = []
+    for index, message in enumerate(row.messages):
+        if message["role"] == "assistant":
+            prompt = _render(tokenizer, row, index, prompt=True)
+            answered = _render(tokenizer, row, index + 1)
+            if text.startswith(answered) and answered.startswith(prompt):
+                spans.append((len(prompt), len(answered)))
+    return spans
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, row: Conversation, num_messages: int, prompt: bool = False) -> str:
+    """The text of the first messages, and the generation prompt if asked for."""
+    messages = [dict(message) for message in row.messages[:num_messages]]
+    values: dict[str, Any] = {"strftime_now": PROMPT_DATE.strftime}
+    if row.effort is not None:
+        values["reasoning_effort"] = row.effort
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **values))
+    except Exception as refused:  # the template is the user's program and may raise anything
+        raise ArtifactError(f"{row.place}: the chat template refuses this conversation: {refused}") from refused

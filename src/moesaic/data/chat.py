@@ -1,0 +1,41 @@
+"""A checkpoint's tokenizer and the chat template that comes with it."""
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from moesaic.core.errors import ArtifactError
+
+PROMPT_DATE = date(2025, 8, 5)
+"""What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
+    """Read ``tokenizer.json``; no code that comes with a checkpoint is run.
+
+    Raises:
+        ArtifactError: if the checkpoint has no tokenizer, or the tokenizer no chat template.
+    """
+    if not (model / "tokenizer.json").is_file():
+        raise ArtifactError(f"{model} has no tokenizer.json; copy the tokenizer's files beside the weights")
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model)
+    if not tokenizer.chat_template:
+        raise ArtifactError(f"{model} has no chat template; add its chat_template.jinja to the checkpoint")
+    return tokenizer
+
+
+def render_conversation(
+    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, effort: str
+) -> list[int]:
+    """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins."""
+    ids = tokenizer.apply_chat_template(
+        list(messages),
+        reasoning_effort=effort,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        strftime_now=PROMPT_DATE.strftime,
+    )
+    return [int(token) for token in ids]

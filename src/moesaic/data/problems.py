@@ -1,0 +1,111 @@
+"""Test problems: what an evaluation asks, and what it expects.
+
+A data set is JSON lines, one problem each: ``{"id", "task", "prompt": [{"role", "content"}], "answer", "verifier"}``.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.data.chat import render_conversation
+from moesaic.data.datasets import Row, read_rows
+from moesaic.data.verifiers import get_verifier, split_reply
+
+_TEXT_KEYS = ("id", "task", "answer", "verifier")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its expected answer and the name of the verifier that compares them."""
+
+    id: str
+    task: str
+    prompt: tuple[Message, ...]
+    answer: str
+    verifier: str
+
+    def is_solved_by(self, final: str | None) -> bool:
+        """Whether a reply's final text is the answer; a reply without one is wrong."""
+        return final is not None and get_verifier(self.verifier)(final, self.answer)
+
+    def is_solved_by_reply(self, text: str, truncated: bool) -> bool:
+        """Whether a whole reply, its control tokens included, ends in the answer; a truncated one is wrong."""
+        return not truncated and self.is_solved_by(split_reply(text).final)
+
+
+Question = tuple[Problem, str]
+"""A problem and the effort at which it is asked."""
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Read a data set: a ``.jsonl`` file, or a directory that holds exactly one.
+
+    Raises:
+        ArtifactError: if it is missing, empty or a line is not a problem; the message names the line.
+    """
+    problems = [_parse_problem(row) for row in read_rows(path)]
+    repeated = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
+    if repeated:
+        raise ArtifactError(f"{path}: the id {repeated[0]!r} appears more than once; ids must be unique")
+    return problems
+
+
+def first_of_each_task(problems: Iterable[Problem], limit: int) -> list[Problem]:
+    """The first ``limit`` problems of every task, in the order of the set."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for problem in problems:
+        seen[problem.task] += 1
+        if seen[problem.task] <= limit:
+            chosen.append(problem)
+    return chosen
+
+
+def spread_over_tasks(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+    """``limit`` problems, as evenly over the tasks as there are, the first of each; in the order of the set."""
+    rank_of_task: Counter[str] = Counter()
+    ranks = []
+    for place, problem in enumerate(problems):
+        ranks.append((rank_of_task[problem.task], place))
+        rank_of_task[problem.task] += 1
+    chosen = sorted(ranks)[:limit]
+    return [problems[place] for place in sorted(place for _, place in chosen)]
+
+
+def render_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, effort: str) -> list[int]:
+    """Token ids of the prompt in the tokenizer's chat template, up to where the model's reply begins."""
+    messages = [{"role": message.role, "content": message.content} for message in problem.prompt]
+    return render_conversation(messages, tokenizer, effort)
+
+
+def _parse_problem(row: Row) -> Problem:
+    entry = row.values
+    for key in _TEXT_KEYS:
+        if not isinstance(entry.get(key), str):
+            raise ArtifactError(f"{row.place}: {key!r} must be text, found {entry.get(key)!r}")
+    prompt = entry.get("prompt")
+    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+        raise ArtifactError(f"{row.place}: 'prompt' must be a list of {{'role', 'content'}} objects, found {prompt!r}")
+    try:
+        get_verifier(entry["verifier"])
+    except ConfigError as unknown:
+        raise ArtifactError(f"{row.place}: {unknown}") from unknown
+    messages = tuple(Message(message["role"], message["content"]) for message in prompt)
+    return Problem(entry["id"], entry["task"], messages, entry["answer"], entry["verifier"])
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -1,0 +1,10 @@
+"""OpenAI-compatible servers, one way to start, await, count and stop them all.
+
+``moesaic serve`` is the default and runs anywhere; ``trtllm-serve`` and ``vllm serve`` take an export bundle and have
+not been run from here; a server that runs already is named by an environment variable.
+"""
+
+from moesaic.deploy.engines.adapters import URL_VARIABLE, Offer, check_available
+from moesaic.deploy.engines.running import Server, serving
+
+__all__ = ["URL_VARIABLE", "Offer", "Server", "check_available", "serving"]

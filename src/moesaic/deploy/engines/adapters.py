@@ -1,0 +1,137 @@
+"""What differs between servers: the command that starts one, and where and how it counts."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.config import EmulatedCache, Precision, ServingEngine
+from moesaic.core.errors import ArtifactError, ConfigError
+
+URL_VARIABLE = "MOESAIC_SERVER_URL_{role}"
+"""Environment variable of a running server of the ``PARENT`` or the ``CHILD``, or where there is one, the ``MODEL``."""
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one server is to serve."""
+
+    role: str
+    """``parent``, ``child`` or, alone, ``model``; also the name clients call the model by."""
+    directory: Path
+    """A checkpoint, or for TensorRT-LLM and vLLM an export bundle."""
+    kv_cache: EmulatedCache
+    precision: Precision
+    max_requests: int
+    """In flight at once."""
+    max_cache_tokens: int
+    """Of the requests in flight together, at their full length."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where a server's own counters are, and what it calls them."""
+
+    path: str
+    names: Mapping[str, str]
+    """Name by field of a load sweep's ``Counts``; what a server does not count is left out."""
+
+
+COUNTERS = (
+    Counters(
+        "/metrics",
+        {
+            "requests": "moesaic_replies_finished_total",
+            "input_tokens": "moesaic_prompt_tokens_total",
+            "output_tokens": "moesaic_generated_tokens_total",
+        },
+    ),
+    Counters("/metrics", {"requests": "vllm:request_success_total", "output_tokens": "vllm:generation_tokens_total"}),
+    Counters(
+        "/prometheus/metrics",
+        {"requests": "trtllm_request_success_total", "output_tokens": "trtllm_generation_tokens_total"},
+    ),
+)
+"""Of all servers that are known; a running one need not say which it is."""
+
+TOKEN_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "moesaic": {"return_token_ids": True},
+    "vllm": {"return_token_ids": True, "include_stop_str_in_output": True},
+    "tensorrt_llm": {"detokenize": False, "include_stop_str_in_output": True},
+}
+"""What puts all token ids of the reply into a completion, as ``token_ids`` of its choice; by who owns the model in
+``/v1/models``."""
+
+_PROGRAMS = {"tensorrt_llm": "trtllm-serve", "vllm": "vllm"}
+_BUNDLED = {"tensorrt_llm": "serve.yaml", "vllm": "serve.args"}
+
+
+def check_available(engine: ServingEngine, offer: Offer) -> None:
+    """Refuse what could not be started.
+
+    Raises:
+        ConfigError: if the program is not installed, or no running server is named.
+        ArtifactError: if the directory is no bundle of this engine.
+    """
+    if engine == "running":
+        running_url(offer.role)
+    elif engine in _PROGRAMS:
+        if shutil.which(_PROGRAMS[engine]) is None:
+            raise ConfigError(f"engine {engine!r} needs {_PROGRAMS[engine]}, which is not on the PATH; use its image")
+        if not (offer.directory / _BUNDLED[engine]).is_file():
+            raise ArtifactError(
+                f"{offer.directory} holds no {_BUNDLED[engine]}; for engine {engine!r} give a bundle of export_engine"
+            )
+
+
+def running_url(role: str) -> str:
+    """The address of a server that runs already.
+
+    Raises:
+        ConfigError: if none is named.
+    """
+    variable = URL_VARIABLE.format(role=role.upper())
+    if not (url := os.environ.get(variable)):
+        raise ConfigError(f"engine 'running' needs the server's address; set {variable}, such as http://host:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def model_name(engine: ServingEngine, offer: Offer) -> str:
+    """What a server that was started here calls the model; TensorRT-LLM has its own mind about it."""
+    return offer.directory.name if engine == "tensorrt_llm" else offer.role
+
+
+def environment(engine: ServingEngine, offer: Offer) -> dict[str, str]:
+    """The server's environment: TensorRT-LLM's worker processes import the bundle's model module by themselves."""
+    paths = [str(offer.directory), os.environ.get("PYTHONPATH", "")] if engine == "tensorrt_llm" else []
+    return {**os.environ, **({"PYTHONPATH": os.pathsep.join(filter(None, paths))} if paths else {})}
+
+
+def command(engine: ServingEngine, offer: Offer, port: int) -> list[str]:
+    """What starts the server."""
+    address = ["--host", HOST, "--port", str(port)]
+    bundle = str(offer.directory)
+    if engine == "tensorrt_llm":
+        options = ["--backend", "pytorch", "--config", str(offer.directory / "serve.yaml")]
+        return ["trtllm-serve", bundle, *address, *options, "--custom_module_dirs", str(offer.directory / "trtllm")]
+    if engine == "vllm":
+        options = shlex.split((offer.directory / "serve.args").read_text(), comments=True)
+        return ["vllm", "serve", bundle, *address, *options, "--served-model-name", offer.role]
+    options = ["--kv-cache-dtype", offer.kv_cache, "--precision", offer.precision]
+    options += ["--max-batch", str(offer.max_requests), "--max-cache-tokens", str(offer.max_cache_tokens)]
+    return [
+        sys.executable,
+        "-m",
+        "moesaic.command_line.main",
+        "serve",
+        bundle,
+        *address,
+        "--name",
+        offer.role,
+        *options,
+    ]

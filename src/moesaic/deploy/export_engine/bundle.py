@@ -1,0 +1,178 @@
+"""Making a bundle: the checkpoint as an engine reads it, and the engine's files beside it.
+
+Shards of which nothing changes are the child's own bytes, hard-linked where the disk allows. For TensorRT-LLM the
+scales of a calibrated FP8 cache are rounded up to powers of two and folded into the projections, which is exact; for
+vLLM they stay tensors of the checkpoint.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.version import __version__
+from moesaic.deploy.export_engine import tensorrt_llm, vllm
+from moesaic.deploy.export_engine.manifest import Digests, ExportManifest, KvPolicy, Layer, Source, seal, write_files
+from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.models import gpt_oss, kv_cache
+from moesaic.models.checkpoint import Checkpoint, read_recovery, rewrite_checkpoint
+from moesaic.models.kv_cache import UNIT, KvScales
+
+BUNDLED = Path(__file__).with_name("bundled")
+MODELLING = Path(__file__).parents[2] / "models" / "gpt_oss_puzzle"
+"""The child's own classes, which travel with it."""
+_CONFIG_CLASS = "configuration_gpt_oss_puzzle.py"
+_PRUNING = "pruning.json"
+
+
+def write_bundle(child: Checkpoint, output: Path, config: ExportEngineConfig) -> ExportManifest:
+    """Write a bundle; its manifest comes last.
+
+    Args:
+        child: what is exported: a child, or a parent, which becomes a child of the same layers.
+        output: must not exist yet, or be empty.
+        config: the target and how it is to serve.
+
+    Raises:
+        ConfigError: if the config does not fit the model, or asks for scales that it does not have.
+        StageError: if folding the scales would lose bits of the weights.
+    """
+    check_servable(child, config)
+    scales = kv_cache.read_scales(child) if config.kv_cache == "fp8" else None
+    folds = scales is not None and config.target == "tensorrt_llm"
+    used = _powers_of_two(scales) if scales is not None and folds else scales
+    _write_weights(child, output, config, used, folds)
+    digests = Digests()
+    manifest = _describe(child, config, used, folds, digests.of_all(child.directory))
+    _write_engine_files(output, manifest, child.packed)
+    seal(output, manifest, digests)
+    return ExportManifest.read(output)
+
+
+def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
+    """Refuse what an engine would refuse or get wrong.
+
+    Raises:
+        ConfigError: if the config does not fit the model.
+        ArtifactError: if the model has constants that the engine does not take.
+    """
+    positions, longest = child.shape.max_positions, config.max_seq_len
+    if longest is not None and longest > positions:
+        raise ConfigError(f"max_seq_len {longest} is more than the model's {positions} positions; lower it")
+    counts = sorted({block.num_experts for block in child.architecture.blocks})
+    if uneven := [count for count in counts if count % config.expert_parallel_size]:
+        raise ConfigError(
+            f"expert_parallel_size {config.expert_parallel_size} does not divide the {uneven[0]} experts of some "
+            f"layers; the model's layers have {counts}"
+        )
+    if child.shape.num_heads % config.tensor_parallel_size:
+        raise ConfigError(
+            f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {child.shape.num_heads} heads"
+        )
+    fixed = {"swiglu_limit": 7.0} | ({"rms_norm_eps": 1e-5} if config.target == "vllm" else {})
+    for key, value in fixed.items():
+        if (found := child.config.get(key, value)) != value:
+            raise ArtifactError(f"{child.directory}: {key} is {found}; {config.target} computes with {value} always")
+
+
+def _powers_of_two(scales: Iterable[KvScales]) -> list[KvScales]:
+    """Rounded up, so that nothing saturates that did not."""
+    rounded = kv_cache.next_power_of_two
+    return [KvScales(rounded(scale.key), rounded(scale.value)) for scale in scales]
+
+
+def _write_weights(
+    child: Checkpoint, output: Path, config: ExportEngineConfig, scales: list[KvScales] | None, folds: bool
+) -> None:
+    as_child = dataclasses.replace(child, config=gpt_oss.child_config(child.config, child.architecture))
+    unit = config.kv_cache == "fp8_unit" or folds
+    rewrite_checkpoint(
+        as_child,
+        output,
+        kv_cache.fold_checkpoint(child, scales) if scales is not None and folds else {},
+        {"stage": "export_engine", "target": config.target, "kv_cache": config.kv_cache, "folded": folds},
+        added=kv_cache.scale_tensors([UNIT] * child.num_layers) if unit else None,
+        added_shard=kv_cache.SHARD,
+        extra=sorted(MODELLING.glob("*_gpt_oss_puzzle.py")),
+    )
+
+
+def _describe(
+    child: Checkpoint, config: ExportEngineConfig, scales: list[KvScales] | None, folds: bool, digest: str
+) -> ExportManifest:
+    pruning = child.directory / _PRUNING
+    blocks = child.architecture.blocks
+    return ExportManifest(
+        moesaic=__version__,
+        engine=(tensorrt_llm if config.target == "tensorrt_llm" else vllm).VERSIONS,
+        config=config,
+        max_seq_len=config.max_seq_len or child.shape.max_positions,
+        kv_cache=KvPolicy(
+            kind=config.kv_cache, scales="folded" if folds else "none" if config.kv_cache == "bf16" else "tensors"
+        ),
+        layers=tuple(
+            Layer(
+                num_local_experts=block.num_experts,
+                sliding_window=block.window,
+                key_scale=scales[layer].key if scales else None,
+                value_scale=scales[layer].value if scales else None,
+            )
+            for layer, block in enumerate(blocks)
+        ),
+        source=Source(
+            digest=digest,
+            steps=tuple(read_recovery(child.directory)),
+            pruning=json.loads(pruning.read_text()) if pruning.is_file() else None,
+        ),
+    )
+
+
+def _write_engine_files(output: Path, manifest: ExportManifest, packed: bool) -> None:
+    if manifest.config.target == "tensorrt_llm":
+        _copy_tree(BUNDLED / tensorrt_llm.MODULES, output / tensorrt_llm.MODULES)
+        shutil.copyfile(MODELLING / _CONFIG_CLASS, output / tensorrt_llm.MODULES / _CONFIG_CLASS)
+        texts = tensorrt_llm.files(manifest, packed)
+    else:
+        _copy_tree(BUNDLED / vllm.PLUGIN, output / vllm.PLUGIN)
+        (package,) = (output / vllm.PLUGIN).glob("*/")
+        shutil.copyfile(MODELLING / _CONFIG_CLASS, package / _CONFIG_CLASS)
+        texts = vllm.files(manifest)
+    write_files(output, {**texts, "README.md": _readme(manifest)})
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", "build", ".*")
+    shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=ignored)
+
+
+def _readme(manifest: ExportManifest) -> str:
+    environment = Environment(
+        loader=PackageLoader("moesaic.deploy.export_engine", "."), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    template = environment.get_template(f"README_{manifest.config.target}.md.j2")
+    return template.render(_facts(manifest))
+
+
+def _facts(manifest: ExportManifest) -> Mapping[str, Any]:
+    scales = {"folded": ", scales folded into the weights", "tensors": ", scales in the checkpoint", "none": ""}
+    kinds = {"bf16": "BF16", "fp8_unit": "FP8 at scale 1", "fp8": f"FP8{scales[manifest.kv_cache.scales]}"}
+    return {
+        "name": "gpt-oss-puzzle",
+        "experts": sum(layer.num_local_experts for layer in manifest.layers),
+        "layers": manifest.layers,
+        "engine": manifest.engine,
+        "moesaic": manifest.moesaic,
+        "modules": tensorrt_llm.MODULES,
+        "plugin": vllm.PLUGIN,
+        "input_tokens": manifest.max_seq_len // 2,
+        "output_tokens": manifest.max_seq_len // 2,
+        "num_requests": 4 * manifest.config.max_batch_size,
+        "max_seq_len": manifest.max_seq_len,
+        "config": manifest.config,
+        "cache": kinds[manifest.config.kv_cache],
+    }

@@ -1,0 +1,24 @@
+"""What ``export_engine`` needs."""
+
+from collections.abc import Sequence
+
+from moesaic.costs.block_costs import outer_bytes
+from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards, model_of, new_bytes, resident, retrained
+from moesaic.deploy.export_engine.stage import ExportEngineConfig
+
+
+def needs(task: PipelineTask[ExportEngineConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+    """Links what it does not change, and hashes all of it; folding writes attention anew.
+
+    Memory: one layer's attention; with ``compare_outputs`` the model twice, unpacked.
+    """
+    config, model = task.config, model_of(facts, inputs[0])
+    folds = config.target == "tensorrt_llm" and config.kv_cache == "fp8"
+    made = retrained(inputs[0], task.name, ["attention"]) if folds else inputs[0]
+    size = sum(inputs[0].values())
+    return Needs(
+        read_bytes=size + sum(made.values()),
+        written_bytes=new_bytes(made, inputs[0]),
+        peak_bytes=2 * resident(facts, model, "float32") if config.compare_outputs else outer_bytes(facts.shape),
+        made=made,
+    )

@@ -1,0 +1,128 @@
+"""Checks of a bundle's files and layout; the first thing wrong is named. No engine loads the bundle here.
+
+The checks: every file's digest; the shapes of all tensors against ``block_configs``; RoPE in both spellings; the KV
+cache's scales; the engine's own files; and, given the child, equal logits in transformers.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.core.errors import ArtifactError
+from moesaic.deploy.export_engine import tensorrt_llm, vllm
+from moesaic.deploy.export_engine.bundle import check_servable
+from moesaic.deploy.export_engine.manifest import ExportManifest, check_files
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint
+
+_ROPE_KEYS = ("rope_theta", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+"""What engines read."""
+_COMPARED_TOKENS = 64
+
+
+def validate(bundle: Path, child: Path | None = None) -> Iterator[str]:
+    """Check a bundle, yielding in words what was checked. It runs nothing that is in the bundle.
+
+    Args:
+        bundle: what ``export_engine`` wrote.
+        child: the checkpoint that was exported, to compare logits; both are loaded whole.
+
+    Raises:
+        ArtifactError: at the first thing that is wrong, with the reason.
+    """
+    manifest = ExportManifest.read(bundle)
+    check_files(bundle, manifest)
+    yield f"{len(manifest.files)} files are those of the manifest"
+    checkpoint = Checkpoint.open(bundle)
+    _check_blocks(checkpoint, manifest)
+    yield f"tensors of {checkpoint.num_layers} layers have the shapes of block_configs"
+    check_rope(checkpoint.config, bundle)
+    yield "RoPE is spelt both ways, and the same"
+    check_servable(checkpoint, manifest.config)
+    _check_scales(checkpoint, manifest)
+    yield f"the KV cache is {manifest.config.kv_cache}, its scales: {manifest.kv_cache.scales}"
+    if manifest.config.target == "tensorrt_llm":
+        tensorrt_llm.check(bundle, manifest, checkpoint.packed)
+    else:
+        vllm.check(bundle, manifest)
+    yield f"the files for {manifest.config.target} {manifest.engine} fit the model"
+    if child is not None:
+        compare_logits(child, bundle)
+        yield "child and bundle have the same logits"
+
+
+def _check_blocks(checkpoint: Checkpoint, manifest: ExportManifest) -> None:
+    if checkpoint.config.get("architectures") != [gpt_oss.CHILD_CLASS]:
+        raise ArtifactError(f"{checkpoint.directory}: architectures is not {[gpt_oss.CHILD_CLASS]}")
+    listed = Architecture.of(Block(layer.num_local_experts, layer.sliding_window) for layer in manifest.layers)
+    if listed != checkpoint.architecture:
+        raise ArtifactError(f"{checkpoint.directory}: block_configs are not the layers of the manifest")
+    packed = "quantization_config" in checkpoint.config
+    if packed != checkpoint.packed:
+        raise ArtifactError(f"{checkpoint.directory}: quantization_config and the experts' format do not agree")
+
+
+def check_rope(config: Mapping[str, Any], where: object) -> None:
+    """Check that RoPE stands in ``config.json`` in both spellings: engines read the one or the other.
+
+    Raises:
+        ArtifactError: if one is missing or incomplete, or they differ.
+    """
+    parameters, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict) or "rope_theta" not in config:
+        raise ArtifactError(
+            f"{where}: config.json must hold rope_parameters, rope_scaling and rope_theta; "
+            "an engine that reads the missing one would take a default without a word"
+        )
+    old = {**scaling, "rope_theta": config["rope_theta"]}
+    if different := sorted(key for key in old.keys() | parameters if old.get(key) != parameters.get(key)):
+        key = different[0]
+        raise ArtifactError(
+            f"{where}: RoPE is spelt in two ways that differ: {key} is {parameters.get(key)} in rope_parameters, "
+            f"{old.get(key)} in the older keys"
+        )
+    if absent := [key for key in _ROPE_KEYS if key not in old]:
+        raise ArtifactError(f"{where}: RoPE has no {absent[0]}; engines read {', '.join(_ROPE_KEYS)}")
+    if old["rope_type"] != "yarn":
+        raise ArtifactError(f"{where}: rope_type is {old['rope_type']!r}; the engines' gpt-oss is always 'yarn'")
+
+
+def _check_scales(checkpoint: Checkpoint, manifest: ExportManifest) -> None:
+    if manifest.config.kv_cache == "bf16":
+        return
+    names = gpt_oss.kv_scale_names(checkpoint.num_layers)
+    if missing := [name for name in names if name not in checkpoint.files]:
+        raise ArtifactError(f"{checkpoint.directory} has no {missing[0]}; the engine would take a scale of 1 there")
+    kept = manifest.kv_cache.scales == "tensors" and manifest.config.kv_cache == "fp8"
+    listed = [value for layer in manifest.layers for value in (layer.key_scale, layer.value_scale)]
+    for name, value in zip(names, listed, strict=True):
+        expected = value if kept else 1.0
+        if (found := float(checkpoint.tensor(name))) != expected:
+            how = manifest.kv_cache.scales
+            raise ArtifactError(f"{checkpoint.directory}: {name} is {found}; where scales are {how} it is {expected}")
+
+
+def compare_logits(child: Path, bundle: Path, tokens: int = _COMPARED_TOKENS) -> None:
+    """Load both whole in transformers, in float32, and compare the logits of random tokens bit for bit.
+
+    Raises:
+        ArtifactError: if they differ.
+    """
+    shape = Checkpoint.open(child).shape
+    count = min(tokens, shape.max_positions)
+    token_ids = torch.randint(shape.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+    before, after = _logits(child, token_ids), _logits(bundle, token_ids)
+    if not torch.equal(before, after):
+        largest = float((before - after).abs().max())
+        raise ArtifactError(f"{bundle} is not the model in {child}: their logits differ by up to {largest:.3g}")
+
+
+def _logits(directory: Path, token_ids: torch.Tensor) -> torch.Tensor:
+    from moesaic.models.gpt_oss_puzzle import load_model
+
+    with torch.inference_mode():
+        logits: torch.Tensor = load_model(directory)(token_ids, use_cache=False).logits
+    return logits

@@ -1,0 +1,87 @@
+"""vLLM's share of a bundle: the arguments of ``vllm serve``; its plugin lies beside them.
+
+The engine reads the scales of an FP8 cache from the checkpoint, through the plugin, and only when it is started with
+``--kv-cache-dtype fp8``. It shares experts out over all GPUs of a tensor-parallel group or over none.
+"""
+
+import argparse
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moesaic.core.errors import ArtifactError
+from moesaic.deploy.export_engine.manifest import ExportManifest
+
+VERSIONS = ">=0.33,<0.34"
+PLUGIN = "vllm_plugin"
+ARGUMENTS = "serve.args"
+ENTRY_POINTS = "vllm.general_plugins"
+
+
+def files(manifest: ExportManifest) -> dict[str, str]:
+    """The engine's files by name: the arguments, one a line."""
+    return {ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest))}
+
+
+def _lines(manifest: ExportManifest) -> list[str]:
+    config = manifest.config
+    lines = [
+        f"--tensor-parallel-size {config.tensor_parallel_size}",
+        f"--max-model-len {manifest.max_seq_len}",
+        f"--max-num-seqs {config.max_batch_size}",
+        f"--max-num-batched-tokens {config.max_num_tokens}",
+        f"--gpu-memory-utilization {config.memory_fraction}",
+        "--enable-prefix-caching" if config.prefix_reuse else "--no-enable-prefix-caching",
+    ]
+    if config.expert_parallel_size > 1:
+        lines.append("--enable-expert-parallel")
+    if config.kv_cache != "bf16":
+        lines.append("--kv-cache-dtype fp8")
+    return lines
+
+
+class _Arguments(argparse.ArgumentParser):
+    """The arguments that a bundle may give, of all those that the engine has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self._path = path
+        for name in ("tensor-parallel-size", "max-model-len", "max-num-seqs", "max-num-batched-tokens"):
+            self.add_argument(f"--{name}", type=int, required=True)
+        self.add_argument("--gpu-memory-utilization", type=float, required=True)
+        self.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+        self.add_argument("--enable-expert-parallel", action="store_true")
+        self.add_argument("--kv-cache-dtype", choices=["fp8"])
+
+    def error(self, message: str) -> NoReturn:
+        raise ArtifactError(f"{self._path}: {message}")
+
+
+def check(bundle: Path, manifest: ExportManifest) -> None:
+    """Check the engine's files against the manifest.
+
+    Raises:
+        ArtifactError: for an argument that does not belong there, or a value that does not fit the bundle.
+    """
+    path = bundle / ARGUMENTS
+    found, expected = _parse(path, path.read_text()), _parse(path, "\n".join(_lines(manifest)))
+    for name, value in expected.items():
+        if found[name] != value:
+            raise ArtifactError(f"{path}: {name} is {found[name]}; the bundle was exported for {value}")
+    entry_point(bundle)
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    return vars(_Arguments(path).parse_args(shlex.split(text, comments=True)))
+
+
+def entry_point(bundle: Path) -> str:
+    """What vLLM calls once the plugin is installed, as ``module:function``."""
+    path = bundle / PLUGIN / "pyproject.toml"
+    try:
+        project: dict[str, Any] = tomllib.loads(path.read_text())["project"]
+        (entry,) = project["entry-points"][ENTRY_POINTS].values()
+    except (tomllib.TOMLDecodeError, KeyError, ValueError) as broken:
+        raise ArtifactError(f"{path} has no single entry point {ENTRY_POINTS!r} ({broken!r})") from broken
+    return str(entry)

@@ -1,0 +1,104 @@
+"""One HTTP request's replies, between the engine's thread and the event loop."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from moesaic.deploy.server.batching import Closed, Engine, Event, Full, Reply
+from moesaic.deploy.server.protocol import RequestError
+
+
+class Exchanges:
+    """Hands the engine's events to the requests that wait for them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._open: dict[Reply, Exchange] = {}
+
+    def start(self) -> None:
+        """Start the engine; its events come in on this event loop."""
+        loop = asyncio.get_running_loop()
+        self._engine.start(lambda events: _call_soon(loop, self._dispatch, events))
+
+    def open(self, replies: Sequence[Reply]) -> "Exchange":
+        """Queue the replies.
+
+        Raises:
+            RequestError: 429 if the queue is full, 503 if the server is stopping.
+        """
+        exchange = Exchange(self, replies)
+        self._open.update(dict.fromkeys(replies, exchange))
+        try:
+            self._engine.submit(replies)
+        except (Full, Closed) as refusal:
+            self.forget(replies)
+            if isinstance(refusal, Full):
+                raise RequestError(429, "the queue is full; try again", code="queue_full") from refusal
+            raise stopping() from refusal
+        return exchange
+
+    def forget(self, replies: Sequence[Reply]) -> None:
+        """No events of these are wanted any more; those that are not done leave the batch."""
+        gone = [reply for reply in replies if self._open.pop(reply, None)]
+        if gone:
+            self._engine.cancel(gone)
+
+    def _dispatch(self, events: Sequence[tuple[Reply, Event]]) -> None:
+        for reply, event in events:
+            exchange = self._open.get(reply) if event.finish is None else self._open.pop(reply, None)
+            if exchange is not None:
+                exchange.put(reply, event)
+
+
+class Exchange:
+    """The replies to one request."""
+
+    def __init__(self, exchanges: Exchanges, replies: Sequence[Reply]) -> None:
+        self._exchanges = exchanges
+        self._indices = {reply: index for index, reply in enumerate(replies)}
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all replies so far."""
+        return sum(reply.num_generated for reply in self._indices)
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Those of every reply so far."""
+        return [list(reply.token_ids) for reply in self._indices]
+
+    def put(self, reply: Reply, event: Event) -> None:
+        """Take an event in."""
+        self._queue.put_nowait((self._indices[reply], event))
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Every event with the index of its reply, to the end of the last reply.
+
+        Raises:
+            RequestError: 500 if the engine failed, 503 if the server stops before the end.
+        """
+        for _ in self._indices:
+            finish = None
+            while finish is None:
+                index, event = await self._queue.get()
+                finish = event.finish
+                if finish == "failed":
+                    raise RequestError(500, "the reply could not be generated; the server's log says why")
+                if finish == "closed":
+                    raise stopping()
+                yield index, event
+
+    def close(self) -> None:
+        """Nobody waits for the rest."""
+        self._exchanges.forget(list(self._indices))
+
+
+def stopping() -> RequestError:
+    """What a request gets while the server stops."""
+    return RequestError(503, "the server is stopping", code="stopping")
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, *call: object) -> None:
+    """Nobody listens once the loop is closed."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(*call)  # type: ignore[arg-type]

@@ -1,0 +1,136 @@
+"""A model as the server needs it: loaded, with its tokenizer, and able to turn requests into replies to generate."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesaic.data.chat import render_conversation
+from moesaic.deploy.server.batching import Reply
+from moesaic.deploy.server.harmony import ChatWriter
+from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.protocol import ChatRequest, CompletionRequest, RequestError
+from moesaic.deploy.server.replies import Decode, PlainWriter
+from moesaic.deploy.server.sampling import Rule
+
+_COMPLETION_TOKENS = 16
+"""The API's default for plain completions; a chat reply may use the whole context."""
+_CHARACTERS_PER_TOKEN = 64
+"""A text with more of them for each token of the context is refused before it is tokenized."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What answers."""
+
+    name: str
+    created: int
+    """Seconds since 1970."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    markers: dict[int, str]
+    stop_ids: frozenset[int]
+    limits: Limits
+
+    def chat_replies(self, asked: ChatRequest) -> list[Reply]:
+        """One reply for each of ``n``.
+
+        Raises:
+            RequestError: if the template refuses the messages, or the request exceeds a limit.
+        """
+        self._check_name(asked.model)
+        given = asked.max_completion_tokens
+        if given is not None and asked.max_tokens not in (None, given):
+            raise RequestError(400, "max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
+        prompt = self._render(asked)
+        rest = self.limits.max_context - len(prompt)
+        rules = self._rules(asked, [prompt], given or asked.max_tokens or max(1, rest), "messages")
+        decode = self._decoder(skip_special_tokens=False)
+        return [Reply(prompt, rule, ChatWriter(decode, self.markers, asked.stops)) for prompt, rule in rules]
+
+    def completion_replies(self, asked: CompletionRequest) -> list[Reply]:
+        """``n`` replies for each prompt, in the order of the prompts.
+
+        Raises:
+            RequestError: if a prompt is empty, names unknown tokens, or the request exceeds a limit.
+        """
+        self._check_name(asked.model)
+        prompts = [self._encode(prompt) for prompt in asked.prompts]
+        rules = self._rules(asked, prompts, asked.max_tokens or _COMPLETION_TOKENS, "prompt")
+        decode = self._decoder(asked.skip_special_tokens is not False)
+        return [Reply(prompt, rule, PlainWriter(decode, asked.stops)) for prompt, rule in rules]
+
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            raise RequestError(
+                404, f"there is no model {name[:100]!r} here, only {self.name!r}", "model", "model_not_found"
+            )
+
+    def _render(self, asked: ChatRequest) -> list[int]:
+        messages = [
+            {
+                "role": "developer" if message.role == "system" else message.role,
+                "content": message.text,
+                **({"thinking": message.reasoning_content} if message.reasoning_content else {}),
+            }
+            for message in asked.messages
+        ]
+        self._check_size(sum(len(text) for message in messages for text in message.values()), "messages")
+        try:
+            return render_conversation(messages, self.tokenizer, asked.effort)
+        except (jinja2.TemplateError, TypeError, ValueError) as refusal:
+            raise RequestError(400, f"messages: the chat template refuses them: {refusal}", "messages") from refusal
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        self._check_size(len(prompt), "prompt")
+        if isinstance(prompt, str):
+            prompt = [int(token) for token in self.tokenizer(prompt).input_ids]
+            if not prompt:
+                raise RequestError(400, "prompt: there is no token in it", "prompt")
+        vocabulary = self.model.config.vocab_size
+        if max(prompt) >= vocabulary:
+            raise RequestError(400, f"prompt: there is no token {max(prompt)}; ids end at {vocabulary - 1}", "prompt")
+        return prompt
+
+    def _check_size(self, size: int, param: str) -> None:
+        if size > self.limits.max_context * _CHARACTERS_PER_TOKEN:
+            raise self._too_long(f"{size} characters or ids", param)
+
+    def _too_long(self, what: str, param: str) -> RequestError:
+        message = f"{what} do not fit the context of {self.limits.max_context} tokens"
+        return RequestError(400, message, param, "context_length_exceeded")
+
+    def _rules(
+        self, asked: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], max_tokens: int, param: str
+    ) -> list[tuple[list[int], Rule]]:
+        """Every reply's prompt and rule, after all limits have been checked."""
+        count = (asked.n or 1) * len(prompts)
+        if count > self.limits.max_choices:
+            raise RequestError(400, f"{count} replies are asked for; {self.limits.max_choices} is the most", "n")
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + max_tokens > self.limits.max_context:
+            raise self._too_long(f"a prompt of {longest} tokens and a reply of up to {max_tokens}", param)
+        min_tokens = asked.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise RequestError(400, f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", "min_tokens")
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        return [
+            (
+                prompt,
+                Rule(
+                    max_tokens=max_tokens,
+                    min_tokens=min_tokens,
+                    temperature=1.0 if asked.temperature is None else asked.temperature,
+                    top_p=1.0 if asked.top_p is None else asked.top_p,
+                    seed=f"{seed}/{choice}",
+                    stop_ids=frozenset() if asked.ignore_eos else self.stop_ids,
+                ),
+            )
+            for prompt in prompts
+            for choice in range(asked.n or 1)
+        ]
+
+    def _decoder(self, skip_special_tokens: bool) -> Decode:
+        return lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))

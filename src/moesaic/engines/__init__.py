@@ -1,1 +1,0 @@
-"""Foreign engines, one adapter each; an engine is imported where it runs, never with this package."""

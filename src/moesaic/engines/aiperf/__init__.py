@@ -1,6 +1,0 @@
-"""AIPerf, NVIDIA's load client for inference servers, in an environment of its own: its pins are not ours."""
-
-from moesaic.engines.aiperf.client import Client, Load, find_client
-from moesaic.engines.aiperf.export import read_export
-
-__all__ = ["Client", "Load", "find_client", "read_export"]

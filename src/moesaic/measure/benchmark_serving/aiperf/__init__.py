@@ -1,0 +1,6 @@
+"""AIPerf, NVIDIA's load client for inference servers, in an environment of its own: its pins are not ours."""
+
+from moesaic.measure.benchmark_serving.aiperf.client import Client, Load, find_client
+from moesaic.measure.benchmark_serving.aiperf.export import read_export
+
+__all__ = ["Client", "Load", "find_client", "read_export"]

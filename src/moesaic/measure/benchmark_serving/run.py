@@ -1,0 +1,243 @@
+"""Speed of parent and child as clients see it: AIPerf against an OpenAI-compatible server of each, in turns.
+
+Every repeat starts a fresh server of the parent, sweeps over all points, stops it, and does the same with the child
+(parent, child, parent, child, ...), so that a machine that slows down slows both. A run that contradicts itself, its
+request or its server stops the stage, see :mod:`moesaic.measure.benchmark_serving.load_sweep`. A point that is done is
+a file in scratch, and a killed stage goes on with the next one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.files import write_text_atomically
+from moesaic.core.progress import track
+from moesaic.deploy.engines import Offer, Server, check_available, serving
+from moesaic.measure.benchmark_serving.aiperf import Client, Load, find_client
+from moesaic.measure.benchmark_serving.load_sweep import (
+    LoadPoint,
+    LoadRun,
+    SweptPoint,
+    best_point,
+    compare_halves,
+    find_contradictions,
+    paired_ratios,
+    pareto_set,
+    take_together,
+)
+from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
+from moesaic.models.checkpoint import Checkpoint
+
+PAYLOAD = "measurements.json"
+ROLES = ("parent", "child")
+Sweep = Mapping[LoadPoint, Sequence[LoadRun]]
+"""All repeats of every point, in the order of time."""
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """One sweep over one model on one server."""
+
+    offer: Offer
+    repeat: int
+
+    def file(self, scratch: Path, point: LoadPoint) -> Path:
+        """Where the outcome of a point is kept."""
+        return scratch / f"{self.offer.role}-{self.repeat}-{point.workload}-{point.concurrency}.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of one point."""
+
+    run: LoadRun
+    server: Mapping[str, int]
+    """By how much the server's own counters rose, warm-up included."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Measured":
+        """Read what :meth:`write` wrote."""
+        return TypeAdapter(cls).validate_json(path.read_text())
+
+    def write(self, path: Path) -> None:
+        """Keep it in a file that is there only when it is whole."""
+        write_text_atomically(path, json.dumps(asdict(self)) + "\n")
+
+
+def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Path, scratch: Path) -> dict[str, float]:
+    """Write ``measurements.json``."""
+    points = list_points(config)
+    offers = [_offer(config, points, *model) for model in zip(ROLES, (parent, child), strict=True)]
+    vocab_size = min(_check_model(offer.directory, points) for offer in offers)
+    for offer in offers:
+        check_available(config.engine, offer)
+    client = find_client()
+    sittings = [Sitting(offer, repeat) for repeat in range(config.repeats) for offer in offers]
+    steps = _sit_through(config, sittings, points, client, vocab_size, scratch)
+    for _ in track(steps, len(sittings) * len(points), "benchmark_serving"):
+        pass
+    measured = {
+        role: {
+            point: [Measured.read(one.file(scratch, point)) for one in sittings if one.offer.role == role]
+            for point in points
+        }
+        for role in ROLES
+    }
+    content = {
+        "engine": config.engine,
+        "client": {"name": "aiperf", "version": client.version},
+        "kv_cache": {offer.role: offer.kv_cache for offer in offers},
+        "repeats": config.repeats,
+        "counted_by_server": sorted(measured["parent"][points[0]][0].server),
+        **describe({role: _runs(found) for role, found in measured.items()}),
+    }
+    (output / PAYLOAD).write_text(json.dumps(content, indent=1) + "\n")
+    return _metrics(content)
+
+
+def list_points(config: BenchmarkServingConfig) -> list[LoadPoint]:
+    """Every workload at every concurrency."""
+    return [
+        LoadPoint(workload.name, workload.input_tokens, workload.output_tokens, users)
+        for workload in config.workloads
+        for users in workload.concurrencies
+    ]
+
+
+def _offer(config: BenchmarkServingConfig, points: Sequence[LoadPoint], role: str, directory: Path) -> Offer:
+    return Offer(
+        role=role,
+        directory=directory.absolute(),
+        kv_cache=config.parent_kv_cache if role == "parent" else config.child_kv_cache,
+        precision=config.precision,
+        max_requests=max(point.concurrency for point in points),
+        max_cache_tokens=max(point.concurrency * (point.input_tokens + point.output_tokens) for point in points),
+    )
+
+
+def _check_model(directory: Path, points: Sequence[LoadPoint]) -> int:
+    """The size of its vocabulary; ConfigError if a request does not fit its positions."""
+    shape = Checkpoint.open(directory).shape
+    longest = max(points, key=lambda point: point.input_tokens + point.output_tokens)
+    if longest.input_tokens + longest.output_tokens > shape.max_positions:
+        raise ConfigError(
+            f"{longest.input_tokens} input and {longest.output_tokens} output tokens of workload {longest.workload!r} "
+            f"do not fit the {shape.max_positions} positions of {directory}; shorten them"
+        )
+    return shape.vocab_size
+
+
+def _sit_through(
+    config: BenchmarkServingConfig,
+    sittings: Sequence[Sitting],
+    points: Sequence[LoadPoint],
+    client: Client,
+    vocab_size: int,
+    scratch: Path,
+) -> Iterator[None]:
+    """Measure what is not measured yet, one point per step."""
+    for sitting in sittings:
+        files = {point: sitting.file(scratch, point) for point in points}
+        missing = [point for point in points if not files[point].is_file()]
+        yield from [None] * (len(points) - len(missing))
+        if not missing:
+            continue
+        log = scratch / f"server-{sitting.offer.role}-{sitting.repeat}.log"
+        with serving(config.engine, sitting.offer, log, config.startup_timeout_s) as server:
+            for point in missing:
+                users = point.concurrency
+                load = Load(
+                    point=point,
+                    requests=users * config.requests_per_user,
+                    warmup_requests=users * config.warmup_requests_per_user,
+                    vocab_size=vocab_size,
+                    seed=config.seed,
+                )
+                artifacts = files[point].with_suffix("")
+                found = _measure(client, server, load, artifacts, config.point_timeout_s)
+                found.write(files[point])
+                yield
+
+
+def _measure(client: Client, server: Server, load: Load, artifacts: Path, timeout_s: float) -> Measured:
+    """One run of one point; StageError unless client and server agree on it."""
+    before = server.counts()
+    try:
+        found = client.run(server.url, server.model, load, artifacts, timeout_s)
+    finally:
+        server.check_alive()
+    after = server.counts()
+    counted = {field: count - before.get(field, 0) for field, count in after.items()}
+    if wrong := find_contradictions(load.point, load.requests, found, counted):
+        raise StageError(f"the run of {load.point} against {server.model} does not hold: " + "; ".join(wrong))
+    return Measured(found, counted)
+
+
+def _runs(measured: Mapping[LoadPoint, Sequence[Measured]]) -> Sweep:
+    return {point: [one.run for one in repeats] for point, repeats in measured.items()}
+
+
+def describe(sweeps: Mapping[str, Sweep]) -> dict[str, Any]:
+    """The figures of ``measurements.json``.
+
+    Args:
+        sweeps: of the parent and the child, by role, at the same points.
+    """
+    together = {role: [take_together(*item) for item in sweep.items()] for role, sweep in sweeps.items()}
+    parent, child = (sweeps[role] for role in ROLES)
+    return {
+        "points": [_entry(role, swept) for role in ROLES for swept in together[role]],
+        "ratios": [
+            asdict(point)
+            | {name: asdict(spread) for name, spread in paired_ratios(parent[point], child[point]).items()}
+            for point in parent
+        ],
+        "best": [_best(role, group) for role in ROLES for group in _by_workload(together[role])],
+        "pareto": [_pareto(role, group) for role in ROLES for group in _by_workload(together[role])],
+        "parent_twice": [
+            asdict(half.point) | {"ratio": half.ratio, "agrees": half.agrees}
+            for half in compare_halves(parent, child.values())
+        ],
+    }
+
+
+def _entry(role: str, swept: SweptPoint) -> dict[str, Any]:
+    figures = asdict(swept)
+    return {"model": role, **figures.pop("point"), **figures}
+
+
+def _by_workload(points: Sequence[SweptPoint]) -> list[list[SweptPoint]]:
+    names = dict.fromkeys(swept.point.workload for swept in points)
+    return [[swept for swept in points if swept.point.workload == name] for name in names]
+
+
+def _best(role: str, group: Sequence[SweptPoint]) -> dict[str, Any]:
+    best = best_point(group)
+    figures = {"tokens_per_s": best.tokens_per_s.median, "requests_per_s": best.requests_per_s.median}
+    return {"model": role, **asdict(best.point), **figures}
+
+
+def _pareto(role: str, group: Sequence[SweptPoint]) -> dict[str, Any]:
+    users = sorted(swept.point.concurrency for swept in pareto_set(group))
+    return {"model": role, "workload": group[0].point.workload, "concurrencies": users}
+
+
+def _metrics(content: Mapping[str, Any]) -> dict[str, float]:
+    metrics = {}
+    for point in content["points"]:
+        place = f"{point['workload']}_c{point['concurrency']}"
+        metrics[f"{point['model']}_tokens_per_s_{place}"] = point["tokens_per_s"]["median"]
+    for ratio in content["ratios"]:
+        metrics[f"speedup_{ratio['workload']}_c{ratio['concurrency']}"] = ratio["tokens_per_s"]["median"]
+    best = {(found["model"], found["workload"]): found["tokens_per_s"] for found in content["best"]}
+    for workload in dict.fromkeys(name for _, name in best):
+        metrics[f"best_speedup_{workload}"] = best["child", workload] / best["parent", workload]
+    metrics["parent_agrees_share"] = sum(half["agrees"] for half in content["parent_twice"]) / len(
+        content["parent_twice"]
+    )
+    return metrics

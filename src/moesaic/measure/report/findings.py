@@ -1,0 +1,288 @@
+"""The numbers of the report, each computed from the evidence, and who wins by them. The templates put them in words."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from moesaic.core.config import Effort
+from moesaic.costs.block_costs import MIB, CostTable
+from moesaic.costs.workload import Workload
+from moesaic.measure.efficiency import (
+    REFERENCE,
+    Deployment,
+    FrontierPoint,
+    Quality,
+    best_throughput,
+    frontier_points,
+    pareto_frontier,
+    retention,
+)
+from moesaic.measure.report.evidence import EffortResult, Evaluation, Evidence, Pair, Result, Setting, Solution
+
+_TIE = 0.005
+"""Mean accuracies closer than half a point are called equal."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Speed-ups of the child over the parent under one workload: by the cost table, and measured."""
+
+    workload: str
+    predicted: Mapping[str, float]
+    """Of throughput, prefill and decode."""
+    measured: Mapping[str, float] | None
+    """Of the same quantities; None if the benchmark has no point of this workload."""
+
+
+def summarize(evidence: Evidence) -> dict[str, Any]:
+    """The content of ``summary.json``; the tables and sentences of the page are made of it."""
+    parent, child = evidence.parent, evidence.child
+    methods = _selection_methods(evidence)
+    return {
+        "child": child.name,
+        "parameters": compare(parent.parameters, child.parameters),
+        "experts": compare(parent.num_experts, child.num_experts),
+        "windowed_layers": _count_windows(evidence),
+        "memory_mib": {name: compare(parent.memory_mib[name], child.memory_mib[name]) for name in parent.memory_mib},
+        "kv_mib_per_request": {
+            workload.name: compare(*(_kv_mib_per_request(evidence.costs, model, workload) for model in (parent, child)))
+            for workload in evidence.costs.workloads
+        },
+        "efforts": {effort: _compare_effort(evidence, effort) for effort in evidence.efforts},
+        "throughput": {
+            f"{context[0]}/{context[1]}": _compare_throughput(evidence, context) for context in contexts(evidence)
+        },
+        "predictions": [asdict(prediction) for prediction in predictions(evidence)],
+        "request_efficiency": _request_efficiency(evidence),
+        "rivals": methods,
+        "verdicts": _verdicts(methods),
+        "skipped": dict(evidence.skipped),
+        "hardware": dict(evidence.hardware),
+    }
+
+
+def compare(parent: float, child: float) -> dict[str, float]:
+    """A figure of both models, and its ratio."""
+    return {"parent": parent, "child": child, "ratio": child / parent}
+
+
+def compare_accuracy(parent: Result, child: Result) -> dict[str, float | None]:
+    """The accuracy of both models, and the share that the child keeps."""
+    kept = retention(child.accuracy, parent.accuracy)
+    return {"parent": parent.accuracy, "child": child.accuracy, "retention": kept}
+
+
+def compare_tasks(parent: EffortResult, child: EffortResult) -> dict[str, dict[str, float | None]]:
+    """The accuracy of both models on every task that both were evaluated on."""
+    return {
+        task: compare_accuracy(result, child.tasks[task])
+        for task, result in parent.tasks.items()
+        if task in child.tasks
+    }
+
+
+def _count_windows(evidence: Evidence) -> dict[str, int]:
+    """The parent's full-attention layers, and what became of them in the child."""
+    pairs = zip(evidence.parent.architecture.blocks, evidence.child.architecture.blocks, strict=True)
+    windowed = [new.window is not None for old, new in pairs if old.window is None]
+    full, became_windows = len(windowed), sum(windowed)
+    return {"full_in_parent": full, "windowed_in_child": became_windows, "full_in_child": full - became_windows}
+
+
+def _kv_mib_per_request(costs: CostTable, solution: Solution, workload: Workload) -> float:
+    """KV cache of one request of a workload at its full length."""
+    blocks = solution.architecture.blocks
+    return sum(costs.blocks[block].workloads[workload.name].kv_bytes for block in blocks) / MIB
+
+
+def _compare_effort(evidence: Evidence, effort: Effort) -> dict[str, Any]:
+    parent, child = (evaluation.efforts[effort] for evaluation in evidence.evaluations.values())
+    return {
+        "accuracy": compare_accuracy(parent, child),
+        "tokens_per_request": compare(parent.tokens_per_request, child.tokens_per_request),
+        "truncated": {"parent": parent.truncated, "child": child.truncated},
+        "tasks": compare_tasks(parent, child),
+    }
+
+
+def contexts(evidence: Evidence) -> list[tuple[int, int]]:
+    """The measured contexts as (input tokens, output tokens), shortest first."""
+    return sorted({pair.setting.context for pair in evidence.pairs})
+
+
+def longest_context(evidence: Evidence) -> tuple[int, int]:
+    """The (input tokens, output tokens) of the longest prompts; of several, the one of most batch sizes."""
+    return max(contexts(evidence), key=lambda context: (context[0], len(context_pairs(evidence, context)), context[1]))
+
+
+def context_pairs(evidence: Evidence, context: tuple[int, int]) -> list[Pair]:
+    """All measured batch sizes of one context."""
+    return [pair for pair in evidence.pairs if pair.setting.context == context]
+
+
+def _max_tokens_per_s(evidence: Evidence, context: tuple[int, int]) -> dict[str, float]:
+    """``T_max`` of both models at one context."""
+    pairs = context_pairs(evidence, context)
+    return {
+        model: best_throughput(getattr(pair, model).tokens_per_s.median for pair in pairs)
+        for model in evidence.evaluations
+    }
+
+
+def _compare_throughput(evidence: Evidence, context: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "best": compare(*_max_tokens_per_s(evidence, context).values()),
+        "speedup_by_batch": {str(pair.setting.batch_size): pair.speedup for pair in context_pairs(evidence, context)},
+    }
+
+
+def predictions(evidence: Evidence) -> list[Prediction]:
+    """Predicted and measured speed-ups of every workload of the cost table."""
+    pairs = {pair.setting: pair for pair in evidence.pairs}
+    entries = []
+    for workload in evidence.costs.workloads:
+        parent, child = (_runtime_ms(evidence.costs, model, workload) for model in (evidence.parent, evidence.child))
+        pair = pairs.get(Setting(workload.input_tokens, workload.output_tokens, workload.concurrency))
+        predicted = {quantity: parent[quantity] / child[quantity] for quantity in parent}
+        entries.append(Prediction(workload.name, predicted, None if pair is None else _measured_speedups(pair)))
+    return entries
+
+
+def _runtime_ms(costs: CostTable, solution: Solution, workload: Workload) -> dict[str, float]:
+    runtimes = [costs.fixed.workloads[workload.name]]
+    runtimes += [costs.blocks[block].workloads[workload.name] for block in solution.architecture.blocks]
+    prefill, decode = (sum(getattr(runtime, key) for runtime in runtimes) for key in ("prefill_ms", "decode_ms"))
+    return {"throughput": prefill + workload.output_tokens * decode, "prefill": prefill, "decode": decode}
+
+
+def _measured_speedups(pair: Pair) -> dict[str, float]:
+    return {
+        "throughput": pair.speedup,
+        "prefill": pair.parent.prefill_ms.median / pair.child.prefill_ms.median,
+        "decode": pair.parent.decode_ms.median / pair.child.decode_ms.median if pair.child.decode_ms.median else 1.0,
+    }
+
+
+def evaluated_qualities(evaluations: Mapping[Deployment, Evaluation]) -> dict[Deployment, Quality]:
+    """What each deployment's evaluation says of it at its effort."""
+    results = {deployment: evaluation.efforts[deployment.effort] for deployment, evaluation in evaluations.items()}
+    return {deployment: Quality(result.accuracy, result.tokens_per_request) for deployment, result in results.items()}
+
+
+def request_frontier(evidence: Evidence) -> list[FrontierPoint]:
+    """Parent and child at every effort: accuracy against request rate at the longest context measured.
+
+    Rates are relative to the parent at its highest effort.
+    """
+    speeds = _max_tokens_per_s(evidence, longest_context(evidence))
+    deployed = {
+        Deployment(model, effort): evaluation
+        for model, evaluation in evidence.evaluations.items()
+        for effort in evidence.efforts
+    }
+    return frontier_points(
+        evaluated_qualities(deployed),
+        {(model, REFERENCE.kv_cache): speed for model, speed in speeds.items()},
+        Deployment("parent", evidence.efforts[-1]),
+    )
+
+
+def compare_request_rates(points: Iterable[FrontierPoint]) -> dict[str, Any]:
+    """Request rate of the child over the parent's at equal effort, each with the KV cache it has here."""
+    rates = {(point.deployment.model, point.deployment.effort): point.requests_per_s for point in points}
+    efforts = [effort for model, effort in rates if model == "parent"]
+    by_effort = {effort: rates["child", effort] / rates["parent", effort] for effort in efforts}
+    best = max(efforts, key=lambda effort: by_effort[effort])
+    return {
+        "relative_to": f"parent at {efforts[-1]} effort",
+        "child_over_parent": by_effort,
+        "best_effort": best,
+        "best": by_effort[best],
+    }
+
+
+def describe_points(points: Sequence[FrontierPoint]) -> list[dict[str, Any]]:
+    """The points of a frontier, for ``summary.json``."""
+    undominated = pareto_frontier(points)
+    return [
+        {
+            "model": point.deployment.model,
+            "effort": point.deployment.effort,
+            "kv_cache": point.deployment.kv_cache,
+            "requests_per_s": point.requests_per_s,
+            "relative_rate": point.relative_rate,
+            "accuracy": point.accuracy,
+            "on_frontier": point in undominated,
+        }
+        for point in points
+    ]
+
+
+def _request_efficiency(evidence: Evidence) -> dict[str, Any]:
+    context, points = longest_context(evidence), request_frontier(evidence)
+    at = {"input_tokens": context[0], "output_tokens": context[1], "points": describe_points(points)}
+    return at | compare_request_rates(points)
+
+
+def _selection_methods(evidence: Evidence) -> list[dict[str, Any]]:
+    """The child first, then the other ways of choosing blocks; the seeds of random are taken together."""
+    groups = {evidence.child.name: [evidence.child.name]}
+    for name in evidence.candidates:
+        if name != evidence.child.name:
+            groups.setdefault("random" if name.startswith("random-") else name, []).append(name)
+    return [_selection_method(evidence, group, names) for group, names in groups.items()]
+
+
+def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> dict[str, Any]:
+    """What the assemblies of one method cost, and how they answer before any training."""
+    solutions = [evidence.candidates[name] for name in names]
+    evaluations = [
+        evaluation for evaluation in (*evidence.baselines, evidence.evaluation_child) if evaluation.name in names
+    ]
+    results = [(effort, result.accuracy) for run in evaluations for effort, result in run.efforts.items()]
+    accuracies = {effort: [value for at, value in results if at == effort] for effort in evidence.efforts}
+    return {
+        "name": group,
+        "models": list(names),
+        "damage": fmean(solution.damage for solution in solutions),
+        "parameters": fmean(solution.parameters for solution in solutions),
+        "experts": fmean(solution.num_experts for solution in solutions),
+        "accuracy": {
+            effort: {"mean": fmean(values), "min": min(values), "max": max(values)} if values else None
+            for effort, values in accuracies.items()
+        },
+        "mean_accuracy": fmean(value for _, value in results) if results else None,
+    }
+
+
+def _verdicts(methods: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """The child against the best baseline by predicted damage, and by accuracy before training.
+
+    None where there is no baseline, or none was evaluated. Damages that differ by rounding alone are equal.
+    """
+    child, *others = methods
+    baselines = [method for method in others if not method["name"].startswith("puzzle")]
+    least = min(baselines, key=lambda method: method["damage"], default=None)
+    evaluated = [method for method in baselines if method["mean_accuracy"] is not None]
+    best = max(evaluated, key=lambda method: method["mean_accuracy"], default=None)
+    verdicts: dict[str, dict[str, Any] | None] = {"damage": None, "accuracy": None}
+    if least:
+        tie = math.isclose(child["damage"], least["damage"], rel_tol=1e-9)
+        verdicts["damage"] = _verdict("damage", child, least, 0 if tie else least["damage"] - child["damage"])
+    if best and child["mean_accuracy"] is not None:
+        ahead = child["mean_accuracy"] - best["mean_accuracy"]
+        tie = abs(100 * ahead) <= 100 * _TIE
+        verdicts["accuracy"] = _verdict("mean_accuracy", child, best, 0 if tie else ahead)
+    return verdicts
+
+
+def _verdict(quantity: str, child: Mapping[str, Any], baseline: Mapping[str, Any], lead: float) -> dict[str, Any]:
+    figures = {"child": child[quantity], "baseline": baseline[quantity], "name": baseline["name"]}
+    return figures | {"winner": winner(lead)}
+
+
+def winner(lead: float) -> str:
+    """Who is better, by what the child leads by."""
+    return "child" if lead > 0 else "baseline" if lead < 0 else "neither"

@@ -1,0 +1,258 @@
+"""Facts of the gpt-oss family: sizes, tensor names, layouts on disk. Nothing else in Moesaic names or guesses them.
+
+Sources: OpenAI's gpt-oss model card and the checkpoint layouts of gpt-oss-120b and gpt-oss-puzzle-88B. On disk an
+expert tensor's rows are *output* features, packed in MXFP4; in memory transformers keeps the transpose.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moesaic.core.errors import ArtifactError
+from moesaic.models.architecture import Architecture, Block
+
+PARENT_TYPE = "gpt_oss"
+CHILD_TYPE = "gpt_oss_puzzle"
+CHILD_CLASS = "GptOssPuzzleForCausalLM"
+BF16_BYTES = 2
+MXFP4_BLOCK = 32
+NOT_PACKED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+"""What ``quantization_config.modules_to_not_convert`` lists: everything but the experts."""
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+PACKED_PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint: its safetensors dtype and shape, and how many parameters it stores."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_parameters: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk and, for packed weights, in a serving engine's memory."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * {"U8": 1, "BF16": 2, "F32": 4}[self.dtype]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that all layers of a gpt-oss model share; what differs by layer is its ``Architecture``."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    experts_per_token: int
+    max_positions: int
+
+    @property
+    def kv_elements(self) -> int:
+        """Key and value elements that one token leaves in one layer's cache."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+GPT_OSS_120B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 4, 131_072)
+GPT_OSS_120B_BLOCKS = Architecture.of(Block(128, None if layer % 2 else 128) for layer in range(36))
+GPT_OSS_20B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 4, 131_072)
+GPT_OSS_20B_BLOCKS = Architecture.of(Block(32, None if layer % 2 else 128) for layer in range(24))
+
+_PUZZLE_8K = frozenset({3, 5, 21, 23, 27, 31, 33, 35})
+_PUZZLE_HALVED = frozenset({15, 17, 19, *range(21, 36)})
+GPT_OSS_PUZZLE_88B_BLOCKS = Architecture.of(
+    Block(64 if layer in _PUZZLE_HALVED else 128, 128 if layer % 2 == 0 else 8192 if layer in _PUZZLE_8K else None)
+    for layer in range(36)
+)
+"""The released child's layout, block for block."""
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[ModelShape, Architecture]:
+    """Sizes and layout out of a ``config.json`` of type ``gpt_oss`` or ``gpt_oss_puzzle``.
+
+    Raises:
+        ArtifactError: for another model type, a missing key or a layer list of the wrong length.
+    """
+    kind = config.get("model_type")
+    if kind not in (PARENT_TYPE, CHILD_TYPE):
+        raise ArtifactError(f"model_type is {kind!r}; Moesaic reads {PARENT_TYPE!r} and {CHILD_TYPE!r} checkpoints")
+    try:
+        shape = ModelShape(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            vocab_size=config["vocab_size"],
+            experts_per_token=config["num_experts_per_tok"],
+            max_positions=config["max_position_embeddings"],
+        )
+        blocks = _read_blocks(config)
+        num_layers = config["num_hidden_layers"]
+    except KeyError as missing:
+        raise ArtifactError(f"config.json has no key {missing}") from missing
+    if blocks.num_layers != num_layers:
+        raise ArtifactError(f"config.json says {num_layers} layers but lists {blocks.num_layers} blocks")
+    for layer, block in enumerate(blocks.blocks):
+        if block.num_experts < shape.experts_per_token:
+            raise ArtifactError(
+                f"layer {layer} has {block.num_experts} experts, fewer than a token's {shape.experts_per_token}"
+            )
+    return shape, blocks
+
+
+def _read_blocks(config: Mapping[str, Any]) -> Architecture:
+    if config["model_type"] == CHILD_TYPE:
+        return Architecture.of(Block.from_config(entry) for entry in config["block_configs"])
+    kinds = config.get("layer_types") or [
+        "full_attention" if layer % 2 else "sliding_attention" for layer in range(config["num_hidden_layers"])
+    ]
+    window = config["sliding_window"]
+    return Architecture.of(
+        Block(config["num_local_experts"], window if kind == "sliding_attention" else None) for kind in kinds
+    )
+
+
+def child_config(parent: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The ``config.json`` of a child: the parent's, with ``block_configs`` and the class that reads them.
+
+    RoPE is written in both spellings: engines of transformers 4's age read ``rope_theta`` and ``rope_scaling`` only and
+    fall back to wrong defaults without a word.
+    """
+    config = dict(parent)
+    rope = dict(config.get("rope_parameters") or {})
+    rope.update(config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    kinds = ["full_attention" if block.window is None else "sliding_attention" for block in architecture.blocks]
+    config.update(
+        model_type=CHILD_TYPE,
+        architectures=[CHILD_CLASS],
+        auto_map={
+            "AutoConfig": "configuration_gpt_oss_puzzle.GptOssPuzzleConfig",
+            "AutoModelForCausalLM": f"modeling_gpt_oss_puzzle.{CHILD_CLASS}",
+        },
+        block_configs=[block.as_config() for block in architecture.blocks],
+        layer_types=kinds,
+        num_hidden_layers=architecture.num_layers,
+        num_local_experts=max(block.num_experts for block in architecture.blocks),
+        rope_theta=theta,
+        rope_scaling=rope,
+        rope_parameters={**rope, "rope_theta": theta},
+    )
+    return config
+
+
+def layer_prefix(layer: int) -> str:
+    """What every tensor name of a layer starts with."""
+    return f"model.layers.{layer}."
+
+
+def kv_scale_names(num_layers: int) -> list[str]:
+    """Scalars that a checkpoint with a calibrated FP8 KV cache adds to its layout: K's and V's scale of each layer."""
+    return [f"{layer_prefix(layer)}self_attn.{state}_scale" for layer in range(num_layers) for state in "kv"]
+
+
+def is_expert_indexed(name: str) -> bool:
+    """Whether the first axis of this tensor counts a layer's experts: expert weights and biases, router rows."""
+    return ".mlp.experts." in name or ".mlp.router." in name
+
+
+def is_expert_weight(name: str) -> bool:
+    """Whether the tensor belongs to the experts themselves, which recovery keeps frozen."""
+    return ".mlp.experts." in name
+
+
+def trainable_names(shape: ModelShape, architecture: Architecture, groups: Iterable[str]) -> list[str]:
+    """Checkpoint names of the tensors that recovery may change, by the words of ``Trainable``."""
+    wanted = set(groups)
+    names = tensor_specs(shape, architecture)
+    return [name for name in names if not is_expert_weight(name) and _group(name) in wanted]
+
+
+def _group(name: str) -> str:
+    """The word for what a tensor outside the experts belongs to."""
+    if name in (EMBEDDING, HEAD):
+        return "embedding" if name == EMBEDDING else "head"
+    if ".mlp.router." in name:
+        return "router"
+    return "attention" if ".self_attn." in name else "norms"
+
+
+def layer_specs(shape: ModelShape, layer: int, block: Block, packed: bool = True) -> dict[str, TensorSpec]:
+    """Name, dtype and shape of every tensor of one layer on disk."""
+    specs = _attention_specs(shape) | _expert_specs(shape, block.num_experts, packed)
+    return {layer_prefix(layer) + name: spec for name, spec in specs.items()}
+
+
+def _attention_specs(shape: ModelShape) -> dict[str, TensorSpec]:
+    hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    specs = {
+        "input_layernorm.weight": _bf16(hidden),
+        "post_attention_layernorm.weight": _bf16(hidden),
+        "self_attn.sinks": _bf16(shape.num_heads),
+    }
+    for projection, rows, columns in (
+        ("q", queries, hidden),
+        ("k", keys, hidden),
+        ("v", keys, hidden),
+        ("o", hidden, queries),
+    ):
+        specs[f"self_attn.{projection}_proj.weight"] = _bf16(rows, columns)
+        specs[f"self_attn.{projection}_proj.bias"] = _bf16(rows)
+    return specs
+
+
+def _expert_specs(shape: ModelShape, experts: int, packed: bool) -> dict[str, TensorSpec]:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    specs = {"mlp.router.weight": _bf16(experts, hidden), "mlp.router.bias": _bf16(experts)}
+    for projection, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        name = f"mlp.experts.{projection}"
+        specs[f"{name}_bias"] = _bf16(experts, rows)
+        if packed:
+            blocks = columns // MXFP4_BLOCK
+            specs[f"{name}_blocks"] = TensorSpec(
+                "U8", (experts, rows, blocks, MXFP4_BLOCK // 2), experts * rows * columns
+            )
+            specs[f"{name}_scales"] = TensorSpec("U8", (experts, rows, blocks), 0)
+        else:
+            specs[name] = _bf16(experts, columns, rows)
+    return specs
+
+
+def outer_specs(shape: ModelShape) -> dict[str, TensorSpec]:
+    """The tensors outside the layers: embedding, final norm and (untied) output head."""
+    table = _bf16(shape.vocab_size, shape.hidden_size)
+    return {EMBEDDING: table, FINAL_NORM: _bf16(shape.hidden_size), HEAD: table}
+
+
+def tensor_specs(shape: ModelShape, architecture: Architecture, packed: bool = True) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint. Sizes of models follow from this table; nothing is allocated."""
+    specs = outer_specs(shape)
+    for layer, block in enumerate(architecture.blocks):
+        specs |= layer_specs(shape, layer, block, packed)
+    return specs
+
+
+def num_parameters(shape: ModelShape, architecture: Architecture) -> int:
+    """Parameters of the model."""
+    return sum(spec.num_parameters for spec in tensor_specs(shape, architecture).values())
+
+
+def num_bytes(shape: ModelShape, architecture: Architecture, packed: bool = True) -> int:
+    """Bytes of the checkpoint's tensors."""
+    return sum(spec.num_bytes for spec in tensor_specs(shape, architecture, packed).values())
+
+
+def _bf16(*shape: int) -> TensorSpec:
+    count = 1
+    for size in shape:
+        count *= size
+    return TensorSpec("BF16", shape, count)

@@ -1,0 +1,194 @@
+"""The mathematics of one layer: transformers' own gpt-oss layer, run half by half.
+
+A block is split where the method needs it: :func:`attend` (norm, attention, residual) takes the window per call, and
+:func:`mix` (norm, router, experts, residual) takes the experts that are left. Leaving out an expert is minus infinity
+as its router logit, which equals slicing its rows away, so a variant needs no weights of its own (paper A, pruning).
+Sequences are padded on the right: causal attention keeps padding out of sight, and what padding computes is never read.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssExperts
+
+from moesaic.models import gpt_oss
+
+Rotary = tuple[Float[Tensor, "1 position half"], Float[Tensor, "1 position half"]]
+"""Cosine and sine of every position, at least as many as any batch has."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What follows the last layer."""
+
+    norm: nn.Module
+    weight: Float[Tensor, "vocab hidden"]
+
+    def normed(self, hidden: Float[Tensor, "*token hidden"]) -> Float[Tensor, "*token hidden"]:
+        """The final-norm hidden states in float32."""
+        normed: Tensor = self.norm(hidden.to(self.weight.device, torch.float32))
+        return normed
+
+    def logits(self, normed: Float[Tensor, "*token hidden"]) -> Float[Tensor, "*token vocab"]:
+        """Next-token logits in float32, out of what :meth:`normed` returned."""
+        return F.linear(normed.to(self.weight), self.weight).float()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a layer's experts were chosen and what they returned."""
+
+    logits: Float[Tensor, "token expert"]
+    expert_ids: Int[Tensor, "token slot"]
+    """The experts with the largest logits, best first; possibly more slots than the layer mixes."""
+    outputs: Float[Tensor, "token slot hidden"]
+    """What each of them returned, not yet weighted."""
+    top_k: int
+    """How many slots the layer mixes."""
+
+    def chosen_logits(self) -> Float[Tensor, "token slot"]:
+        """The logits of ``expert_ids``."""
+        return self.logits.gather(1, self.expert_ids)
+
+    def weights(self) -> Float[Tensor, "token slot"]:
+        """Softmax over the ``top_k`` chosen experts: what the layer mixes with."""
+        return torch.softmax(self.chosen_logits()[:, : self.top_k], dim=-1)
+
+    def mixture(self) -> Float[Tensor, "token hidden"]:
+        """The output of the layer's mixture of experts."""
+        return torch.einsum("ts,tsh->th", self.weights(), self.outputs[:, : self.top_k])
+
+
+def attend(
+    block: GptOssDecoderLayer, hidden: Float[Tensor, "batch time hidden"], rotary: Rotary, window: int | None
+) -> Float[Tensor, "batch time hidden"]:
+    """The attention half of a block, with any window."""
+    block.self_attn.sliding_window = window
+    time = hidden.shape[1]
+    rotary = (rotary[0][:, :time], rotary[1][:, :time])
+    output: Tensor = block.self_attn(block.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None)[0]
+    return hidden + output
+
+
+def mix(
+    block: GptOssDecoderLayer, attended: Float[Tensor, "*token hidden"], kept: Sequence[int] | None = None
+) -> Float[Tensor, "*token hidden"]:
+    """The mixture-of-experts half of a block, with only the experts ``kept`` (None: all)."""
+    states = block.post_attention_layernorm(attended).flatten(0, -2)
+    values, expert_ids = router_logits(block, states, kept).topk(block.mlp.router.top_k, dim=-1)
+    weights, experts = torch.softmax(values, dim=-1), block.mlp.experts
+    on_cpu = states.device.type == "cpu"
+    mixed = mixture(experts, states, expert_ids, weights) if on_cpu else experts(states, expert_ids, weights)
+    return attended + mixed.view_as(attended)
+
+
+def mix_sliced(
+    block: GptOssDecoderLayer, attended: Float[Tensor, "*token hidden"], kept: Sequence[int]
+) -> Float[Tensor, "*token hidden"]:
+    """The same by slicing: a router of the rows ``kept``, whose expert e is ``kept[e]``; no weights are copied."""
+    router, states = block.mlp.router, block.post_attention_layernorm(attended).flatten(0, -2)
+    rows = torch.tensor(list(kept), device=states.device)
+    logits = F.linear(states, router.weight[rows], router.bias[rows])
+    values, slots = logits.topk(router.top_k, dim=-1)
+    outputs = expert_outputs(block.mlp.experts, states, rows[slots])
+    return attended + torch.einsum("ts,tsh->th", torch.softmax(values, dim=-1), outputs).view_as(attended)
+
+
+def router_logits(
+    block: GptOssDecoderLayer, states: Float[Tensor, "token hidden"], kept: Sequence[int] | None = None
+) -> Float[Tensor, "token expert"]:
+    """The router's logits, minus infinity for experts that are not kept."""
+    router = block.mlp.router
+    logits = F.linear(states, router.weight, router.bias)
+    if kept is None:
+        return logits
+    removed = sorted(set(range(router.num_experts)) - set(kept))
+    return logits.index_fill(1, torch.tensor(removed, dtype=torch.long, device=logits.device), float("-inf"))
+
+
+def run_block(
+    block: GptOssDecoderLayer,
+    hidden: Float[Tensor, "batch time hidden"],
+    rotary: Rotary,
+    window: int | None,
+    kept: Sequence[int] | None = None,
+) -> Float[Tensor, "batch time hidden"]:
+    """A whole block with the given window and experts."""
+    return mix(block, attend(block, hidden, rotary, window), kept)
+
+
+def slice_block(block: GptOssDecoderLayer, kept: Sequence[int]) -> GptOssDecoderLayer:
+    """The physically pruned block: router rows and experts ``kept``, in that order; everything else is shared."""
+    config = copy.copy(block.self_attn.config)
+    config.num_local_experts = len(kept)
+    with torch.device("meta"):
+        sliced = GptOssDecoderLayer(config, layer_idx=0)
+    rows = torch.tensor(list(kept), device=block.mlp.router.weight.device)
+    state = {
+        name: _select(tensor, rows) if gpt_oss.is_expert_indexed(f".{name}") else tensor
+        for name, tensor in block.state_dict().items()
+    }
+    sliced.load_state_dict(state, assign=True)
+    return sliced.eval().requires_grad_(False)
+
+
+def _select(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Experts' rows, weights laid out in memory as :func:`build_block` does."""
+    if tensor.dim() < 3:
+        return tensor.index_select(0, rows)
+    return tensor.transpose(-1, -2).index_select(0, rows).transpose(-1, -2)
+
+
+def route(block: GptOssDecoderLayer, states: Float[Tensor, "token hidden"], num_spare: int = 0) -> Routing:
+    """Route normed hidden states and keep every chosen expert's output.
+
+    Args:
+        block: the layer.
+        states: what ``post_attention_layernorm`` returned.
+        num_spare: how many of the next-best experts to run as well.
+    """
+    logits = router_logits(block, states)
+    top_k = block.mlp.router.top_k
+    slots = min(top_k + num_spare, logits.shape[1])
+    expert_ids = logits.topk(slots, dim=-1).indices
+    return Routing(logits, expert_ids, expert_outputs(block.mlp.experts, states, expert_ids), top_k)
+
+
+def expert_outputs(
+    experts: GptOssExperts, states: Float[Tensor, "token hidden"], expert_ids: Int[Tensor, "token slot"]
+) -> Float[Tensor, "token slot hidden"]:
+    """The unweighted output of every chosen expert, one matrix product per expert."""
+    order, sorted_outputs = _run_experts(experts, states, expert_ids)
+    outputs = torch.empty_like(sorted_outputs).index_copy_(0, order, sorted_outputs)
+    return outputs.view(*expert_ids.shape, -1)
+
+
+def mixture(
+    experts: GptOssExperts,
+    states: Float[Tensor, "token hidden"],
+    expert_ids: Int[Tensor, "token slot"],
+    weights: Float[Tensor, "token slot"],
+) -> Float[Tensor, "token hidden"]:
+    """The weighted sum of the chosen experts' outputs."""
+    order, outputs = _run_experts(experts, states, expert_ids)
+    weighted = outputs * weights.flatten().index_select(0, order).unsqueeze(1)
+    return torch.zeros_like(states).index_add(0, order // expert_ids.shape[1], weighted)
+
+
+def _run_experts(experts: GptOssExperts, states: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Every (token, slot) pair, sorted by expert, and what its expert returns."""
+    order = expert_ids.flatten().argsort(stable=True)
+    counts = expert_ids.flatten().bincount(minlength=experts.num_experts).tolist()
+    inputs = states.index_select(0, order // expert_ids.shape[1]).split(counts)
+    outputs = []
+    for expert, own in enumerate(inputs):
+        if len(own):
+            gate_up = torch.addmm(experts.gate_up_proj_bias[expert], own, experts.gate_up_proj[expert])
+            gated = experts._apply_gate(gate_up)
+            outputs.append(torch.addmm(experts.down_proj_bias[expert], gated, experts.down_proj[expert]))
+    return order, torch.cat(outputs)

@@ -1,0 +1,108 @@
+"""Building layers from a checkpoint, one at a time: weights are read, unpacked on the device, used, and dropped."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssDecoderLayer,
+    GptOssRMSNorm,
+    GptOssRotaryEmbedding,
+)
+
+from moesaic.models import attention, gpt_oss, mxfp4
+from moesaic.models.architecture import Block
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.layers import Head, Rotary
+
+_NOT_OF_A_LAYER = ("quantization_config", "auto_map", "block_configs", "architectures", "dtype", "torch_dtype")
+
+
+def choose_device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def layer_config(checkpoint: Checkpoint, block: Block) -> GptOssConfig:
+    """A transformers config of one layer of this shape."""
+    config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_OF_A_LAYER}
+    config.update(
+        model_type=gpt_oss.PARENT_TYPE,
+        num_hidden_layers=1,
+        num_local_experts=block.num_experts,
+        sliding_window=block.window,
+        layer_types=["full_attention" if block.window is None else "sliding_attention"],
+    )
+    return GptOssConfig(**config)
+
+
+def load_block(
+    checkpoint: Checkpoint, layer: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> GptOssDecoderLayer:
+    """Build one layer and read its weights."""
+    stored = {name: checkpoint.tensor(name) for name in checkpoint.layer_names(layer)}
+    return build_block(checkpoint, layer, stored, dtype, device)
+
+
+def build_block(
+    checkpoint: Checkpoint,
+    layer: int,
+    stored: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> GptOssDecoderLayer:
+    """Build one layer out of its tensors as stored, unpacked on the device; norms stay in float32, as in transformers.
+
+    ``stored`` is emptied on the way, so that a layer is not held twice.
+    """
+    attention.register()
+    config = layer_config(checkpoint, checkpoint.architecture.blocks[layer])
+    config._attn_implementation = attention.NAME
+    config._experts_implementation = "eager" if torch.device(device).type == "cpu" else "grouped_mm"
+    with torch.device("meta"):
+        block = GptOssDecoderLayer(config, layer_idx=0)
+    state = {}
+    for name in sorted(stored):
+        short = name.removeprefix(gpt_oss.layer_prefix(layer))
+        if short.endswith("_blocks"):
+            packed, scales = stored.pop(name), stored.pop(f"{name.removesuffix('_blocks')}_scales")
+            rows = mxfp4.dequantize(packed.to(device), scales.to(device), dtype)
+            state[short.removesuffix("_blocks")] = rows.transpose(-1, -2)  # in memory the columns are outputs
+        elif name in stored:
+            kept = torch.float32 if "layernorm" in short else dtype
+            state[short] = stored.pop(name).to(device, kept)
+    block.load_state_dict(state, assign=True)
+    return block.eval().requires_grad_(False)
+
+
+def embed(checkpoint: Checkpoint, token_ids: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The states [batch time hidden] in which token ids [batch time] enter the first layer; the table is read once."""
+    return list(embed_each(checkpoint, token_ids, dtype))
+
+
+def embed_each(
+    checkpoint: Checkpoint, token_ids: Iterable[Tensor], dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """The same, one batch after the other."""
+    table = checkpoint.tensor(gpt_oss.EMBEDDING)
+    for batch in token_ids:
+        yield table[batch].to(dtype)
+
+
+def load_head(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Head:
+    """The final norm, in float32, and the output head."""
+    epsilon = layer_config(checkpoint, checkpoint.architecture.blocks[0]).rms_norm_eps
+    norm = GptOssRMSNorm(checkpoint.shape.hidden_size, eps=epsilon)
+    norm.load_state_dict({"weight": checkpoint.tensor(gpt_oss.FINAL_NORM).float()}, assign=True)
+    return Head(norm.to(device).requires_grad_(False), checkpoint.tensor(gpt_oss.HEAD).to(device, dtype))
+
+
+def rotary(
+    checkpoint: Checkpoint, num_positions: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Rotary:
+    """Cosine and sine for positions 0 to ``num_positions - 1``, which all layers share."""
+    embedding = GptOssRotaryEmbedding(layer_config(checkpoint, checkpoint.architecture.blocks[0]))
+    positions = torch.arange(num_positions).unsqueeze(0)
+    cosine, sine = embedding(torch.empty(0, dtype=dtype), positions)
+    return cosine.to(device), sine.to(device)

@@ -1,0 +1,40 @@
+"""What stages hand on to each other, read back: one place that says which stage's output is missing or not its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.errors import ArtifactError
+from moesaic.models.architecture import Architecture
+
+
+def read_text(path: Path) -> str:
+    """A payload as text; an ArtifactError if it is not there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as missing:
+        raise ArtifactError(f"{path} cannot be read ({missing.strerror}); give its stage's output") from missing
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A payload that is a JSON object; an ArtifactError if it is missing or broken."""
+    try:
+        content: dict[str, Any] = json.loads(read_text(path))
+    except ValueError as broken:
+        raise ArtifactError(f"{path} is not valid JSON: {broken}") from broken
+    return content
+
+
+def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
+    """Every layer's experts, most important first, out of a ``ranking.json``.
+
+    Raises:
+        ArtifactError: if it is no ranking, or not one of all the parent's experts.
+    """
+    try:
+        orders = [layer["order"] for layer in json.loads(path.read_text())["layers"]]
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        raise ArtifactError(f"{path} is not a ranking ({broken!r}); give the output of rank_experts") from broken
+    if [sorted(order) for order in orders] != [list(range(block.num_experts)) for block in parent.blocks]:
+        raise ArtifactError(f"{path} is not of the parent given; run rank_experts on this parent")
+    return orders

@@ -1,0 +1,88 @@
+"""A recipe: complete values for a pipeline. What is built, never where."""
+
+from collections.abc import Collection
+from typing import Self
+
+from moesaic.core.config import Config
+from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.measure.benchmark.stage import BenchmarkConfig
+from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
+from moesaic.measure.evaluate.stage import EvaluateConfig
+from moesaic.measure.gather_recovery.stage import GatherRecoveryConfig
+from moesaic.measure.report.stage import ReportConfig
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.promote.stage import PromoteConfig
+from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
+from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
+from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
+from moesaic.recover.generate_traces.stage import GenerateTracesConfig
+from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.search.measure_costs.stage import MeasureCostsConfig
+from moesaic.search.prune_model.stage import PruneModelConfig
+from moesaic.search.rank_experts.stage import RankExpertsConfig
+from moesaic.search.score_blocks.stage import ScoreBlocksConfig
+from moesaic.search.search_architecture.stage import SearchArchitectureConfig
+
+_SEED_STEP = 1000
+"""Between the seeds of two runs, so that policies of different runs never share one."""
+
+
+class Recipe(Config):
+    """One config for every stage but ``ingest``, whose config names the inputs."""
+
+    rank_experts: RankExpertsConfig
+    score_blocks: ScoreBlocksConfig
+    measure_costs: MeasureCostsConfig
+    search_architecture: SearchArchitectureConfig
+    earlier_search_architecture: SearchArchitectureConfig
+    """For all rounds but the last."""
+    generate_traces: GenerateTracesConfig
+    distill_blocks: DistillBlocksConfig
+    distill: DistillConfig
+    earlier_distill: DistillConfig
+    """For all rounds but the last."""
+    policies: tuple[ReinforceConfig, ...]
+    calibrate_kv: CalibrateKvConfig
+    evaluate: EvaluateConfig
+    benchmark: BenchmarkConfig
+    benchmark_serving: BenchmarkServingConfig
+    report: ReportConfig
+    prune_model: PruneModelConfig = PruneModelConfig()
+    baseline: PruneModelConfig = PruneModelConfig(candidate="uniform")
+    """The candidate that gets the same recovery, for comparison."""
+    average_checkpoints: AverageCheckpointsConfig = AverageCheckpointsConfig()
+    gather_recovery: GatherRecoveryConfig = GatherRecoveryConfig()
+    export_engine: ExportEngineConfig = ExportEngineConfig(target="tensorrt_llm")
+    """Of parent and child alike."""
+    promote: PromoteConfig = PromoteConfig()
+    rounds: int = 1
+    """Rounds of pruning and distillation before the child is recovered whole."""
+
+    def seeded(self, seed: int) -> Self:
+        """The same with other random draws in all that learns: 0 changes nothing."""
+        changes = {
+            name: getattr(self, name).model_copy(update={"seed": getattr(self, name).seed + _SEED_STEP * seed})
+            for name in ("distill_blocks", "distill", "earlier_distill")
+        }
+        policies = tuple(
+            policy.model_copy(update={"seed": policy.seed + _SEED_STEP * seed}) for policy in self.policies
+        )
+        return self.model_copy(update={**changes, "policies": policies})
+
+    def labelled(self, pipeline: str, recipe: str) -> Self:
+        """The same, with what a model version made by it is to say of itself."""
+        labels = {"pipeline": pipeline, "recipe": recipe}
+        return self.model_copy(update={"promote": self.promote.model_copy(update=labels)})
+
+    def arguments(self, ingest: IngestConfig, version: str, parameters: Collection[str]) -> dict[str, str | list[str]]:
+        """Values for the parameters that a pipeline has."""
+        configs = {name: getattr(self, name) for name in type(self).model_fields if name not in ("policies", "rounds")}
+        configs |= {
+            "ingest": ingest,
+            "evaluate_fp8_unit": self.evaluate.with_kv_cache("fp8_unit"),
+            "evaluate_fp8": self.evaluate.with_kv_cache("fp8"),
+        }
+        values: dict[str, str | list[str]] = {f"{name}_config": config.to_json() for name, config in configs.items()}
+        values |= {"version": version, "reinforce_configs": [policy.to_json() for policy in self.policies]}
+        return {name: values[name] for name in parameters}

@@ -1,0 +1,142 @@
+"""The few requests to the Kubernetes API that a job needs, asked again while the server cannot answer.
+
+There are no watches: a training runs for hours, and asking every few seconds has nothing that expires or is cut off.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from math import ceil
+from typing import Any, TypeVar
+
+from moesaic.core.errors import ConfigError, StageError
+from moesaic.platform.cluster.jobs.place import JobPlace
+
+Object = dict[str, Any]
+Answer = TypeVar("Answer")
+_PASSES = frozenset({408, 410, 429, 500, 502, 503, 504})
+"""Answers that another attempt may better."""
+_GONE, _TAKEN, _NOT_YET = 404, 409, 400
+_TIMEOUT_S = (10, 60)
+_AS_IT_IS = {"_preload_content": False, "_request_timeout": _TIMEOUT_S}
+"""The answer's bytes: the client's own classes refuse what they do not know, and logs that are no UTF-8."""
+_OVERLAP_S = 10
+"""Log lines are asked for again that far back, so that none is lost between two clocks."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+
+
+class JobsApi:
+    """Jobs of one kind in one namespace, their pods and logs."""
+
+    def __init__(self, place: JobPlace) -> None:
+        self._kind, self._container, self._patience_s = place.kind, place.container, place.patience_s
+        self._namespace = place.manifest["metadata"]["namespace"]
+        group, _, version = place.manifest["apiVersion"].partition("/")
+        self._resource = (group, version, self._namespace, f"{place.kind.lower()}s")
+        try:
+            from kubernetes import client
+        except ImportError as missing:
+            raise ConfigError("a job needs the package kubernetes; install moesaic[jobs]") from missing
+        connection = client.ApiClient(_configuration())
+        self._custom, self._core = client.CustomObjectsApi(connection), client.CoreV1Api(connection)
+
+    def jobs(self, selector: str) -> list[Object]:
+        """All jobs with these labels."""
+        ask = self._custom.list_namespaced_custom_object
+        found = self._ask("list", lambda: ask(*self._resource, label_selector=selector, _request_timeout=_TIMEOUT_S))
+        return [{"kind": self._kind} | one for one in found["items"]]
+
+    def job(self, name: str) -> Object | None:
+        """One job; None if there is none of this name."""
+        ask = self._custom.get_namespaced_custom_object
+        found = self._ask("get", lambda: ask(*self._resource, name, _request_timeout=_TIMEOUT_S), (_GONE,))
+        return None if found is None else {"kind": self._kind} | found
+
+    def create(self, manifest: Object) -> None:
+        """Make a job. One of its name that is there is it: an answer to an earlier request was lost."""
+        ask = self._custom.create_namespaced_custom_object
+        self._ask("create", lambda: ask(*self._resource, manifest, _request_timeout=_TIMEOUT_S), absent=(_TAKEN,))
+
+    def delete(self, name: str) -> None:
+        """Delete a job with all that it started; it may be gone already."""
+        ask = self._custom.delete_namespaced_custom_object
+        options = {"propagation_policy": "Background", "_request_timeout": _TIMEOUT_S}
+        self._ask("delete", lambda: ask(*self._resource, name, **options), absent=(_GONE,))
+
+    def pods(self, selector: str) -> list[Object]:
+        """All pods with these labels."""
+        ask, options = self._core.list_namespaced_pod, {"label_selector": selector, **_AS_IT_IS}
+        answer = self._ask("list pods", lambda: ask(self._namespace, **options).data)
+        found: list[Object] = json.loads(answer)["items"]
+        return found
+
+    def log(self, pod: str, since_s: float | None = None, last_lines: int | None = None) -> str:
+        """A pod's log with a time before each line, or its last lines without; empty where it has none or is gone.
+
+        Args:
+            pod: its name.
+            since_s: leave out what is older than this time of ``time.monotonic``, and some seconds.
+            last_lines: how many.
+        """
+        options: dict[str, Any] = {"container": self._container, "timestamps": last_lines is None, **_AS_IT_IS}
+        options |= {"tail_lines": last_lines} if last_lines else {}
+
+        def ask() -> bytes:
+            back = {} if since_s is None else {"since_seconds": ceil(time.monotonic() - since_s) + _OVERLAP_S}
+            return bytes(self._core.read_namespaced_pod_log(pod, self._namespace, **options, **back).data)
+
+        found = self._ask("read a pod's log", ask, absent=(_GONE, _NOT_YET))
+        return "" if found is None else found.decode(errors="replace")
+
+    def _ask(self, what: str, request: Callable[[], Answer], absent: tuple[int, ...] = ()) -> Answer | Any:
+        """Ask until there is an answer; None for a status in ``absent``."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        begun, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            try:
+                return request()
+            except ApiException as answer:
+                if answer.status in absent:
+                    return None
+                lost = f"{answer.status} {_said(answer)}"
+                if answer.status not in _PASSES:
+                    raise StageError(
+                        f"Kubernetes refuses to {what} (a {self._kind} in the namespace {self._namespace}): {lost}; "
+                        "see the role moesaic-pipeline in manifests/base, and what docs/cluster.md says a cluster has"
+                    ) from answer
+            except HTTPError as cut:
+                lost = f"{type(cut).__name__}: {cut}"
+            if time.monotonic() - begun > self._patience_s:
+                raise StageError(
+                    f"the Kubernetes API has not answered for {self._patience_s:.0f} s ({lost}); the job is left as it "
+                    "is, and the stage goes on with it when it is started again"
+                )
+            time.sleep(min(pause_s, self._patience_s))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _configuration() -> Any:
+    """The server that the pod's account, or a kubeconfig, names."""
+    from kubernetes import client, config
+
+    configuration = client.Configuration()
+    configuration.retries = False  # it is asked again here
+    try:
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            config.load_incluster_config(client_configuration=configuration)
+        else:
+            config.load_kube_config(config_file=os.environ.get("KUBECONFIG"), client_configuration=configuration)
+    except config.ConfigException as missing:
+        raise ConfigError(f"a job needs a Kubernetes API server: {missing}") from missing
+    return configuration
+
+
+def _said(answer: Any) -> str:
+    """What the server explains, else its status line."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(answer.body)["message"])
+    return str(answer.reason)

@@ -1,0 +1,232 @@
+"""Run a stage's command as a job: start it or find it running, show its log, and pass on how it ends.
+
+Jobs are named after the stage, its config and its inputs, and numbered by attempt. A stage that is started again finds
+the attempt that still runs and follows it; after one that ended, however it did, it starts the next, which goes on from
+the last checkpoint. Only a stage that is told to end deletes its job; ended jobs are left to their time to live.
+"""
+
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.files import written_atomically
+from moesaic.core.nodes import Work
+from moesaic.platform.cluster.jobs.api import JobsApi, Object
+from moesaic.platform.cluster.jobs.manifest import JOB_LABEL, name_job
+from moesaic.platform.cluster.jobs.place import JobPlace
+from moesaic.platform.cluster.jobs.status import describe_nodes, first_failure, first_node, pod_selector, state_of
+from moesaic.platform.cluster.profile import QUEUE_LABEL
+
+_SHOWN_LINES = 20
+
+
+class _Terminated(StageError):
+    """The stage was told to end."""
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """The job of one task, with which a stage runs its processes on nodes of their own."""
+
+    place: JobPlace
+    key: str
+    """Digest of all that decides the stage's result: names the job."""
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes it has."""
+        return self.place.num_nodes
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs of each; 0 for nodes without."""
+        return self.place.gpus_per_node
+
+    @property
+    def processes_per_node(self) -> int:
+        """One for each GPU, one where there is none."""
+        return self.place.processes_per_node
+
+    def visible(self, name: str, path: Path, scratch: Path) -> Path:
+        """An input where all nodes see it: itself, or a copy in ``scratch``.
+
+        Raises:
+            ConfigError: if the nodes do not see ``scratch`` either.
+        """
+        if not self.place.sees(scratch):
+            raise ConfigError(
+                f"the nodes of a job do not see {scratch}, only what lies below {', '.join(self.place.shared)}; let "
+                "MOESAIC_STORE or, with a store in a bucket, MOESAIC_CACHE name a directory there"
+            )
+        return path if self.place.sees(path) else _copied(path, scratch / "inputs" / name)
+
+    def run(self, work: Work, *, prepare: Callable[[], None], show: Callable[[str], None]) -> None:
+        """Run it to its end.
+
+        Args:
+            work: the command.
+            prepare: writes what the command reads; called before a job is started, not for one that runs already.
+            show: is given every line of the log.
+
+        Raises:
+            StageError: if the job fails, saying why; if it was deleted; if this process was told to end.
+        """
+        api, task = JobsApi(self.place), self.key[:40]
+        attempts = {_attempt(job): job for job in api.jobs(f"{JOB_LABEL}={task}")}
+        unfinished = [number for number, job in attempts.items() if _goes_on(job)]
+        number = max(unfinished) if unfinished else 1 + max(attempts, default=0)
+        name = f"{self.place.manifest['metadata']['name']}-{self.key[:12]}-{number}"
+        try:
+            with _told_by_signal():
+                if unfinished:
+                    _say(f"{self.place.kind} {name} is there already; following it")
+                else:
+                    prepare()
+                    work.log.unlink(missing_ok=True)
+                    api.create(name_job(self.place, name, task, work.command, work.environment, work.log))
+                    _say(f"{self.place.kind} {name} is created")
+                _Following(api, self.place, name, work.log, show).to_the_end()
+        except (_Terminated, KeyboardInterrupt):
+            api.delete(name)
+            _say(f"{self.place.kind} {name} is deleted")
+            raise
+
+
+class _Following:
+    """One job while it is followed."""
+
+    def __init__(self, api: JobsApi, place: JobPlace, name: str, log: Path, show: Callable[[str], None]) -> None:
+        self._api, self._place, self._name, self._log = api, place, name, log
+        self._show, self._said, self._pod = show, "", ""
+        self._lines: _PodLines | _FileLines | None = None
+        if place.kind == "RayJob":
+            self._lines = _FileLines(log)
+        else:
+            log.write_text("")  # the pod has it from its first line on
+
+    def to_the_end(self) -> None:
+        """Until the job is complete; StageError if it fails or disappears."""
+        while True:
+            job = self._api.job(self._name)
+            if job is None:
+                raise StageError(f"{self._place.kind} {self._name} was deleted by someone else before it had ended")
+            state, selector = state_of(job), pod_selector(job)
+            pods = self._api.pods(selector) if selector and state.phase != "queued" else []
+            self._pass_on(pods)
+            if state.phase == "complete":
+                return
+            if state.phase == "failed":
+                raise StageError(self._explain(state.message, pods))
+            self._report(self._queue() if state.phase == "queued" else describe_nodes(pods, self._place.num_nodes))
+            time.sleep(self._place.poll_s)
+
+    def _queue(self) -> str:
+        queue = self._place.manifest["metadata"]["labels"].get(QUEUE_LABEL)
+        return f"waits in the queue {queue}" if queue else "is suspended"
+
+    def _report(self, what: str) -> None:
+        if what != self._said:
+            self._said = what
+            _say(f"{self._place.kind} {self._name}: {what}")
+
+    def _pass_on(self, pods: Sequence[Object]) -> None:
+        """New lines of the log. A job that was suspended goes on in other pods."""
+        pod = first_node(pods)
+        if pod and pod != self._pod:
+            self._pod, self._lines = pod, _PodLines(self._api, pod, self._log)
+        for line in self._lines.new() if self._lines else ():
+            self._show(line)
+
+    def _explain(self, why: str, pods: Sequence[Object]) -> str:
+        message = f"{self._place.kind} {self._name} failed: {why}"
+        if ended := first_failure(pods):
+            last = self._api.log(ended.pod, last_lines=_SHOWN_LINES).splitlines()
+            message += f"\n{ended.message}; its log ends with:"
+        else:
+            last = self._log.read_text(errors="replace").splitlines() if self._log.is_file() else []
+            message += f"\n{self._log} ends with:" if last else ""
+        return "\n".join([message, *(f"  {line}" for line in last[-_SHOWN_LINES:])])
+
+
+class _PodLines:
+    """A pod's log as it grows, kept in a file too. Every line comes once, although some are asked for twice."""
+
+    def __init__(self, api: JobsApi, pod: str, copy: Path) -> None:
+        self._api, self._pod, self._copy = api, pod, copy
+        self._last, self._asked_s = "", 0.0
+
+    def new(self) -> list[str]:
+        """Lines since the last call."""
+        now_s = time.monotonic()
+        lines = self._api.log(self._pod, self._asked_s if self._last else None).split("\n")[:-1]
+        self._asked_s = now_s
+        if self._last in lines:
+            lines = lines[len(lines) - lines[::-1].index(self._last) :]
+        self._last = lines[-1] if lines else self._last
+        found = [line.partition(" ")[2] for line in lines]
+        with self._copy.open("a") as copy:
+            copy.writelines(f"{line}\n" for line in found)
+        return found
+
+
+class _FileLines:
+    """A file as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def new(self) -> list[str]:
+        """Whole lines since the last call."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode(errors="replace").split("\n")[:-1]
+
+
+@contextmanager
+def _told_by_signal() -> Iterator[None]:
+    """SIGTERM raises; Kubernetes sends it before it kills a pod."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def tell(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated("the stage was told to end (SIGTERM); its job is deleted")
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _attempt(job: Object) -> int:
+    return int(job["metadata"]["name"].rpartition("-")[2])
+
+
+def _goes_on(job: Object) -> bool:
+    return state_of(job).phase in ("queued", "active") and "deletionTimestamp" not in job["metadata"]
+
+
+def _copied(path: Path, target: Path) -> Path:
+    """A copy that appears when it is whole."""
+    if not target.exists():
+        with written_atomically(target) as partial:
+            shutil.copytree(path, partial)
+    return target
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

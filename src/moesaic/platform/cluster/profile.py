@@ -1,0 +1,185 @@
+"""What one cluster has: nodes, volumes, secrets, its registry and its queue. One file, checked, for every pipeline.
+
+It says *where*; recipes say *what*. Secrets are named, never given: whatever looks like one is refused.
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from moesaic.core.config import Config, Positive
+from moesaic.core.errors import ConfigError
+from moesaic.core.redaction import holds_password, names_secret
+
+Quantity = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[KMGT]i?|P)?$")]
+"""Kubernetes' form: ``8``, ``500m``, ``64Gi``."""
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+"""Of a Kubernetes object."""
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""Of the environment."""
+MountPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$")]
+
+SCRATCH, TEMPORARY, SHARED_MEMORY = "/scratch", "/tmp", "/dev/shm"
+"""Where our images write, and nowhere else."""
+QUEUE_LABEL, STAGE_LABEL = "kueue.x-k8s.io/queue-name", "moesaic/stage"
+JOB_KINDS = {"distill": "TrainJob", "reinforce": "RayJob"}
+"""Stages that can run on several nodes, and what starts them there."""
+
+
+class Toleration(Config):
+    """A taint that tasks put up with, as in a pod's specification."""
+
+    key: str
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class Node(Config):
+    """A kind of node, and how much of one a task gets."""
+
+    cpu: Quantity
+    """Cores, asked for and at most."""
+    memory: Quantity
+    """Asked for and at most; what lies in shared memory counts too."""
+    accelerators: Annotated[int, Field(ge=0, le=16)] = 0
+    """GPUs; torchrun starts one process on each."""
+    accelerator: str = "nvidia.com/gpu"
+    """The resource that the device plug-in offers."""
+    scratch: Quantity = "100Gi"
+    """Most that a task may write to /scratch on the node's disk."""
+    shared_memory: Quantity | None = None
+    """Size of /dev/shm; None leaves the container runtime's 64 MiB, too little for several processes."""
+    selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that a node must have."""
+    tolerations: tuple[Toleration, ...] = ()
+
+
+class SecretVariables(Config):
+    """Variables that a task gets from a secret of the cluster."""
+
+    secret: Name
+    variables: dict[Variable, str]
+    """Name of the variable: key within the secret."""
+    optional: bool = False
+    """Start without them where the secret does not exist."""
+
+
+class Claim(Config):
+    """A volume that every task mounts: a store that all of them share."""
+
+    claim: Name
+    path: MountPath
+
+
+class JobNodes(Config):
+    """Nodes of its own for a stage that needs more than its pod has; the pod only starts them and waits."""
+
+    template: dict[str, Any]
+    """The job's object, to be filled; in a file, the path of one from there."""
+    node: str
+    """The kind of all its nodes."""
+    num_nodes: Positive
+
+
+class ClusterProfile(Config):
+    """Where pipelines run. Stages without a kind of their own take the default one."""
+
+    namespace: Name = "moesaic"
+    service_account: Name = "moesaic-pipeline"
+    registry: str | None = None
+    """``host/path`` that replaces whatever stands before ``moesaic/`` in the images' names; digests stay."""
+    image_pull_secrets: tuple[Name, ...] = ()
+    queue: Name | None = None
+    """Kueue's queue for all that runs; None: started at once."""
+    user_id: Positive = 10001
+    """Who tasks run as; our images' own user unless the cluster gives out others."""
+    environment: dict[Variable, str] = Field(default_factory=dict)
+    """``MOESAIC_STORE``, ``MLFLOW_TRACKING_URI`` and the like; nothing secret."""
+    secrets: tuple[SecretVariables, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    nodes: dict[str, Node]
+    """Kinds of nodes, by names of your own."""
+    default: str
+    """The kind for every stage that ``stages`` does not name."""
+    stages: dict[str, str] = Field(default_factory=dict)
+    """Kinds of nodes by stage."""
+    images: dict[str, str] = Field(default_factory=dict)
+    """By stage the image that it runs in, where that is not its component's own: an evaluation through ``trtllm-serve``
+    needs ``moesaic/serve``, with its digest of ``images/lock.json``."""
+    jobs: dict[str, JobNodes] = Field(default_factory=dict)
+    """By stage; all others stay in their pod."""
+
+    @field_validator("environment")
+    @classmethod
+    def _nothing_secret(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
+            if names_secret(name) or holds_password(value):
+                raise ValueError(f"{name} looks like a secret; name a secret of the cluster under `secrets` instead")
+        return environment
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        kinds = {self.default, *self.stages.values(), *(job.node for job in self.jobs.values())}
+        unknown = sorted(kinds - set(self.nodes))
+        if unknown:
+            raise ValueError(f"{unknown} are no kinds under `nodes`, which has {sorted(self.nodes)}")
+        mounted = [SCRATCH, TEMPORARY, SHARED_MEMORY, *(claim.path for claim in self.claims)]
+        if repeated := sorted({path for path in mounted if mounted.count(path) > 1}):
+            raise ValueError(f"{repeated} would be mounted twice; /scratch, /tmp and /dev/shm are taken")
+        given = [*self.environment, *(name for secret in self.secrets for name in secret.variables)]
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ValueError(f"{twice} are set twice, in `environment` or `secrets`")
+        return self
+
+    @model_validator(mode="after")
+    def _jobs_can_run(self) -> Self:
+        for stage, job in self.jobs.items():
+            kind = job.template.get("kind")
+            if kind != JOB_KINDS.get(stage):
+                raise ValueError(f"{stage} cannot run as a {kind}; there are {JOB_KINDS}")
+        places = [self.environment.get(name, "") for name in ("MOESAIC_STORE", "MOESAIC_CACHE")]
+        local = places[1] if places[0].startswith("s3://") else places[0]
+        if self.jobs and not any(Path(local).is_relative_to(claim.path) for claim in self.claims):
+            raise ValueError(
+                f"the nodes of a job find a stage's files on a volume that all share, not at {local!r}: MOESAIC_STORE, "
+                "or MOESAIC_CACHE where the store is a bucket, must be a directory of one of `claims`"
+            )
+        return self
+
+    def node_for(self, stage: str) -> Node:
+        """The kind of node that a stage runs on."""
+        return self.nodes[self.stages.get(stage, self.default)]
+
+    def check_stages(self, known: Collection[str]) -> None:
+        """Raise ConfigError if the profile names a stage that there is not."""
+        if unknown := sorted({*self.stages, *self.images, *self.jobs} - set(known)):
+            raise ConfigError(f"the cluster profile names the stages {unknown}; there are {', '.join(sorted(known))}")
+
+
+def read_profile(path: Path) -> ClusterProfile:
+    """Read a profile from YAML, with the templates of jobs that it names.
+
+    Raises:
+        ConfigError: if it is not there, no YAML, or not valid; every problem with its place and value.
+    """
+    found = _read_yaml(path, "cluster profile", "manifests/profiles")
+    jobs = found.get("jobs") if isinstance(found, dict) else None
+    for job in jobs.values() if isinstance(jobs, dict) else ():
+        if isinstance(job, dict) and isinstance(job.get("template"), str):
+            job["template"] = _read_yaml(path.parent / job["template"], "template of a job", "manifests/jobs")
+    return ClusterProfile.parse(json.dumps(found))
+
+
+def _read_yaml(path: Path, what: str, examples: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError as failure:
+        raise ConfigError(f"there is no {what} {path}; {examples} has examples") from failure
+    except yaml.YAMLError as failure:
+        raise ConfigError(f"{path} is no YAML: {failure}") from failure

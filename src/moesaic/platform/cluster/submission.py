@@ -1,0 +1,349 @@
+"""Kubeflow Pipelines' API (v2beta1): the one place that talks to it, through Kubeflow's own client.
+
+Who one is, the client finds out in its own ways: a service account's token in a file, the token of its command line,
+Google's proxy, or what ``~/.config/kfp/context.json`` holds. No token passes through options, configs or messages.
+"""
+
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+from moesaic.core.errors import ConfigError, MoesaicError
+from moesaic.core.redaction import HIDDEN
+from moesaic.platform.cluster.following import RunStatus, TaskStatus, Unavailable, numbered
+
+HOST_VARIABLE = "KF_PIPELINES_ENDPOINT"
+_UI_VARIABLE, _TOKEN_FILE_VARIABLE, _TOKEN_VARIABLE = (
+    "KF_PIPELINES_UI_ENDPOINT",
+    "KF_PIPELINES_SA_TOKEN_PATH",
+    "KFP_EXISTING_TOKEN",
+)
+"""Names that Kubeflow's client and its command line gave them."""
+_ACCESS = (
+    f"set {_TOKEN_FILE_VARIABLE} to the file of a service account's token, or {_TOKEN_VARIABLE}, "
+    "or log in as docs/cluster.md says"
+)
+_REQUEST_TIMEOUT_S = (10, 60)
+"""To connect, and for each read."""
+_RUNS_SHOWN, _MESSAGE_LENGTH = 20, 400
+
+
+class _NotFound(ConfigError):
+    """There is no such thing on the server."""
+
+
+class _Conflict(ConfigError):
+    """There is such a thing already."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A pipeline's version on the server."""
+
+    pipeline_id: str
+    version_id: str
+    is_new: bool
+    """Whether it has just been uploaded."""
+
+
+class Kubeflow:
+    """A server of Kubeflow Pipelines, as one user."""
+
+    def __init__(self, host: str, client: Any, multi_user: bool) -> None:
+        """Use :meth:`connect`."""
+        self.host, self._client, self._multi_user = host, client, multi_user
+        self._stages: dict[str, frozenset[str] | None] = {}
+
+    @classmethod
+    def connect(cls, host: str | None) -> "Kubeflow":
+        """Reach the server at ``host``, else at ``KF_PIPELINES_ENDPOINT``.
+
+        Raises:
+            ConfigError: if none is named, nobody answers, it is no Kubeflow Pipelines, or it refuses this user.
+        """
+        address = _checked_host(host or os.environ.get(HOST_VARIABLE, ""))
+        try:
+            client = _client(address)
+            with _explained(address):
+                health = client.healthzs.healthz_service_get_healthz(
+                    _preload_content=False, _request_timeout=_REQUEST_TIMEOUT_S
+                )
+                multi_user = bool(json.loads(health.data).get("multi_user"))
+        except (Unavailable, _NotFound) as failure:
+            raise ConfigError(
+                f"{failure}; --host is the address of Kubeflow Pipelines' API, "
+                "such as https://kubeflow.example.com/pipeline"
+            ) from failure
+        return cls(address, client, multi_user)
+
+    def link(self, run_id: str) -> str:
+        """Where the run is shown."""
+        shown_at = os.environ.get(_UI_VARIABLE) or self.host
+        return f"{shown_at.rstrip('/')}/#/runs/details/{run_id}"
+
+    def upload(self, pipeline: str, version: str, text: str, namespace: str) -> Version:
+        """Make the pipeline and its version, or find them; versions of the same name are the same."""
+        pipelines = self._client.pipelines
+        wanted = self._client.api_models.V2beta1Pipeline(display_name=pipeline, **self._in(namespace))
+        pipeline_id, _ = _find_or_make(
+            lambda: self._find(pipelines.pipeline_service_list_pipelines, "pipelines", pipeline, **self._in(namespace)),
+            lambda: self._call(pipelines.pipeline_service_create_pipeline, wanted).pipeline_id,
+        )
+        version_id, is_new = _find_or_make(
+            lambda: self._find(
+                pipelines.pipeline_service_list_pipeline_versions,
+                "pipeline_versions",
+                version,
+                pipeline_id=pipeline_id,
+            ),
+            lambda: self._upload_version(pipeline_id, version, text),
+        )
+        return Version(pipeline_id, version_id, is_new)
+
+    def experiment(self, name: str, namespace: str) -> str:
+        """The id of the experiment; it is made if there is none."""
+        experiments = self._client.experiments
+        wanted = self._client.api_models.V2beta1Experiment(display_name=name, **self._in(namespace))
+        found, _ = _find_or_make(
+            lambda: self._find_experiment(name, namespace),
+            lambda: self._call(experiments.experiment_service_create_experiment, wanted).experiment_id,
+        )
+        return found
+
+    def start(
+        self, name: str, version: Version, experiment_id: str, arguments: Mapping[str, Any], service_account: str
+    ) -> str:
+        """Create a run and return its id."""
+        models = self._client.api_models
+        run = models.V2beta1Run(
+            display_name=name,
+            experiment_id=experiment_id,
+            pipeline_version_reference=models.V2beta1PipelineVersionReference(
+                pipeline_id=version.pipeline_id, pipeline_version_id=version.version_id
+            ),
+            runtime_config=models.V2beta1RuntimeConfig(parameters=dict(arguments)),
+            service_account=service_account,
+        )
+        return str(self._call(self._client.runs.run_service_create_run, run).run_id)
+
+    def run(self, run_id: str) -> RunStatus:
+        """A run with its tasks."""
+        found = self._of_run(self._client.runs.run_service_get_run, run_id)
+        if found.run_id != run_id:
+            raise _strange(self.host)
+        details = found.run_details.task_details if found.run_details else None
+        return _run_status(found, _tasks(details or [], self._stage_names(found)))
+
+    def runs(self, experiment: str, namespace: str) -> list[RunStatus]:
+        """The latest runs of an experiment, newest first."""
+        experiment_id = self._find_experiment(experiment, namespace)
+        if experiment_id is None:
+            raise ConfigError(f"{self.host} has no experiment {experiment!r}; `moesaic submit` makes it")
+        found = self._call(
+            self._client.runs.run_service_list_runs,
+            experiment_id=experiment_id,
+            page_size=_RUNS_SHOWN,
+            sort_by="created_at desc",
+        )
+        return [_run_status(run, ()) for run in found.runs or []]
+
+    def cancel(self, run_id: str) -> None:
+        """Ask for the end of a run."""
+        self._of_run(self._client.runs.run_service_terminate_run, run_id)
+
+    def retry(self, run_id: str) -> None:
+        """Run the failed tasks of a run again."""
+        self._of_run(self._client.runs.run_service_retry_run, run_id)
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        with _explained(self.host):
+            return method(*arguments, _request_timeout=_REQUEST_TIMEOUT_S, **named)
+
+    def _of_run(self, method: Callable[..., Any], run_id: str) -> Any:
+        try:
+            return self._call(method, run_id)
+        except _NotFound as failure:
+            raise ConfigError(f"{self.host} has no run {run_id!r}; `moesaic status` lists the runs") from failure
+
+    def _in(self, namespace: str) -> dict[str, str]:
+        """Servers with one user for all know no namespaces and refuse them."""
+        return {"namespace": namespace} if self._multi_user else {}
+
+    def _find(self, listing: Callable[..., Any], kind: str, name: str, **named: Any) -> str | None:
+        """The id of what has this name."""
+        equal = {"operation": "EQUALS", "key": "display_name", "string_value": name}
+        found = getattr(self._call(listing, filter=json.dumps({"predicates": [equal]}), **named), kind)
+        return getattr(found[0], f"{kind.removesuffix('s')}_id") if found else None
+
+    def _find_experiment(self, name: str, namespace: str) -> str | None:
+        listing = self._client.experiments.experiment_service_list_experiments
+        return self._find(listing, "experiments", name, **self._in(namespace))
+
+    def _upload_version(self, pipeline_id: str, version: str, text: str) -> str:
+        with TemporaryDirectory() as directory:
+            path = Path(directory, f"{version}.yaml")
+            path.write_text(text)
+            uploading = self._client.pipeline_uploads.upload_pipeline_version
+            made = self._call(uploading, str(path), name=version, pipelineid=pipeline_id)
+        return str(made.pipeline_version_id)
+
+    def _stage_names(self, run: Any) -> frozenset[str] | None:
+        """Names of the tasks that run stages, which Kubeflow lists among many of its own; None if unknown."""
+        if run.pipeline_spec:
+            return _leaf_tasks(run.pipeline_spec)
+        reference = run.pipeline_version_reference
+        if reference is None:
+            return None
+        key = reference.pipeline_version_id
+        if key not in self._stages:
+            try:
+                version = self._call(
+                    self._client.pipelines.pipeline_service_get_pipeline_version, reference.pipeline_id, key
+                )
+                self._stages[key] = _leaf_tasks(version.pipeline_spec)
+            except _NotFound:
+                self._stages[key] = None
+        return self._stages[key]
+
+
+def _checked_host(host: str) -> str:
+    if not host:
+        raise ConfigError(f"no Kubeflow is named; give --host or set {HOST_VARIABLE}")
+    parts = urlsplit(host)
+    if parts.username or parts.password:
+        raise ConfigError(f"the host must not hold a name or password; {_ACCESS}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"host {host!r} is no address; it begins with https:// or http://")
+    return host.rstrip("/")
+
+
+def _client(host: str) -> Any:
+    """Kubeflow's client. Its constructor would probe the server for 25 s if it were given no other namespace."""
+    from kfp import client
+
+    token_file = Path(os.environ.get(_TOKEN_FILE_VARIABLE) or client.KF_PIPELINES_SA_TOKEN_PATH)
+    if os.environ.get(_TOKEN_FILE_VARIABLE) and not os.access(token_file, os.R_OK):
+        raise ConfigError(f"{_TOKEN_FILE_VARIABLE} names {token_file}, which cannot be read")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return client.Client(
+            host,
+            namespace="moesaic",
+            existing_token=os.environ.get(_TOKEN_VARIABLE),
+            credentials=client.ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file.is_file() else None,
+            ssl_ca_cert=os.environ.get("SSL_CERT_FILE"),
+        )
+
+
+@contextmanager
+def _explained(host: str) -> Iterator[None]:
+    """Turn the client's exceptions into ours."""
+    from kfp_server_api import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except ApiException as failure:
+        raise _refusal(host, failure.status or 0, failure.body or failure.reason or "") from failure
+    except HTTPError as failure:
+        reason = re.sub(r"^.*?[>)]: ", "", str(getattr(failure, "reason", None) or failure))
+        raise Unavailable(f"{host} cannot be reached: {reason}") from failure
+    except (AttributeError, TypeError, ValueError) as failure:
+        raise _strange(host) from failure
+
+
+def _strange(host: str) -> ConfigError:
+    return ConfigError(f"{host} does not answer as Kubeflow Pipelines does, maybe with a page to log in; {_ACCESS}")
+
+
+def _refusal(host: str, status: int, body: str) -> MoesaicError:
+    if status == 401:
+        return ConfigError(f"{host} does not know who you are (401); {_ACCESS}")
+    try:
+        reason = str(json.loads(body)["message"])
+    except (KeyError, TypeError, ValueError):
+        reason = body
+    reason = re.sub(r"(?i)bearer\s+\S+", f"Bearer {HIDDEN}", " ".join(reason.split()))[:_MESSAGE_LENGTH]
+    if status == 429 or status >= 500:
+        return Unavailable(f"{host} fails ({status}): {reason}")
+    kinds: dict[int, type[ConfigError]] = {404: _NotFound, 409: _Conflict}
+    return kinds.get(status, ConfigError)(f"{host} refuses ({status}): {reason}")
+
+
+def _find_or_make(find: Callable[[], str | None], make: Callable[[], str]) -> tuple[str, bool]:
+    """An id, and whether it has just been made; someone else may make the same at the same time."""
+    if found := find():
+        return found, False
+    try:
+        return make(), True
+    except (_Conflict, Unavailable):
+        if found := find():
+            return found, False
+        raise
+
+
+def _leaf_tasks(specification: Mapping[str, Any] | None) -> frozenset[str] | None:
+    """Names of the tasks of a pipeline and of the pipelines within it that run a container."""
+    if not specification:
+        return None
+    inner = specification.get("pipeline_spec", specification)
+    components = inner.get("components", {})
+    return frozenset(
+        name
+        for dag in (inner["root"], *components.values())
+        for name, task in dag.get("dag", {}).get("tasks", {}).items()
+        if "executorLabel" in components[task["componentRef"]["name"]]
+    )
+
+
+def _tasks(details: Collection[Any], stages: frozenset[str] | None) -> tuple[TaskStatus, ...]:
+    """The tasks of stages, and of Kubeflow's own only those that failed."""
+    wanted = [
+        task
+        for task in details
+        if stages is None or task.display_name in stages or (task.state == "FAILED" and _is_driver(task.display_name))
+    ]
+    wanted.sort(key=lambda task: (task.create_time is None, task.create_time, task.task_id))
+    names = numbered([task.display_name.replace("-", "_") for task in wanted])
+    return tuple(
+        TaskStatus(
+            id=task.task_id,
+            name=name,
+            state=task.state or "PENDING",
+            started=_moment(task.start_time),
+            ended=_moment(task.end_time),
+            message=_message(task.error),
+        )
+        for name, task in zip(names, wanted, strict=True)
+    )
+
+
+def _is_driver(name: str) -> bool:
+    """Whether it is a task by which Kubeflow prepares another."""
+    return name.endswith("-driver")
+
+
+def _run_status(run: Any, tasks: tuple[TaskStatus, ...]) -> RunStatus:
+    state, ended = run.state or "PENDING", _moment(run.finished_at)
+    return RunStatus(run.run_id, run.display_name, state, run.created_at, ended, _message(run.error), tasks)
+
+
+def _moment(given: datetime | None) -> datetime | None:
+    """Kubeflow writes 1970 for what has not happened yet."""
+    return given if given and given.timestamp() > 0 else None
+
+
+def _message(error: Any) -> str:
+    text = error.message if error and error.message else ""
+    return " ".join(text.split())[:_MESSAGE_LENGTH]

@@ -1,0 +1,36 @@
+"""Bring the inputs of a pipeline run in: look each one up in the store, check it whole, hand on its manifest."""
+
+from pathlib import Path
+
+from moesaic.core.errors import ArtifactError
+from moesaic.data.datasets import read_rows
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.store import Address, Kind, Manifest, Store
+from moesaic.platform.store.manifest import MANIFEST
+
+
+def run(config: IngestConfig, *, store: Address, output: Path, scratch: Path) -> dict[str, float]:
+    """Write ``<input>/manifest.json`` for each input the config names, after recomputing every digest."""
+    contents = Store.at(store)
+    metrics: dict[str, float] = {}
+    for name in type(config).model_fields:
+        kind: Kind = "model" if name == "parent" else "dataset"
+        manifest = contents.manifest(getattr(config, name))
+        if manifest.kind != kind:
+            raise ArtifactError(f"{name} = {manifest.id} is a {manifest.kind}, not a {kind}; give the id of a {kind}")
+        tree = contents.materialize(manifest, verify=True)
+        metrics |= check_model(tree) if kind == "model" else {f"{name}_rows": float(len(read_rows(tree)))}
+        _write(manifest, output / name)
+    return metrics
+
+
+def check_model(directory: Path) -> dict[str, float]:
+    """Open a checkpoint by its headers; an ArtifactError says what is wrong with it."""
+    checkpoint = Checkpoint.open(directory)
+    return {"parent_layers": checkpoint.num_layers, "parent_experts": checkpoint.architecture.num_experts}
+
+
+def _write(manifest: Manifest, directory: Path) -> None:
+    directory.mkdir()
+    (directory / MANIFEST).write_text(manifest.to_json())

@@ -1,0 +1,93 @@
+"""What a pipeline run would take, before anything is spent: bytes, memory, GPU-hours, traffic to the store.
+
+Nothing is read but headers. Sizes follow from shapes (``moesaic.models.gpt_oss``), times from the hardware table;
+the formulas of a stage stand in its room, in ``needs.py``. Where a number depends on data that is not there, it is an
+upper bound or one of the ``Assumed`` values.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moesaic.core.config import Config
+from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.search.search_architecture.stage import SearchArchitectureConfig
+from moesaic.stages import find_stage
+
+HOUR_MS = 3.6e6
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A task with its needs and its traffic, given all tasks before it."""
+
+    task: PipelineTask[Config]
+    needs: Needs
+    upload_bytes: int
+    """Shards that the store does not have yet."""
+    download_bytes: int
+    """Shards of its models, into an empty cache."""
+
+    def as_json(self) -> dict[str, Any]:
+        """One entry of the plan."""
+        hours = self.needs.gpu_ms
+        return {
+            "task": self.task.name,
+            "stage": self.task.stage,
+            "read_bytes": round(self.needs.read_bytes),
+            "written_bytes": round(self.needs.written_bytes),
+            "peak_bytes": round(self.needs.peak_bytes),
+            "gpu_hours": None if hours is None else round(hours / HOUR_MS, 4),
+            "upload_bytes": self.upload_bytes,
+            "download_bytes": self.download_bytes,
+            "counts": dict(self.needs.counts),
+        }
+
+
+def assume_child(parent: Architecture, config: SearchArchitectureConfig) -> Architecture:
+    """A child to plan with: of gpt-oss-120b the released one, of others a uniform one at the recipe's limits.
+
+    The uniform one keeps ``max_experts_ratio`` of each layer's experts (three quarters if there is no such limit) and
+    every window as it is, so its cache is the parent's: an upper bound.
+    """
+    if parent == gpt_oss.GPT_OSS_120B_BLOCKS:
+        return gpt_oss.GPT_OSS_PUZZLE_88B_BLOCKS
+    ratio = min(config.max_experts_ratio or 0.75, 1.0)
+    return Architecture.of(Block(math.floor(block.num_experts * ratio), block.window) for block in parent.blocks)
+
+
+def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts) -> list[Planned]:
+    """Go through the tasks in an order in which each follows those it takes models from."""
+    made: dict[str, Shards] = {}
+    stored: dict[str, int] = {}
+    planned = []
+    for task in tasks:
+        inputs = [made[name] for name in task.models]
+        formulas = find_stage(task.stage).needs
+        needs = formulas(task, facts, inputs) if formulas else Needs()
+        made[task.name] = needs.made
+        new = {key: size for key, size in needs.made.items() if key not in stored}
+        stored |= new
+        planned.append(Planned(task, needs, sum(new.values()), sum(_union(inputs).values())))
+    return planned
+
+
+def totals(planned: Sequence[Planned]) -> dict[str, float | None]:
+    """Sums over all tasks, and the highest peak."""
+    hours = [one.needs.gpu_ms for one in planned]
+    modelled = [value for value in hours if value is not None]
+    return {
+        "read_bytes": round(sum(one.needs.read_bytes for one in planned)),
+        "written_bytes": round(sum(one.needs.written_bytes for one in planned)),
+        "peak_bytes": round(max(one.needs.peak_bytes for one in planned)),
+        "gpu_hours": round(sum(modelled) / HOUR_MS, 2) if len(modelled) == len(hours) else None,
+        "upload_bytes": sum(one.upload_bytes for one in planned),
+        "download_bytes": sum(one.download_bytes for one in planned),
+    }
+
+
+def _union(shards: Sequence[Shards]) -> dict[str, int]:
+    return {key: size for each in shards for key, size in each.items()}

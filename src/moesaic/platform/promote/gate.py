@@ -1,0 +1,145 @@
+"""The gate of the model registry: what a child must show before it becomes the champion (paper A, its first figure).
+
+    retention(effort)          = accuracy(child) / accuracy(parent)
+    request_efficiency(effort) = requests/s of the child / requests/s of the parent, at equal effort: through a server,
+                                 as deployed, where the report has that; else in process, KV cache in BF16
+    kv_accuracy_loss           = largest, over efforts, of accuracy(KV in BF16) - accuracy(KV in FP8), calibrated scales
+
+All three are the report's figures. Three lines more ask whether they can be trusted: files and layout of the exported
+bundle were checked, every input is known by digest, and report and bundle are of this very child. The paper has no such
+gate.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from rich.table import Table
+
+from moesaic.core.config import Effort
+from moesaic.core.errors import ArtifactError
+from moesaic.deploy.export_engine.verdict import BundleChecks
+from moesaic.platform.promote.stage import PromoteConfig
+
+_NOT_MEASURED = "not measured"
+_CHECKED = "files and layout checked"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the report says of a child; a figure that was not measured is absent or None."""
+
+    retention: Mapping[str, float | None]
+    """By effort."""
+    request_efficiency: Mapping[str, float]
+    """By effort."""
+    kv_accuracy_loss: float | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known of how a child and the evidence for it came about."""
+
+    known: int
+    """Inputs, over all stages, that are there and whose making is recorded."""
+    unknown: tuple[str, ...]
+    """The others, in words."""
+    evidence_is_its_own: bool
+    """Whether this very child is among what the report, and the bundle if there is one, were made of."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One condition of the gate."""
+
+    name: str
+    figure: float | str
+    asked: str
+    met: bool
+
+
+def read_figures(summary: Mapping[str, Any]) -> Figures:
+    """The figures in a report's ``summary.json``: of the recovered child, or of the pruned one if none was recovered.
+
+    Raises:
+        ArtifactError: if it is not such a summary.
+    """
+    try:
+        recovery = summary.get("recovery")
+        if recovery is None:
+            retained = {effort: found["accuracy"]["retention"] for effort, found in summary["efforts"].items()}
+            return Figures(retained, summary["request_efficiency"]["child_over_parent"], None)
+        rows = [row for row in recovery["kv_cache"] if (row["model"], row["kv_cache"]) == ("child", "fp8")]
+        losses = [-found["change"] for row in rows for found in row["efforts"].values()]
+        served = summary.get("serving")
+        in_process = recovery["request_efficiency"]["equal_effort"]
+        rates = in_process if served is None else served["request_efficiency"]["child_over_parent"]
+        return Figures(recovery["retention"], rates, max(losses, default=None))
+    except (AttributeError, KeyError, TypeError) as broken:
+        raise ArtifactError(f"summary.json of the report cannot be read ({broken!r}); run report again") from broken
+
+
+def judge(config: PromoteConfig, figures: Figures, bundle: BundleChecks | None, provenance: Provenance) -> list[Line]:
+    """Every line of the gate; the child may become champion if all are met.
+
+    Args:
+        config: the thresholds; what it does not ask for has no line.
+        figures: of the report.
+        bundle: what was checked of the exported bundle; None if there is none.
+        provenance: of child and report.
+    """
+    lines = _by_effort("retention", figures.retention, config.min_retention)
+    lines += _by_effort("request_efficiency", figures.request_efficiency, config.min_request_efficiency)
+    if config.max_kv_accuracy_loss is not None:
+        lines.append(_at_most("kv_accuracy_loss", figures.kv_accuracy_loss, config.max_kv_accuracy_loss))
+    if config.require_export:
+        found = "no bundle" if bundle is None else bundle.words
+        lines.append(Line("export_checked", found, _CHECKED, bundle is not None and bundle.passed))
+    return [*lines, *_provenance_lines(provenance)]
+
+
+def is_met(lines: Sequence[Line]) -> bool:
+    """Whether every line holds."""
+    return all(line.met for line in lines)
+
+
+def gate_table(lines: Sequence[Line]) -> Table:
+    """The lines for a terminal or a log."""
+    table = Table("line", "figure", "asked", "", title="Gate")
+    for line in lines:
+        table.add_row(line.name, shown(line.figure), line.asked, "met" if line.met else "NOT MET")
+    return table
+
+
+def shown(figure: float | str) -> str:
+    """A figure as the table writes it."""
+    return figure if isinstance(figure, str) else f"{figure:.4g}"
+
+
+def _provenance_lines(provenance: Provenance) -> list[Line]:
+    every = provenance.known + len(provenance.unknown)
+    unknown = f"; unknown: {', '.join(provenance.unknown)}" if provenance.unknown else ""
+    complete = every > 0 and not provenance.unknown
+    own = provenance.evidence_is_its_own
+    return [
+        Line("lineage_complete", f"{provenance.known} of {every} inputs{unknown}", "all", complete),
+        Line("evidence_of_this_child", "yes" if own else "no", "yes", own),
+    ]
+
+
+def _by_effort(name: str, figures: Mapping[str, float | None], least: Mapping[Effort, float]) -> list[Line]:
+    efforts: tuple[Effort, ...] = get_args(Effort)
+    asked = (effort for effort in efforts if effort in least)
+    return [_at_least(f"{name}.{effort}", figures.get(effort), least[effort]) for effort in asked]
+
+
+def _at_least(name: str, figure: float | None, least: float) -> Line:
+    return Line(name, _or_words(figure), f">= {least:g}", figure is not None and figure >= least)
+
+
+def _at_most(name: str, figure: float | None, most: float) -> Line:
+    return Line(name, _or_words(figure), f"<= {most:g}", figure is not None and figure <= most)
+
+
+def _or_words(figure: float | None) -> float | str:
+    return _NOT_MEASURED if figure is None else figure

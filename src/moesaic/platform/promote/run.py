@@ -1,0 +1,175 @@
+"""Register a child, hold it against the gate, and make it the champion of the model registry if every line is met."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moesaic.core.errors import ArtifactError
+from moesaic.deploy.export_engine.manifest import VALIDATION
+from moesaic.deploy.export_engine.verdict import BundleChecks
+from moesaic.models.payloads import read_json
+from moesaic.platform.promote.gate import Line, Provenance, gate_table, is_met, judge, read_figures, shown
+from moesaic.platform.promote.stage import PromoteConfig
+from moesaic.platform.registry.registry import CHAMPION, Registry, RegistryAddress
+from moesaic.platform.runs.lineage import Input, Origin, find_digest, origins, sources, trace, unknown_inputs, walk
+from moesaic.platform.runs.records import content_digest, origin_of
+from moesaic.platform.store import Address, Manifest, Store
+from moesaic.platform.store.manifest import MANIFEST
+
+SUMMARY, PROMOTION = "summary.json", "promotion.json"
+ORIGIN_TAG, CONFIG_TAG = "moesaic.origin", "moesaic.promote_config"
+"""Tags that say how the inputs of a promotion (``.child``, ``.report``, ``.bundle``) came about, and its config."""
+_DIRECTORY = "moesaic://"
+"""Scheme of a manifest in a directory: MLflow's server refuses plain paths, which it takes for its own."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A child that is put forward, with what the gate says of it."""
+
+    manifest_id: str
+    source: str
+    """Address of the manifest."""
+    lines: list[Line]
+    tags: Mapping[str, str]
+
+    @property
+    def description(self) -> str:
+        """The gate as Markdown, which MLflow shows with the version."""
+        rows = [f"| {line.name} | {shown(line.figure)} | {line.asked} | {_word(line)} |" for line in self.lines]
+        return "\n".join(["| gate | figure | asked | |", "|---|---|---|---|", *rows])
+
+
+def run(
+    config: PromoteConfig,
+    *,
+    child: Path,
+    report: Path,
+    bundle: Path | None = None,
+    store: Address,
+    registry: RegistryAddress,
+    output: Path,
+    scratch: Path,
+) -> dict[str, float]:
+    """Write ``promotion.json``: the version, what became of it, the gate's lines. A refusal is a result too."""
+    candidate = examine(config, child=Manifest.read(child).id, report=report, bundle=bundle, store=Store.at(store))
+    Console(file=sys.stderr, width=120).print(gate_table(candidate.lines))
+    promotion = put_forward(config, candidate, registry)
+    (output / PROMOTION).write_text(json.dumps(promotion, indent=1) + "\n")
+    figures = {line.name: line.figure for line in candidate.lines if isinstance(line.figure, float)}
+    return figures | {"version": promotion["version"], "champion": float(promotion["champion"] == promotion["version"])}
+
+
+def examine(config: PromoteConfig, *, child: str, report: Path, bundle: Path | None, store: Store) -> Candidate:
+    """Hold a child, its report and its exported bundle, if there is one, against the gate. Nothing is changed.
+
+    Args:
+        config: the thresholds.
+        child: id of its manifest in the store.
+        report: directory of the report and its record, from which the child's own history is known.
+        bundle: directory of the exported bundle.
+        store: where manifests and records are.
+
+    Raises:
+        ArtifactError: if an input is not what its stage writes, or the child is not in the store.
+    """
+    manifest = store.manifest(child)
+    figures = read_figures(read_json(report / SUMMARY))
+    given = {"report": report} | ({} if bundle is None else {"bundle": bundle})
+    evidence = {name: _trace(store, path) for name, path in given.items()}
+    history = find_digest(evidence["report"], child) if evidence["report"] else None
+    lines = judge(config, figures, _bundle_checks(bundle, store), _provenance(store, evidence, history))
+    tags = {f"moesaic.{name}": content_digest(path) for name, path in given.items()}
+    tags |= {f"{ORIGIN_TAG}.{name}": origin.id for name, origin in ({"child": history} | evidence).items() if origin}
+    tags |= {CONFIG_TAG: config.to_json()} | _gate_tags(lines) | _history_tags(history)
+    tags |= {f"moesaic.{name}": value for name in ("pipeline", "recipe") if (value := getattr(config, name))}
+    return Candidate(manifest.id, source_of(store, manifest.id), lines, tags)
+
+
+def put_forward(
+    config: PromoteConfig, candidate: Candidate, address: RegistryAddress, *, again: bool = False
+) -> dict[str, Any]:
+    """Register the candidate as the challenger, and as the champion if the gate lets it. What became of it, as JSON."""
+    registry = Registry(address, config.model)
+    registry.create()
+    known = registry.history()
+    version = registry.register(candidate.manifest_id, candidate.source, candidate.tags, candidate.description)
+    registry.challenge(version.number)
+    met = is_met(candidate.lines)
+    outcome = registry.promote(version, known, again=again) if met else "refused"
+    return {
+        "model": config.model,
+        "version": version.number,
+        "manifest": candidate.manifest_id,
+        "outcome": outcome,
+        CHAMPION: registry.settle(),
+        "lines": [asdict(line) for line in candidate.lines],
+    }
+
+
+def source_of(store: Store, manifest_id: str) -> str:
+    """The address of a manifest, as a version's source names it."""
+    address = store.root.address
+    root = address if "://" in address else f"{_DIRECTORY}{Path(address).absolute()}"
+    return f"{root}/manifests/{manifest_id}.json"
+
+
+def store_address(source: str) -> Address:
+    """The store that holds the manifest at such an address."""
+    root, found, _ = source.rpartition("/manifests/")
+    if not found:
+        raise ArtifactError(f"{source} is not the address of a manifest; name the store with --store")
+    return Path(root.removeprefix(_DIRECTORY)) if root.startswith(_DIRECTORY) else root
+
+
+def _trace(store: Store, directory: Path) -> Origin | None:
+    origin = origin_of(directory)
+    return trace(store, origin) if origin else None
+
+
+def _provenance(store: Store, evidence: Mapping[str, Origin | None], child: Origin | None) -> Provenance:
+    traced = [origin for origin in evidence.values() if origin]
+    every = {_words(given) for origin in traced for given in walk(origin)}
+    unknown = [name for name, origin in evidence.items() if origin is None]
+    unknown += dict.fromkeys(_words(given) for origin in traced for given in unknown_inputs(store, origin))
+    own = child is not None and all(origin and child.id in origins(origin) for origin in evidence.values())
+    return Provenance(len(every.difference(unknown)), tuple(unknown), own)
+
+
+def _words(given: Input) -> str:
+    return f"{given.name} {given.digest[:12]}"
+
+
+def _bundle_checks(bundle: Path | None, store: Store) -> BundleChecks | None:
+    """What the export checked of its bundle, of which nothing else is read; None if there is no bundle."""
+    if bundle is None:
+        return None
+    if (bundle / MANIFEST).is_file():
+        entries = [entry for entry in Manifest.read(bundle).files if entry.path == VALIDATION]
+        found = json.loads(store.read_range(entries[0], 0, entries[0].size_bytes)) if entries else {}
+    else:
+        found = read_json(bundle / VALIDATION)
+    return BundleChecks(found.get("passed") is True, found.get("loaded_by"))
+
+
+def _gate_tags(lines: list[Line]) -> dict[str, str]:
+    tags = {f"moesaic.gate.{line.name}": f"{shown(line.figure)} ({line.asked}): {_word(line)}" for line in lines}
+    return tags | {"moesaic.gate": "met" if is_met(lines) else "not met"}
+
+
+def _history_tags(child: Origin | None) -> dict[str, str]:
+    """What it was made from, by digest, and with which code."""
+    if child is None:
+        return {}
+    tags = {f"moesaic.source.{name}": digest for name, digest in sources(child).items()}
+    code = f"{child.record.versions.get('moesaic', '')}+{child.record.code_digest[:12]}"
+    return tags | {"moesaic.code": code, "moesaic.subject": child.record.subject}
+
+
+def _word(line: Line) -> str:
+    return "met" if line.met else "NOT MET"

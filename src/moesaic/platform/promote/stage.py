@@ -1,0 +1,47 @@
+"""Registers a child in MLflow's model registry, holds it against the gate, and makes it the champion if every line is
+met.
+
+A child that fails the gate stays the challenger; the task succeeds, since that is a result. Run again, the task changes
+nothing more. `MLFLOW_TRACKING_URI` names the registry, see `docs/registry.md`.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from moesaic.core.config import Amount, Config, Effort
+from moesaic.core.stage import Stage, artifact, model
+
+
+class PromoteConfig(Config):
+    """What a child must show to become the champion of the model registry, see ``moesaic.promotion``."""
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "moesaic"
+    """Name of the registered model whose versions are children of one parent."""
+    min_retention: dict[Effort, Amount] = {"low": 0.98, "medium": 0.98, "high": 0.98}
+    """Least share of the parent's accuracy, by effort."""
+    min_request_efficiency: dict[Effort, Amount] = {"low": 1.0, "medium": 1.0, "high": 1.0}
+    """Least request rate over the parent's at equal effort."""
+    max_kv_accuracy_loss: Annotated[float, Field(ge=0)] | None = 0.02
+    """Accuracy that the FP8 KV cache may cost, of 1, at the effort where it costs most. None: not asked."""
+    require_export: bool = True
+    """Whether there must be an exported bundle whose files and layout passed every check."""
+    pipeline: str = ""
+    """Name and version of the pipeline that made the child, for the version's tags."""
+    recipe: str = ""
+    """Name of the recipe it was made with, for the version's tags."""
+
+
+STAGE = Stage(
+    name="promote",
+    config=PromoteConfig,
+    runtime="search",
+    inputs=(
+        model("child", "manifest of the child; its weights stay in the store", by_manifest=True),
+        artifact("report", "the report of this child: `summary.json`"),
+        artifact("bundle", "the exported bundle: `validation.json`", optional=True, by_manifest=True),
+    ),
+    outputs=(artifact("promotion", "`promotion.json`: version, outcome, and the gate's lines"),),
+    reads_store=True,
+    reads_registry=True,
+)

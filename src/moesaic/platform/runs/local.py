@@ -1,0 +1,151 @@
+"""Run a compiled pipeline on this machine, through Kubeflow's own local runner and with its cache kept.
+
+The runner prints much and says little: its output goes to ``kubeflow.log``, what the stages say goes to the user.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from rich.console import Console
+
+from moesaic.core.errors import ConfigError, MoesaicError, StageError
+from moesaic.core.redaction import redact
+from moesaic.platform.runs.runtime import FAILURE, Place
+
+LOG = "kubeflow.log"
+_INPUT_BEGINS, _INPUT_ENDS = "Got executor_input:", "}"
+"""The runner prints every task's input as JSON between these lines."""
+_RUNNERS_OWN = re.compile(r"\s*(\[KFP Executor|\d\d:\d\d:\d\d\.\d{3} - |-{20,}|\x1b\[)")
+_CACHE_HIT = re.compile(r"Task (\S+) cache hit")
+
+
+def parameters_of(manifest: Path) -> list[str]:
+    """The names of a compiled pipeline's parameters."""
+    specification = yaml.safe_load(manifest.read_text())
+    return list(specification["root"]["inputDefinitions"]["parameters"])
+
+
+def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, console: Console) -> dict[str, Path]:
+    """Run the pipeline; finished tasks of earlier runs in the same directory are reused.
+
+    Returns:
+        The directory of each of the pipeline's output artifacts.
+
+    Raises:
+        MoesaicError: with the message and the exit code of the stage that failed.
+    """
+    from kfp import components, local
+
+    assert place.run_directory is not None, "a local run has a directory"
+    directory = place.run_directory
+    (directory / FAILURE).unlink(missing_ok=True)
+    warnings.filterwarnings("ignore", module="kfp")
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(directory / "tasks"),
+        enable_caching=True,
+        cache_root=str(directory / "cache"),
+    )
+    pipeline = components.load_component_from_file(str(manifest))
+    with _environment(place), _shown_stages(directory / LOG, console):
+        try:
+            finished = pipeline(**arguments)
+        except RuntimeError as failure:
+            raise _explain(directory) from failure
+    return {name: Path(artifact.path) for name, artifact in finished.outputs.items()}
+
+
+def _explain(directory: Path) -> MoesaicError:
+    """The error of the stage that failed, as it left it."""
+    try:
+        word = json.loads((directory / FAILURE).read_text())
+    except FileNotFoundError:
+        return StageError(f"a task was lost without a word; read {directory / LOG}")
+    error = ConfigError if word["exit_code"] == ConfigError.exit_code else StageError
+    return error(f"{word['stage']}: {word['message']}\nThe whole log is in {directory / LOG}")
+
+
+@contextlib.contextmanager
+def _environment(place: Place) -> Iterator[None]:
+    """Tell the tasks where they are. One thread each: more of them slow small models on a CPU down."""
+    before = dict(os.environ)
+    os.environ.update(
+        {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+        | before
+        | place.as_environment()
+    )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _shown_stages(log: Path, console: Console) -> Iterator[None]:
+    root = logging.getLogger()
+    with log.open("a") as file:
+        lines = _StageLines(file, console)
+        handler, level = _CacheHits(lines), root.level
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        try:
+            with contextlib.redirect_stdout(lines):
+                yield
+        finally:
+            root.removeHandler(handler)
+            root.setLevel(level)
+
+
+class _StageLines(io.TextIOBase):
+    """Takes all that the runner prints, but for secrets; logs it, and shows the stages' own lines with the time."""
+
+    def __init__(self, log: TextIO, console: Console) -> None:
+        self._log, self._console = log, console
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+        self._inside_input = False
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            shown = redact(text, os.environ)
+            self._log.write(shown)
+            self._log.flush()
+            if not self._is_the_runners(shown):
+                for line in filter(str.strip, shown.splitlines()):
+                    self.show(line)
+        return len(text)
+
+    def _is_the_runners(self, text: str) -> bool:
+        if self._inside_input:
+            self._inside_input = text.rstrip("\n") != _INPUT_ENDS
+            return True
+        self._inside_input = _INPUT_BEGINS in text
+        return _RUNNERS_OWN.match(text) is not None
+
+    def show(self, line: str) -> None:
+        elapsed = time.monotonic() - self._start
+        self._console.print(f"[{elapsed:5.0f} s] {line.strip()}", markup=False, highlight=False, soft_wrap=True)
+
+
+class _CacheHits(logging.Handler):
+    """Says which tasks the runner takes from its cache."""
+
+    def __init__(self, lines: _StageLines) -> None:
+        super().__init__(logging.INFO)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hit := _CACHE_HIT.match(record.getMessage()):
+            self._lines.show(f"{hit[1].replace('-', '_')}: kept from an earlier run")

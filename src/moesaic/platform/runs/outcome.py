@@ -1,0 +1,66 @@
+"""What a finished run found, as tables for a terminal; rows and numbers are those of the report's page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from moesaic.measure.report.tables import comparison_rows, number, percent, stage_rows
+
+_QUANTITIES = {
+    "parameters": "parameters",
+    "experts": "experts",
+    "memory_mib": "memory [MiB], {}",
+    "kv_mib_per_request": "KV cache [MiB] per request, {}",
+    "accuracy": "accuracy, {} effort",
+    "tokens_per_request": "tokens per request, {} effort",
+    "throughput": "tokens/s, {} tokens, best",
+    "served": "tokens/s through the server, {}, best",
+    "request_rate": "requests/s over the parent, {} effort",
+}
+_OF_THE_SEARCHED_MODEL = ("experts", "memory_mib", "kv_mib_per_request")
+"""Known of the model that the last search began from, which after several rounds is not the parent."""
+
+
+def outcome_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """All there is to show: sizes and speed, what recovery gave if there was one, and the search's baselines."""
+    recovery = summary.get("recovery")
+    if recovery is None:
+        return [comparison_table(summary), rivals_table(summary["rivals"])]
+    hidden = () if recovery["searched_parent"] else _OF_THE_SEARCHED_MODEL
+    sizes = {**summary, "parameters": recovery["parameters"]}
+    return [comparison_table(sizes, hidden), recovery_table(recovery), rivals_table(summary["rivals"])]
+
+
+def comparison_table(summary: Mapping[str, Any], hidden: Sequence[str] = ()) -> Table:
+    """Parent against child."""
+    table = Table("", "parent", "child", "child / parent", title="Parent and child")
+    for row in comparison_rows(summary):
+        if row.quantity not in hidden:
+            table.add_row(_QUANTITIES[row.quantity].format(row.of), row.parent, row.child, row.ratio)
+    return table
+
+
+def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
+    """The search against its baselines at equal budget: predicted damage and measured accuracy."""
+    efforts = list(rivals[0]["accuracy"])
+    table = Table("", "damage", "experts", *(f"accuracy {effort}" for effort in efforts))
+    table.title = "The search and its baselines, under the same limits and before any training"
+    for rival in rivals:
+        accuracies = (rival["accuracy"][effort] for effort in efforts)
+        shown = ["not measured" if accuracy is None else percent(accuracy["mean"]) for accuracy in accuracies]
+        table.add_row(rival["name"], number(rival["damage"]), number(rival["experts"]), *shown)
+    return table
+
+
+def recovery_table(recovery: Mapping[str, Any]) -> Table:
+    """Parent, child after every stage, and the baseline: accuracy, tokens, and request rate over the parent's."""
+    table = Table(title=f"Recovery, at {', '.join(recovery['retention'])} effort")
+    table.add_column(no_wrap=True)
+    for column in ("accuracy [%]", "tokens/request", "requests/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in stage_rows(recovery):
+        accuracies = (accuracy.rjust(5) for accuracy in row.accuracy)
+        rates = (rate for rate in row.request_rate if rate)
+        table.add_row(row.name, *("  ".join(cells) for cells in (accuracies, row.tokens, rates)))
+    return table

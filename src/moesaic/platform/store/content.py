@@ -1,0 +1,200 @@
+"""The store itself: add files, commit a manifest, give a manifest's files back under their names."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from moesaic.core.cache import cache_directory
+from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.platform.store.manifest import FileEntry, Kind, Manifest
+from moesaic.platform.store.root import DirectoryRoot, Root, describe_problem, explained_disk_full
+from moesaic.platform.store.s3_options import SCHEME, S3Options
+
+Address = Path | str
+"""Where a store is: a directory, or ``s3://bucket/prefix``."""
+
+
+def parse_address(text: str) -> Address:
+    """The address that a user gave as text; a directory becomes a path."""
+    return text if text.startswith(SCHEME) else Path(text)
+
+
+class Store:
+    """A root with its local trees. Several may write at once: objects and manifests appear whole or not at all."""
+
+    def __init__(self, root: Root, directory: Path) -> None:
+        """Use ``directory`` for trees; it should lie on the disk of a directory root, so that trees are links."""
+        self.root = root
+        self.directory = directory
+
+    @classmethod
+    def at(cls, address: Address, options: S3Options | None = None) -> "Store":
+        """The store in a directory or at ``s3://bucket/prefix``.
+
+        ``options`` concern S3 alone; by default the environment says how to reach the bucket (docs/store.md).
+
+        Raises:
+            ConfigError: if the address, the bucket or the credentials cannot be used.
+        """
+        if isinstance(address, str) and address.startswith(SCHEME):
+            return cls._at_bucket(address.rstrip("/"), options or S3Options.from_environment())
+        return cls(DirectoryRoot(Path(address)), Path(address))
+
+    @classmethod
+    def _at_bucket(cls, address: str, options: S3Options) -> "Store":
+        try:
+            from moesaic.platform.store.s3 import S3Root
+        except ModuleNotFoundError as missing:
+            raise ConfigError(f"{address} needs boto3; pip install 'moesaic[s3]'") from missing
+        whole = f"{options.endpoint_url or ''} {address}"
+        directory = cache_directory() / f"s3-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+        return cls(S3Root(address, directory, options), directory)
+
+    def add_directory(
+        self,
+        directory: Path,
+        kind: Kind,
+        *,
+        format: str,
+        producer: str,
+        parents: tuple[str, ...] = (),
+        config_digest: str | None = None,
+        move: bool = False,
+    ) -> Manifest:
+        """Add a directory's files (hidden ones excepted) and commit their manifest.
+
+        ``move`` consumes files instead of copying them: for a stage's own working directory.
+
+        Raises:
+            ArtifactError: if the directory is missing or holds no files.
+            StageError: if the disk is full; no manifest is committed then.
+        """
+        if not directory.is_dir():
+            raise ArtifactError(f"{directory} is not a directory; give the directory of a {kind}")
+        files = {path.relative_to(directory).as_posix(): path for path in _visible_files(directory)}
+        if not files:
+            raise ArtifactError(f"{directory} holds no files to add as a {kind}")
+        entries = self.root.put_files(dict(sorted(files.items())), move=move)
+        manifest = Manifest(
+            kind=kind, format=format, producer=producer, parents=parents, config_digest=config_digest, files=entries
+        )
+        return self.commit(manifest)
+
+    def add_file(self, path: Path, kind: Kind, *, format: str, producer: str) -> Manifest:
+        """Add one file under its own name and commit its manifest."""
+        if not path.is_file():
+            raise ArtifactError(f"{path} is not a file; give the file of a {kind}")
+        entries = self.root.put_files({path.name: path}, move=False)
+        return self.commit(Manifest(kind=kind, format=format, producer=producer, files=entries))
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Make a manifest visible, once all of its objects are here; returns the one that is visible then.
+
+        Of two writers that cut the same files into different parts, the first one's manifest stays.
+
+        Raises:
+            ArtifactError: if an object is missing.
+        """
+        for problem in self.root.problems(manifest.files):
+            raise ArtifactError(problem)
+        key = _manifest_key(manifest.id)
+        if self.root.size(key) is None:
+            self.root.write(key, manifest.to_json().encode())
+        return self.manifest(manifest.id)
+
+    def manifest(self, manifest_id: str) -> Manifest:
+        """The committed manifest with this id."""
+        try:
+            content = self.root.read(_manifest_key(manifest_id))
+        except FileNotFoundError as missing:
+            raise ArtifactError(
+                f"the store at {self.root.address} holds no manifest {manifest_id}; add it first"
+            ) from missing
+        found = Manifest.parse(content, f"manifest {manifest_id}")
+        if found.id != manifest_id:
+            raise ArtifactError(
+                f"manifest {manifest_id} in {self.root.address} was changed; remove it and add it again"
+            )
+        return found
+
+    def manifests(self) -> Iterator[Manifest]:
+        """All that are committed, by id."""
+        for item in self.root.items("manifests/"):
+            yield self.manifest(item.key.removeprefix("manifests/").removesuffix(".json"))
+
+    def materialize(self, manifest: Manifest, *, verify: bool = False) -> Path:
+        """The directory in which the manifest's files lie under their names: links, to be read only.
+
+        Sizes are always checked; ``verify`` also recomputes every digest. What is fetched from afar is always verified.
+
+        Raises:
+            ArtifactError: if an object is missing or damaged.
+        """
+        files = self.root.local_files(manifest.files, verify=verify)
+        tree = self.directory / "trees" / manifest.id
+        if not _is_complete(tree, manifest, files):
+            self._build_tree(tree, manifest, files)
+        return tree
+
+    def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
+        """``length`` bytes of a file from the byte ``start`` on, without fetching the rest; they cannot be verified.
+
+        Raises:
+            ArtifactError: if its object is missing or shorter.
+        """
+        content = self.root.read_range(entry, start, length)
+        if len(content) != length:
+            problem = f"ends before byte {start + length} of the file"
+            raise ArtifactError(describe_problem(entry, entry.sha256, self.root.address, problem))
+        return content
+
+    def _build_tree(self, tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
+        partial = tree.with_name(f".{tree.name}.{uuid.uuid4().hex}")
+        try:
+            with explained_disk_full(self.directory):
+                for entry in manifest.files:
+                    place = partial / entry.path
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    _link(files[entry.sha256], place)
+                _put_in_place(partial, tree, manifest, files)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _manifest_key(manifest_id: str) -> str:
+    return f"manifests/{manifest_id}.json"
+
+
+def _visible_files(directory: Path) -> list[Path]:
+    found = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder) / name for name in names if not name.startswith(".")]
+    return found
+
+
+def _is_complete(tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> bool:
+    """Whether it holds the very files; a damaged one that was fetched again has another inode."""
+    pairs = [(tree / entry.path, files[entry.sha256]) for entry in manifest.files]
+    return all(path.is_file() and path.samefile(file) for path, file in pairs)
+
+
+def _link(source: Path, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:
+        place.symlink_to(source.resolve())
+
+
+def _put_in_place(partial: Path, tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
+    """Rename ``partial`` to ``tree``; another writer's equal tree is kept, a damaged one replaced."""
+    try:
+        partial.rename(tree)
+    except OSError:
+        if _is_complete(tree, manifest, files):
+            return
+        tree.rename(tree.with_name(f".{tree.name}.damaged-{uuid.uuid4().hex}"))
+        partial.rename(tree)

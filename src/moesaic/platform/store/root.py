@@ -1,0 +1,254 @@
+"""Where objects lie. A root keeps bytes under keys and knows nothing of manifests; object stores fit behind it too."""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from moesaic.core.errors import ArtifactError, StageError
+from moesaic.core.files import file_digest
+from moesaic.platform.store.manifest import FileEntry
+
+_TOPS = ("objects/", "manifests/", "records/", "unlogged/")
+"""What keys start with."""
+_VERIFIERS = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that lies under a root: an object, or what an interrupted writer left of one."""
+
+    key: str
+    size_bytes: int
+    modified_s: float
+    """When it was last written, in seconds since 1970."""
+
+
+class Root(Protocol):
+    """Object operations. Objects never change: writing a key that exists with the same size may do nothing."""
+
+    @property
+    def address(self) -> str:
+        """How a user names this root; shown in errors."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, None if there is none."""
+
+    def read(self, key: str) -> bytes:
+        """A small object's content; FileNotFoundError if there is none."""
+
+    def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
+        """``length`` bytes of a file from the byte ``start`` on, fewer if it ends before.
+
+        Raises:
+            ArtifactError: if an object of the file is missing.
+        """
+
+    def problems(self, entries: Iterable[FileEntry], *, read: bool = False) -> list[str]:
+        """What is wrong with the objects of these files, in words; only with ``read`` are their digests recomputed."""
+
+    def write(self, key: str, content: bytes) -> None:
+        """Store a small object, whole or not at all; where the key is taken, an object store keeps what it has."""
+
+    def put_files(self, files: Mapping[str, Path], *, move: bool) -> tuple[FileEntry, ...]:
+        """Store files, given by the path that each has in its tree, as objects, but for those that are here.
+
+        Each object appears whole or not at all. ``move`` allows to consume the files.
+
+        Raises:
+            ArtifactError: if a file is found to change meanwhile.
+        """
+
+    def local_files(self, entries: Iterable[FileEntry], *, verify: bool = False) -> dict[str, Path]:
+        """Files with the content of these entries, by SHA-256; nobody may write to them.
+
+        Where the root is remote they are fetched first.
+
+        Raises:
+            ArtifactError: if an object is missing or damaged; ``verify`` checks also what is not fetched only now.
+        """
+
+    def items(self, prefix: str) -> Iterable[Item]:
+        """All objects whose keys start with ``prefix``."""
+
+    def leftovers(self) -> Iterable[Item]:
+        """What interrupted writers left; a writer at work has such things too, so mind their age."""
+
+    def delete(self, item: Item) -> None:
+        """Remove an object or a leftover; it may be gone already."""
+
+
+class DirectoryRoot:
+    """A root in a directory: on a laptop's disk, or a volume that all tasks mount."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def address(self) -> str:
+        """See :class:`Root`."""
+        return str(self.directory)
+
+    def size(self, key: str) -> int | None:
+        """See :class:`Root`."""
+        try:
+            return self._path(key).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, key: str) -> bytes:
+        """See :class:`Root`."""
+        return self._path(key).read_bytes()
+
+    def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
+        """See :class:`Root`."""
+        try:
+            return file_range(self._path(object_key(entry.sha256)), start, length)
+        except FileNotFoundError as missing:
+            raise ArtifactError(describe_problem(entry, entry.sha256, self.address, "is missing")) from missing
+
+    def problems(self, entries: Iterable[FileEntry], *, read: bool = False) -> list[str]:
+        """See :class:`Root`."""
+        with ThreadPoolExecutor(_VERIFIERS) as pool:
+            found = pool.map(lambda entry: self._problem(entry, read), entries)
+            return [problem for problem in found if problem]
+
+    def write(self, key: str, content: bytes) -> None:
+        """See :class:`Root`."""
+        with self._arriving(key) as partial:
+            partial.write_bytes(content)
+
+    def put_files(self, files: Mapping[str, Path], *, move: bool) -> tuple[FileEntry, ...]:
+        """See :class:`Root`; an object that is here already becomes young again, for a writer relies on it."""
+        return tuple(self._put_file(name, source, move) for name, source in files.items())
+
+    def local_files(self, entries: Iterable[FileEntry], *, verify: bool = False) -> dict[str, Path]:
+        """See :class:`Root`."""
+        by_digest = {entry.sha256: entry for entry in entries}
+        for problem in self.problems(by_digest.values(), read=verify):
+            raise ArtifactError(problem)
+        return {sha256: self._path(object_key(sha256)) for sha256 in by_digest}
+
+    def items(self, prefix: str) -> Iterator[Item]:
+        """See :class:`Root`."""
+        return (item for item in self._files(prefix) if not _is_hidden(item.key))
+
+    def leftovers(self) -> Iterator[Item]:
+        """See :class:`Root`."""
+        return (item for top in _TOPS for item in self._files(top) if _is_hidden(item.key))
+
+    def delete(self, item: Item) -> None:
+        """See :class:`Root`."""
+        self._path(item.key).unlink(missing_ok=True)
+
+    def _problem(self, entry: FileEntry, read: bool) -> str | None:
+        path = self._path(object_key(entry.sha256))
+        problem = problem_of_size(self.size(object_key(entry.sha256)), entry.size_bytes)
+        if not problem and read and file_digest(path) != entry.sha256:
+            problem = OTHER_CONTENT
+        return describe_problem(entry, entry.sha256, self.address, problem) if problem else None
+
+    def _put_file(self, name: str, source: Path, move: bool) -> FileEntry:
+        entry = FileEntry(path=name, size_bytes=source.stat().st_size, sha256=file_digest(source))
+        key = object_key(entry.sha256)
+        if self.size(key) == entry.size_bytes:
+            os.utime(self._path(key))
+            return entry
+        with self._arriving(key) as partial:
+            if move:
+                shutil.move(source, partial)
+                return entry
+            shutil.copyfile(source, partial)
+            if file_digest(partial) != entry.sha256:
+                raise changed_while_added(source)
+        return entry
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key
+
+    def _files(self, prefix: str) -> Iterator[Item]:
+        for path in sorted((self.directory / prefix).rglob("*")):
+            try:
+                found = path.lstat()
+            except FileNotFoundError:
+                continue  # A writer has just moved it into place.
+            if path.is_file():
+                yield Item(path.relative_to(self.directory).as_posix(), found.st_size, found.st_mtime)
+
+    @contextmanager
+    def _arriving(self, key: str) -> Iterator[Path]:
+        """A private path whose file takes its place under ``key`` on success, and vanishes on failure."""
+        target = self._path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            with explained_disk_full(self.directory):
+                yield partial
+                partial.chmod(0o444)
+                os.utime(partial)
+                _sync(partial)
+                partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def object_key(sha256: str) -> str:
+    """The key of the object with this content."""
+    return f"objects/sha256/{sha256[:2]}/{sha256}"
+
+
+def file_range(path: Path, start: int, length: int) -> bytes:
+    """``length`` bytes of a file from the byte ``start`` on, fewer if it ends before."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(length)
+
+
+def changed_while_added(source: Path) -> ArtifactError:
+    """The error for a file that somebody writes to while it is being stored."""
+    return ArtifactError(f"{source} changed while it was added to the store; add it again once it is finished")
+
+
+OTHER_CONTENT = "has another content than its digest says"
+
+
+def problem_of_size(size: int | None, expected: int) -> str | None:
+    """What the size of an object tells: nothing wrong, missing, or another size than expected."""
+    if size is None:
+        return "is missing"
+    return None if size == expected else f"has {size} bytes instead of {expected}"
+
+
+def describe_problem(entry: FileEntry, sha256: str, address: str, problem: str) -> str:
+    """What is wrong with an object of a file, and what to do about it."""
+    where = f"object {object_key(sha256)} ({entry.path}) in {address}"
+    return f"{where} {problem}; remove it and add its model or data set again"
+
+
+@contextmanager
+def explained_disk_full(directory: Path) -> Iterator[None]:
+    """Turn the operating system's "no space left" into an error that says which disk and what to do."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StageError(f"the disk that holds {directory} is full; free space and run again") from failure
+
+
+def _is_hidden(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(".")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

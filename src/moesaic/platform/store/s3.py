@@ -1,0 +1,279 @@
+"""A root in an S3 bucket, or on any server that speaks S3's protocol.
+
+A large file is cut into parts, each an object named by its own SHA-256; the manifest lists them. So a server need only
+put, get, list and delete objects. Resuming skips the parts that are there. Each part is checked when it is fetched, and
+the whole file before it becomes visible.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+
+from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.progress import count_bytes
+from moesaic.platform.store.manifest import FileEntry, StoredObject
+from moesaic.platform.store.root import OTHER_CONTENT, Item, describe_problem, file_range, object_key, problem_of_size
+from moesaic.platform.store.s3_cache import Cache
+from moesaic.platform.store.s3_errors import error_code, explained_failures, status_of
+from moesaic.platform.store.s3_options import S3Options, split_address
+from moesaic.platform.store.s3_upload import Sender
+
+Result = TypeVar("Result")
+
+_CHUNK_BYTES = 2**18
+_LONGEST_DELAY_S = 20.0
+
+
+class S3Root:
+    """Objects of one bucket under one prefix; see :class:`moesaic.platform.store.Root` for the operations."""
+
+    def __init__(self, address: str, cache: Path, options: S3Options) -> None:
+        """Connect to ``s3://bucket/prefix``; fetched files go to ``cache``.
+
+        Raises:
+            ConfigError: if the address, the bucket or the credentials cannot be used.
+            StageError: if the server cannot be reached.
+        """
+        self.bucket, self._prefix = split_address(address)
+        self.cache, self.options = Cache(cache), options
+        self._address = address
+        with explained_failures(address):
+            self.client = connect(options)
+            self.client.head_bucket(Bucket=self.bucket)
+
+    @property
+    def address(self) -> str:
+        """See :class:`Root`."""
+        return self._address
+
+    def size(self, key: str) -> int | None:
+        """See :class:`Root`."""
+        with explained_failures(self.address):
+            try:
+                return int(self.client.head_object(**self._place(key))["ContentLength"])
+            except ClientError as failure:
+                if status_of(failure) == 404:
+                    return None
+                raise
+
+    def read(self, key: str) -> bytes:
+        """See :class:`Root`."""
+        return self._repeated(lambda: b"".join(self._chunks(key, FileNotFoundError(key))))
+
+    def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
+        """See :class:`Root`."""
+        if (cached := self.cache.path(entry)).exists():
+            return file_range(cached, start, length)
+
+        def read(part: StoredObject) -> bytes:
+            first, last = max(start, part.start) - part.start, min(start + length, part.stop) - part.start - 1
+            return self._repeated(lambda: b"".join(self._part_chunks(entry, part, Range=f"bytes={first}-{last}")))
+
+        wanted = [part for part in entry.objects if max(start, part.start) < min(start + length, part.stop)]
+        with _threads(self.options.connections) as pool:
+            return b"".join(pool.map(read, wanted))
+
+    def problems(self, entries: Iterable[FileEntry], *, read: bool = False) -> list[str]:
+        """See :class:`Root`."""
+        parts = {part.sha256: (entry, part) for entry in entries for part in entry.objects}
+        with _threads(self.options.connections) as pool:
+            found = pool.map(lambda one: self._problem(one[0], one[1], read), parts.values())
+            return [problem for problem in found if problem]
+
+    def write(self, key: str, content: bytes) -> None:
+        """See :class:`Root`; of two writers at once the first one's content stays, where the server can tell."""
+        for _ in range(self.options.attempts):
+            with explained_failures(self.address):
+                try:
+                    return self._put(key, content, IfNoneMatch="*")
+                except ClientError as failure:
+                    if status_of(failure) == 412:
+                        return None  # There is one.
+                    if status_of(failure) == 501:
+                        return self._put(key, content)  # The server knows no conditions.
+                    if status_of(failure) != 409:
+                        raise
+            time.sleep(self.options.retry_delay_s)  # Another writer of this key has begun, and may yet fail.
+        raise StageError(f"writes of {key} to {self.address} were in conflict with others again and again; run again")
+
+    def put_files(self, files: Mapping[str, Path], *, move: bool) -> tuple[FileEntry, ...]:
+        """See :class:`Root`; a moved file goes on into the cache, where the next stage finds it."""
+        size_bytes = sum(path.stat().st_size for path in files.values())
+        with count_bytes(size_bytes, f"to {self.address}") as moved, _threads(self.options.connections) as pool:
+            sender = Sender(pool, self.options, partial(self._put_part, moved))
+            sent = [sender.send(name, path) for name, path in files.items()]
+            entries = tuple(file.entry() for file in sent)
+        if move:
+            for entry in entries:
+                self.cache.keep(files[entry.path], entry)
+        return entries
+
+    def local_files(self, entries: Iterable[FileEntry], *, verify: bool = False) -> dict[str, Path]:
+        """See :class:`Root`; a damaged file in the cache is fetched again."""
+        wanted = list({entry.sha256: entry for entry in entries}.values())
+        with _threads(self.options.connections) as pool:
+            list(pool.map(lambda entry: self.cache.drop_damaged(entry, verify=verify), wanted))
+        if self.cache.missing(wanted):
+            with self.cache.writing():
+                self._fetch(self.cache.missing(wanted))
+        return {entry.sha256: self.cache.path(entry) for entry in wanted}
+
+    def items(self, prefix: str) -> Iterator[Item]:
+        """See :class:`Root`."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._full(prefix))
+        with explained_failures(self.address):
+            for page in pages:
+                for found in page.get("Contents", []):
+                    key = found["Key"].removeprefix(self._full(""))
+                    yield Item(key, found["Size"], found["LastModified"].timestamp())
+
+    def leftovers(self) -> Iterator[Item]:
+        """See :class:`Root`: none, as the parts that an interrupted writer has sent are objects of no manifest."""
+        return iter(())
+
+    def delete(self, item: Item) -> None:
+        """See :class:`Root`."""
+        with explained_failures(self.address):
+            self.client.delete_object(**self._place(item.key))
+
+    def _full(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _place(self, key: str) -> dict[str, Any]:
+        return {"Bucket": self.bucket, "Key": self._full(key)}
+
+    def _put(self, key: str, content: bytes, **condition: str) -> None:
+        """Botocore signs the SHA-256 of the content, so that the server refuses other bytes than were sent."""
+        # A file object is sent in small pieces, and the time limit holds for each of them, not for the whole.
+        body = io.BytesIO(content)
+        self.client.put_object(Body=body, **self._place(key), **self.options.encryption, **condition)
+
+    def _put_part(self, moved: Callable[[int], None], part: bytes) -> str:
+        sha256 = hashlib.sha256(part).hexdigest()
+        if self.size(object_key(sha256)) != len(part):
+            with explained_failures(self.address):
+                self._put(object_key(sha256), part)
+        moved(len(part))
+        return sha256
+
+    def _fetch(self, entries: list[FileEntry]) -> None:
+        """Fetch the parts that the cache lacks, and give it each file once it has the digest that it should have."""
+        self.cache.begin(entries)
+        size_bytes = sum(entry.size_bytes for entry in entries)
+        with count_bytes(size_bytes, f"from {self.address}") as moved, _threads(self.options.connections) as pool:
+            parts = [(entry, part) for entry in entries for part in entry.objects]
+            fetched = pool.map(lambda one: self._fetch_part(one[0], one[1], moved), parts)
+            for entry in entries:
+                whole = hashlib.sha256()
+                for part in entry.objects:
+                    next(fetched)
+                    if entry.parts:
+                        self.cache.add_to_digest(whole, entry, part)
+                if entry.parts and whole.hexdigest() != entry.sha256:
+                    raise ArtifactError(describe_problem(entry, entry.sha256, self.address, "differs from its parts"))
+                self.cache.finish(entry)
+
+    def _fetch_part(self, entry: FileEntry, part: StoredObject, moved: Callable[[int], None]) -> None:
+        if not self.cache.has_part(entry, part):
+            with self.cache.partial(entry).open("r+b") as file:
+                self._read_part(entry, part, lambda: file.seek(part.start), file.write)
+        moved(part.size_bytes)
+
+    def _problem(self, entry: FileEntry, part: StoredObject, read: bool) -> str | None:
+        problem = problem_of_size(self.size(object_key(part.sha256)), part.size_bytes)
+        if problem:
+            return describe_problem(entry, part.sha256, self.address, problem)
+        try:
+            if read:
+                self._read_part(entry, part)
+        except _DamagedError as damaged:
+            return str(damaged)
+        return None
+
+    def _read_part(
+        self,
+        entry: FileEntry,
+        part: StoredObject,
+        begin: Callable[[], object] = lambda: None,
+        take: Callable[[bytes], object] = len,
+    ) -> None:
+        """Read a part and compare its digest; ``begin`` is called before each attempt, ``take`` gets the content."""
+
+        def read() -> None:
+            begin()
+            digest = hashlib.sha256()
+            for chunk in self._part_chunks(entry, part):
+                digest.update(chunk)
+                take(chunk)
+            if digest.hexdigest() != part.sha256:
+                raise _DamagedError(describe_problem(entry, part.sha256, self.address, OTHER_CONTENT))
+
+        self._repeated(read)
+
+    def _part_chunks(self, entry: FileEntry, part: StoredObject, **limits: str) -> Iterator[bytes]:
+        missing = ArtifactError(describe_problem(entry, part.sha256, self.address, "is missing"))
+        return self._chunks(object_key(part.sha256), missing, **limits)
+
+    def _chunks(self, key: str, missing: Exception, **limits: str) -> Iterator[bytes]:
+        """The content of an object; raises ``missing`` if there is none."""
+        try:
+            answer = self.client.get_object(**self._place(key), **limits)
+        except ClientError as failure:
+            if error_code(failure) == "NoSuchKey":
+                raise missing from failure
+            raise
+        with closing(answer["Body"]) as body:
+            yield from body.iter_chunks(_CHUNK_BYTES)
+
+    def _repeated(self, action: Callable[[], Result]) -> Result:
+        """Do it again if an answer breaks off or is damaged: botocore repeats requests, not the reading of answers."""
+        with explained_failures(self.address):
+            for attempt in range(self.options.attempts - 1):
+                try:
+                    return action()
+                except (HTTPClientError, IncompleteReadError, _DamagedError):
+                    time.sleep(min(_LONGEST_DELAY_S, self.options.retry_delay_s * 2**attempt))
+            return action()
+
+
+class _DamagedError(ArtifactError):
+    """An object has arrived with another content than its digest says; it may have been damaged on its way."""
+
+
+@contextmanager
+def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads; what has not begun is dropped when the block is left."""
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def connect(options: S3Options) -> Any:
+    """A client that asks nothing of a server that not all have: no checksums beside the signature."""
+    config = Config(
+        connect_timeout=min(10.0, options.timeout_s),
+        read_timeout=options.timeout_s,
+        max_pool_connections=2 * options.connections,
+        retries={"mode": "standard", "total_max_attempts": options.attempts},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": {True: "path", False: "virtual", None: "auto"}[options.path_style]},
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config
+        )
+    except ValueError as invalid:
+        raise ConfigError(f"the S3 endpoint cannot be used: {invalid}; correct AWS_ENDPOINT_URL_S3") from invalid

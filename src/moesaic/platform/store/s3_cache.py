@@ -1,0 +1,111 @@
+"""The local files of what was fetched from a bucket: whole ones under their objects' keys, and those in progress.
+
+A file in progress needs no journal: a part of it is done if it has the digest that it should have.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.core.errors import StageError
+from moesaic.core.files import file_digest
+from moesaic.platform.store.manifest import FileEntry, StoredObject
+from moesaic.platform.store.root import explained_disk_full, object_key
+
+_CHUNK_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A directory of such files."""
+
+    directory: Path
+
+    def path(self, entry: FileEntry) -> Path:
+        """Where the whole file is once it has been fetched."""
+        return self.directory / object_key(entry.sha256)
+
+    def partial(self, entry: FileEntry) -> Path:
+        """Where the file is while it is fetched."""
+        return self.path(entry).with_name(f".{entry.sha256}.partial")
+
+    def missing(self, entries: Sequence[FileEntry]) -> list[FileEntry]:
+        """The entries whose files are not here."""
+        return [entry for entry in entries if not self.path(entry).exists()]
+
+    def drop_damaged(self, entry: FileEntry, *, verify: bool) -> None:
+        """Remove a file that has another digest than it should.
+
+        Nobody waits until the disk has taken what was fetched. So a file is read again, even without ``verify``, once
+        the machine has been started anew: its power may have failed.
+        """
+        path = self.path(entry)
+        if not path.exists() or not (verify or _is_older_than_boot(path)):
+            return
+        if file_digest(path) == entry.sha256:
+            os.utime(path)  # Younger than the boot now.
+        else:
+            path.unlink()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let one process at a time fetch into this directory; the others find its files when it is their turn."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".lock").open("w") as lock, explained_disk_full(self.directory):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def begin(self, entries: Sequence[FileEntry]) -> None:
+        """Make the partial files of these entries.
+
+        Raises:
+            StageError: if the disk has no room for what they lack.
+        """
+        needed_bytes = 0
+        for entry in entries:
+            self.path(entry).parent.mkdir(parents=True, exist_ok=True)
+            self.partial(entry).touch()
+            needed_bytes += entry.size_bytes - self.partial(entry).stat().st_blocks * 512
+        free_bytes = shutil.disk_usage(self.directory).free
+        if needed_bytes > free_bytes:
+            raise StageError(
+                f"{self.directory} has {free_bytes / 2**30:.1f} GiB free and {needed_bytes / 2**30:.1f} GiB more are "
+                "needed; free space there, or let MOESAIC_CACHE name a directory on a larger disk"
+            )
+
+    def finish(self, entry: FileEntry) -> None:
+        """Give a partial file its name, read-only, once all of its parts are there."""
+        self.partial(entry).chmod(0o444)
+        self.partial(entry).replace(self.path(entry))
+
+    def keep(self, source: Path, entry: FileEntry) -> None:
+        """Take over a file that has been sent to the bucket."""
+        self.path(entry).parent.mkdir(parents=True, exist_ok=True)
+        source.chmod(0o444)
+        try:
+            source.replace(self.path(entry))
+        except OSError:  # On another disk: not worth a copy.
+            source.unlink()
+
+    def add_to_digest(self, digest: "hashlib._Hash", entry: FileEntry, part: StoredObject) -> None:
+        """Read a part of the partial file."""
+        with self.partial(entry).open("rb") as file:
+            file.seek(part.start)
+            for start in range(0, part.size_bytes, _CHUNK_BYTES):
+                digest.update(file.read(min(_CHUNK_BYTES, part.size_bytes - start)))
+
+    def has_part(self, entry: FileEntry, part: StoredObject) -> bool:
+        """Whether the partial file has this part."""
+        digest = hashlib.sha256()
+        self.add_to_digest(digest, entry, part)
+        return digest.hexdigest() == part.sha256
+
+
+def _is_older_than_boot(file: Path) -> bool:
+    return file.stat().st_ctime < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,46 @@
+"""Read single tensors out of stored checkpoints: the header first, then the tensor's own bytes, and nothing else."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from moesaic.core.errors import ArtifactError
+from moesaic.models.safetensors_files import find_tensors, header_of
+from moesaic.platform.store.content import Store
+from moesaic.platform.store.manifest import FileEntry, Manifest
+
+_INDEX = "model.safetensors.index.json"
+
+
+def read_tensor(store: Store, manifest: Manifest, name: str) -> Tensor:
+    """The tensor of that name from whichever safetensors file of the manifest holds it.
+
+    Only its own bytes are read, so the object's digest cannot be checked; materialize the manifest for that.
+
+    Raises:
+        ArtifactError: if no file holds it, or its file is not safetensors.
+    """
+    for entry in _candidates(store, manifest, name):
+        found = find_tensors(partial(store.read_range, entry), entry.size_bytes, Path(entry.path))
+        if name in found:
+            ((start, count),) = found[name].runs
+            content = store.read_range(entry, start, count)
+            try:
+                tensor: Tensor = load(header_of({name: found[name]}) + content)[name]
+            except SafetensorError as broken:
+                raise ArtifactError(f"{entry.path}: {name} is broken: {broken}") from broken
+            return tensor
+    raise ArtifactError(f"no safetensors file of manifest {manifest.id} holds a tensor {name!r}")
+
+
+def _candidates(store: Store, manifest: Manifest, name: str) -> list[FileEntry]:
+    """The one file that the checkpoint's index names, else all safetensors files."""
+    entries = {entry.path: entry for entry in manifest.files}
+    if _INDEX in entries:
+        index = json.loads(store.read_range(entries[_INDEX], 0, entries[_INDEX].size_bytes))
+        return [entries[path] for path in [index["weight_map"].get(name)] if path in entries]
+    return [entry for path, entry in entries.items() if path.endswith(".safetensors")]

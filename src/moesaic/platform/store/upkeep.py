@@ -1,0 +1,83 @@
+"""Look after a store: what is in it, whether it is sound, and what of it nobody needs any more."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.platform.store.content import Store
+from moesaic.platform.store.manifest import Manifest
+from moesaic.platform.store.root import Item
+
+GRACE_HOURS = 24.0
+"""Whatever is younger may belong to a writer at work, who commits its manifest last."""
+_OBJECT = re.compile(r"objects/sha256/[0-9a-f]{2}/([0-9a-f]{64})")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What may go."""
+
+    objects: tuple[Item, ...]
+    """Of no manifest."""
+    leftovers: tuple[Item, ...]
+    """Of writers that were interrupted."""
+    trees: tuple[Path, ...]
+    """Local trees of no manifest; they hold on to the disk space of their files."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes under the root that deleting frees."""
+        return sum(item.size_bytes for item in self.objects + self.leftovers)
+
+
+def verify(store: Store, manifests: Iterable[Manifest]) -> list[str]:
+    """Read every object of the manifests, each once, and recompute its digest. Returns what is wrong, in words."""
+    entries = {entry.sha256: entry for manifest in manifests for entry in manifest.files}
+    return store.root.problems(entries.values(), read=True)
+
+
+def find_garbage(store: Store, grace_hours: float = GRACE_HOURS, now_s: float | None = None) -> Garbage:
+    """What no manifest references and nobody has touched for ``grace_hours``.
+
+    Manifests are read after the objects were listed, so that one committed meanwhile keeps its objects.
+
+    Raises:
+        ArtifactError: if a manifest cannot be read; what it needs cannot be told then, so nothing may go.
+    """
+    oldest_s = (time.time() if now_s is None else now_s) - grace_hours * 3600
+    objects = [item for item in store.root.items("objects/") if item.modified_s < oldest_s]
+    leftovers = [item for item in store.root.leftovers() if item.modified_s < oldest_s]
+    manifests = list(store.manifests())
+    needed = _needed_digests(manifests)
+    ids = {manifest.id for manifest in manifests}
+    return Garbage(
+        objects=tuple(item for item in objects if (match := _OBJECT.fullmatch(item.key)) and match[1] not in needed),
+        leftovers=tuple(leftovers),
+        trees=tuple(tree for tree in _trees(store) if tree.name not in ids and tree.lstat().st_mtime < oldest_s),
+    )
+
+
+def delete(store: Store, garbage: Garbage) -> None:
+    """Delete it, but for objects that a manifest has come to reference since it was found."""
+    needed = _needed_digests(store.manifests())
+    for item in garbage.objects:
+        match = _OBJECT.fullmatch(item.key)
+        if match and match[1] not in needed:
+            store.root.delete(item)
+    for item in garbage.leftovers:
+        store.root.delete(item)
+    for tree in garbage.trees:
+        shutil.rmtree(tree, ignore_errors=True)
+
+
+def _needed_digests(manifests: Iterable[Manifest]) -> set[str]:
+    entries = [entry for manifest in manifests for entry in manifest.files]
+    return {entry.sha256 for entry in entries} | {part.sha256 for entry in entries for part in entry.objects}
+
+
+def _trees(store: Store) -> Iterator[Path]:
+    directory = store.directory / "trees"
+    return iter(sorted(directory.iterdir()) if directory.is_dir() else ())

@@ -1,0 +1,35 @@
+"""What ``calibrate_kv`` needs."""
+
+from collections.abc import Sequence
+
+from moesaic.costs.facts import (
+    WIDTH,
+    Facts,
+    Needs,
+    PipelineTask,
+    Shards,
+    model_of,
+    new_bytes,
+    retrained,
+    streamed_layers,
+)
+from moesaic.costs.times import forward_ms
+from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
+
+
+def needs(task: PipelineTask[CalibrateKvConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+    """One forward of the calibration set, layer by layer as in ``rank_experts``; adds two scalars a layer."""
+    config, model = task.config, model_of(facts, inputs[0])
+    tokens = config.max_sequences * config.max_tokens
+    states = tokens * facts.shape.hidden_size * WIDTH[config.precision]
+    scales = 2 * 4 * model.num_layers
+    made = retrained(inputs[0], task.name, ["attention"]) if config.fold else dict(inputs[0])
+    made |= {f"scales by {task.name}": scales}
+    return Needs(
+        read_bytes=sum(inputs[0].values()),
+        written_bytes=new_bytes(made, inputs[0]),
+        peak_bytes=streamed_layers(facts, config.precision) + states,
+        gpu_ms=forward_ms(facts, model.blocks, tokens, config.max_tokens),
+        counts={"tokens": tokens},
+        made=made,
+    )

@@ -1,0 +1,45 @@
+"""What the engine's processes tell the stage that started them: how far they are, and why they failed."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moesaic.core.errors import MoesaicError
+
+PREFIX = "distill: "
+"""Lines that the stage passes on begin with it; everything else that an engine prints stays in its log."""
+_LINE_EVERY_S = 5.0
+
+
+@contextmanager
+def leaves_word(place: Path) -> Iterator[None]:
+    """Leave what goes wrong within it where the stage looks, unless another rank has, and pass it on."""
+    try:
+        yield
+    except Exception as failure:
+        explained = isinstance(failure, MoesaicError)
+        with suppress(FileExistsError), place.open("x") as word:
+            word.write(str(failure) if explained else f"{type(failure).__name__}: {failure}")
+        raise
+
+
+class Pace:
+    """Progress for people: a line every few seconds, and at the end."""
+
+    def __init__(self, num_steps: int, done: int) -> None:
+        self._num_steps, self._first = num_steps, done
+        self._start = self._last_step = self._last_line = time.monotonic()
+
+    def step(self, step: int, loss: float, num_tokens: int, shown: bool) -> float:
+        """Note that a step is done; returns its tokens per second."""
+        now = time.monotonic()
+        speed = num_tokens / (now - self._last_step)
+        self._last_step = now
+        if shown and (now - self._last_line >= _LINE_EVERY_S or step == self._num_steps):
+            left = (now - self._start) / (step - self._first) * (self._num_steps - step)
+            line = f"step {step}/{self._num_steps}, loss {loss:.4f}, {speed:.0f} tokens/s, {left:.0f} s left"
+            print(PREFIX + line, file=sys.stderr, flush=True)
+            self._last_line = now
+        return speed

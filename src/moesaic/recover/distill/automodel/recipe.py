@@ -1,0 +1,196 @@
+"""Our subclass of AutoModel's knowledge distillation recipe.
+
+AutoModel's: process groups, sharding, optimiser, schedule, gradient accumulation and clipping, checkpoints and their
+rotation. Ours: the loss (``moesaic.recover.distill.loss``), the rows and their order, what a checkpoint holds of the
+model (the tensors that learn), evaluation, the training curve, here and in MLflow, and the end on divergence.
+
+Gradients are of the weighted mean over all response tokens of a step: each rank's sum is divided by the weight of the
+tokens on all ranks, and multiplied by the number of ranks because FSDP averages over them.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
+from nemo_automodel.components.distributed.utils import get_sync_ctx
+from nemo_automodel.components.training.utils import scale_grads_and_clip_grad_norm
+from nemo_automodel.recipes.llm import train_ft
+from nemo_automodel.recipes.llm.kd import KnowledgeDistillationRecipeForNextTokenPrediction
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moesaic.core.child_processes import end_with
+from moesaic.core.files import written_atomically
+from moesaic.core.live_log import LiveLog
+from moesaic.models import gpt_oss
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.recover.distill.automodel.cpu import CPU, device_policy
+from moesaic.recover.distill.automodel.curve import Curve
+from moesaic.recover.distill.automodel.driver import Pace, leaves_word
+from moesaic.recover.distill.automodel.rows import collate, held_out_rows
+from moesaic.recover.distill.automodel.settings import Job
+from moesaic.recover.distill.automodel.states import compute_states, gather_trained, reshard
+from moesaic.recover.distill.automodel.trained_weights import TrainedWeightsCheckpointer
+from moesaic.recover.distill.loss import LossParts, distillation_loss
+from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.generate_traces.traces import IGNORED
+
+_PARTS = ("kl", "hidden", "lm", "top1")
+
+
+class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
+    """Trains the child's attention, norms and tables towards the parent's states on the parent's own replies."""
+
+    checkpointer: Checkpointer
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        section = self.cfg.get("distillation").to_dict()
+        self.settings = DistillConfig.model_validate(section["config"])
+        self.job = Job.from_plain(section["job"])
+        self.live = LiveLog()
+        if self.job.on_gpus:
+            from moesaic.recover.distill.automodel import cluster_model
+
+            cluster_model.register()
+
+    def setup(self) -> None:
+        """Build everything and go back to the last checkpoint, if there is one."""
+        if self.job.driver_pid is not None:
+            end_with(self.job.driver_pid, os.getppid())
+        with leaves_word(self.job.failure), device_policy():
+            super().setup()
+            self.device = self.dist_env.device or CPU
+            resumed = self.step_scheduler.step
+            dist.barrier()
+            self.curve = Curve(self.job.curve, self.settings.divergence_ratio, resumed, self.dist_env.is_main)
+            self.held_out = held_out_rows(self.job.traces, self.settings)
+
+    def load_checkpoint(self, restore_from: str | None = None) -> None:
+        """Called by ``setup``: from here on checkpoints hold of the model only what learns."""
+        ranks = {name: getattr(self.checkpointer, name) for name in ("dp_rank", "tp_rank", "pp_rank", "moe_mesh")}
+        self.checkpointer = TrainedWeightsCheckpointer(self.checkpointer.config, **ranks)
+        super().load_checkpoint(restore_from)
+
+    def run_train_validation_loop(self) -> None:
+        """Train, evaluate and save until the last step, then leave the trained tensors for the stage."""
+        with leaves_word(self.job.failure):
+            self._train()
+            if self.step_scheduler.step >= self.settings.steps:
+                self._hand_over()
+            self._finalize_and_close_checkpointer()
+
+    def _train(self) -> None:
+        pace = Pace(self.settings.steps, self.step_scheduler.step)
+        if self.step_scheduler.step == 0:
+            self._evaluate(0)
+        for epoch in self.step_scheduler.epochs:
+            for batches in self.step_scheduler:
+                step = self.step_scheduler.step + 1
+                values = self._run_train_optim_step(batches, self.settings.optimizer.max_gradient_norm)
+                num_tokens = sum(batch["labels"].numel() for batch in batches) * self._get_dp_group_size()
+                speed = pace.step(step, values["loss"], num_tokens, self.dist_env.is_main)
+                self._log(step, {**values, "tokens_per_s": speed})
+                self.curve.add(step, values)
+                if step % self.settings.evaluate_every_steps == 0 or step == self.settings.steps:
+                    self._evaluate(step)
+                if self.step_scheduler.is_ckpt_step:
+                    self.save_checkpoint(epoch, self.step_scheduler.step, values["loss"])
+
+    def _run_train_optim_step(self, batches: Sequence[dict[str, Tensor]], max_grad_norm: float) -> dict[str, float]:
+        """One optimiser step over this rank's batches; the loss and its parts are means over all response tokens."""
+        weight = float(self._dp_allreduce(torch.stack([self._weights(batch).sum() for batch in batches]).sum()))
+        num_ranks = self._get_dp_group_size(include_cp=True)
+        sums = torch.zeros(len(_PARTS), device=self.device)
+        for index, batch in enumerate(batches):
+            with get_sync_ctx(self.model_parts[0], index == len(batches) - 1, defer_fsdp_grad_sync=True):
+                parts = self._compare(batch)
+                (parts.total(self.settings) * (num_ranks / weight)).backward()
+            sums += _values(parts)
+        gradient_norm = scale_grads_and_clip_grad_norm(
+            max_grad_norm,
+            self.model_parts,
+            device_mesh=self.device_mesh,
+            moe_mesh=self.moe_mesh,
+            ep_axis_name="ep" if self.moe_mesh is not None else None,
+            num_label_tokens=None,  # only pipeline parallelism reads it
+            dp_group_size=num_ranks,
+        )
+        learning_rate = self.optimizer[0].param_groups[0]["lr"]
+        for optimizer, schedule in zip(self.optimizer, self.lr_scheduler, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step(1)
+        means = self._means(sums, weight)
+        return {**means, "gradient_norm": float(gradient_norm), "learning_rate": learning_rate}
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> None:
+        """The loss on held-out rows, which are dealt out to the ranks; all run equally often, some on nothing."""
+        rank, num_ranks = self._get_dp_rank(), self._get_dp_group_size()
+        size = self.settings.rows_per_forward
+        batches = [collate(self.held_out[first : first + size]) for first in range(0, len(self.held_out), size)]
+        weight = sum(float(self._weights(batch).sum()) for batch in batches)
+        sums = torch.zeros(len(_PARTS), device=self.device)
+        for first in range(0, len(batches), num_ranks):
+            mine = min(first + rank, len(batches) - 1)
+            parts = _values(self._compare(batches[mine]))
+            sums += parts if first + rank < len(batches) else 0 * parts
+        reshard(self.model_parts[0])
+        values = {f"held_out_{name}": value for name, value in self._means(sums, weight).items()}
+        self.curve.add(step, values)
+        self._log(step, values)
+
+    def _compare(self, batch: dict[str, Tensor]) -> LossParts:
+        """Child against parent on one batch, at its response tokens."""
+        input_ids, positions, labels = (batch[name].to(self.device) for name in ("input_ids", "position_ids", "labels"))
+        is_response = labels != IGNORED
+        with torch.no_grad():
+            parent = compute_states(self.teacher_model, input_ids, positions, is_response)
+        with self._precision():
+            child = compute_states(self.model_parts[0], input_ids, positions, is_response)
+        weights = self._weights(batch)[is_response]
+        return distillation_loss(child, parent, labels[is_response], self.settings, weights)
+
+    def _weights(self, batch: dict[str, Tensor]) -> Tensor:
+        """How much each prediction counts, [batch, token]."""
+        counted = batch["labels"] != IGNORED if self.settings.balance == "token" else batch["reply_share"]
+        return counted.to(self.device, torch.float32)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """What the child computes in: FSDP casts what it shards, autocast does where nothing is sharded."""
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model_parts[0].parameters())
+        if sharded or self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.settings.precision))
+
+    def _means(self, sums: Tensor, weight: float) -> dict[str, float]:
+        """Loss and parts per token, over all ranks."""
+        means = (self._dp_allreduce(sums) / weight).tolist()
+        parts = dict(zip(_PARTS, means, strict=True))
+        weights = {"kl": self.settings.kl_weight, "hidden": self.settings.hidden_weight, "lm": self.settings.lm_weight}
+        return {"loss": sum(weight * parts[name] for name, weight in weights.items()), **parts}
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """Into the MLflow run that the environment names; AutoModel's own way there fails where the server does."""
+        if self.job.log_to_mlflow and self.dist_env.is_main:
+            run_id = os.environ["MLFLOW_RUN_ID"]
+            self.live.attempt(lambda: train_ft.mlflow.log_metrics(values, step=step, run_id=run_id))
+
+    def _hand_over(self) -> None:
+        """Write the trained tensors, whole and by their checkpoint names; the file appears when it is complete."""
+        child = Checkpoint.open(self.job.child)
+        names = gpt_oss.trainable_names(child.shape, child.architecture, self.settings.trainable)
+        tensors = gather_trained(self.model_parts[0], names)
+        if self.dist_env.is_main:
+            with written_atomically(self.job.trained) as partial:
+                save_file(tensors, partial)
+
+
+def _values(parts: LossParts) -> Tensor:
+    return torch.stack([getattr(parts, name).detach() for name in _PARTS])

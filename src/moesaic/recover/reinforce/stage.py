@@ -1,0 +1,88 @@
+"""GRPO on TRL, or on NeMo-RL with `engine: nemo_rl`.
+
+Rewards: verified answer, format, length against the parent's mean at the same effort.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moesaic.core.config import Amount, Config, Efforts, Positive, Precision
+from moesaic.core.stage import Stage, dataset, model
+from moesaic.recover.training import OptimizerConfig, Trainable
+
+
+class RewardConfig(Config):
+    """What a reply earns, see ``rewards.py``."""
+
+    correct: float = 1.0
+    """For an answer that its verifier accepts."""
+    format: float = 0.0
+    """For a reply that ends its reasoning and gives a final answer, right or wrong."""
+    length: Annotated[float, Field(ge=0)] = 0.0
+    """Subtracted from a correct reply's reward for every time its length exceeds the parent's mean at that effort."""
+
+
+class ReinforceConfig(Config):
+    """One policy trained by GRPO on verifiable rewards, experts and router frozen (paper A trains two)."""
+
+    name: str = "high"
+    """What the report calls the policy."""
+    engine: Literal["trl", "nemo_rl"] = "trl"
+    """TRL on CPU or a few GPUs; NeMo-RL on a cluster."""
+    efforts: Efforts = ("high",)
+    """Efforts every prompt is rendered at; one that is named twice counts twice."""
+    min_parent_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out a task at an effort at which the parent solves less than this share of it: there a right answer is
+    mostly a guess, and its reward noise."""
+    max_parent_accuracy: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Leave out a task at an effort at which the parent solves more than this share: there is little to win."""
+    rewards: RewardConfig = RewardConfig()
+    """What a reply earns."""
+    max_prompts: Positive | None = None
+    """Prompts to use, spread evenly over the tasks. None: all."""
+    steps: Annotated[int, Field(ge=0)] = 1000
+    """Optimiser steps. 0 hands the child on as it is."""
+    prompts_per_step: Positive = 32
+    """Different prompts of one step."""
+    generations_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Replies to each prompt; their mean reward is the baseline."""
+    replies_per_forward: Positive = 32
+    """Replies that go through the model at once when it learns; the rest is gradient accumulation."""
+    batch_size: Positive = 256
+    """Replies generated together."""
+    max_new_tokens: Positive = 512
+    """Generation stops here; a truncated reply earns nothing."""
+    temperature: Amount = 1.0
+    """Of the rollouts."""
+    clip_low: Amount = 0.2
+    """The probability ratio is clipped below at 1 - clip_low; acts where one rollout serves several steps."""
+    clip_high: Amount = 0.28
+    """The probability ratio is clipped above at 1 + clip_high; acts where one rollout serves several steps."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the KL divergence from the checkpoint that training began with."""
+    trainable: tuple[Trainable, ...] = ("attention", "norms", "embedding", "head")
+    """What learns. Experts never do; without ``router`` neither does it."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
+    """How weights move."""
+    checkpoint_every_steps: Positive = 20
+    """A killed run resumes from the last of these."""
+    seed: int = 0
+    """For the order of prompts and the rollouts."""
+    precision: Precision = "bfloat16"
+    """What the model computes in."""
+
+
+STAGE = Stage(
+    name="reinforce",
+    config=ReinforceConfig,
+    runtime="rl",
+    inputs=(
+        model("model", "distilled checkpoint"),
+        dataset("prompts", "verifiable problems"),
+        dataset("traces", "output of generate_traces: the parent's mean lengths"),
+    ),
+    outputs=(model("policy", "manifest of the policy's checkpoint, with `training.jsonl`"),),
+    makes_weights=True,
+    trains=True,
+)

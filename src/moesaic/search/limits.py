@@ -1,0 +1,256 @@
+"""The limits of a search in linear form (paper B, the constraints of its MIP).
+
+Every limit reads ``fixed + sum_i usage[i, choice_i] <= bound``. A throughput limit is linear in runtime: with ``N``
+output tokens of all concurrent requests, ``N / runtime >= t`` is ``runtime <= N / t``, runtime being the prompts'
+prefill and all decode steps. Only the number of distinct windows (layouts) is no sum; it is kept beside the others.
+With an allocator of layer groups, memory also counts whole groups per window (``Padding``).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from moesaic.core.errors import ConfigError
+from moesaic.costs.block_costs import MIB, AssemblyCost, output_tokens
+from moesaic.costs.workload import Workload
+from moesaic.search.library import BlockLibrary, Choice, Table, total
+from moesaic.search.search_architecture.stage import SearchArchitectureConfig
+
+TOLERANCE = 1e-9
+"""A limit holds if it is kept within this share of its bound; sums of floats are no more exact."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What an allocator of whole groups takes: per window so many groups of ``size`` layers as its layers fill."""
+
+    size: int
+    windows: tuple[tuple[int | None, ...], ...]
+    """The window of every variant of every layer."""
+    per_group: Mapping[int | None, float]
+    """What one group of layers with this window takes."""
+
+    def used(self, choice: Choice) -> float:
+        """What an assembly takes."""
+        counts = Counter(row[index] for row, index in zip(self.windows, choice, strict=True))
+        return sum(self.per_group[window] * -(-count // self.size) for window, count in counts.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Limit:
+    """One limit. ``bound`` and ``usage`` are in the unit that adds up; people read ``shown`` values."""
+
+    name: str
+    unit: str
+    usage: Table
+    fixed: float
+    bound: float
+    tokens: float | None = None
+    """Output tokens of a throughput limit, whose usage is milliseconds; None for every other."""
+    padding: Padding | None = None
+    """What comes on top by groups of layers."""
+
+    def used(self, choice: Choice) -> float:
+        """What an assembly uses of it."""
+        padded = self.padding.used(choice) if self.padding else 0.0
+        return self.fixed + total(self.usage, choice) + padded
+
+    def excess(self, choice: Choice) -> float:
+        """By which share of the bound an assembly exceeds it; zero if it holds."""
+        return self.excess_of(self.used(choice))
+
+    def excess_of(self, used: float) -> float:
+        """The same, of a used amount."""
+        over = (used - self.bound) / max(abs(self.bound), 1e-12)
+        return over if over > TOLERANCE else 0.0
+
+    def shown(self, used: float) -> float:
+        """A used amount as people read it: tokens per second for throughput, counts without a sign."""
+        return 1000 * self.tokens / used if self.tokens else abs(used)
+
+    @property
+    def at_least(self) -> bool:
+        """Whether people read this limit as a lower bound."""
+        return self.tokens is not None or self.bound < 0
+
+    def describe(self) -> str:
+        """The limit in words, such as ``memory of long <= 20 MiB``."""
+        return f"{self.name} {'>=' if self.at_least else '<='} {self.shown(self.bound):.6g} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class LimitSet:
+    """All limits of one search."""
+
+    linear: tuple[Limit, ...]
+    windows: tuple[tuple[int | None, ...], ...]
+    """The window of every variant of every layer."""
+    max_layouts: int | None = None
+
+    def without(self, name: str) -> "LimitSet":
+        """The same limits but one."""
+        return replace(self, linear=tuple(limit for limit in self.linear if limit.name != name))
+
+    def with_limit(self, limit: Limit) -> "LimitSet":
+        """The same limits and one more."""
+        return replace(self, linear=(*self.linear, limit))
+
+    def num_layouts(self, choice: Choice) -> int:
+        """Distinct windows of an assembly, full attention counting as one."""
+        return len({row[index] for row, index in zip(self.windows, choice, strict=True)})
+
+    def excess(self, choice: Choice) -> float:
+        """The sum over limits of the share by which each is exceeded; zero exactly if all hold."""
+        return sum(limit.excess(choice) for limit in self.linear) + self._layout_excess(choice)
+
+    def holds(self, choice: Choice) -> bool:
+        """Whether an assembly keeps all limits."""
+        return self.excess(choice) == 0
+
+    def broken(self, choice: Choice) -> list[str]:
+        """The limits an assembly breaks, in words."""
+        names = [
+            f"{limit.describe()} (it has {limit.shown(limit.used(choice)):.6g})"
+            for limit in self.linear
+            if limit.excess(choice)
+        ]
+        if self._layout_excess(choice):
+            names.append(f"distinct windows <= {self.max_layouts} (it has {self.num_layouts(choice)})")
+        return names
+
+    def _layout_excess(self, choice: Choice) -> float:
+        return 0.0 if self.max_layouts is None else max(0, self.num_layouts(choice) / self.max_layouts - 1)
+
+
+def limits_of(library: BlockLibrary, config: SearchArchitectureConfig) -> LimitSet:
+    """Translate a config into limits on this library.
+
+    Raises:
+        ConfigError: if a limit names a workload without costs.
+    """
+    workloads = {workload.name: workload for workload in library.costs.workloads}
+    unknown = sorted(set(config.limits) - set(workloads))
+    if unknown:
+        raise ConfigError(
+            f"limits name the workload {unknown[0]!r}, which was not costed; the cost table has {sorted(workloads)}"
+        )
+    parent = library.costs.evaluate(library.parent, config.kv_group_size)
+    linear = [*_size_limits(library, config, parent), *_window_limits(library, config)]
+    for name in config.limits:
+        linear += _workload_limits(library, config, parent, workloads[name])
+    return LimitSet(tuple(linear), _windows(library), config.max_layouts)
+
+
+def _windows(library: BlockLibrary) -> tuple[tuple[int | None, ...], ...]:
+    return tuple(tuple(block.window for block in options) for options in library.variants)
+
+
+def _size_limits(library: BlockLibrary, config: SearchArchitectureConfig, parent: AssemblyCost) -> Iterator[Limit]:
+    most = _tighter(config.max_parameters, config.max_parameters_ratio, parent.parameters)
+    if most is not None:
+        usage = library.cost_table(lambda cost: cost.parameters)
+        yield Limit("parameters", "", usage, library.costs.fixed.parameters, most)
+    if config.max_experts_ratio is not None:
+        usage = library.table(lambda block: block.num_experts)
+        yield Limit("experts", "", usage, 0, math.floor(config.max_experts_ratio * parent.num_experts + TOLERANCE))
+
+
+def _window_limits(library: BlockLibrary, config: SearchArchitectureConfig) -> Iterator[Limit]:
+    full = [block.window is None for block in library.parent.blocks]
+    least = math.ceil(config.min_windowed_share * sum(full) - TOLERANCE)
+    if least:
+        usage = tuple(
+            tuple(-1.0 if was_full and block.window is not None else 0.0 for block in options)
+            for was_full, options in zip(full, library.variants, strict=True)
+        )
+        yield Limit("full layers turned into windows", "", usage, 0, -least)
+
+
+def _workload_limits(
+    library: BlockLibrary, config: SearchArchitectureConfig, parent: AssemblyCost, workload: Workload
+) -> Iterator[Limit]:
+    name, limits, fixed = workload.name, config.limits[workload.name], library.costs.fixed
+    most = _tighter(limits.memory_mib, limits.memory_ratio, parent.memory_mib[name])
+    if most is not None:
+        yield _memory_limit(library, workload, most, config.kv_group_size)
+    most = _tighter(limits.latency_ms, limits.latency_ratio, parent.latency_ms[name])
+    if most is not None:
+        usage = library.cost_table(lambda cost: cost.workloads[name].decode_ms)
+        yield Limit(f"latency of {name}", "ms", usage, fixed.workloads[name].decode_ms, most)
+    speeds = [limits.throughput_tokens_per_s]
+    if limits.throughput_ratio is not None:
+        speeds.append(limits.throughput_ratio * parent.throughput_tokens_per_s[name])
+    fastest = max((speed for speed in speeds if speed is not None), default=None)
+    if fastest is not None:
+        yield throughput_limit(library, workload, fastest)
+
+
+def _memory_limit(library: BlockLibrary, workload: Workload, most: float, group_size: int | None) -> Limit:
+    name, fixed = f"memory of {workload.name}", library.costs.fixed.memory_bytes / MIB
+
+    def kv_mib(window: int | None) -> float:
+        return workload.concurrency * library.costs.kv_bytes(window, workload.name) / MIB
+
+    if group_size is None:
+        usage = library.table(lambda block: library.costs.blocks[block].memory_bytes / MIB + kv_mib(block.window))
+        return Limit(name, "MiB", usage, fixed, most)
+    windows = _windows(library)
+    per_group = {window: group_size * kv_mib(window) for row in windows for window in row}
+    usage = library.cost_table(lambda cost: cost.memory_bytes / MIB)
+    return Limit(name, "MiB", usage, fixed, most, padding=Padding(group_size, windows, per_group))
+
+
+def throughput_limit(library: BlockLibrary, workload: Workload, tokens_per_s: float) -> Limit:
+    """At least this many output tokens per second, as a limit on runtime in milliseconds."""
+    name, steps = workload.name, workload.output_tokens
+    usage = library.cost_table(lambda cost: cost.workloads[name].prefill_ms + steps * cost.workloads[name].decode_ms)
+    fixed = library.costs.fixed.workloads[name]
+    tokens = output_tokens(workload)
+    bound = 1000 * tokens / tokens_per_s
+    return Limit(f"throughput of {name}", "tokens/s", usage, fixed.prefill_ms + steps * fixed.decode_ms, bound, tokens)
+
+
+def sweep_limit(library: BlockLibrary) -> Limit:
+    """What the frontier sweeps: throughput of the first workload, or parameters; the bound is to be set."""
+    if library.costs.workloads:
+        return throughput_limit(library, library.costs.workloads[0], 1.0)
+    usage = library.cost_table(lambda cost: cost.parameters)
+    return Limit("parameters", "", usage, library.costs.fixed.parameters, math.inf)
+
+
+def _tighter(absolute: float | None, ratio: float | None, whole: float) -> float | None:
+    bounds = [bound for bound in (absolute, None if ratio is None else ratio * whole) if bound is not None]
+    return min(bounds, default=None)
+
+
+def check_assembly(library: BlockLibrary, config: SearchArchitectureConfig, choice: Choice) -> None:
+    """Judge an assembly by the cost table and the config alone, past all linear forms.
+
+    Raises:
+        AssertionError: if it breaks a limit; the fault is then in the search.
+    """
+    architecture = library.architecture(choice)
+    architecture.check_child_of(library.parent)
+    child, parent = (library.costs.evaluate(each, config.kv_group_size) for each in (architecture, library.parent))
+    pairs = list(zip(library.parent.blocks, architecture.blocks, strict=True))
+    num_full = sum(whole.window is None for whole, _ in pairs)
+    num_turned = sum(whole.window is None and block.window is not None for whole, block in pairs)
+    _at_most("parameters", child.parameters, config.max_parameters)
+    _at_most("parameters", child.parameters / parent.parameters, config.max_parameters_ratio)
+    _at_most("experts", child.num_experts / parent.num_experts, config.max_experts_ratio)
+    _at_most("distinct windows", len(architecture.layouts), config.max_layouts)
+    _at_most("layers that must be windowed", config.min_windowed_share * num_full, num_turned)
+    for name, limits in config.limits.items():
+        _at_most(f"memory of {name}", child.memory_mib[name], limits.memory_mib)
+        _at_most(f"memory of {name}", child.memory_mib[name] / parent.memory_mib[name], limits.memory_ratio)
+        _at_most(f"latency of {name}", child.latency_ms[name], limits.latency_ms)
+        _at_most(f"latency of {name}", child.latency_ms[name] / parent.latency_ms[name], limits.latency_ratio)
+        speed, old = child.throughput_tokens_per_s[name], parent.throughput_tokens_per_s[name]
+        _at_most(f"required throughput of {name}", limits.throughput_tokens_per_s or 0, speed)
+        _at_most(f"required throughput of {name}", limits.throughput_ratio or 0, speed / old)
+
+
+def _at_most(what: str, value: float, most: float | None) -> None:
+    if most is not None and value > most + 1e-6 * abs(most) + 1e-9:  # rounding of what is summed, of 0 too
+        raise AssertionError(f"the search returned an assembly that breaks its limit: {what} is {value}, over {most}")

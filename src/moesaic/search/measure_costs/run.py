@@ -1,0 +1,132 @@
+"""Memory and runtime of every distinct block under every workload: memory from shapes, runtime measured or modelled."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.costs.block_costs import (
+    BlockCost,
+    CostTable,
+    FixedCost,
+    Runtime,
+    Source,
+    WorkloadCost,
+    block_bytes,
+    block_parameters,
+    full_length,
+    layer_kv_bytes,
+    outer_bytes,
+    outer_parameters,
+)
+from moesaic.costs.hardware import HardwareTable, Target, model_blocks
+from moesaic.costs.hardware_tables import read_table
+from moesaic.models.architecture import Block
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.loading import choose_device
+from moesaic.search.library import distinct_blocks
+from moesaic.search.measure_costs.block_timing import time_blocks
+from moesaic.search.measure_costs.stage import MeasureCostsConfig
+
+
+def run(config: MeasureCostsConfig, *, parent: Path, output: Path, scratch: Path) -> dict[str, float]:
+    """Write ``costs.json``.
+
+    Timings are taken in one go and never resumed: blocks are compared with each other, so they share one machine state.
+    """
+    table = _check_config(config)
+    checkpoint = Checkpoint.open(parent)
+    _check_lengths(config, checkpoint)
+    distinct = distinct_blocks(checkpoint.architecture, config.space, checkpoint.shape.experts_per_token)
+    if table is None:
+        device = choose_device()
+        dtype: torch.dtype = getattr(torch, config.precision)
+        runtimes, fixed = time_blocks(checkpoint, distinct, config.workloads, config.repeats, dtype, device)
+        hardware = _describe(device, config)
+    else:
+        runtimes, fixed = model_blocks(
+            Target(table, checkpoint.shape, config.num_gpus, config.kv_cache), distinct, config.workloads
+        )
+        hardware = {"device": table.name, "date": table.date, "num_gpus": config.num_gpus}
+    costs = _table(config, checkpoint, hardware, runtimes, fixed)
+    (output / "costs.json").write_text(costs.to_json())
+    return _metrics(costs)
+
+
+def _check_config(config: MeasureCostsConfig) -> HardwareTable | None:
+    """Refuse what cannot be costed; the hardware table if costs are to be modelled."""
+    names = [workload.name for workload in config.workloads]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two workloads have the same name: {names}; limits refer to them by name")
+    if config.source == "measure":
+        if config.num_gpus != 1:
+            raise ConfigError(f"source 'measure' times one device, not num_gpus={config.num_gpus}; use source 'model'")
+        return None
+    table = read_table(config.hardware)
+    table.check_num_gpus(config.num_gpus)
+    return table
+
+
+def _check_lengths(config: MeasureCostsConfig, checkpoint: Checkpoint) -> None:
+    for workload in config.workloads:
+        if full_length(workload) > checkpoint.shape.max_positions:
+            raise ConfigError(
+                f"workload {workload.name!r} needs {full_length(workload)} positions, the model has "
+                f"{checkpoint.shape.max_positions}; shorten its input or output"
+            )
+
+
+def _table(
+    config: MeasureCostsConfig,
+    checkpoint: Checkpoint,
+    hardware: Mapping[str, Any],
+    runtimes: Mapping[Block, Mapping[str, Runtime]],
+    fixed: Mapping[str, Runtime],
+) -> CostTable:
+    shape = checkpoint.shape
+    source: Source = "measured" if config.source == "measure" else "modelled"
+
+    def cost(block: Block) -> BlockCost:
+        workloads = {}
+        for workload in config.workloads:
+            runtime = runtimes[block][workload.name]
+            kv_bytes = layer_kv_bytes(shape, block.window, full_length(workload), config.kv_cache)
+            workloads[workload.name] = WorkloadCost(runtime.prefill_ms, runtime.decode_ms, kv_bytes)
+        return BlockCost(
+            block_parameters(shape, block), block_bytes(shape, block, checkpoint.packed), source, workloads
+        )
+
+    return CostTable(
+        checkpoint.architecture,
+        hardware,
+        config.kv_cache,
+        config.workloads,
+        FixedCost(outer_parameters(shape), outer_bytes(shape), dict(fixed)),
+        {block: cost(block) for block in runtimes},
+    )
+
+
+def _describe(device: torch.device, config: MeasureCostsConfig) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device.type,
+        "name": name,
+        "num_gpus": config.num_gpus,
+        "num_threads": torch.get_num_threads(),
+        "precision": config.precision,
+        "torch": torch.__version__,
+    }
+
+
+def _metrics(costs: CostTable) -> dict[str, float]:
+    """What the parent costs by this table."""
+    parent = costs.evaluate(costs.parent)
+    metrics = {"num_blocks": float(len(costs.blocks)), "parent_parameters": float(parent.parameters)}
+    for workload in costs.workloads:
+        metrics[f"parent_memory_mib_{workload.name}"] = parent.memory_mib[workload.name]
+        metrics[f"parent_tokens_per_s_{workload.name}"] = parent.throughput_tokens_per_s[workload.name]
+        metrics[f"parent_decode_ms_{workload.name}"] = parent.latency_ms[workload.name]
+    return metrics

@@ -1,0 +1,77 @@
+"""Assemble a child checkpoint from its parent, a ranking and an architecture: ranges of the parent's files, copied."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moesaic.core.errors import ConfigError
+from moesaic.core.progress import track
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models.payloads import read_json, read_orders
+from moesaic.models.safetensors_files import StoredTensor
+from moesaic.search.prune_model.pruning import kept_experts, prune_layer
+from moesaic.search.prune_model.stage import PruneModelConfig
+
+PRUNING = "pruning.json"
+"""The file in a child checkpoint that names the candidate and, per layer, the parent's experts it kept."""
+
+_MODELLING_FILES = sorted((Path(__file__).parents[2] / "models" / "gpt_oss_puzzle").glob("*_gpt_oss_puzzle.py"))
+"""The child's own model class, which travels with it; found by path because importing it would load transformers."""
+
+_COMPANIONS = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab*",
+    "merges.txt",
+)
+
+
+def run(
+    config: PruneModelConfig, *, parent: Path, ranking: Path, architecture: Path, output: Path, scratch: Path
+) -> dict[str, float]:
+    """Write the child checkpoint into ``output``; nothing of it is visible before it is whole."""
+    whole = Checkpoint.open(parent)
+    child = _read_candidate(architecture / "architecture.json", config.candidate)
+    child.check_child_of(whole.architecture)
+    orders = read_orders(ranking / "ranking.json", whole.architecture)
+    kept = [kept_experts(order, block.num_experts) for order, block in zip(orders, child.blocks, strict=True)]
+    pruning = scratch / PRUNING
+    pruning.write_text(json.dumps({"candidate": config.candidate, "kept_experts": kept}) + "\n")
+    companions = sorted(path for pattern in _COMPANIONS for path in parent.glob(pattern))
+    write_checkpoint(
+        output,
+        gpt_oss.child_config(whole.config, child),
+        _shards(whole, kept),
+        [*companions, *_MODELLING_FILES, pruning],
+    )
+    written = Checkpoint.open(output)
+    return {
+        "parameters": float(gpt_oss.num_parameters(written.shape, written.architecture)),
+        "parameters_ratio": gpt_oss.num_parameters(written.shape, child)
+        / gpt_oss.num_parameters(whole.shape, whole.architecture),
+        "experts_ratio": child.num_experts / whole.architecture.num_experts,
+        "checkpoint_ratio": gpt_oss.num_bytes(written.shape, child, written.packed)
+        / gpt_oss.num_bytes(whole.shape, whole.architecture, whole.packed),
+    }
+
+
+def _read_candidate(path: Path, name: str) -> Architecture:
+    found = read_json(path)
+    if name not in found["candidates"]:
+        reason = found.get("skipped", {}).get(name)
+        allowed = ", ".join(found["candidates"])
+        raise ConfigError(
+            f"candidate {name!r} is not in {path.name} ({reason or 'unknown name'}); choose one of {allowed}"
+        )
+    return Architecture.of(Block.from_config(entry) for entry in found["candidates"][name]["blocks"])
+
+
+def _shards(parent: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    yield "model-outer", {name: parent.stored(name) for name in gpt_oss.outer_specs(parent.shape)}
+    for layer in track(range(parent.num_layers), parent.num_layers, "pruning layers"):
+        tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
+        yield from layer_shards(layer, prune_layer(tensors, kept[layer]))

@@ -1,0 +1,116 @@
+"""Rank the experts of every layer in one streaming pass over the short calibration set.
+
+A killed pass goes on from ``scratch``, where it keeps every five minutes what it has done.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
+
+from moesaic.core.process_group import Shards, share
+from moesaic.core.progress import track
+from moesaic.data.batches import Batch
+from moesaic.data.calibration import load_batches
+from moesaic.models import layers, loading
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.streaming import HeldTensor, LayerReader, StateRoom, state_memory_bytes
+from moesaic.search.rank_experts.ranking import NUM_SPARE, LayerRanking, Tally, rank_randomly, rank_tallies, tally
+from moesaic.search.rank_experts.saved_progress import RankingProgress
+from moesaic.search.rank_experts.stage import Criterion, RankExpertsConfig
+
+_SHARED = "layers.json"
+"""The ranking that several processes made together, in scratch."""
+
+
+def run(
+    config: RankExpertsConfig, *, parent: Path, calibration_short: Path, output: Path, scratch: Path
+) -> dict[str, float]:
+    """Write ``ranking.json``: per layer the experts in order of importance, and their scores by id."""
+    checkpoint = Checkpoint.open(parent)
+    batches = _load_batches(config, checkpoint, calibration_short)
+    num_tokens = sum(int(batch.is_token.sum()) for batch in batches)
+    if config.criterion == "random":
+        experts = [block.num_experts for block in checkpoint.architecture.blocks]
+        layers = [rank_randomly(count, config.seed + layer) for layer, count in enumerate(experts)]
+    elif share(config, {"parent": parent, "calibration_short": calibration_short}, scratch, len(batches)):
+        layers = [LayerRanking(**layer) for layer in json.loads((scratch / _SHARED).read_text())]
+    else:
+        layers = list(_rank(config, checkpoint, batches, scratch, Shards()))
+    content = {"criterion": config.criterion, "num_tokens": num_tokens, "layers": [asdict(layer) for layer in layers]}
+    (output / "ranking.json").write_text(json.dumps(content, indent=1) + "\n")
+    return {"num_tokens": float(num_tokens), "num_layers": float(len(layers))}
+
+
+def work(config: RankExpertsConfig, *, parent: Path, calibration_short: Path, scratch: Path, shards: Shards) -> None:
+    """Take part in ranking, as one of several processes; the first one saves."""
+    checkpoint = Checkpoint.open(parent)
+    layers = list(_rank(config, checkpoint, _load_batches(config, checkpoint, calibration_short), scratch, shards))
+    if shards.rank == 0:
+        (scratch / _SHARED).write_text(json.dumps([asdict(layer) for layer in layers]) + "\n")
+
+
+def _load_batches(config: RankExpertsConfig, checkpoint: Checkpoint, data: Path) -> list[Batch]:
+    return load_batches(
+        data,
+        checkpoint.directory,
+        max_sequences=config.max_sequences,
+        max_tokens=min(config.max_tokens, checkpoint.shape.max_positions),
+        batch_tokens=config.batch_tokens,
+    )
+
+
+def _rank(
+    config: RankExpertsConfig, checkpoint: Checkpoint, batches: list[Batch], scratch: Path, shards: Shards
+) -> Iterator[LayerRanking]:
+    """Rank layer after layer from all processes' batches, of which this one takes its share; go on after a kill."""
+    dtype, device = getattr(torch, config.precision), loading.choose_device()
+    turns = loading.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
+    mine = shards.mine(batches)
+    room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    progress = RankingProgress(scratch, shards)
+    done = progress.layers()
+    embedded = loading.embed_each(checkpoint, [batch.token_ids for batch in mine], dtype)
+    states = [room.hold(hidden) for hidden in (progress.states(len(done)) if done else embedded)]
+    reader, layers = LayerReader(checkpoint, dtype, device), range(len(done), checkpoint.num_layers)
+    yield from done
+    try:
+        for layer in track(layers, len(layers), "ranking layers") if shards.rank == 0 else layers:
+            window = checkpoint.architecture.blocks[layer].window
+            more = layer + 1 < checkpoint.num_layers
+            module = reader.load(layer, then=layer + 1 if more else None)
+            tallies = [
+                _pass(config.criterion, module, room, states, mine, index, turns, window) for index in range(len(mine))
+            ]
+            del module
+            done.append(rank_tallies(config.criterion, shards.gather(tallies)))
+            if more:
+                progress.keep(done, states)
+            yield done[-1]
+    finally:
+        reader.close()
+
+
+def _pass(
+    criterion: Criterion,
+    module: GptOssDecoderLayer,
+    room: StateRoom,
+    states: list[HeldTensor],
+    batches: list[Batch],
+    index: int,
+    turns: layers.Rotary,
+    window: int | None,
+) -> Tally:
+    """Route a batch's tokens, padding left out, and take its states on to the next layer."""
+    device = module.self_attn.sinks.device
+    attended = layers.attend(module, states[index].read().to(device, non_blocking=True), turns, window)
+    is_token = batches[index].is_token.to(device)
+    routing = layers.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))
+    found = tally(criterion, routing)
+    attended[is_token] += routing.mixture()
+    states[index].drop()
+    states[index] = room.hold(attended)
+    return found

@@ -1,0 +1,37 @@
+"""Orders the experts of every layer by importance, in one streaming pass over calibration data."""
+
+from typing import Literal
+
+from moesaic.core.config import Config, Positive, Precision
+from moesaic.core.stage import Stage, artifact, dataset, model
+
+Criterion = Literal["removal_difference", "ranked_choice", "reap", "frequency", "random"]
+
+
+class RankExpertsConfig(Config):
+    """The order in which a layer's experts matter."""
+
+    criterion: Criterion = "removal_difference"
+    """The importance formula, see ``ranking.py``."""
+    max_sequences: Positive = 128
+    """Calibration sequences to use, from the start of the set."""
+    max_tokens: Positive = 8192
+    """Longer sequences are cut here."""
+    batch_tokens: Positive = 16384
+    """Padded tokens that go through a layer at once."""
+    precision: Precision = "float32"
+    """What layers compute in; sums are always float64."""
+    seed: int = 0
+    """For the random criterion."""
+
+
+STAGE = Stage(
+    name="rank_experts",
+    config=RankExpertsConfig,
+    runtime="search",
+    inputs=(
+        model("parent", "checkpoint to compress"),
+        dataset("calibration_short", "calibration conversations"),
+    ),
+    outputs=(artifact("ranking", "`ranking.json`: per layer the order and the scores"),),
+)

@@ -1,0 +1,58 @@
+"""What ``score_blocks`` needs."""
+
+import math
+from collections.abc import Sequence
+
+from moesaic.costs.block_costs import block_bytes, outer_bytes
+from moesaic.costs.facts import (
+    WIDTH,
+    Facts,
+    Needs,
+    PipelineTask,
+    Shards,
+    model_of,
+    streamed_layers,
+)
+from moesaic.costs.times import forward_ms
+from moesaic.search.library import variants_of
+from moesaic.search.score_blocks.stage import ScoreBlocksConfig
+
+
+def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+    """Prefix reuse: a variant of layer i takes its own layer and all later ones, over both calibration sets.
+
+    ::
+
+        block forwards = 2 L + sum_i n_i (L - i)           n_i variants of layer i (from 0), the parent's own included
+        layers read    = 3 of each + sum_i groups_i (L - i),    groups_i = max(1, ceil((n_i - 1) / variants_per_batch))
+        memory         = 1 layer unpacked, 1 packed, (1 + variants_per_batch) hidden states of both sets
+
+    Of the hidden states, what exceeds the host's budget spills to disk; reading a layer again may find it in the page
+    cache. Three of each: for the parent's run, for going on to the next layer, for the check of masking.
+
+    Time: the parent's blocks for all of them (a variant's own block is cheaper by a little).
+    """
+    config = task.config
+    blocks, shape = model_of(facts, inputs[0]).blocks, facts.shape
+    tokens = 2 * config.max_sequences * config.max_tokens
+    counts = [len(variants_of(block, config.space, shape.experts_per_token)) for block in blocks]
+    uses = [2 + sum(counts[: layer + 1]) for layer in range(len(blocks))]
+    groups = [max(1, math.ceil((count - 1) / config.variants_per_batch)) for count in counts]
+    loads = [3 + sum(groups[: layer + 1]) for layer in range(len(blocks))]
+    sizes = [block_bytes(shape, block, facts.packed) for block in blocks]
+    states = tokens * shape.hidden_size * WIDTH[config.precision]
+    passes = [forward_ms(facts, [block], tokens, config.max_tokens, head=False) for block in blocks]
+    heads = forward_ms(facts, [], tokens * (sum(counts) + 1), config.max_tokens)
+    ms = None if heads is None else heads + sum(use * (one or 0.0) for use, one in zip(uses, passes, strict=True))
+    return Needs(
+        read_bytes=sum(load * size for load, size in zip(loads, sizes, strict=True)) + outer_bytes(shape),
+        peak_bytes=streamed_layers(facts, config.precision) + (1 + config.variants_per_batch) * states,
+        gpu_ms=ms,
+        counts={
+            "tokens": tokens,
+            "variants": sum(counts),
+            "replacements": sum(counts) - len(counts),
+            "block_forwards": sum(uses),
+            "block_forwards_without_reuse": (sum(counts) + 1) * len(blocks),
+        },
+    )

@@ -1,0 +1,243 @@
+"""Score every variant of every block by putting it in the parent's place."""
+
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.files import write_text_atomically
+from moesaic.core.process_group import Shards, share
+from moesaic.core.progress import track
+from moesaic.data.calibration import load_batches
+from moesaic.models import loading
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.payloads import read_orders
+from moesaic.models.streaming import LayerReader, StateRoom, state_memory_bytes
+from moesaic.search.library import variants_of
+from moesaic.search.prune_model.pruning import kept_experts
+from moesaic.search.score_blocks.scoring import (
+    Held,
+    Measurement,
+    Parent,
+    Probe,
+    Variant,
+    advance,
+    check_identity,
+    num_steps,
+    run_parent,
+    score_layer,
+    total,
+)
+from moesaic.search.score_blocks.stage import ScoreBlocksConfig
+from moesaic.search.space import SearchSpace
+
+Row = dict[str, Any]
+_INPUTS = ("parent", "ranking", "calibration_short", "calibration_long")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that scoring needs, read and checked."""
+
+    config: ScoreBlocksConfig
+    checkpoint: Checkpoint
+    variants: Sequence[Sequence[Variant]]
+    """By layer, the parent's own block first."""
+    short: Sequence[Probe]
+    long: Sequence[Probe]
+
+    @property
+    def probes(self) -> list[Probe]:
+        """Those of both sets, the short ones first."""
+        return [*self.short, *self.long]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What layers compute in."""
+        dtype: torch.dtype = getattr(torch, self.config.precision)
+        return dtype
+
+    @property
+    def num_steps(self) -> int:
+        """Block forwards: those of the variants, and the parent's."""
+        return num_steps([len(layer) for layer in self.variants]) + 2 * self.checkpoint.num_layers
+
+
+def run(
+    config: ScoreBlocksConfig,
+    *,
+    parent: Path,
+    ranking: Path,
+    calibration_short: Path,
+    calibration_long: Path,
+    output: Path,
+    scratch: Path,
+) -> dict[str, float]:
+    """Write ``scores.json``: a row per layer and variant. Layers that ``scratch`` holds are not scored again."""
+    inputs = dict(zip(_INPUTS, (parent, ranking, calibration_short, calibration_long), strict=True))
+    job = _prepare(config, **inputs)
+    if not all(_finished(job, scratch)) and not share(config, inputs, scratch, len(job.probes)):
+        _run_through(job, scratch, Shards())
+    layers = range(job.checkpoint.num_layers)
+    rows = [row for layer in layers for row in json.loads(_saved(scratch, layer).read_text())]
+    content = {
+        "metric": config.metric,
+        "long_weight": config.long_weight,
+        "parent": [block.as_config() for block in job.checkpoint.architecture.blocks],
+        "rows": rows,
+    }
+    (output / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
+    return {
+        "num_rows": float(len(rows)),
+        "short_tokens": float(sum(int(probe.measured.sum()) for probe in job.short)),
+        "long_tokens": float(sum(int(probe.measured.sum()) for probe in job.long)),
+        "block_forwards": float(job.num_steps),
+        "block_forwards_naive": float((len(rows) + 1) * len(layers)),
+    }
+
+
+def work(
+    config: ScoreBlocksConfig,
+    *,
+    parent: Path,
+    ranking: Path,
+    calibration_short: Path,
+    calibration_long: Path,
+    scratch: Path,
+    shards: Shards,
+) -> None:
+    """Take part in scoring, as one of several processes."""
+    _run_through(_prepare(config, parent, ranking, calibration_short, calibration_long), scratch, shards)
+
+
+def _choose_variants(space: SearchSpace, checkpoint: Checkpoint, ranking: Path) -> list[list[Variant]]:
+    for window in space.windows:
+        if window >= checkpoint.shape.max_positions:
+            raise ConfigError(
+                f"window {window} is not smaller than the parent's context of {checkpoint.shape.max_positions} tokens; "
+                "a window that covers everything is full attention, which is always on offer"
+            )
+    orders = read_orders(ranking, checkpoint.architecture)
+    offers = [variants_of(own, space, checkpoint.shape.experts_per_token) for own in checkpoint.architecture.blocks]
+    return [
+        [Variant(block, kept_experts(order, block.num_experts)) for block in offer]
+        for offer, order in zip(offers, orders, strict=True)
+    ]
+
+
+def _prepare(
+    config: ScoreBlocksConfig, parent: Path, ranking: Path, calibration_short: Path, calibration_long: Path
+) -> _Job:
+    """Read and check everything but weights."""
+    checkpoint = Checkpoint.open(parent)
+    variants = _choose_variants(config.space, checkpoint, ranking / "ranking.json")
+    windows = config.space.windows if any(block.window is None for block in checkpoint.architecture.blocks) else ()
+    short_probes = _probes(config, checkpoint, calibration_short, first=0)
+    long_probes = _probes(config, checkpoint, calibration_long, first=min(windows, default=0))
+    furthest = max(int(probe.measured.any(0).nonzero().max()) for probe in long_probes)
+    if max(windows, default=0) > furthest:
+        raise ArtifactError(
+            f"{calibration_long}: its last response token is at position {furthest}, where a window of {max(windows)} "
+            "cannot do harm and would score 0; use longer sequences (max_tokens cuts them) or smaller windows"
+        )
+    return _Job(config, checkpoint, variants, short_probes, long_probes)
+
+
+def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, first: int) -> list[Probe]:
+    """The batches of a set that have something to measure; variants together fill ``batch_tokens``."""
+    batches = load_batches(
+        data,
+        checkpoint.directory,
+        max_sequences=config.max_sequences,
+        max_tokens=min(config.max_tokens, checkpoint.shape.max_positions),
+        batch_tokens=config.batch_tokens // config.variants_per_batch,
+    )
+    probes = [probe for probe in (Probe.of(batch, first) for batch in batches) if probe.measured.any()]
+    if not probes:
+        longest = max(batch.num_positions for batch in batches)
+        raise ArtifactError(
+            f"{data} has no response token at or beyond position {first} (its longest sequence has {longest} tokens); "
+            "use longer conversations that end in an assistant's turn, or smaller windows"
+        )
+    return probes
+
+
+def _run_through(job: _Job, scratch: Path, shards: Shards) -> None:
+    """Score this process's share of the batches; the first process saves and shows how far all are."""
+    device = loading.choose_device()
+    reader = LayerReader(job.checkpoint, job.dtype, device)
+    room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    longest = max(probe.batch.num_positions for probe in job.probes)
+    parent = Parent(
+        job.checkpoint.architecture,
+        reader.load,
+        loading.load_head(job.checkpoint, job.dtype, device),
+        loading.rotary(job.checkpoint, longest, job.dtype, device),
+        room.hold,
+    )
+    steps = _score(job, parent, scratch, shards)
+    try:
+        for _ in track(steps, job.num_steps, "scoring blocks") if shards.rank == 0 else steps:
+            pass
+    finally:
+        reader.close()
+
+
+def _score(job: _Job, parent: Parent, scratch: Path, shards: Shards) -> Generator[None, None, None]:
+    """Score layer after layer, saving each; yields once per block forward."""
+    finished, probes = _finished(job, scratch), shards.mine(job.probes)
+    measurements = yield from run_parent(parent, _embed(job, parent, probes), probes)
+    states = _embed(job, parent, probes)
+    for layer, variants in enumerate(job.variants):
+        if finished[layer]:
+            yield from [None] * (len(variants) * (len(job.variants) - layer))
+        else:
+            rows = yield from _score_layer(job, parent, layer, states, measurements, shards)
+            if shards.rank == 0:
+                write_text_atomically(_saved(scratch, layer), json.dumps(rows) + "\n")
+        if layer < parent.last:
+            states = advance(parent, layer, states)
+        yield
+
+
+def _embed(job: _Job, parent: Parent, probes: Sequence[Probe]) -> list[Held]:
+    token_ids = [probe.batch.token_ids for probe in probes]
+    return [parent.hold(states) for states in loading.embed_each(job.checkpoint, token_ids, job.dtype)]
+
+
+def _score_layer(
+    job: _Job, parent: Parent, layer: int, states: list[Held], measurements: list[Measurement], shards: Shards
+) -> Generator[None, None, list[Row]]:
+    variants = job.variants[layer]
+    mine = yield from score_layer(
+        parent, layer, states, measurements, variants, job.config.variants_per_batch, prove=shards.rank == 0
+    )
+    batches = shards.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
+    sums = [[batch[index] for batch in batches] for index in range(len(variants))]
+    scores = [(total(parts[: len(job.short)]), total(parts[len(job.short) :])) for parts in sums]
+    check_identity(layer, scores[0][0])
+    metric, weight = job.config.metric, job.config.long_weight
+    return [
+        {
+            "layer": layer,
+            "num_experts": variant.block.num_experts,
+            "window": variant.block.window,
+            "damage": short[metric] + weight * long[metric],
+            "short": short,
+            "long": long,
+        }
+        for variant, (short, long) in zip(variants, scores, strict=True)
+    ]
+
+
+def _finished(job: _Job, scratch: Path) -> list[bool]:
+    """Of every layer, whether an earlier run has scored it."""
+    return [_saved(scratch, layer).is_file() for layer in range(job.checkpoint.num_layers)]
+
+
+def _saved(scratch: Path, layer: int) -> Path:
+    return scratch / f"layer-{layer:03d}.json"

@@ -1,0 +1,367 @@
+"""Replace-one-block scoring (paper B, the scores of its block library).
+
+Exactly one block of the parent is replaced by one variant and the rest runs unchanged;
+``moesaic.search.score_blocks.damage`` measures what changed. The damage of an architecture is the sum over its blocks
+of ``short + long_weight * long``.
+
+Measured tokens are those whose next token the assistant generated. On the long set only positions at or beyond the
+smallest window on offer count: nearer tokens lose nothing to any window. One token set serves all variants of a run, so
+that their damages compare. Departure: paper A's long-context data and metric are not known.
+
+Work is shared. A variant of layer i starts from the parent's states at layer i; variants with one window share its
+attention; a window no shorter than a batch is no window there; and several variants go through the later layers
+together, each of which is loaded once for them. The last layer mixes only measured tokens. Whole-model scoring takes
+variants * layers block forwards, this takes about half of them (:func:`num_steps`).
+
+One layer is loaded at a time, and :attr:`Parent.load` is told the next so that it can read ahead; hidden states are
+handed to :attr:`Parent.hold`, which decides where they wait. Batches do not depend on each other, so that processes can
+share them out: sums are per batch, and their total is taken in the order of the batches.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
+
+from moesaic.core.errors import StageError
+from moesaic.data.batches import Batch
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.layers import Head, Rotary, attend, mix, mix_sliced, router_logits
+from moesaic.search.score_blocks.damage import Metrics, compare, finish, unchanged
+
+TOLERANCE = 1e-6
+"""Normalised MSE up to which two ways to compute the same thing agree."""
+MASKING_TOLERANCE = {torch.float32: TOLERANCE, torch.bfloat16: 1e-4}
+"""The same for masking against slicing, whose matrix products differ in shape and so in rounding."""
+_MASKING_POSITIONS = 512
+"""Of the first sequence, where masking is compared with slicing."""
+
+Sums = list[Tensor]
+"""Of one variant, a tensor [sum] per batch; ``damage.finish`` makes metrics of their total."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A block in place of the parent's, and the ids of the parent's experts it keeps."""
+
+    block: Block
+    kept: tuple[int, ...]
+
+
+class Held(Protocol):
+    """A tensor that waits somewhere until it is needed again."""
+
+    def read(self) -> Tensor:
+        """The tensor, on whatever device it waits; not to be changed."""
+        ...
+
+    def drop(self) -> None:
+        """It is not needed again."""
+        ...
+
+
+class Load(Protocol):
+    """Loads layers; the caller holds one at a time."""
+
+    def __call__(self, layer: int, then: int | None = None) -> GptOssDecoderLayer:
+        """Load a layer; ``then`` is the one that is asked for next, if that is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model whose blocks are replaced. Layers are loaded when needed and not kept."""
+
+    architecture: Architecture
+    load: Load
+    head: Head
+    turns: Rotary
+    hold: Callable[[Tensor], Held]
+
+    @property
+    def last(self) -> int:
+        """The index of the last layer."""
+        return self.architecture.num_layers - 1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A batch, and which of its positions are measured."""
+
+    batch: Batch
+    measured: Bool[Tensor, "batch time"]
+
+    @classmethod
+    def of(cls, batch: Batch, first: int = 0) -> "Probe":
+        """Measure the positions from ``first`` on whose next token is a response token."""
+        measured = F.pad(batch.is_response[:, 1:], (0, 1))
+        measured[:, :first] = False
+        return cls(batch, measured)
+
+    @property
+    def next_ids(self) -> Int[Tensor, " token"]:
+        """The token that follows each measured position."""
+        return self.batch.token_ids.roll(-1, dims=1)[self.measured]
+
+    def sees(self, block: Block) -> Block:
+        """The block this batch cannot tell from ``block``: a window that covers the whole batch is none."""
+        covers = block.window is not None and block.window >= self.batch.num_positions
+        return Block(block.num_experts, None if covers else block.window)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the parent makes of a probe."""
+
+    probe: Probe
+    reference: Held
+    """Its final-norm hidden states at the measured positions, [token hidden]."""
+    unchanged: Tensor
+    """The sums of a child that equals it."""
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Variants of one layer on their way through the later layers, over one batch."""
+
+    index: int
+    """Of the batch."""
+    wanted: dict[Block, Variant]
+    """By what the batch sees of them."""
+    hidden: Held
+    """[variant batch time hidden]; behind the last layer [variant token hidden], measured tokens only."""
+
+
+def num_steps(num_variants: Sequence[int]) -> int:
+    """Block forwards with prefix reuse, given each layer's variants: each takes its own layer and all later ones."""
+    return sum(count * (len(num_variants) - layer) for layer, count in enumerate(num_variants))
+
+
+def run_parent(
+    parent: Parent, states: Sequence[Held], probes: Sequence[Probe]
+) -> Generator[None, None, list[Measurement]]:
+    """Run the whole parent, one layer at a time, and keep its hidden states at measured positions.
+
+    Args:
+        parent: the model.
+        states: embedded batches, [batch time hidden]; dropped on the way.
+        probes: the batches and where to measure them.
+    """
+    for layer in range(parent.last):
+        states = advance(parent, layer, states)
+        yield
+    module = parent.load(parent.last, then=0)
+    measurements = []
+    for hidden, probe in zip(states, probes, strict=True):
+        output = _continue(parent, module, parent.last, hidden.read().unsqueeze(0), probe.measured).squeeze(0)
+        hidden.drop()
+        reference = parent.head.normed(output)
+        measurements.append(Measurement(probe, parent.hold(reference), unchanged(reference)))
+    yield
+    return measurements
+
+
+def advance(parent: Parent, layer: int, states: Sequence[Held]) -> list[Held]:
+    """The parent's hidden states after one more layer; those before it are dropped."""
+    module = parent.load(layer, then=layer + 1)
+    window, device = parent.architecture.blocks[layer].window, module.self_attn.sinks.device
+    after = []
+    for hidden in states:
+        output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.turns, window))
+        hidden.drop()
+        after.append(parent.hold(output))
+    return after
+
+
+def score_layer(
+    parent: Parent,
+    layer: int,
+    states: Sequence[Held],
+    measurements: Sequence[Measurement],
+    variants: Sequence[Variant],
+    variants_per_batch: int,
+    prove: bool = True,
+) -> Generator[None, None, list[Sums]]:
+    """Measure every variant of one layer; yields once per variant and layer it has gone through.
+
+    The parent's own block is among the variants. It is run like any other, but alone and on the first batch only:
+    elsewhere its sums, and those of variants a batch cannot tell from it, are known.
+
+    Args:
+        parent: the model.
+        layer: the layer to replace.
+        states: the parent's hidden states at its input; they are kept.
+        measurements: the same batches at the parent's output.
+        variants: what to replace it by, the parent's own block first.
+        variants_per_batch: variants that go through the later layers together.
+        prove: whether the first batch here is the first of all, on which the parent's own block is run.
+
+    Returns:
+        The sums of every variant, in the order given.
+
+    Raises:
+        StageError: if masking experts differs from slicing them off.
+    """
+    own = parent.architecture.blocks[layer]
+    known: list[dict[Block, Tensor]] = [{item.probe.sees(own): item.unchanged} for item in measurements]
+    first: dict[Block, Variant] = {measurements[0].probe.sees(own): variants[0]} if measurements and prove else {}
+    _check_all_masks(parent, layer, states, variants)
+    groups = _group(variants[1:], variants_per_batch)
+    for index, group in enumerate(groups or [[]]):
+        todo = [(batch, _untold(group, item.probe, known[batch])) for batch, item in enumerate(measurements)]
+        work = [(batch, wanted) for batch, wanted in ([(0, first)] if index == 0 else []) + todo if wanted]
+        for batch, wanted, sums in (yield from _score_group(parent, layer, states, measurements, work, len(group))):
+            known[batch].update(zip(wanted, sums, strict=True))
+        yield from [None] * (parent.last - layer + 1 if index == 0 else 0)
+    return [
+        [done[item.probe.sees(variant.block)] for item, done in zip(measurements, known, strict=True)]
+        for variant in variants
+    ]
+
+
+def _check_all_masks(parent: Parent, layer: int, states: Sequence[Held], variants: Sequence[Variant]) -> None:
+    if states:
+        module = parent.load(layer, then=layer)
+        sample = states[0].read()[:1, :_MASKING_POSITIONS].to(module.self_attn.sinks.device)
+        for kept in sorted({variant.kept for variant in variants}):
+            check_masking(layer, module, sample, kept)
+
+
+def _group(variants: Sequence[Variant], size: int) -> list[Sequence[Variant]]:
+    """In groups, those of one window together."""
+    ordered = sorted(variants, key=lambda variant: (variant.block.window is not None, -(variant.block.window or 0)))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _untold(group: Sequence[Variant], probe: Probe, known: dict[Block, Tensor]) -> dict[Block, Variant]:
+    """The variants of a group that this batch can tell apart and that are not measured yet, by what it sees of them."""
+    return {probe.sees(variant.block): variant for variant in group if probe.sees(variant.block) not in known}
+
+
+def _score_group(
+    parent: Parent,
+    layer: int,
+    states: Sequence[Held],
+    measurements: Sequence[Measurement],
+    work: Sequence[tuple[int, dict[Block, Variant]]],
+    group_size: int,
+) -> Generator[None, None, list[tuple[int, dict[Block, Variant], Tensor]]]:
+    """Replace one block by several variants at once, given by batch; the sums of each batch's variants."""
+    if not work:
+        yield from [None] * (group_size * (parent.last - layer + 1))
+        return []
+    lanes = _replace_all(parent, layer, states, measurements, work)
+    yield from [None] * group_size
+    for later in range(layer + 1, parent.last + 1):
+        lanes = _continue_all(parent, layer, later, measurements, lanes)
+        yield from [None] * group_size
+    found = []
+    for lane in lanes:
+        item, children = measurements[lane.index], parent.head.normed(lane.hidden.read())
+        sums = compare(parent.head, item.reference.read(), children, item.probe.next_ids)
+        lane.hidden.drop()
+        found.append((lane.index, lane.wanted, sums))
+    return found
+
+
+def _replace_all(
+    parent: Parent,
+    layer: int,
+    states: Sequence[Held],
+    measurements: Sequence[Measurement],
+    work: Sequence[tuple[int, dict[Block, Variant]]],
+) -> list[_Lane]:
+    module = parent.load(layer, then=min(layer + 1, parent.last))
+    lanes = []
+    for index, wanted in work:
+        measured = measurements[index].probe.measured if layer == parent.last else None
+        hidden = _replace(parent, module, states[index].read(), wanted, measured)
+        lanes.append(_Lane(index, wanted, parent.hold(hidden)))
+    return lanes
+
+
+def _continue_all(
+    parent: Parent, layer: int, later: int, measurements: Sequence[Measurement], lanes: Sequence[_Lane]
+) -> list[_Lane]:
+    module = parent.load(later, then=later + 1 if later < parent.last else layer)
+    after = []
+    for lane in lanes:
+        measured = measurements[lane.index].probe.measured if later == parent.last else None
+        hidden = _continue(parent, module, later, lane.hidden.read(), measured)
+        lane.hidden.drop()
+        after.append(_Lane(lane.index, lane.wanted, parent.hold(hidden)))
+    return after
+
+
+def _replace(
+    parent: Parent, module: GptOssDecoderLayer, hidden: Tensor, wanted: dict[Block, Variant], measured: Tensor | None
+) -> Tensor:
+    """The outputs of every variant of one block; at measured positions only, if those are given."""
+    outputs = []
+    hidden = hidden.to(module.self_attn.sinks.device, non_blocking=True)
+    for window, blocks in groupby(wanted, key=lambda block: block.window):
+        attended = attend(module, hidden, parent.turns, window)
+        attended = attended if measured is None else attended[measured]
+        outputs += [mix(module, attended, wanted[block].kept) for block in blocks]
+    return torch.stack(outputs)
+
+
+def _continue(
+    parent: Parent, module: GptOssDecoderLayer, layer: int, hidden: Tensor, measured: Tensor | None
+) -> Tensor:
+    """One unchanged layer for all variants of a batch, [variant, batch, time, hidden]; measured as in ``_replace``."""
+    stacked = hidden.flatten(0, 1).to(module.self_attn.sinks.device, non_blocking=True)
+    attended = attend(module, stacked, parent.turns, parent.architecture.blocks[layer].window).view(hidden.shape)
+    return mix(module, attended if measured is None else attended[:, measured])
+
+
+def total(sums: Sequence[Tensor]) -> Metrics:
+    """The metrics over several batches."""
+    return finish(torch.stack(list(sums)).sum(0))
+
+
+def check_identity(layer: int, metrics: Metrics) -> None:
+    """Raise StageError unless the parent's own block, run as a variant, changes nothing."""
+    if not metrics["hidden_mse"] <= TOLERANCE:
+        raise StageError(
+            f"layer {layer}: the parent's own block in its place changes the output by {metrics['hidden_mse']:.2e} "
+            f"(normalised MSE, at most {TOLERANCE:.0e}); scores would mean nothing, so scoring stopped"
+        )
+
+
+def check_masking(
+    layer: int, module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int]
+) -> None:
+    """Raise StageError unless leaving experts out of the router equals slicing them off the block.
+
+    Tokens whose last chosen expert leads the next by rounding alone do not count: either may then be chosen.
+    """
+    decided = _is_decided(module, states, kept)
+    sliced = (mix_sliced(module, states, kept) - states)[decided]
+    masked = (mix(module, states, kept) - states)[decided]
+    error = ((masked - sliced).double().square().sum() / sliced.double().square().sum()).item()
+    tolerance = MASKING_TOLERANCE[states.dtype]
+    if not error <= tolerance:
+        raise StageError(
+            f"layer {layer}: masking all but {len(kept)} experts differs from slicing the others off by {error:.2e} "
+            f"(normalised MSE, at most {tolerance:.0e}); scores would not describe the pruned model, so scoring stopped"
+        )
+
+
+def _is_decided(
+    module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int]
+) -> Bool[Tensor, "batch time"]:
+    """Whether a token's top experts among those kept stand out from the next by more than rounding."""
+    top_k = module.mlp.router.top_k
+    if len(kept) <= top_k:
+        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    normed = module.post_attention_layernorm(states).flatten(0, 1)
+    leaders = router_logits(module, normed, kept).topk(top_k + 1, dim=-1).values
+    margin = 4 * torch.finfo(leaders.dtype).eps * leaders.abs().amax(-1)
+    return (leaders[:, top_k - 1] - leaders[:, top_k] > margin).view(states.shape[:2])

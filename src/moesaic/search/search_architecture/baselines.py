@@ -1,0 +1,204 @@
+"""What the search is compared with, under the same limits (paper B, section on the effectiveness of its MIP).
+
+greedy          from the parent, take again and again the replacement of one layer with the least added damage per
+                excess it removes, excess being the sum over limits of the share by which each is exceeded, until all
+                limits hold. Paper B describes its greedy search only in words; this reading is ours.
+uniform         one expert count for all layers and one window for evenly spread full layers: of all that keep the
+                limits, the one of least damage, so that the comparison is with the best of its kind.
+random          one notch at a time (the next smaller expert count or window) in a random layer until all limits hold.
+max_parameters  the MIP with parameters to maximise; damage is not looked at.
+
+Greedy and random may end where no step helps although the limits can be kept; the reason is then reported.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+
+import numpy as np
+
+from moesaic.core.errors import InfeasibleError
+from moesaic.models.architecture import Block
+from moesaic.search.library import BlockLibrary, Choice, total
+from moesaic.search.limits import TOLERANCE, LimitSet, Padding
+from moesaic.search.search_architecture.infeasibility import explain_infeasible
+from moesaic.search.search_architecture.search import Search, Solution
+from moesaic.search.solver.lagrangian import Floats, Indices, Mask, dense
+from moesaic.search.solver.mip import branch_and_bound
+
+
+def baselines(search: Search) -> dict[str, Callable[[], Solution]]:
+    """Every baseline by name, to be called; an InfeasibleError says why one cannot keep the limits."""
+    seeds = search.config.random_seeds
+    return {
+        "greedy": lambda: search.assembled(choose_greedily(search)),
+        "uniform": lambda: search.assembled(choose_uniformly(search)),
+        "max_parameters": lambda: keep_most_parameters(search),
+    } | {f"random-{seed}": partial(_random, search, seed) for seed in seeds}
+
+
+def _random(search: Search, seed: int) -> Solution:
+    return search.assembled(shrink_randomly(search, seed))
+
+
+def choose_greedily(search: Search) -> Choice:
+    """The greedy baseline's choice; it is also the solver's first incumbent."""
+    library, limits = search.library, search.limits
+    damages, steps = dense(library.damages, np.inf), _Steps.of(library)
+    choice = np.array(library.parent_choice)
+    now = np.arange(len(choice))
+    excesses = _Excesses.of(limits)
+    while excess := limits.excess(tuple(choice.tolist())):
+        removed = np.where(steps.narrower(choice), excess - excesses.after(choice), 0.0)
+        layers, variants = np.nonzero(removed > 0)
+        if not len(layers):
+            why = "no replacement of one layer comes closer"
+            raise InfeasibleError(_stuck("greedy", why, limits, tuple(choice.tolist())))
+        found = removed[layers, variants]
+        added = damages[layers, variants] - damages[now, choice][layers]
+        # Of equals the one that comes first when assemblies are written as tuples: layers that grow, from the last.
+        grows = variants > choice[layers]
+        best = np.lexsort((variants, np.where(grows, -layers, layers), grows, -found, added / found))[0]
+        choice[layers[best]] = variants[best]
+    return tuple(choice.tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """Experts and windows of all variants, to tell which replace which."""
+
+    experts: Floats
+    windows: Floats
+    """Full attention is infinitely long."""
+
+    @classmethod
+    def of(cls, library: BlockLibrary) -> "_Steps":
+        """Those of a library."""
+        windows = library.table(lambda block: math.inf if block.window is None else block.window)
+        return cls(dense(library.table(lambda block: block.num_experts), np.inf), dense(windows, np.inf))
+
+    def narrower(self, choice: Indices) -> Mask:
+        """Which variants narrow the block that their layer has."""
+        now = np.arange(len(choice)), choice
+        experts, windows = self.experts[now][:, None], self.windows[now][:, None]
+        same = (self.experts == experts) & (self.windows == windows)
+        found: Mask = (self.experts <= experts) & (self.windows <= windows) & ~same
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Excesses:
+    """How far every assembly that differs from a given one in one layer exceeds the limits."""
+
+    limits: LimitSet
+    usage: list[Floats]
+    windows: Indices
+    """By layer and variant, as an index of ``names``."""
+    names: list[int | None]
+
+    @classmethod
+    def of(cls, limits: LimitSet) -> "_Excesses":
+        """Those of some limits."""
+        names = list({window: None for row in limits.windows for window in row})
+        numbers = tuple(tuple(float(names.index(window)) for window in row) for row in limits.windows)
+        windows = dense(numbers).astype(np.int64)
+        return cls(limits, [dense(limit.usage) for limit in limits.linear], windows, names)
+
+    def after(self, choice: Indices) -> Floats:
+        """By layer and variant that the layer would have instead; see ``LimitSet.excess``."""
+        now = np.arange(len(choice)), choice
+        excess = np.zeros(self.windows.shape)
+        old = self.windows[now]
+        counts = np.bincount(old, minlength=len(self.names))
+        moved = old[:, None] != self.windows
+        for limit, usage in zip(self.limits.linear, self.usage, strict=True):
+            used = limit.used(tuple(choice.tolist())) + usage - usage[now][:, None]
+            if limit.padding:
+                used += moved * self._padded(limit.padding, counts, old)
+            over = (used - limit.bound) / max(abs(limit.bound), 1e-12)
+            excess += np.where(over > TOLERANCE, over, 0.0)
+        if self.limits.max_layouts is not None:
+            lost, won = (counts[old] == 1)[:, None], (counts == 0)[self.windows]
+            layouts = (counts > 0).sum() + moved * (won.astype(float) - lost)
+            excess += np.maximum(0, layouts / self.limits.max_layouts - 1)
+        return excess
+
+    def _padded(self, padding: Padding, counts: Indices, old: Indices) -> Floats:
+        """What leaving one window and taking another adds."""
+        per_group = np.array([padding.per_group[name] for name in self.names])
+        groups = [-(-(counts + more) // padding.size) * per_group for more in (-1, 0, 1)]
+        added: Floats = (groups[0] - groups[1])[old][:, None] + (groups[2] - groups[1])[self.windows]
+        return added
+
+
+def choose_uniformly(search: Search) -> Choice:
+    """The uniform baseline's choice."""
+    choices = dict.fromkeys(_uniform(search.library))
+    for _, choice in sorted((total(search.library.damages, choice), choice) for choice in choices):
+        if search.limits.holds(choice):
+            return choice
+    raise InfeasibleError("uniform: no single expert count, with one window in evenly spread layers, is enough")
+
+
+def _uniform(library: BlockLibrary) -> Iterator[Choice]:
+    """Every expert count in all layers with every window in any number of evenly spread full layers, if on offer."""
+    places = [{block: index for index, block in enumerate(options)} for options in library.variants]
+    counts = sorted({block.num_experts for options in library.variants for block in options})
+    windows = sorted({block.window for options in library.variants for block in options if block.window is not None})
+    parent = library.parent.blocks
+    full = [layer for layer, block in enumerate(parent) if block.window is None]
+    for count, window in product(counts, windows or [1]):
+        whole = [place.get(Block(count, block.window)) for place, block in zip(places, parent, strict=True)]
+        narrow = [place.get(Block(count, window)) for place in places]
+        for turned in range(len(full) + 1):
+            mixed = whole.copy()
+            for layer in {full[int((index + 0.5) * len(full) / turned)] for index in range(turned)}:
+                mixed[layer] = narrow[layer]
+            choice = tuple(index for index in mixed if index is not None)
+            if len(choice) == len(mixed):
+                yield choice
+
+
+def shrink_randomly(search: Search, seed: int) -> Choice:
+    """The random baseline's choice for a seed."""
+    dice = random.Random(seed)
+    notches = [_notches(options) for options in search.library.variants]
+    choice = list(search.library.parent_choice)
+    while not search.limits.holds(tuple(choice)):
+        steps = [(layer, index) for layer, now in enumerate(choice) for index in notches[layer][now]]
+        if not steps:
+            why = "every layer is as small as it gets"
+            raise InfeasibleError(_stuck(f"random-{seed}", why, search.limits, tuple(choice)))
+        layer, index = dice.choice(steps)
+        choice[layer] = index
+    return tuple(choice)
+
+
+@cache
+def _notches(options: tuple[Block, ...]) -> list[list[int]]:
+    """For every block those that narrow it with nothing on offer in between."""
+    experts = np.array([block.num_experts for block in options])
+    windows = np.array([math.inf if block.window is None else block.window for block in options])
+    narrower = (experts <= experts[:, None]) & (windows <= windows[:, None])
+    narrower &= (experts != experts[:, None]) | (windows != windows[:, None])
+    steps = narrower.astype(np.float32)
+    return [np.flatnonzero(row).tolist() for row in narrower & (steps @ steps == 0)]
+
+
+def keep_most_parameters(search: Search) -> Solution:
+    """The max-parameters baseline.
+
+    Many assemblies have equally many parameters and reduced costs tell little of them: branch and bound goes alone.
+    """
+    fewer = search.library.cost_table(lambda cost: -float(cost.parameters))
+    outcome = branch_and_bound(fewer, search.limits, search.effort)
+    if outcome is None:
+        raise InfeasibleError(explain_infeasible(search.limits, search.effort))
+    return search.solved(outcome, objective="-parameters")
+
+
+def _stuck(name: str, why: str, limits: LimitSet, choice: Choice) -> str:
+    return f"{name}: {why}, and still broken is {'; '.join(limits.broken(choice))}"

@@ -1,0 +1,135 @@
+"""Join scores and costs, solve for the best assemblies, and compare them with the baselines at equal budget."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.errors import ArtifactError, InfeasibleError
+from moesaic.core.progress import track
+from moesaic.costs.block_costs import CostTable
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.payloads import read_json, read_text
+from moesaic.search.library import BlockLibrary
+from moesaic.search.search_architecture.baselines import baselines
+from moesaic.search.search_architecture.search import Search, Solution
+from moesaic.search.search_architecture.stage import SearchArchitectureConfig
+
+ARCHITECTURE = "architecture.json"
+
+
+def run(
+    config: SearchArchitectureConfig, *, parent: Path, scores: Path, costs: Path, output: Path, scratch: Path
+) -> dict[str, float]:
+    """Write ``architecture.json``: the parent, the candidates by name, the frontier, and what was left out and why.
+
+    Candidates are ``puzzle``, the diverse ``puzzle-2``, ``puzzle-3``, ..., and the baselines ``greedy``, ``uniform``,
+    ``max_parameters`` and ``random-<seed>``.
+    """
+    table = CostTable.from_json(read_text(costs / "costs.json"))
+    shape, blocks = gpt_oss.read_config(read_json(parent / "config.json"))
+    _check_parent(table, shape, blocks)
+    search = Search.of(_read_library(scores / "scores.json", blocks, table), config, time.perf_counter)
+    candidates, skipped = find_candidates(search)
+    swept, frontier = search.frontier()
+    whole = search.assembled(search.library.parent_choice, "parent")
+    content = {
+        "parent": _describe(whole),
+        "candidates": {name: _describe(solution) for name, solution in candidates.items()},
+        "skipped": skipped,
+        "swept": swept,
+        "frontier": [_describe(solution) for solution in frontier],
+        "limits": _describe_limits(search),
+        "is_sorting": search.is_sorting,
+    }
+    (output / ARCHITECTURE).write_text(json.dumps(content, indent=1) + "\n")
+    return _metrics(whole, candidates)
+
+
+def find_candidates(search: Search) -> tuple[dict[str, Solution], dict[str, str]]:
+    """Every candidate by name, the search's best first, and the reason for each that could not be had.
+
+    Raises:
+        InfeasibleError: if nothing keeps the limits.
+    """
+    compared: dict[str, Solution] = {}
+    skipped: dict[str, str] = {}
+    rivals = baselines(search)
+    for name, find in track(rivals.items(), len(rivals), "baselines"):
+        try:
+            compared[name] = find()
+        except InfeasibleError as reason:
+            skipped[name] = str(reason)
+    start = compared["greedy"].choice if "greedy" in compared else None
+    found = search.diverse(search.best(start))
+    names = ["puzzle", *(f"puzzle-{rank}" for rank in range(2, search.config.num_solutions + 1))]
+    why = f"no further assembly within the limits shares at most {search.most_in_common} blocks with each earlier one"
+    skipped |= dict.fromkeys(names[len(found) :], why)
+    return dict(zip(names, found, strict=False)) | compared, skipped
+
+
+def _check_parent(table: CostTable, shape: gpt_oss.ModelShape, blocks: Architecture) -> None:
+    if table.parent != blocks:
+        raise ArtifactError("costs.json is of another parent than the one given; run measure_costs on this parent")
+    costed, real = table.evaluate(blocks).parameters, gpt_oss.num_parameters(shape, blocks)
+    if costed != real:
+        raise ArtifactError(f"costs.json counts {costed} parameters, the parent has {real}; run measure_costs on it")
+
+
+def _read_library(path: Path, parent: Architecture, table: CostTable) -> BlockLibrary:
+    content = read_json(path)
+    try:
+        scored = Architecture.of(Block.from_config(entry) for entry in content["parent"])
+        damages = {
+            (row["layer"], Block(row["num_experts"], row["window"])): float(row["damage"]) for row in content["rows"]
+        }
+        num_rows = len(content["rows"])
+    except (KeyError, TypeError, ValueError) as broken:
+        raise ArtifactError(f"{path} cannot be read ({broken!r}); run score_blocks again") from broken
+    if scored != parent:
+        raise ArtifactError(f"{path.name} is of another parent than the one given; run score_blocks on this parent")
+    if len(damages) < num_rows:
+        raise ArtifactError(f"{path.name} scores the same block of a layer twice; run score_blocks again")
+    return BlockLibrary.of(parent, damages, table)
+
+
+def _describe(solution: Solution) -> dict[str, Any]:
+    return {
+        "blocks": [block.as_config() for block in solution.architecture.blocks],
+        "damage": solution.damage,
+        **asdict(solution.cost),
+        "status": solution.status,
+        "objective": solution.objective,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "seconds": solution.seconds,
+    }
+
+
+def _describe_limits(search: Search) -> dict[str, Any]:
+    limits: dict[str, Any] = {
+        limit.name: {"at_least" if limit.at_least else "at_most": limit.shown(limit.bound), "unit": limit.unit}
+        for limit in search.limits.linear
+    }
+    if search.limits.max_layouts is not None:
+        limits["distinct windows"] = {"at_most": search.limits.max_layouts, "unit": ""}
+    return limits
+
+
+def _metrics(parent: Solution, candidates: Mapping[str, Solution]) -> dict[str, float]:
+    best = candidates["puzzle"]
+    metrics = {
+        "damage": best.damage,
+        "gap": best.gap or 0.0,
+        "parameters_ratio": best.cost.parameters / parent.cost.parameters,
+        "experts_ratio": best.cost.num_experts / parent.cost.num_experts,
+    }
+    for workload, memory in best.cost.memory_mib.items():
+        speed = best.cost.throughput_tokens_per_s[workload]
+        metrics[f"memory_ratio_{workload}"] = memory / parent.cost.memory_mib[workload]
+        metrics[f"throughput_ratio_{workload}"] = speed / parent.cost.throughput_tokens_per_s[workload]
+        metrics[f"latency_ratio_{workload}"] = best.cost.latency_ms[workload] / parent.cost.latency_ms[workload]
+    return metrics | {f"damage_{name}": solution.damage for name, solution in candidates.items() if name != "puzzle"}

@@ -1,0 +1,228 @@
+"""The search's program, taken apart before it is branched on (paper B, its MIP, at the size of hundreds of variants).
+
+1. Relax: a bound, and what any choice with a given variant costs at least (:mod:`moesaic.search.solver.lagrangian`). 2.
+Search near: a good choice, and often the proof that it is the best (:mod:`moesaic.search.solver.neighbourhood`). 3.
+Branch and bound (:mod:`moesaic.search.solver.mip`) from that choice, with those variants alone that may be in a better
+one and
+   that no other variant dominates.
+
+The second and third step take turns, each time with more work, until one of them has the proof.
+
+Limits that are no sums: with ``max_layouts`` every set of so many windows is relaxed by itself, and the least bound
+counts. Padding is relaxed to fractional groups of layers; a choice is made better at the windows that it has. Where the
+objective itself is padded, branch and bound goes alone. An earlier solution to differ from is one more limit.
+
+Results repeat unless the time limit cuts the third step short; the clock is read for that limit alone.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, compress
+from typing import TypeVar
+
+import numpy as np
+
+from moesaic.search.library import Choice, Table, total
+from moesaic.search.limits import TOLERANCE, Limit, LimitSet, Padding
+from moesaic.search.solver.lagrangian import ROUNDING, Mask, Program, Relaxation, dense, relax, undominated
+from moesaic.search.solver.mip import Effort, Outcome, branch_and_bound
+from moesaic.search.solver.neighbourhood import search_near
+
+_T = TypeVar("_T")
+Relaxed = Sequence[tuple[Program, Relaxation]]
+"""Programs with their bounds; a choice that keeps the limits is in one of them."""
+PAIRS_PER_S = 1e7
+"""Work of one turn of the second step per second of the time limit, about a twentieth of what one core does."""
+TURNS = ((512, 0), (2048, 100), (4096, None))
+"""Combinations that the second step lists, and nodes that the third branches on, first none: longer lists often do."""
+MOST_WINDOW_SETS = 64
+"""With more sets of ``max_layouts`` windows than this, the relaxation leaves that limit out."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A solution has at most ``most`` blocks in common with ``choice`` (paper B, diversity)."""
+
+    choice: Choice
+    most: int
+
+    def as_limit(self, table: Table) -> Limit:
+        """The same as a limit on choices from a table's variants."""
+        rows = zip(table, self.choice, strict=True)
+        shared = tuple(tuple(float(index == chosen) for index in range(len(row))) for row, chosen in rows)
+        return Limit("blocks in common with an earlier solution", "", shared, 0, self.most)
+
+
+def minimise(
+    objective: Table,
+    limits: LimitSet,
+    effort: Effort,
+    start: Choice | None = None,
+    apart: Sequence[Apart] = (),
+    padding: Padding | None = None,
+) -> Outcome | None:
+    """Solve; None if no choice keeps the limits.
+
+    Args:
+        objective: what to minimise, per layer and variant.
+        limits: all of them hold at once.
+        effort: when to stop.
+        start: a choice that may be the first incumbent if it keeps the limits.
+        apart: earlier solutions to differ from.
+        padding: what the objective counts by groups of layers, on top.
+
+    Raises:
+        StageError: if the time ran out before any solution was found.
+    """
+    began = effort.clock()
+    limits = replace(limits, linear=(*limits.linear, *(earlier.as_limit(objective) for earlier in apart)))
+    start = start if start is not None and limits.holds(start) else None
+    if padding is not None:
+        return branch_and_bound(objective, limits, effort, start, padding)
+    relaxed = [(program, found) for program in _programs(objective, limits) if (found := relax(program))]
+    if not relaxed:
+        return None
+    best: Outcome | None = None
+    for length, nodes in TURNS:
+        best = _nearby(objective, limits, effort, best.choice if best else start, relaxed, length)
+        if best is None or (best.gap > effort.relative_gap and nodes != 0):
+            left = max(0.0, effort.time_limit_s - (effort.clock() - began))
+            turn = replace(effort, time_limit_s=left, most_nodes=nodes if best else None)
+            best = _branch(objective, limits, turn, best, relaxed)
+        if best is None or best.gap <= effort.relative_gap:
+            break
+    if best is None:
+        return None
+    assert max((limit.excess(best.choice) for limit in limits.linear), default=0) < 1e-6, limits.broken(best.choice)
+    return replace(best, seconds=effort.clock() - began)
+
+
+def _programs(objective: Table, limits: LimitSet) -> Iterator[Program]:
+    """Programs without limits on windows, of which one has all choices that keep those limits, or more."""
+    usage = [dense(_spread(limit)) for limit in limits.linear]
+    cost = dense(objective, np.inf)
+    shape = (len(usage), *cost.shape)
+    whole = Program(cost, np.array(usage).reshape(shape), np.array([_room(limit) for limit in limits.linear]))
+    windows = sorted({window for row in limits.windows for window in row}, key=lambda window: window or 0)
+    most = limits.max_layouts or len(windows)
+    if most >= len(windows) or math.comb(len(windows), most) > MOST_WINDOW_SETS:
+        yield whole
+        return
+    for some in combinations(windows, most):
+        yield whole.only(_mask(limits, [some] * len(cost), cost.shape[1]))
+
+
+def _spread(limit: Limit) -> Table:
+    """What a limit counts, groups of layers as if they could be filled in part."""
+    if limit.padding is None:
+        return limit.usage
+    share = {window: value / limit.padding.size for window, value in limit.padding.per_group.items()}
+    rows = zip(limit.usage, limit.padding.windows, strict=True)
+    return tuple(tuple(used + share[window] for used, window in zip(*row, strict=True)) for row in rows)
+
+
+def _room(limit: Limit) -> float:
+    """What the layers may use; half the tolerance is left to sums of floats."""
+    return limit.bound - limit.fixed + 0.5 * TOLERANCE * abs(limit.bound)
+
+
+def _mask(limits: LimitSet, allowed: Sequence[Sequence[int | None]], width: int) -> Mask:
+    """The variants whose window is allowed in their layer."""
+    rows = zip(limits.windows, allowed, strict=True)
+    return np.array([[*(window in some for window in row), *[False] * (width - len(row))] for row, some in rows])
+
+
+def _nearby(
+    objective: Table, limits: LimitSet, effort: Effort, start: Choice | None, relaxed: Relaxed, length: int
+) -> Outcome | None:
+    """The best choice that is found without branching, with its bound; None if none keeps the limits."""
+    bound = min(relaxation.bound for _, relaxation in relaxed)
+    program, relaxation = min(relaxed, key=lambda pair: pair[1].bound)
+    padded = any(limit.padding for limit in limits.linear)
+    proven = False
+    if not padded or start is not None:
+        if padded:
+            program, relaxation = _at_windows_of(start or (), objective, limits)
+        near = search_near(
+            program,
+            relaxation,
+            start if start is not None and np.isfinite(program.cost_of(start)) else None,
+            effort.relative_gap,
+            length,
+            PAIRS_PER_S * effort.time_limit_s,
+        )
+        proven = near.proven and not padded and len(relaxed) == 1
+        if limits.holds(near.choice) and (start is None or total(objective, near.choice) <= total(objective, start)):
+            start = near.choice
+    if start is None:
+        return None
+    cost = total(objective, start)
+    return _outcome(start, cost, cost if proven else bound, effort)
+
+
+def _at_windows_of(choice: Choice, objective: Table, limits: LimitSet) -> tuple[Program, Relaxation]:
+    """The program in which every layer keeps the window it has, so that padding is known."""
+    cost = dense(objective, np.inf)
+    windows = [(row[index],) for row, index in zip(limits.windows, choice, strict=True)]
+    used = [limit.padding.used(choice) if limit.padding else 0.0 for limit in limits.linear]
+    rooms = np.array([_room(limit) for limit in limits.linear]) - np.array(used)
+    usage = np.array([dense(limit.usage) for limit in limits.linear])
+    program = Program(cost, usage, rooms).only(_mask(limits, windows, cost.shape[1]))
+    relaxation = relax(program)
+    assert relaxation is not None, "the choice itself keeps the limits"
+    return program, relaxation
+
+
+def _outcome(choice: Choice, cost: float, bound: float, effort: Effort) -> Outcome:
+    bound = min(bound, cost)
+    gap = (cost - bound) / max(abs(cost), ROUNDING) if cost - bound > ROUNDING * abs(cost) else 0.0
+    return Outcome(choice, cost, "optimal" if gap <= effort.relative_gap else "time_limit", bound, gap, 0.0)
+
+
+def _branch(
+    objective: Table, limits: LimitSet, effort: Effort, best: Outcome | None, relaxed: Relaxed
+) -> Outcome | None:
+    """Branch and bound from the best known choice, on what may be better."""
+    kept = _kept(limits, best, relaxed)
+    indices = [np.flatnonzero(row).tolist() for row in kept]
+    start = None if best is None else tuple(row.index(index) for row, index in zip(indices, best.choice, strict=True))
+    outcome = branch_and_bound(_chosen(objective, kept), _restricted(limits, kept), effort, start)
+    if outcome is None:
+        return best and _outcome(best.choice, best.objective, best.objective, effort)
+    choice = tuple(row[index] for row, index in zip(indices, outcome.choice, strict=True))
+    if best is not None and best.objective < outcome.objective:
+        choice, outcome = best.choice, replace(outcome, objective=best.objective)
+    bound = max(outcome.bound, min(relaxation.bound for _, relaxation in relaxed))
+    checked = _outcome(choice, outcome.objective, bound, effort)
+    return replace(checked, status=outcome.status) if checked.status != "optimal" else checked
+
+
+def _kept(limits: LimitSet, best: Outcome | None, relaxed: Relaxed) -> Mask:
+    """The variants that may be in a choice better than the best known, and that choice's own."""
+    program = replace(relaxed[0][0], cost=np.min([program.cost for program, _ in relaxed], axis=0))
+    if best is not None:
+        forced = np.min([relaxation.forced() for _, relaxation in relaxed], axis=0)
+        program = program.only(forced <= best.objective + ROUNDING * abs(best.objective))
+    names = sorted({window for row in limits.windows for window in row}, key=lambda window: window or 0)
+    alike = limits.max_layouts is None and not any(limit.padding for limit in limits.linear)
+    groups = dense(
+        tuple(tuple(0.0 if alike else float(names.index(window)) for window in row) for row in limits.windows)
+    )
+    kept = undominated(program, groups.astype(np.int64))
+    if best is not None:
+        kept[np.arange(len(kept)), list(best.choice)] = True
+    return kept
+
+
+def _chosen(table: Sequence[Sequence[_T]], kept: Mask) -> tuple[tuple[_T, ...], ...]:
+    return tuple(tuple(compress(row, mask)) for row, mask in zip(table, kept.tolist(), strict=True))
+
+
+def _restricted(limits: LimitSet, kept: Mask) -> LimitSet:
+    """The same limits for the variants that are kept."""
+    linear = []
+    for limit in limits.linear:
+        padding = limit.padding and replace(limit.padding, windows=_chosen(limit.padding.windows, kept))
+        linear.append(replace(limit, usage=_chosen(limit.usage, kept), padding=padding))
+    return replace(limits, linear=tuple(linear), windows=_chosen(limits.windows, kept))

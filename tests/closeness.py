@@ -1,0 +1,68 @@
+"""Comparisons that hold on every processor and with every number of threads.
+
+A sum rounds at the size of what is summed, not of what is left of it, so an error is measured against the largest value
+of its tensor. Greedy replies of two code paths may part only where the model is all but undecided.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+ROUNDING = 2e-5
+"""Of the largest value: 170 steps of float32, what sums of some hundred terms leave of it after four layers."""
+NEAR_TIE = 1e-4
+"""Of the largest logit: five times what two float32 logits, each rounded like this, can change places by."""
+
+
+def assert_near(found: Tensor, expected: Tensor, error: float = ROUNDING, name: str = "") -> None:
+    """No value is off by more than ``error`` times the largest magnitude that is expected."""
+    assert found.shape == expected.shape, f"{name} has shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    if not expected.numel():
+        return
+    exact = expected.detach().double()
+    errors = (found.detach().double() - exact).abs()
+    allowed = error * float(exact.abs().max())
+    worst = torch.unravel_index(torch.where(errors.isnan(), torch.inf, errors).argmax(), errors.shape)
+    place = tuple(int(index) for index in worst)
+    assert float(errors[place]) <= allowed, (
+        f"{name} at {place}: {float(found[place]):.9g} instead of {float(exact[place]):.9g}, "
+        f"off by {float(errors[place]):.3g} where {allowed:.3g} is allowed"
+    )
+
+
+def assert_same_replies(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    found: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    tie: float = NEAR_TIE,
+) -> None:
+    """Greedy replies are equal up to the first token, if any, at which two tokens' logits are within ``tie``."""
+    for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
+        if tuple(ours) == tuple(theirs):
+            continue
+        place = next((index for index, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), None)
+        assert place is not None, f"one reply is the other's beginning: {list(ours)} and {list(theirs)}"
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *ours[:place]]])).logits[0, -1].double()
+        gap = float(logits.max() - logits[[ours[place], theirs[place]]].min())
+        allowed = tie * float(logits.abs().max())
+        assert gap <= allowed, (
+            f"token {place} of the reply to {list(prompt)} is {ours[place]} instead of {theirs[place]}: "
+            f"their logits are {gap:.3g} from the highest, a near tie is at most {allowed:.3g}"
+        )
+
+
+def assert_decided(model: PreTrainedModel, prompt: Sequence[int], reply: Sequence[int], tie: float = NEAR_TIE) -> None:
+    """No token of a greedy reply was chosen at a near tie, so every way of computing it gives this text."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1].double()
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    gap, place = (first - second).min(0)
+    allowed = tie * float(logits[place].abs().max())
+    assert float(gap) > allowed, (
+        f"token {int(place)} of the reply to {list(prompt)} is a near tie: "
+        f"the two highest logits are {float(gap):.3g} apart, at least {allowed:.3g} is needed; choose another prompt"
+    )

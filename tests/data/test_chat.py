@@ -1,0 +1,24 @@
+"""A checkpoint without what a conversation needs is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moesaic.core.errors import ArtifactError
+from moesaic.data.chat import load_tokenizer
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_chat_template(tiny_parent: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_parent / "tokenizer.json", tmp_path)
+    settings = json.loads((tiny_parent / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ArtifactError, match="no chat template"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,204 @@
+"""The engine: replies that join and leave a running batch are those generated alone."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from moesaic.deploy.server import batching
+from moesaic.deploy.server.batching import Closed, Engine, Event, Full, Reply
+from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.replies import Piece
+from moesaic.deploy.server.sampling import Rule
+from moesaic.models.generation import Decoding, Sampling, generate
+from moesaic.models.gpt_oss_puzzle import load_model
+from tests.closeness import assert_same_replies
+
+STOPS = frozenset(range(5, 13))
+
+
+class Numbers:
+    """A writer that shows every token as its number."""
+
+    stopped = False
+
+    def add(self, token: int, may_stop: bool) -> list[Piece]:
+        return [Piece("text", str(token))]
+
+    def finish(self) -> list[Piece]:
+        return []
+
+
+class Collected:
+    """What the engine hands out, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[Reply, list[int]] = {}
+        self.finishes: dict[Reply, str] = {}
+        self._changed = threading.Condition()
+
+    def __call__(self, events: Sequence[tuple[Reply, Event]]) -> None:
+        with self._changed:
+            for reply, event in events:
+                self.tokens.setdefault(reply, []).extend(int(piece.text) for piece in event.pieces)
+                if event.finish is not None:
+                    self.finishes[reply] = event.finish
+            self._changed.notify_all()
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(done, timeout=60)
+
+    def wait_for_all(self, replies: Sequence[Reply]) -> None:
+        self.wait(lambda: all(reply in self.finishes for reply in replies))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_parent: Path) -> PreTrainedModel:
+    return load_model(tiny_parent)
+
+
+@pytest.fixture
+def collected() -> Collected:
+    return Collected()
+
+
+@pytest.fixture
+def start(model: PreTrainedModel, collected: Collected) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def started(**limits: int) -> Engine:
+        engines.append(Engine(model, Limits(**{"max_context": 512, **limits})))
+        engines[-1].start(collected)
+        return engines[-1]
+
+    yield started
+    for engine in engines:
+        engine.abort()
+
+
+def ask(prompt: Sequence[int], **rule: Any) -> Reply:
+    return Reply(prompt, Rule(**{"max_tokens": 12, "temperature": 0.0, "stop_ids": STOPS, **rule}), Numbers())
+
+
+def draw_prompts(count: int) -> list[list[int]]:
+    dice = random.Random(1)
+    return [[dice.randrange(20, 64) for _ in range(dice.randint(1, 40))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch": 3}, {"max_cache_tokens": 120}])
+def test_greedy_replies_are_those_generated_alone(
+    start: Callable[..., Engine], collected: Collected, model: PreTrainedModel, limits: dict[str, int]
+) -> None:
+    prompts = draw_prompts(16)
+    engine = start(**limits)
+    replies = [ask(prompt) for prompt in prompts]
+    for reply in replies:
+        engine.submit([reply])
+        collected.wait(lambda reply=reply: len(collected.tokens) > replies.index(reply) // 3)
+    collected.wait_for_all(replies)
+    alone = [generate(model, [prompt], Sampling(12, STOPS), 1)[0] for prompt in prompts]
+    tokens = [collected.tokens[reply] for reply in replies]
+    assert_same_replies(model, prompts, tokens, [one.token_ids for one in alone])
+    ends = ["stop" if mine[-1] in STOPS else "length" for mine in tokens]
+    assert [collected.finishes[reply] for reply in replies] == ends and set(ends) == {"stop", "length"}
+    assert engine.num_generated == sum(map(len, tokens))
+    assert engine.finished == {reason: list(collected.finishes.values()).count(reason) for reason in ("stop", "length")}
+    assert engine.is_idle
+
+
+def test_sampled_replies_depend_on_their_seed_and_not_on_their_batch(
+    start: Callable[..., Engine], collected: Collected
+) -> None:
+    prompts = draw_prompts(6)
+    rule = {"temperature": 1.0, "top_p": 0.9, "stop_ids": frozenset()}
+    together = [ask(prompt, seed=str(place), **rule) for place, prompt in enumerate(prompts)]
+    again = [ask(prompt, seed=str(place), **rule) for place, prompt in enumerate(prompts)]
+    other = [ask(prompt, seed="x", **rule) for prompt in prompts]
+    start().submit([*together, *other])
+    start(max_batch=1).submit(again)
+    collected.wait_for_all([*together, *again, *other])
+    tokens = [[collected.tokens[reply] for reply in replies] for replies in (together, again, other)]
+    assert tokens[0] == tokens[1]
+    assert all(one != another for one, another in zip(tokens[0], tokens[2], strict=True))
+
+
+def test_a_reply_is_as_long_as_it_was_asked_to_be(start: Callable[..., Engine], collected: Collected) -> None:
+    prompts = draw_prompts(12)
+    endless = [ask(prompt, stop_ids=frozenset(), max_tokens=20) for prompt in prompts]
+    least = [ask(prompt, min_tokens=10, max_tokens=20) for prompt in prompts]
+    start().submit([*endless, *least])
+    collected.wait_for_all([*endless, *least])
+    assert {len(collected.tokens[reply]) for reply in endless} == {20}
+    assert all(not STOPS & set(collected.tokens[reply][:10]) for reply in least)
+    lengths = {len(collected.tokens[reply]) for reply in least}
+    assert min(lengths) > 10 and len(lengths) > 1
+
+
+def test_a_cancelled_reply_leaves_its_place_to_the_next(start: Callable[..., Engine], collected: Collected) -> None:
+    engine = start(max_batch=1)
+    first, second, third = (ask([30], stop_ids=frozenset(), max_tokens=limit) for limit in (500, 500, 5))
+    engine.submit([first, second, third])
+    collected.wait(lambda: len(collected.tokens.get(first, [])) > 2)
+    assert (engine.num_running, engine.num_waiting) == (1, 2)
+    engine.cancel([first, second])
+    collected.wait_for_all([third])
+    assert collected.finishes == {third: "length"}
+    assert second not in collected.tokens
+    assert engine.finished == {"cancelled": 2, "length": 1}
+
+
+def test_the_queue_is_bounded_and_takes_all_or_none(start: Callable[..., Engine], collected: Collected) -> None:
+    engine = start(max_batch=1, max_waiting=2)
+    running = ask([30], stop_ids=frozenset(), max_tokens=500)
+    engine.submit([running])
+    collected.wait(lambda: running in collected.tokens)
+    engine.submit([ask([31])])
+    with pytest.raises(Full):
+        engine.submit([ask([32]), ask([33])])
+    engine.submit([ask([34])])
+    assert engine.num_waiting == 2
+
+
+def test_a_closed_engine_finishes_what_it_has(start: Callable[..., Engine], collected: Collected) -> None:
+    engine = start(max_batch=1)
+    replies = [ask([30 + place], stop_ids=frozenset()) for place in range(3)]
+    engine.submit(replies)
+    engine.close()
+    with pytest.raises(Closed):
+        engine.submit([ask([30])])
+    collected.wait_for_all(replies)
+    assert set(collected.finishes.values()) == {"length"}
+
+
+def test_an_aborted_engine_tells_every_reply(start: Callable[..., Engine], collected: Collected) -> None:
+    engine = start(max_batch=1)
+    replies = [ask([30], stop_ids=frozenset(), max_tokens=500) for _ in range(2)]
+    engine.submit(replies)
+    collected.wait(lambda: replies[0] in collected.tokens)
+    engine.abort()
+    assert collected.finishes == dict.fromkeys(replies, "closed")
+
+
+def test_a_failed_step_ends_its_replies_and_not_the_engine(
+    start: Callable[..., Engine], collected: Collected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Decoding):
+        def __init__(self, *args: Any) -> None:
+            raise RuntimeError("out of memory")
+
+    engine = start()
+    with monkeypatch.context() as broken:
+        broken.setattr(batching, "read_prompts", Broken)
+        lost = ask([30])
+        engine.submit([lost])
+        collected.wait_for_all([lost])
+    well = ask([30])
+    engine.submit([well])
+    collected.wait_for_all([well])
+    assert collected.finishes[lost] == "failed"
+    assert collected.finishes[well] in ("stop", "length")

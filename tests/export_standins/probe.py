@@ -1,0 +1,108 @@
+"""Builds a bundle's model out of its engine module, against a stand-in of the engine, in a process of its own.
+
+The module is imported the way the engine does it: a package of ``--custom_module_dirs``, or a plugin's entry point. The
+process sees the bundle's config through transformers, and its tensors as shapes; only scales are read.
+
+Run by ``built``: python -m tests.export_standins.probe BUNDLE
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.core.errors import ArtifactError
+from moesaic.deploy.export_engine import tensorrt_llm, vllm
+from moesaic.deploy.export_engine.manifest import ExportManifest
+from moesaic.models import gpt_oss
+from moesaic.models.checkpoint import Checkpoint
+
+_ANSWER = "built: "
+_ROOT = Path(__file__).parents[2]
+
+
+def built(bundle: Path) -> list[dict[str, Any]]:
+    """What each layer would be in the engine: experts, experts loaded, window, RoPE and scales.
+
+    Raises:
+        ArtifactError: if the module cannot be imported, the model not built or not loaded.
+    """
+    command = [sys.executable, "-B", "-m", __name__, str(bundle.absolute())]
+    ended = subprocess.run(command, cwd=_ROOT, check=False, capture_output=True, text=True)
+    answers = [line for line in ended.stdout.splitlines() if line.startswith(_ANSWER)]
+    if ended.returncode or len(answers) != 1:
+        said = (ended.stderr.strip() or "nothing").splitlines()[-1]
+        raise ArtifactError(f"{bundle}: its engine module does not build the model: {said}")
+    layers: list[dict[str, Any]] = json.loads(answers[0].removeprefix(_ANSWER))
+    return layers
+
+
+def check_built(bundle: Path) -> None:
+    """Check that every layer would be built and loaded with its own experts, window, RoPE and scales.
+
+    Raises:
+        ArtifactError: at the first layer that would not.
+    """
+    checkpoint, manifest = Checkpoint.open(bundle), ExportManifest.read(bundle)
+    layers = built(bundle)
+    if len(layers) != checkpoint.num_layers:
+        raise ArtifactError(f"{bundle}: the engine module builds {len(layers)} layers of {checkpoint.num_layers}")
+    rope = checkpoint.config["rope_parameters"]
+    turns = [rope[key] for key in ("rope_theta", "factor", "original_max_position_embeddings")]
+    turns += [rope["beta_fast"], rope["beta_slow"]]
+    scales = [[layer.key_scale, layer.value_scale] for layer in manifest.layers]
+    for index, (found, block) in enumerate(zip(layers, checkpoint.architecture.blocks, strict=True)):
+        expected: dict[str, Any] = {
+            "num_experts": block.num_experts,
+            "num_loaded": block.num_experts,
+            "window": block.window,
+            "rope": turns,
+        }
+        if manifest.config.target == "vllm" and manifest.config.kv_cache == "fp8":
+            expected["scales"] = scales[index]
+        for what, value in expected.items():
+            if found[what] != value:
+                raise ArtifactError(
+                    f"{bundle}: layer {index} would have {what} {found[what]} in the engine; it has {value}"
+                )
+
+
+def main(bundle: Path) -> None:
+    """Answer for one bundle."""
+    manifest = ExportManifest.read(bundle)
+    if manifest.config.target == "tensorrt_llm":
+        from tests.export_standins import tensorrt_llm as engine
+
+        engine.enter()
+        sys.path.insert(0, str(bundle))
+        importlib.import_module(tensorrt_llm.MODULES)
+    else:
+        from tests.export_standins import vllm as engine
+
+        engine.enter()
+        sys.path.insert(0, str(bundle / vllm.PLUGIN))
+        module, function = vllm.entry_point(bundle).split(":")
+        getattr(importlib.import_module(module), function)()
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(bundle, trust_remote_code=False, local_files_only=True)
+    print(_ANSWER + json.dumps(engine.build(config, _weights(bundle), manifest.config.expert_parallel_size)))
+
+
+def _weights(bundle: Path) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint: scales as they are, others without content, layer after layer as in its files."""
+    checkpoint = Checkpoint.open(bundle)
+    scales = set(gpt_oss.kv_scale_names(checkpoint.num_layers))
+    return {
+        name: checkpoint.tensor(name) if name in scales else torch.empty(checkpoint.shape_of(name), device="meta")
+        for name, _ in sorted(checkpoint.files.items(), key=lambda item: (item[1], item[0]))
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

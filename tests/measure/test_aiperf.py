@@ -1,0 +1,149 @@
+"""AIPerf's surroundings: its environment, what it is told and what it reports. It really runs in the stage's test."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.own_environment import OwnEnvironment, own_variables
+from moesaic.measure.benchmark_serving.aiperf import client
+from moesaic.measure.benchmark_serving.aiperf.client import Client, Load, find_client
+from moesaic.measure.benchmark_serving.aiperf.environment import AIPERF
+from moesaic.measure.benchmark_serving.aiperf.export import EXPORT, read_export
+from moesaic.measure.benchmark_serving.load_sweep import Counts, Latency, LoadPoint
+from tests.measure.aiperf_export import export, metric
+
+LOAD = Load(LoadPoint("short", 32, 8, 2), requests=6, warmup_requests=2, vocab_size=64, seed=0)
+
+
+def read(content: dict[str, Any], directory: Path) -> Any:
+    path = directory / EXPORT
+    path.write_text(json.dumps(content))
+    return read_export(path)
+
+
+def test_the_export_is_read_into_the_sweeps_terms(tmp_path: Path) -> None:
+    found = read(export(), tmp_path)
+    assert found.counts == Counts(6, 192, 48)
+    assert found.warmup == Counts(2, 64, 16)
+    assert found.errors == 0
+    assert (found.requests_per_s, found.tokens_per_s, found.mean_output_tokens) == (13.079, 104.632, 8.0)
+    assert found.ttft_ms == Latency(68.4, 71.7, 92.5)
+    assert found.itl_ms == Latency(10.7, 12.2, 16.6)
+    assert found.request_ms == Latency(143.3, 157.4, 200.9)
+    assert found.tokens_per_s_per_user == pytest.approx(93.46, abs=0.01)
+
+
+def test_no_warmup_counts_nothing_and_errors_of_both_phases_count(tmp_path: Path) -> None:
+    assert read({**export(), "warmup_metrics": None}, tmp_path).warmup == Counts(0, 0, 0)
+    failed = export() | {"error_request_count": metric(2.0)}
+    failed["warmup_metrics"] |= {"error_request_count": metric(1.0)}
+    assert read(failed, tmp_path).errors == 3
+
+
+def test_an_export_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="AIPerf did not finish: it ran out of time"):
+        read(export() | {"is_complete": False, "incomplete_reason": "it ran out of time"}, tmp_path)
+    content = export() | {"error_summary": [{"error_details": {"message": "HTTP 503"}, "count": 6}]}
+    del content["output_sequence_length"]
+    with pytest.raises(StageError, match=r"no whole export of AIPerf \(KeyError.*requests failed: .*HTTP 503"):
+        read(content, tmp_path)
+    with pytest.raises(StageError, match="no whole export"):
+        read_export(tmp_path / "nowhere" / EXPORT)
+
+
+def test_requests_are_exact_different_and_the_same_every_time(tmp_path: Path) -> None:
+    client._write_inputs(tmp_path / "a.json", "parent", LOAD)
+    client._write_inputs(tmp_path / "b.json", "parent", LOAD)
+    client._write_inputs(tmp_path / "c.json", "parent", replace(LOAD, seed=1))
+    first, again, other = (json.loads((tmp_path / name).read_text())["data"] for name in ("a.json", "b.json", "c.json"))
+    assert first == again != other
+    bodies = [body for session in first for body in session["payloads"]]
+    assert len(bodies) == len({tuple(body["prompt"]) for body in bodies}) == 8
+    for body in bodies:
+        assert len(body["prompt"]) == 32
+        assert all(0 <= token < 64 for token in body["prompt"])
+        assert (body["max_tokens"], body["min_tokens"], body["ignore_eos"]) == (8, 8, True)
+        assert body["stream_options"] == {"include_usage": True}
+
+
+def program(directory: Path, body: str) -> Path:
+    path = directory / "aiperf"
+    path.write_text(f"#!{sys.executable}\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_client_that_fails_or_takes_too_long_says_what_it_printed(tmp_path: Path) -> None:
+    failing = Client(program(tmp_path, "print('no server there'); raise SystemExit(3)"), "0")
+    with pytest.raises(StageError, match=r"AIPerf failed with status 3 at LoadPoint(.|\n)*  no server there"):
+        failing.run("http://127.0.0.1:1", "parent", LOAD, tmp_path / "failing", 60)
+    slow = Client(program(tmp_path, "import time; print('waiting', flush=True); time.sleep(60)"), "0")
+    with pytest.raises(StageError, match=r"not done .* after 2 s \(point_timeout_s\)(.|\n)*  waiting"):
+        slow.run("http://127.0.0.1:1", "parent", LOAD, tmp_path / "slow", 2)
+
+
+def test_the_environments_of_others_do_not_reach_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image sets these for its own packages; AIPerf has others."""
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MOESAIC_AIPERF", str(program(tmp_path, "import os; print(sorted(os.environ), '0.13.0')")))
+    assert find_client() == Client(tmp_path / "aiperf", "0.13.0")
+    assert {"PYTHONPATH", "HF_HUB_OFFLINE"}.isdisjoint(own_variables())
+    assert "PATH" in own_variables()
+
+
+def test_a_program_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESAIC_AIPERF", str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"MOESAIC_AIPERF is '.*nothing', which is no program"):
+        AIPERF.find_program()
+    monkeypatch.setenv("MOESAIC_AIPERF", str(program(tmp_path, "raise SystemExit('broken')")))
+    with pytest.raises(StageError, match="--version failed: broken"):
+        find_client()
+
+
+def test_constraints_pin_everything_exactly() -> None:
+    pins = [line for line in AIPERF.pins.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins)
+    assert sum(pin.startswith("aiperf==") for pin in pins) == 1
+
+
+def test_the_environment_is_made_once_and_one_half_made_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only pip is left out: it takes minutes."""
+    monkeypatch.delenv("MOESAIC_AIPERF", raising=False)
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    calls = []
+    real = OwnEnvironment.call
+
+    def call(this: OwnEnvironment, command: list[str]) -> None:
+        calls.append(command)
+        if "install" not in command:
+            real(this, [*command, "--without-pip"])
+
+    monkeypatch.setattr(OwnEnvironment, "call", call)
+    home = AIPERF.directory
+    home.mkdir(parents=True)
+    (home / "left over").touch()
+    assert AIPERF.find_program() == home / "bin" / "aiperf"
+    assert not (home / "left over").exists()
+    assert calls[1][-2:] == [str(home / "constraints.txt"), "aiperf"]
+    assert (home / "constraints.txt").read_text() == AIPERF.pins
+    assert AIPERF.find_program() == home / "bin" / "aiperf"
+    assert len(calls) == 2
+
+
+def test_other_pins_have_an_environment_of_their_own() -> None:
+    assert replace(AIPERF, pins="aiperf==9\n").directory != AIPERF.directory
+
+
+def test_without_a_package_index_the_error_says_what_to_do() -> None:
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--disable-pip-version-check", "--target", "x"]
+    with pytest.raises(StageError, match=r"let MOESAIC_AIPERF name an aiperf(.|\n)*No matching distribution"):
+        AIPERF.call([*command, "aiperf"])

@@ -1,0 +1,140 @@
+"""The report's numbers and sentences, by hand from ``report_inputs``."""
+
+from typing import Any
+
+import pytest
+
+from moesaic.core.errors import ArtifactError
+from moesaic.measure.report.evidence import read_evidence
+from moesaic.measure.report.findings import summarize
+from moesaic.measure.report.page import draw_pictures, render_page
+from tests.measure.report_inputs import evaluation, inputs, page_text
+
+
+def summary(**changed: Any) -> dict[str, Any]:
+    return summarize(read_evidence(**(inputs() | changed)))
+
+
+def text(**changed: Any) -> str:
+    evidence = read_evidence(**(inputs() | changed))
+    return page_text(evidence, summarize(evidence))
+
+
+def test_sizes() -> None:
+    found = summary()
+    assert found["child"] == "puzzle"
+    assert found["parameters"] == {"parent": 180, "child": 160, "ratio": 160 / 180}
+    assert found["experts"] == {"parent": 8, "child": 6, "ratio": 0.75}
+    assert found["windowed_layers"] == {"full_in_parent": 1, "windowed_in_child": 1, "full_in_child": 0}
+    assert found["kv_mib_per_request"]["long"] == {"parent": 1.25, "child": 0.5, "ratio": 0.4}
+
+
+def test_accuracy_retention_and_tokens() -> None:
+    efforts = summary()["efforts"]
+    assert list(efforts) == ["low", "high"]
+    assert efforts["low"]["accuracy"]["retention"] == pytest.approx(0.9)
+    assert efforts["high"]["tasks"]["add"]["retention"] == pytest.approx(0.86 / 0.95)
+    assert efforts["high"]["tokens_per_request"] == {"parent": 100, "child": 80, "ratio": 0.8}
+
+
+def test_the_best_batch_counts_and_every_batch_is_listed() -> None:
+    throughput = summary()["throughput"]
+    assert throughput["100/50"]["best"] == {"parent": 2000, "child": 3000, "ratio": 1.5}
+    assert throughput["100/50"]["speedup_by_batch"] == {"2": 1.2, "8": 1.5}
+    assert throughput["10/50"]["best"]["ratio"] == 1
+
+
+def test_request_efficiency_is_of_the_longest_context() -> None:
+    """R: parent 2000/100 = 20 and 2000/10 = 200; child 3000/80 = 37.5 and 3000/10 = 300 requests per second."""
+    found = summary()["request_efficiency"]
+    assert (found["input_tokens"], found["output_tokens"]) == (100, 50)
+    rates = {(point["model"], point["effort"]): point["relative_rate"] for point in found["points"]}
+    assert rates == pytest.approx(
+        {("parent", "low"): 10, ("parent", "high"): 1, ("child", "low"): 15, ("child", "high"): 1.875}
+    )
+    assert all(point["on_frontier"] for point in found["points"])
+    assert found["child_over_parent"] == pytest.approx({"low": 1.5, "high": 1.875})
+    assert (found["best_effort"], found["best"]) == ("high", pytest.approx(1.875))
+
+
+def test_predictions_meet_the_measurement_of_the_same_workload() -> None:
+    """Prefill 10 against 8 ms, decode 6 against 5 ms, 50 steps."""
+    (found,) = summary()["predictions"]
+    assert found["predicted"] == pytest.approx({"throughput": 310 / 258, "prefill": 1.25, "decode": 1.2})
+    assert found["measured"]["throughput"] == pytest.approx(1.2)
+
+
+def test_a_workload_that_was_not_measured_says_so() -> None:
+    given = inputs()
+    given["measurements"]["points"] = given["measurements"]["points"][:2]
+    assert summary(**given)["predictions"][0]["measured"] is None
+
+
+def test_seeds_of_random_are_one_rival_with_a_spread() -> None:
+    rivals = {rival["name"]: rival for rival in summary()["rivals"]}
+    assert list(rivals) == ["puzzle", "greedy", "random"]
+    assert rivals["random"]["models"] == ["random-0", "random-1"]
+    assert rivals["random"]["damage"] == pytest.approx(0.5)
+    assert rivals["random"]["accuracy"]["high"] == pytest.approx({"mean": 0.5, "min": 0.4, "max": 0.6})
+    assert rivals["random"]["mean_accuracy"] == pytest.approx(0.4)
+
+
+def test_the_headline_is_computed() -> None:
+    shown = text()
+    for part in (
+        "The child keeps 75 % of the experts and 89 % of the parameters, turns 1 of 1 full-attention layers",
+        "keeps 90.0 % of the parent's accuracy at high effort, and generates 1.50x the tokens per second",
+        "that is at best 1.88x, at high effort",
+    ):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("greedy_high", "words"),
+    [(0.8, "puzzle wins: 63.0 % against 60.0 %"), (0.9, "the baseline greedy wins: 63.0 % against 65.0 %")],
+)
+def test_the_verdict_names_whoever_wins(greedy_high: float, words: str) -> None:
+    shown = text(baselines=[evaluation("greedy", 0.4, greedy_high)])
+    assert "By the sum of scores puzzle wins: damage 0.2 against 0.3 of greedy" in shown
+    assert f"mean over tasks and efforts, {words} of greedy" in shown
+
+
+def test_equal_accuracy_and_missing_evaluations_are_said() -> None:
+    assert "puzzle and greedy are equal within half a point" in text(baselines=[evaluation("greedy", 0.45, 0.805)])
+    assert "No baseline was evaluated" in text(baselines=[])
+    alone = inputs()["architecture"]
+    alone["candidates"] = {"puzzle": alone["candidates"]["puzzle"]}
+    assert "There is no baseline to compare the child with." in text(architecture=alone, baselines=[])
+
+
+def test_a_parent_without_accuracy_leaves_retention_undefined() -> None:
+    parent = evaluation("parent", 0.05, 0.0)
+    assert summary(evaluation_parent=parent)["efforts"]["high"]["accuracy"]["retention"] is None
+    assert "an undefined share of the parent's accuracy" in text(evaluation_parent=parent)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"evaluation_child": evaluation("mystery", 0.5, 0.5)}, "'mystery' is of none of the candidates found: puzzle"),
+        ({"measurements": {"hardware": {}, "points": []}}, "holds no point of both models"),
+        ({"scores": {"rows": []}}, "cannot be read .*metric"),
+    ],
+)
+def test_inputs_that_do_not_fit_together(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        summary(**changed)
+
+
+def test_the_page_needs_nothing_beside_it() -> None:
+    evidence = read_evidence(**inputs())
+    pictures = draw_pictures(evidence)
+    page = render_page("A <title>", evidence, summarize(evidence), pictures)
+    assert page.count('src="data:image/png;base64,') == len(pictures) == 8
+    assert "http" not in page
+    assert "<script" not in page
+    assert "A &lt;title&gt;" in page
+    assert "a &lt;fast&gt; machine" in page
+    assert "Not found: uniform" in page
+    assert all(png.startswith(b"\x89PNG") for png in pictures.values())
+    assert draw_pictures(evidence) == pictures

@@ -1,0 +1,37 @@
+"""Blocks and architectures are plain values that refuse nonsense."""
+
+import pytest
+
+from moesaic.core.errors import ConfigError
+from moesaic.models.architecture import Architecture, Block
+
+PARENT = Architecture.of([Block(8, 32), Block(8)])
+
+
+def test_json_round_trip_is_the_released_format() -> None:
+    assert PARENT.to_json() == (
+        '[{"num_local_experts": 8, "sliding_window": 32}, {"num_local_experts": 8, "sliding_window": null}]'
+    )
+    assert Architecture.from_json(PARENT.to_json()) == PARENT
+
+
+@pytest.mark.parametrize("window", [1, 0, -8])
+def test_a_window_below_two_tokens_is_refused(window: int) -> None:
+    with pytest.raises(ConfigError, match=f"got {window}"):
+        Block(8, window)
+
+
+def test_a_block_without_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_experts=0"):
+        Block(0)
+
+
+@pytest.mark.parametrize("block", [Block(9, 32), Block(8, 64), Block(8)])
+def test_a_child_cannot_have_more_than_its_parent(block: Block) -> None:
+    with pytest.raises(ConfigError, match="layer 0"):
+        PARENT.replace(0, block).check_child_of(PARENT)
+
+
+def test_fewer_experts_and_shorter_windows_are_children() -> None:
+    PARENT.replace(0, Block(2, 16)).replace(1, Block(8, 4)).check_child_of(PARENT)
+    PARENT.check_child_of(PARENT)

@@ -1,0 +1,115 @@
+"""Blocks streamed from a checkpoint compute what transformers' whole model computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from moesaic.models import gpt_oss, layers, loading
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.search.prune_model.pruning import prune_layer
+from tests.closeness import assert_near
+from tests.layer_states import layer_state
+
+
+@pytest.fixture(scope="module")
+def whole_model(tiny_checkpoint: Checkpoint) -> GptOssForCausalLM:
+    """The checkpoint in transformers' own model, eager attention, all weights in memory."""
+    config = {
+        key: value for key, value in tiny_checkpoint.config.items() if key not in ("quantization_config", "dtype")
+    }
+    model = GptOssForCausalLM._from_config(GptOssConfig.from_dict(config), attn_implementation="eager").eval()
+    state = {name: tiny_checkpoint.tensor(name).float() for name in gpt_oss.outer_specs(tiny_checkpoint.shape)}
+    for layer in range(tiny_checkpoint.num_layers):
+        own = layer_state(tiny_checkpoint, layer)
+        state |= {gpt_oss.layer_prefix(layer) + name: tensor for name, tensor in own.items()}
+    model.load_state_dict(state)
+    return model
+
+
+def random_tokens(rows: int = 2, time: int = 40) -> Tensor:
+    return torch.randint(0, 64, (rows, time), generator=torch.Generator().manual_seed(3))
+
+
+def stream(
+    checkpoint: Checkpoint, tokens: Tensor, kept: list[list[int]] | None = None, layout: Architecture | None = None
+) -> Tensor:
+    """Logits, one layer in memory at a time; with other experts and windows if given."""
+    (hidden,) = loading.embed(checkpoint, [tokens])
+    turns = loading.rotary(checkpoint, tokens.shape[1])
+    for layer, block in enumerate((layout or checkpoint.architecture).blocks):
+        module = loading.load_block(checkpoint, layer)
+        hidden = layers.run_block(module, hidden, turns, block.window, None if kept is None else kept[layer])
+    head = loading.load_head(checkpoint)
+    return head.logits(head.norm(hidden))
+
+
+def test_streamed_blocks_equal_the_whole_model(tiny_checkpoint: Checkpoint, whole_model: GptOssForCausalLM):
+    tokens = random_tokens()
+    with torch.no_grad():
+        expected = whole_model(tokens).logits
+    assert expected.std() > 0.5
+    assert_near(stream(tiny_checkpoint, tokens), expected)
+
+
+def test_right_padding_changes_no_real_token(tiny_checkpoint: Checkpoint):
+    tokens = random_tokens(time=40)
+    short = stream(tiny_checkpoint, tokens[:, :25])
+    assert_near(stream(tiny_checkpoint, tokens)[:, :25], short)
+
+
+def test_a_puzzle_checkpoint_equals_masking_its_parent(tiny_checkpoint: Checkpoint, tmp_path: Path):
+    """A child with 8, 6, 3, 2 experts and another window per layer, physically pruned, against router masks."""
+    layout = Architecture.of([Block(8, 8), Block(6, 4), Block(3, 8), Block(2, None)])
+    kept = [list(range(8)), [0, 1, 3, 4, 6, 7], [1, 2, 5], [0, 7]]
+
+    def shards():
+        yield "model-outer", {name: tiny_checkpoint.tensor(name) for name in gpt_oss.outer_specs(tiny_checkpoint.shape)}
+        for layer in range(4):
+            tensors = {name: tiny_checkpoint.tensor(name) for name in tiny_checkpoint.layer_names(layer)}
+            yield from layer_shards(layer, prune_layer(tensors, kept[layer]))
+
+    write_checkpoint(tmp_path / "child", gpt_oss.child_config(tiny_checkpoint.config, layout), shards())
+    child = Checkpoint.open(tmp_path / "child")
+    assert child.config["model_type"] == "gpt_oss_puzzle"
+    tokens = random_tokens()
+    masked = stream(tiny_checkpoint, tokens, kept, layout)
+    assert (masked - stream(tiny_checkpoint, tokens)).abs().max() > 0.1
+    assert_near(stream(child, tokens), masked)
+
+
+def test_masking_equals_slicing(tiny_checkpoint: Checkpoint):
+    block = loading.load_block(tiny_checkpoint, 1)
+    states = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    sliced = layers.slice_block(block, [1, 4, 6])
+    assert sliced.mlp.experts.gate_up_proj.shape[0] == sliced.mlp.router.weight.shape[0] == 3
+    masked = layers.mix(block, states, [1, 4, 6])
+    assert_near(layers.mix(sliced, states), masked)
+    assert_near(layers.mix_sliced(block, states, [1, 4, 6]), masked)
+    assert block.mlp.experts.gate_up_proj.shape[0] == 8
+
+
+def test_routing_keeps_the_outputs_the_layer_mixes(tiny_checkpoint: Checkpoint):
+    block = loading.load_block(tiny_checkpoint, 2)
+    states = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
+    routing = layers.route(block, states, num_spare=1)
+    expected, _ = block.mlp(states.unsqueeze(0))
+    assert_near(routing.mixture(), expected[0])
+    assert routing.expert_ids.shape == (30, 3)
+    third = routing.expert_ids[:, 2:]
+    alone = block.mlp.experts(states, third, torch.ones(30, 1))
+    assert_near(routing.outputs[:, 2], alone)
+
+
+def test_bfloat16_blocks_stay_close(tiny_checkpoint: Checkpoint):
+    tokens = random_tokens()
+    block, turns = loading.load_block(tiny_checkpoint, 1), loading.rotary(tiny_checkpoint, 40)
+    half = loading.load_block(tiny_checkpoint, 1, torch.bfloat16)
+    assert half.input_layernorm.weight.dtype == torch.float32
+    (hidden,) = loading.embed(tiny_checkpoint, [tokens])
+    expected = layers.attend(block, hidden, turns, None)
+    found = layers.attend(half, hidden.bfloat16(), loading.rotary(tiny_checkpoint, 40, torch.bfloat16), None)
+    assert (found.float() - expected).norm() / expected.norm() < 0.02

@@ -1,0 +1,139 @@
+"""The gpt-oss family from shapes alone: nothing is allocated."""
+
+import json
+
+import pytest
+
+from moesaic.core.errors import ArtifactError
+from moesaic.costs.block_costs import request_kv_bytes
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.gpt_oss import (
+    GPT_OSS_20B,
+    GPT_OSS_20B_BLOCKS,
+    GPT_OSS_120B,
+    GPT_OSS_120B_BLOCKS,
+    GPT_OSS_PUZZLE_88B_BLOCKS,
+    num_bytes,
+    num_parameters,
+)
+
+GB = 1e9
+GIB = 2**30
+
+
+def test_sizes_of_the_parent_follow_the_hand_formula() -> None:
+    expert = 2880 * 5760 + 5760 + 2880 * 2880 + 2880
+    assert expert == 24_891_840
+    router_row = 2880 + 1
+    attention = 2 * (2880 * 4096) + 4096 + 2880 + 2 * (2880 * 512 + 512)
+    layer = attention + 2 * 2880 + 64 + 128 * (expert + router_row)
+    assert num_parameters(GPT_OSS_120B, GPT_OSS_120B_BLOCKS) == 36 * layer + 2 * 201_088 * 2880 + 2880
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "billions", "gib"),
+    [
+        (GPT_OSS_120B, GPT_OSS_120B_BLOCKS, 116.83, 60.77),
+        (GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS, 88.15, 46.56),
+        (GPT_OSS_20B, GPT_OSS_20B_BLOCKS, 20.91, 12.82),
+    ],
+)
+def test_released_models(shape: gpt_oss.ModelShape, blocks: Architecture, billions: float, gib: float) -> None:
+    assert num_parameters(shape, blocks) / 1e9 == pytest.approx(billions, abs=0.005)
+    assert num_bytes(shape, blocks) / GIB == pytest.approx(gib, abs=0.01)
+
+
+def test_released_layout() -> None:
+    blocks = GPT_OSS_PUZZLE_88B_BLOCKS
+    assert blocks.num_experts == 3456
+    assert GPT_OSS_120B_BLOCKS.num_experts == 4608
+    assert blocks.layouts == {128: 18, None: 10, 8192: 8}
+    assert [layer for layer, block in enumerate(blocks.blocks) if block.window is None] == [
+        1, 7, 9, 11, 13, 15, 17, 19, 25, 29,
+    ]  # fmt: skip
+    blocks.check_child_of(GPT_OSS_120B_BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parent_gb", "child_gb"), [(8192, 0.153, 0.153), (32_768, 0.606, 0.405), (131_072, 2.418, 1.412)]
+)
+def test_kv_cache_of_one_sequence_in_fp8(tokens: int, parent_gb: float, child_gb: float) -> None:
+    parent = request_kv_bytes(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, tokens, "fp8")
+    child = request_kv_bytes(GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS, tokens, "fp8")
+    assert parent / GB == pytest.approx(parent_gb, abs=0.0005)
+    assert child / GB == pytest.approx(child_gb, abs=0.0005)
+
+
+def _config() -> dict[str, object]:
+    return {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 201_088,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 131_072,
+        "num_hidden_layers": 36,
+        "num_local_experts": 128,
+        "sliding_window": 128,
+        "rope_theta": 150_000,
+        "rope_scaling": {"rope_type": "yarn", "factor": 32.0},
+    }
+
+
+def test_config_round_trip() -> None:
+    assert gpt_oss.read_config(_config()) == (GPT_OSS_120B, GPT_OSS_120B_BLOCKS)
+    child = json.loads(json.dumps(gpt_oss.child_config(_config(), GPT_OSS_PUZZLE_88B_BLOCKS)))
+    assert gpt_oss.read_config(child) == (GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS)
+    assert child["rope_theta"] == child["rope_parameters"]["rope_theta"] == 150_000
+    assert child["rope_scaling"] == {"rope_type": "yarn", "factor": 32.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"num_hidden_layers": 35, "layer_types": ["full_attention"] * 36}, "35 layers but lists 36"),
+        ({"num_local_experts": 3}, "3 experts, fewer than a token's 4"),
+    ],
+)
+def test_wrong_configs_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        gpt_oss.read_config(_config() | change)
+
+
+def test_a_missing_key_is_named() -> None:
+    config = _config()
+    del config["head_dim"]
+    with pytest.raises(ArtifactError, match="head_dim"):
+        gpt_oss.read_config(config)
+
+
+def test_packed_experts_take_four_and_a_quarter_bits() -> None:
+    specs = gpt_oss.layer_specs(GPT_OSS_120B, 0, Block(1))
+    packed = [spec for name, spec in specs.items() if name.endswith(("_blocks", "_scales"))]
+    weights = sum(spec.num_parameters for spec in packed)
+    assert weights == 2880 * 5760 + 2880 * 2880
+    assert sum(spec.num_bytes for spec in packed) * 8 / weights == 4.25
+
+
+def test_unpacked_layers_have_the_same_parameters() -> None:
+    packed = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64))
+    unpacked = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64), packed=False)
+    count = sum(spec.num_parameters for spec in packed.values())
+    assert count == sum(spec.num_parameters for spec in unpacked.values())
+    assert sum(spec.num_bytes for spec in unpacked.values()) == 2 * count
+
+
+def test_trainable_groups_cover_everything_but_the_experts_once():
+    shape = gpt_oss.ModelShape(64, 32, 4, 2, 16, 64, 2, 512)
+    layers = Architecture.of([Block(4, None), Block(2, 8)])
+    groups = ("attention", "norms", "router", "embedding", "head")
+    parts = [gpt_oss.trainable_names(shape, layers, [group]) for group in groups]
+    names = [name for part in parts for name in part]
+    everything = [name for name in gpt_oss.tensor_specs(shape, layers) if ".mlp.experts." not in name]
+    assert sorted(names) == sorted(everything)
+    assert [len(part) for part in parts] == [2 * 9, 2 * 2 + 1, 2 * 2, 1, 1]

@@ -1,0 +1,128 @@
+"""The registry's commands on a played run, from its directory to the recipe that makes it again."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moesaic.command_line.main import main
+from moesaic.pipelines.recipe import Recipe
+from moesaic.pipelines.recipes import RECIPES
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.promote.stage import PromoteConfig
+from moesaic.platform.store import Store
+from tests.platform.played_run import play
+from tests.platform.test_promotion import summary
+
+GATE = json.dumps(
+    {
+        "min_retention": {"low": 1, "high": 1},
+        "min_request_efficiency": {"high": 1.9},
+        "require_export": False,
+        "recipe": "tiny_cpu",
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs that share a store and a registry."""
+    directory = tmp_path_factory.mktemp("commands")
+    store = Store.at(directory / "store")
+    for seed, name in enumerate(("one", "two")):
+        made = play(store, RECIPES["tiny_cpu"]().seeded(seed), directory / "played" / name)
+        run = directory / name
+        made.report.write_record(run / "report")
+        (run / "report" / "summary.json").write_text(json.dumps(summary()))
+        (run / "child").symlink_to(store.materialize(store.manifest(made.child.digest)))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+    monkeypatch.setenv("MOESAIC_STORE", str(place / "store"))
+
+
+def test_the_life_of_two_versions(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = str(place / "one"), str(place / "two")
+
+    def said(*arguments: str, code: int = 0) -> str:
+        assert main(arguments) == code
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
+    assert "dry run: nothing was changed" in said("promote", one, "--config", GATE, "--dry-run")
+    assert not (place / "mlflow.db").exists()
+    strict = said("promote", one, "--dry-run", code=1)
+    assert "refused: " in strict
+    assert "export_checked" in strict
+    assert "version 1 of moesaic is the champion now" in said("promote", one, "--config", GATE)
+    assert "version 1 of moesaic is the champion already" in said("promote", one, "--config", GATE)
+    refused = said("promote", two, code=1)
+    assert "version 2 of moesaic is the challenger" in refused
+    assert "lines are not met: retention.medium" in refused
+    assert "version 2 of moesaic is the champion now" in said("promote", two, "--config", GATE)
+    assert "champion of moesaic: version 2 -> 1" in said("rollback", "--from", "2")
+    assert "not 2" in said("rollback", "--from", "2", code=2)
+    again = said("promote", two, "--config", GATE, code=1)
+    assert "was champion before; now version 1 of moesaic is" in again
+    assert "version 2 of moesaic is the champion now" in said("promote", two, "--config", GATE, "--again")
+
+    shown = said("lineage")
+    assert shown.startswith("moesaic version 2 (challenger, champion)")
+    for stage in ("calibrate_kv", "average_checkpoints", "distill", "prune_model", "score_blocks", "rank_experts"):
+        assert re.search(rf"[0-9a-f]{{12}}: {stage}", shown)
+    ids = IngestConfig(**json.loads(json.dumps(inputs_of(place))))
+    assert f"parent  {ids.parent}" in shown
+    assert f"calibration_short  {ids.calibration_short}" in shown
+
+    target = tmp_path / "again"
+    words = said("reproduce", "1", "--output", str(target)).splitlines()[-1].split()
+    assert words[:5] == ["moesaic", "run", "compress", "--recipe", str(target / "recipe.json")]
+    assert Recipe.parse((target / "recipe.json").read_text()) == expected(RECIPES["tiny_cpu"]())
+    assert json.loads((target / "inputs.json").read_text()) == inputs_of(place)
+    assert (target / "parent" / "config.json").read_text() == "{}"
+    assert sorted(path.name for path in (target / "data").iterdir()) == [
+        "calibration_long.jsonl",
+        "calibration_short.jsonl",
+        "prompts.jsonl",
+        "tests.jsonl",
+    ]
+    said("reproduce", "--output", str(tmp_path / "second"), "--no-inputs")
+    assert Recipe.parse((tmp_path / "second" / "recipe.json").read_text()) == expected(RECIPES["tiny_cpu"]().seeded(1))
+    assert not (tmp_path / "second" / "data").exists()
+    assert "exists already" in said("reproduce", "--output", str(target), code=2)
+
+
+def expected(recipe: Recipe) -> Recipe:
+    """What only runs of several rounds use is taken from the one round there was; the gate is the version's own."""
+    return recipe.model_copy(
+        update={
+            "earlier_distill": recipe.distill,
+            "earlier_search_architecture": recipe.search_architecture,
+            "promote": PromoteConfig.parse(GATE),
+        }
+    )
+
+
+def inputs_of(place: Path) -> dict[str, str]:
+    """The ids of the manifests that nothing in the store was made into."""
+    found = Store.at(place / "store").manifests()
+    return {
+        "parent" if manifest.kind == "model" else manifest.files[0].path.removesuffix(".jsonl"): manifest.id
+        for manifest in found
+        if manifest.producer == "ingest"
+    }
+
+
+def test_a_registry_must_be_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["lineage"]) == 2
+    assert "give --registry or set MLFLOW_TRACKING_URI" in capsys.readouterr().err
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["promote", str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err

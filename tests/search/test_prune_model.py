@@ -1,0 +1,174 @@
+"""The child is a standard checkpoint: exact where nothing was cut, loadable everywhere, consistent when it decodes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.search.prune_model import run as prune_model
+from moesaic.search.prune_model.pruning import prune_layer
+from moesaic.search.prune_model.stage import PruneModelConfig
+from tests.closeness import assert_near, assert_same_replies
+
+MIXED = Architecture.of([Block(8, 8), Block(5, 16), Block(2, 8), Block(8)])
+ORDER = [3, 1, 7, 0, 2, 6, 5, 4]
+EXACT = 1e-6
+"""Of the largest value: 8 steps of float32, in which norms and rotations stay while all else is float64."""
+
+
+def _prune(
+    parent: Path, architecture: Architecture, directory: Path, candidate: str = "puzzle", order: Sequence[int] = ORDER
+) -> Path:
+    inputs = {name: directory / name for name in ("ranking", "architecture", "child", "scratch")}
+    for path in inputs.values():
+        path.mkdir(parents=True)
+    (inputs["ranking"] / "ranking.json").write_text(json.dumps({"layers": [{"order": order}] * 4}))
+    blocks = [block.as_config() for block in architecture.blocks]
+    (inputs["architecture"] / "architecture.json").write_text(
+        json.dumps({"candidates": {"puzzle": {"blocks": blocks}}, "skipped": {"uniform": "no uniform fits"}})
+    )
+    prune_model.run(
+        PruneModelConfig(candidate=candidate),
+        parent=parent,
+        ranking=inputs["ranking"],
+        architecture=inputs["architecture"],
+        output=inputs["child"],
+        scratch=inputs["scratch"],
+    )
+    return inputs["child"]
+
+
+@pytest.fixture(scope="module")
+def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _prune(tiny_parent, MIXED, tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="module")
+def child_model(child: Path) -> PreTrainedModel:
+    return _exact(load_model(child))
+
+
+def _exact(model: PreTrainedModel) -> PreTrainedModel:
+    """In float64, so that rounding never flips a near tie in the router; grouped_mm has no float64 kernel."""
+    model.set_experts_implementation("eager")
+    return model.double()
+
+
+def _tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(6, 64, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_identity_child_is_its_parent(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    same = _prune(tiny_parent, tiny_checkpoint.architecture, tmp_path)
+    for shard in tiny_parent.glob("*.safetensors"):
+        assert shard.read_bytes() == (same / shard.name).read_bytes()
+    tokens = _tokens(2, 40)
+    assert torch.equal(load_model(same)(tokens).logits, load_model(tiny_parent)(tokens).logits)
+
+
+def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Checkpoint) -> None:
+    written = Checkpoint.open(child)
+    assert written.architecture == MIXED
+    assert json.loads((child / "pruning.json").read_text())["kept_experts"][1] == [0, 1, 2, 3, 7]
+    name = "model.layers.1.mlp.experts.down_proj_blocks"
+    assert torch.equal(written.tensor(name), tiny_checkpoint.tensor(name)[[0, 1, 2, 3, 7]])
+    config = json.loads((child / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "yarn"
+    total = sum(tensor.num_bytes for tensor in gpt_oss.tensor_specs(written.shape, MIXED).values())
+    assert json.loads((child / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == total
+
+
+def test_every_tensor_is_its_parents_without_the_other_experts(child: Path, tiny_checkpoint: Checkpoint) -> None:
+    """Bytes copied between files against rows taken in memory."""
+    written = Checkpoint.open(child)
+    kept = json.loads((child / "pruning.json").read_text())["kept_experts"]
+    for layer in range(written.num_layers):
+        parent = {name: tiny_checkpoint.tensor(name) for name in tiny_checkpoint.layer_names(layer)}
+        for name, expected in prune_layer(parent, kept[layer]).items():
+            assert torch.equal(written.tensor(name), expected), name
+    for name in gpt_oss.outer_specs(written.shape):
+        assert torch.equal(written.tensor(name), tiny_checkpoint.tensor(name))
+
+
+@torch.no_grad()
+def test_child_equals_the_parent_with_the_other_experts_masked(
+    child_model: PreTrainedModel, tiny_parent: Path, tiny_checkpoint: Checkpoint
+) -> None:
+    parent = _exact(load_model(tiny_parent))
+    for layer, block in zip(parent.model.layers, MIXED.blocks, strict=True):
+        layer.mlp.router.bias[ORDER[block.num_experts :]] = -1e9
+    tokens = _tokens(2, 12)  # shorter than the shortest window that changed
+    assert_near(child_model(tokens).logits, parent(tokens).logits, EXACT)
+
+
+@torch.no_grad()
+def test_windows_limit_what_a_layer_sees(child_model: PreTrainedModel) -> None:
+    attention = [layer.self_attn for layer in child_model.model.layers]
+    assert [layer.sliding_window for layer in attention] == [8, 16, 8, None]
+    tokens = _tokens(1, 40)
+    near, far = tokens.clone(), tokens.clone()
+    far[0, 0] = (far[0, 0] + 1) % 58 + 6
+    hidden = [child_model(ids, output_hidden_states=True).hidden_states for ids in (near, far)]
+    # three window layers reach back 7 + 15 + 7 positions together; only the full layer carries the first token further
+    difference = [(near - far)[:, 30:].abs().max() for near, far in zip(*hidden, strict=True)]
+    assert difference[3] < 1e-12 < 1e-6 < difference[4]
+
+
+@torch.no_grad()
+def test_cached_decode_equals_recompute(child_model: PreTrainedModel) -> None:
+    tokens = _tokens(3, 48)
+    whole = child_model(tokens).logits
+    step = child_model(tokens[:, :20], use_cache=True)
+    logits, cache = [step.logits], step.past_key_values
+    for position in range(20, 48):
+        step = child_model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+        logits.append(step.logits)
+    assert_near(torch.cat(logits, 1), whole, EXACT)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [7, 15, 7, 48]
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(child_model: PreTrainedModel) -> None:
+    tokens = _tokens(1, 30)
+    padded = torch.cat([torch.zeros(1, 11, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(41) >= 11).long()[None]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    alone = child_model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    beside = child_model.generate(padded, attention_mask=mask, **options)
+    replies = [alone[0, 30:].tolist()], [beside[0, 41:].tolist()]
+    assert_same_replies(child_model, tokens.tolist(), *replies, tie=EXACT)
+
+
+@torch.no_grad()
+def test_child_loads_in_plain_transformers_with_its_own_code(child: Path, child_model: PreTrainedModel) -> None:
+    plain = _exact(AutoModelForCausalLM.from_pretrained(child, dtype=torch.float32, trust_remote_code=True))
+    tokens = _tokens(2, 40)
+    assert_near(plain(tokens).logits, child_model(tokens).logits, EXACT)
+    assert AutoTokenizer.from_pretrained(child).eos_token == "<|return|>"
+
+
+def test_a_skipped_candidate_is_refused_with_its_reason(tiny_parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'uniform'.*no uniform fits.*choose one of puzzle"):
+        _prune(tiny_parent, MIXED, tmp_path, candidate="uniform")
+    assert list((tmp_path / "child").iterdir()) == []
+
+
+def test_a_ranking_of_another_model_is_refused(tiny_parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not of the parent"):
+        _prune(tiny_parent, MIXED, tmp_path, order=ORDER[:-1])
+    assert list((tmp_path / "child").iterdir()) == []
+
+
+def test_a_child_larger_than_its_parent_is_refused(tiny_parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layer 3"):
+        _prune(tiny_parent, MIXED.replace(3, Block(9)), tmp_path)
