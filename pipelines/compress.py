@@ -9,6 +9,7 @@ Every round scores anew, because what a block is worth depends on the blocks aro
 three rounds). The number of rounds shapes the graph, so each number is a pipeline of its own, compiled from one source.
 """
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from kfp import dsl
@@ -72,82 +73,109 @@ def compress(rounds: int) -> Any:
         promote_config: str,
     ) -> Outputs:
         """Each ``*_config`` is a stage's config as JSON; ``version`` is the code's, a part of each task's cache key."""
-        given = ingest(config=ingest_config, version=version).outputs
-        parent, tests, calibration = given["parent"], given["tests"], given["calibration_short"]
-        traces = generate_traces(
-            config=generate_traces_config, version=version, model=parent, prompts=given["prompts"]
-        ).outputs["traces"]
-        material = Material(parent, traces, given["prompts"], calibration, tests)
+        return _Tasks(rounds, SimpleNamespace(**locals())).add()
 
-        def shrink(model: Any, search_config: Any) -> Assembly:
-            configs = AssemblyConfigs(
-                version=version,
-                rank_experts=rank_experts_config,
-                score_blocks=score_blocks_config,
-                measure_costs=measure_costs_config,
-                search_architecture=search_config,
-                prune_model=prune_model_config,
+    return pipeline
+
+
+class _Tasks:
+    """The tasks of the pipeline that is being described; its parameters by their names are ``given``."""
+
+    def __init__(self, rounds: int, given: SimpleNamespace) -> None:
+        self._rounds, self._given, self._version = rounds, given, given.version
+        self._inputs = ingest(config=given.ingest_config, version=given.version).outputs
+        self._parent = self._inputs["parent"]
+
+    def add(self) -> Outputs:
+        """Add them all, in the order of the method."""
+        given, material = self._given, self._material()
+        model = self._parent
+        for _ in range(self._rounds - 1):
+            earlier = self._assemble(model, given.earlier_search_architecture_config)
+            model = learn(
+                self._version, given.distill_blocks_config, given.earlier_distill_config, earlier.child, material
             )
-            return assemble(configs, model, calibration, given["calibration_long"])
-
-        def measure(model: Any, config: Any = evaluate_config) -> Any:
-            return evaluate(config=config, version=version, model=model, tests=tests).outputs["evaluation"]
-
-        recovery = RecoveryConfigs(
-            version=version,
-            distill_blocks=distill_blocks_config,
-            distill=distill_config,
-            policies=reinforce_configs,
-            average_checkpoints=average_checkpoints_config,
-            calibrate_kv=calibrate_kv_config,
-            evaluate=evaluate_config,
-            evaluate_fp8_unit=evaluate_fp8_unit_config,
-            evaluate_fp8=evaluate_fp8_config,
-            gather_recovery=gather_recovery_config,
-        )
-
-        deployment = DeploymentConfigs(
-            version=version,
-            export_engine=export_engine_config,
-            benchmark_serving=benchmark_serving_config,
-            promote=promote_config,
-        )
-
-        def compare_speed(child: Any) -> Any:
-            measured = benchmark(config=benchmark_config, version=version, parent=parent, child=child)
-            return measured.outputs["measurements"]
-
-        model = parent
-        for _ in range(rounds - 1):
-            earlier = shrink(model, earlier_search_architecture_config)
-            model = learn(version, distill_blocks_config, earlier_distill_config, earlier.child, material)
-        found = shrink(model, search_architecture_config)
-        uniform = prune(baseline_config, version, model, found.ranking, found.architecture)
-        evaluation_child = measure(found.child)
-        child = recover(recovery, material, found.child, evaluation_child)
-        baseline = recover(recovery, material, uniform, measure(uniform))
+        found = self._assemble(model, given.search_architecture_config)
+        uniform = prune(given.baseline_config, self._version, model, found.ranking, found.architecture)
+        evaluation_child = self._evaluate(found.child)
+        child = recover(self._recovery(), material, found.child, evaluation_child)
+        baseline = recover(self._recovery(), material, uniform, self._evaluate(uniform))
         scaled_parent = calibrate_kv(
-            config=calibrate_kv_config, version=version, model=parent, calibration=calibration
+            config=given.calibrate_kv_config,
+            version=self._version,
+            model=self._parent,
+            calibration=self._inputs["calibration_short"],
         ).outputs["calibrated"]
-        deployed = deploy(deployment, scaled_parent, child.child)
+        deployed = deploy(self._deployment(), scaled_parent, child.child)
         page = report(
-            config=report_config,
-            version=version,
+            config=given.report_config,
+            version=self._version,
             ranking=found.ranking,
             scores=found.scores,
             costs=found.costs,
             architecture=found.architecture,
-            evaluation_parent=measure(parent),
+            evaluation_parent=self._evaluate(self._parent),
             evaluation_child=evaluation_child,
-            baselines=evaluate_rivals(evaluate_config, version, model, found, tests),
-            measurements=compare_speed(found.child),
+            baselines=evaluate_rivals(given.evaluate_config, self._version, model, found, self._inputs["tests"]),
+            measurements=self._benchmark(found.child),
             recovery=child.recovery,
             recovery_baseline=baseline.recovery,
-            evaluation_parent_fp8=measure(scaled_parent, evaluate_fp8_config),
-            measurements_baseline=compare_speed(uniform),
+            evaluation_parent_fp8=self._evaluate(scaled_parent, given.evaluate_fp8_config),
+            measurements_baseline=self._benchmark(uniform),
             serving=deployed.serving,
         ).outputs["report"]
-        promotion = put_forward(deployment, child.child, page, deployed.bundle)
+        promotion = put_forward(self._deployment(), child.child, page, deployed.bundle)
         return Outputs(child=child.child, bundle=deployed.bundle, report=page, promotion=promotion)
 
-    return pipeline
+    def _material(self) -> Material:
+        prompts = self._inputs["prompts"]
+        traces = generate_traces(
+            config=self._given.generate_traces_config, version=self._version, model=self._parent, prompts=prompts
+        ).outputs["traces"]
+        return Material(self._parent, traces, prompts, self._inputs["calibration_short"], self._inputs["tests"])
+
+    def _assemble(self, model: Any, search_config: Any) -> Assembly:
+        configs = AssemblyConfigs(
+            version=self._version,
+            rank_experts=self._given.rank_experts_config,
+            score_blocks=self._given.score_blocks_config,
+            measure_costs=self._given.measure_costs_config,
+            search_architecture=search_config,
+            prune_model=self._given.prune_model_config,
+        )
+        return assemble(configs, model, self._inputs["calibration_short"], self._inputs["calibration_long"])
+
+    def _evaluate(self, model: Any, config: Any = None) -> Any:
+        config = config or self._given.evaluate_config
+        return evaluate(config=config, version=self._version, model=model, tests=self._inputs["tests"]).outputs[
+            "evaluation"
+        ]
+
+    def _benchmark(self, child: Any) -> Any:
+        config = self._given.benchmark_config
+        measured = benchmark(config=config, version=self._version, parent=self._parent, child=child)
+        return measured.outputs["measurements"]
+
+    def _recovery(self) -> RecoveryConfigs:
+        given = self._given
+        return RecoveryConfigs(
+            version=self._version,
+            distill_blocks=given.distill_blocks_config,
+            distill=given.distill_config,
+            policies=given.reinforce_configs,
+            average_checkpoints=given.average_checkpoints_config,
+            calibrate_kv=given.calibrate_kv_config,
+            evaluate=given.evaluate_config,
+            evaluate_fp8_unit=given.evaluate_fp8_unit_config,
+            evaluate_fp8=given.evaluate_fp8_config,
+            gather_recovery=given.gather_recovery_config,
+        )
+
+    def _deployment(self) -> DeploymentConfigs:
+        given = self._given
+        return DeploymentConfigs(
+            version=self._version,
+            export_engine=given.export_engine_config,
+            benchmark_serving=given.benchmark_serving_config,
+            promote=given.promote_config,
+        )

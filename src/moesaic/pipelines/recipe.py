@@ -61,19 +61,17 @@ class Recipe(Config):
 
     def seeded(self, seed: int) -> Self:
         """The same with other random draws in all that learns: 0 changes nothing."""
-        changes = {
-            name: getattr(self, name).model_copy(update={"seed": getattr(self, name).seed + _SEED_STEP * seed})
-            for name in ("distill_blocks", "distill", "earlier_distill")
-        }
-        policies = tuple(
-            policy.model_copy(update={"seed": policy.seed + _SEED_STEP * seed}) for policy in self.policies
+        shift = _SEED_STEP * seed
+        return self.but(
+            distill_blocks={"seed": self.distill_blocks.seed + shift},
+            distill={"seed": self.distill.seed + shift},
+            earlier_distill={"seed": self.earlier_distill.seed + shift},
+            policies=tuple(policy.but(seed=policy.seed + shift) for policy in self.policies),
         )
-        return self.model_copy(update={**changes, "policies": policies})
 
     def labelled(self, pipeline: str, recipe: str) -> Self:
         """The same, with what a model version made by it is to say of itself."""
-        labels = {"pipeline": pipeline, "recipe": recipe}
-        return self.model_copy(update={"promote": self.promote.model_copy(update=labels)})
+        return self.but(promote={"pipeline": pipeline, "recipe": recipe})
 
     def arguments(self, ingest: IngestConfig, version: str, parameters: Collection[str]) -> dict[str, str | list[str]]:
         """Values for the parameters that a pipeline has."""

@@ -37,57 +37,19 @@ def tiny_cpu() -> Recipe:
         min_windowed_share=1 / 3,
         random_seeds=(0,),
     )
-    distill = DistillConfig(
-        balance="trace",
-        sequence_tokens=1024,
-        rows_per_step=8,
-        rows_per_forward=8,
-        steps=60,
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10, max_gradient_norm=0.3),
-        evaluate_every_steps=20,
-        checkpoint_every_steps=20,
-        precision="float32",
-    )
-    policy = ReinforceConfig(
-        name="high",
-        efforts=("high",),
-        steps=10,
-        prompts_per_step=48,
-        generations_per_prompt=8,
-        replies_per_forward=384,
-        max_new_tokens=96,
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=3),
-        checkpoint_every_steps=4,
-        precision="float32",
-    )
-    mixed = policy.model_copy(
-        update={
-            "name": "mixed",
-            "efforts": ("low", "low", "medium", "high"),
-            "min_parent_accuracy": 0.85,
-            "prompts_per_step": 144,
-            "rewards": RewardConfig(length=0.2),
-            "optimizer": OptimizerConfig(learning_rate=8e-4, warmup_steps=5, final_learning_rate_ratio=0.3),
-            "seed": 1,
-        }
-    )
+    gentler = {"long": Limits(memory_ratio=0.7), "short": Limits(memory_ratio=0.95)}
+    distill = _tiny_distill()
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=1024),
         score_blocks=ScoreBlocksConfig(space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192),
         measure_costs=MeasureCostsConfig(space=space, workloads=(long, short), repeats=3),
         search_architecture=search,
-        earlier_search_architecture=search.model_copy(
-            update={
-                "limits": {"long": Limits(memory_ratio=0.7), "short": Limits(memory_ratio=0.95)},
-                "max_experts_ratio": 0.85,
-                "min_windowed_share": 0.0,
-            }
-        ),
+        earlier_search_architecture=search.but(limits=gentler, max_experts_ratio=0.85, min_windowed_share=0.0),
         generate_traces=GenerateTracesConfig(max_prompts=1200, max_new_tokens=128),
         distill_blocks=DistillBlocksConfig(),
         distill=distill,
-        earlier_distill=distill.model_copy(update={"steps": 40}),
-        policies=(policy, mixed),
+        earlier_distill=distill.but(steps=40),
+        policies=_tiny_policies(),
         average_checkpoints=AverageCheckpointsConfig(weights=(2, 1)),
         calibrate_kv=CalibrateKvConfig(max_sequences=64, max_tokens=1024, precision="float32"),
         evaluate=EvaluateConfig(problems_per_task=50, max_new_tokens=128, kv_cache="bf16"),
@@ -105,56 +67,82 @@ def tiny_cpu() -> Recipe:
     )
 
 
+def _tiny_distill() -> DistillConfig:
+    return DistillConfig(
+        balance="trace",
+        sequence_tokens=1024,
+        rows_per_step=8,
+        rows_per_forward=8,
+        steps=60,
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10, max_gradient_norm=0.3),
+        evaluate_every_steps=20,
+        checkpoint_every_steps=20,
+        precision="float32",
+    )
+
+
+def _tiny_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
+    """One of high effort alone, and one of mixed efforts with a price on length, as in the paper."""
+    high = ReinforceConfig(
+        name="high",
+        efforts=("high",),
+        steps=10,
+        prompts_per_step=48,
+        generations_per_prompt=8,
+        replies_per_forward=384,
+        max_new_tokens=96,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=3),
+        checkpoint_every_steps=4,
+        precision="float32",
+    )
+    mixed = high.but(
+        name="mixed",
+        efforts=("low", "low", "medium", "high"),
+        min_parent_accuracy=0.85,
+        prompts_per_step=144,
+        rewards=RewardConfig(length=0.2),
+        optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=5, final_learning_rate_ratio=0.3),
+        seed=1,
+    )
+    return high, mixed
+
+
 def tiny_cpu_full() -> Recipe:
     """The same with more of everything: the committed record is of this one."""
     demo = tiny_cpu()
-    return demo.model_copy(
-        update={
-            "generate_traces": demo.generate_traces.model_copy(update={"max_prompts": 4200}),
-            "distill": demo.distill.model_copy(update={"steps": 200}),
-            "policies": (
-                demo.policies[0],
-                demo.policies[1].model_copy(update={"steps": 60}),
-            ),
-            "evaluate": demo.evaluate.model_copy(update={"problems_per_task": 150}),
-            "search_architecture": demo.search_architecture.model_copy(update={"random_seeds": (0, 1, 2)}),
-        }
+    high, mixed = demo.policies
+    return demo.but(
+        generate_traces={"max_prompts": 4200},
+        distill={"steps": 200},
+        policies=(high, mixed.but(steps=60)),
+        evaluate={"problems_per_task": 150},
+        search_architecture={"random_seeds": (0, 1, 2)},
     )
 
 
 def tiny_cpu_fast() -> Recipe:
     """The same with less of everything, to see that it works."""
-    full = tiny_cpu()
-    optimizer = full.distill.optimizer.model_copy(update={"warmup_steps": 2})
-    distill = full.distill.model_copy(update={"steps": 6, "optimizer": optimizer})
-    return full.model_copy(
-        update={
-            "rank_experts": full.rank_experts.model_copy(update={"max_sequences": 32}),
-            "score_blocks": full.score_blocks.model_copy(update={"max_sequences": 4}),
-            "measure_costs": full.measure_costs.model_copy(update={"repeats": 1}),
-            "generate_traces": full.generate_traces.model_copy(update={"max_prompts": 120}),
-            "distill": distill,
-            "earlier_distill": distill,
-            "policies": tuple(
-                policy.model_copy(update={"steps": 2, "prompts_per_step": 24, "replies_per_forward": 192})
-                for policy in full.policies
-            ),
-            "evaluate": full.evaluate.model_copy(update={"problems_per_task": 5}),
-            "search_architecture": full.search_architecture.model_copy(update={"random_seeds": ()}),
-            "benchmark": full.benchmark.model_copy(update={"batch_sizes": (4,), "workloads": (), "repeats": 1}),
-            "benchmark_serving": full.benchmark_serving.model_copy(
-                update={
-                    "requests_per_user": 2,
-                    "workloads": (full.benchmark_serving.workloads[0].model_copy(update={"concurrencies": (4,)}),),
-                }
-            ),
-        }
+    demo = tiny_cpu()
+    few_steps = {"steps": 6, "optimizer": {"warmup_steps": 2}}
+    long_contexts = demo.benchmark_serving.workloads[0]
+    return demo.but(
+        rank_experts={"max_sequences": 32},
+        score_blocks={"max_sequences": 4},
+        measure_costs={"repeats": 1},
+        generate_traces={"max_prompts": 120},
+        distill=few_steps,
+        earlier_distill={"steps": 6, "optimizer": {"warmup_steps": 2}},
+        policies=tuple(one.but(steps=2, prompts_per_step=24, replies_per_forward=192) for one in demo.policies),
+        evaluate={"problems_per_task": 5},
+        search_architecture={"random_seeds": ()},
+        benchmark={"batch_sizes": (4,), "workloads": (), "repeats": 1},
+        benchmark_serving={"requests_per_user": 2, "workloads": (long_contexts.but(concurrencies=(4,)),)},
     )
 
 
 def in_two_rounds(recipe: Callable[[], Recipe]) -> Callable[[], Recipe]:
     """The same with a gentler round of pruning and distillation before it."""
-    return lambda: recipe().model_copy(update={"rounds": 2})
+    return lambda: recipe().but(rounds=2)
 
 
 def gpt_oss_120b_h100x8() -> Recipe:
@@ -162,8 +150,7 @@ def gpt_oss_120b_h100x8() -> Recipe:
 
     Limits are what the released child reaches by the cost model; see ``benchmarks/h100_search.py`` for the frontier.
     """
-    space = SearchSpace(expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192,), expert_parallel_size=8)
-    costs = _h100_costs(space, num_gpus=8, long_requests=256, short_requests=512)
+    costs = _h100_costs(_120B_SPACE, num_gpus=8, long_requests=256, short_requests=512)
     search = SearchArchitectureConfig(
         limits={"long": Limits(memory_ratio=0.65, throughput_ratio=1.45), "short": Limits(throughput_ratio=1.04)},
         max_experts_ratio=0.75,
@@ -172,21 +159,15 @@ def gpt_oss_120b_h100x8() -> Recipe:
         relative_gap=1e-4,
         min_windowed_share=0.4,
     )
-    earlier = {"long": Limits(memory_ratio=0.8, throughput_ratio=1.2)}
-    return _gpt_oss_h100(
-        "gpt-oss-120b for eight H100",
-        costs,
-        search,
-        search.model_copy(update={"limits": earlier, "max_experts_ratio": 0.875, "min_windowed_share": 0.2}),
-        distill_steps=20_027,
-        model="gpt-oss-120b",
-    )
+    gentler = {"long": Limits(memory_ratio=0.8, throughput_ratio=1.2)}
+    earlier = search.but(limits=gentler, max_experts_ratio=0.875, min_windowed_share=0.2)
+    recipe = _gpt_oss_h100(costs, search, earlier, distill_steps=20_027)
+    return recipe.but(report={"title": "gpt-oss-120b for eight H100"}, promote={"model": "gpt-oss-120b"})
 
 
 def gpt_oss_120b_h100x1() -> Recipe:
     """gpt-oss-120b for serving from one H100: what fits decides. Recovery is the same and needs the same node."""
-    space = SearchSpace(expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192,), expert_parallel_size=8)
-    costs = _h100_costs(space, num_gpus=1, long_requests=16, short_requests=128)
+    costs = _h100_costs(_120B_SPACE, num_gpus=1, long_requests=16, short_requests=128)
     search = SearchArchitectureConfig(
         limits={
             "long": Limits(memory_mib=68_600, throughput_ratio=1.3),
@@ -196,15 +177,9 @@ def gpt_oss_120b_h100x1() -> Recipe:
         kv_group_size=9,
         relative_gap=1e-4,
     )
-    earlier = {"long": Limits(memory_mib=80_000), "short": Limits(memory_mib=80_000)}
-    return _gpt_oss_h100(
-        "gpt-oss-120b for one H100",
-        costs,
-        search,
-        search.model_copy(update={"limits": earlier}),
-        distill_steps=20_027,
-        model="gpt-oss-120b-one-gpu",
-    )
+    earlier = search.but(limits={"long": Limits(memory_mib=80_000), "short": Limits(memory_mib=80_000)})
+    recipe = _gpt_oss_h100(costs, search, earlier, distill_steps=20_027)
+    return recipe.but(report={"title": "gpt-oss-120b for one H100"}, promote={"model": "gpt-oss-120b-one-gpu"})
 
 
 def gpt_oss_20b_h100x1() -> Recipe:
@@ -219,15 +194,13 @@ def gpt_oss_20b_h100x1() -> Recipe:
         relative_gap=1e-4,
         min_windowed_share=0.5,
     )
-    earlier = {"long": Limits(memory_ratio=0.85, throughput_ratio=1.2)}
-    return _gpt_oss_h100(
-        "gpt-oss-20b for one H100",
-        costs,
-        search,
-        search.model_copy(update={"limits": earlier, "max_experts_ratio": 0.875, "min_windowed_share": 0.25}),
-        distill_steps=2003,
-        model="gpt-oss-20b",
-    )
+    gentler = {"long": Limits(memory_ratio=0.85, throughput_ratio=1.2)}
+    earlier = search.but(limits=gentler, max_experts_ratio=0.875, min_windowed_share=0.25)
+    recipe = _gpt_oss_h100(costs, search, earlier, distill_steps=2003)
+    return recipe.but(report={"title": "gpt-oss-20b for one H100"}, promote={"model": "gpt-oss-20b"})
+
+
+_120B_SPACE = SearchSpace(expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192,), expert_parallel_size=8)
 
 
 def _h100_costs(space: SearchSpace, num_gpus: int, long_requests: int, short_requests: int) -> MeasureCostsConfig:
@@ -246,18 +219,12 @@ def _h100_costs(space: SearchSpace, num_gpus: int, long_requests: int, short_req
 
 
 def _gpt_oss_h100(
-    title: str,
     costs: MeasureCostsConfig,
     search: SearchArchitectureConfig,
     earlier_search: SearchArchitectureConfig,
     distill_steps: int,
-    model: str,
 ) -> Recipe:
-    """What the recipes for gpt-oss on H100 share.
-
-    Distillation sees rows of 128K tokens, 32 a step (20,027 steps are 84B tokens), of replies at medium and high
-    effort, as in the paper; the low ones measure how long the parent's replies are, for the mixed policy.
-    """
+    """What the recipes for gpt-oss on H100 share."""
     export = ExportEngineConfig(
         target="tensorrt_llm",
         max_batch_size=2 * max(workload.concurrency for workload in costs.workloads),
@@ -265,27 +232,7 @@ def _gpt_oss_h100(
         expert_parallel_size=costs.num_gpus,
         compare_outputs=False,
     )
-    in_bf16 = export.model_copy(update={"kv_cache": "bf16"})
-    distill = DistillConfig(
-        efforts=("medium", "high"),
-        sequence_tokens=131_072,
-        rows_per_step=32,
-        steps=distill_steps,
-        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=200),
-        evaluate_every_steps=500,
-        checkpoint_every_steps=250,
-    )
-    policy = ReinforceConfig(
-        engine="nemo_rl",
-        steps=300,
-        prompts_per_step=128,
-        generations_per_prompt=16,
-        replies_per_forward=1,
-        batch_size=1024,
-        max_new_tokens=32_768,
-        optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=10),
-        checkpoint_every_steps=10,
-    )
+    distill = _gpt_oss_distill(distill_steps)
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536, precision="bfloat16"),
         score_blocks=ScoreBlocksConfig(
@@ -299,41 +246,13 @@ def _gpt_oss_h100(
         measure_costs=costs,
         search_architecture=search,
         earlier_search_architecture=earlier_search,
-        generate_traces=GenerateTracesConfig(
-            engine="tensorrt_llm",
-            bundle=in_bf16,
-            max_new_tokens=65_536,
-            batch_size=in_bf16.max_batch_size,
-            temperature=1.0,
-            held_out_share=0.01,
-            reply_timeout_s=36_000,
-        ),
+        generate_traces=_gpt_oss_traces(export),
         distill_blocks=DistillBlocksConfig(precision="bfloat16"),
         distill=distill,
-        earlier_distill=distill.model_copy(update={"steps": distill_steps // 10}),
-        policies=(
-            policy.model_copy(update={"name": "high", "efforts": ("high",)}),
-            policy.model_copy(
-                update={
-                    "name": "mixed",
-                    "efforts": ("low", "medium", "high"),
-                    "rewards": RewardConfig(length=0.5),
-                    "seed": 1,
-                }
-            ),
-        ),
+        earlier_distill=distill.but(steps=distill_steps // 10),
+        policies=_gpt_oss_policies(),
         calibrate_kv=CalibrateKvConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536),
-        evaluate=EvaluateConfig(
-            engine="tensorrt_llm",
-            bundle=in_bf16,
-            efforts=("low", "medium", "high"),
-            problems_per_task=500,
-            max_new_tokens=65_536,
-            batch_size=in_bf16.max_batch_size,
-            temperature=1.0,
-            kv_cache="bf16",
-            reply_timeout_s=36_000,
-        ),
+        evaluate=_gpt_oss_evaluation(export),
         benchmark=BenchmarkConfig(
             batch_sizes=(1, 16, 64),
             input_tokens=(1024, 16_384),
@@ -352,8 +271,66 @@ def _gpt_oss_h100(
             precision="bfloat16",
             point_timeout_s=36_000,
         ),
-        report=ReportConfig(title=title),
-        promote=PromoteConfig(model=model, min_retention={"low": 1.0, "medium": 0.99, "high": 0.99}),
+        report=ReportConfig(),
+        promote=PromoteConfig(min_retention={"low": 1.0, "medium": 0.99, "high": 0.99}),
+    )
+
+
+def _gpt_oss_traces(export: ExportEngineConfig) -> GenerateTracesConfig:
+    """Replies at every effort; the low ones measure how long the parent's replies are, for the mixed policy."""
+    return GenerateTracesConfig(
+        engine="tensorrt_llm",
+        bundle=export.but(kv_cache="bf16"),
+        max_new_tokens=65_536,
+        batch_size=export.max_batch_size,
+        temperature=1.0,
+        held_out_share=0.01,
+        reply_timeout_s=36_000,
+    )
+
+
+def _gpt_oss_distill(steps: int) -> DistillConfig:
+    """Rows of 128K tokens, 32 a step (20,027 steps are 84B tokens), of replies at medium and high effort (paper A)."""
+    return DistillConfig(
+        efforts=("medium", "high"),
+        sequence_tokens=131_072,
+        rows_per_step=32,
+        steps=steps,
+        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=200),
+        evaluate_every_steps=500,
+        checkpoint_every_steps=250,
+    )
+
+
+def _gpt_oss_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
+    high = ReinforceConfig(
+        engine="nemo_rl",
+        name="high",
+        efforts=("high",),
+        steps=300,
+        prompts_per_step=128,
+        generations_per_prompt=16,
+        replies_per_forward=1,
+        batch_size=1024,
+        max_new_tokens=32_768,
+        optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=10),
+        checkpoint_every_steps=10,
+    )
+    mixed = high.but(name="mixed", efforts=("low", "medium", "high"), rewards=RewardConfig(length=0.5), seed=1)
+    return high, mixed
+
+
+def _gpt_oss_evaluation(export: ExportEngineConfig) -> EvaluateConfig:
+    return EvaluateConfig(
+        engine="tensorrt_llm",
+        bundle=export.but(kv_cache="bf16"),
+        efforts=("low", "medium", "high"),
+        problems_per_task=500,
+        max_new_tokens=65_536,
+        batch_size=export.max_batch_size,
+        temperature=1.0,
+        kv_cache="bf16",
+        reply_timeout_s=36_000,
     )
 
 
