@@ -113,7 +113,7 @@ class Straightforward:
         self.checkpoint, self.probes = checkpoint, probes
         self.layers = [loading.load_block(checkpoint, layer) for layer in range(checkpoint.num_layers)]
         self.head = loading.load_head(checkpoint)
-        self.turns = loading.rotary(checkpoint, max(probe.batch.num_positions for probe in probes))
+        self.rotary = loading.rotary(checkpoint, max(probe.batch.num_positions for probe in probes))
         self.embedded = loading.embed(checkpoint, [probe.batch.token_ids for probe in probes])
         self.references = [self.forward(probe) for probe in probes]
 
@@ -124,13 +124,13 @@ class Straightforward:
             block, kept = self.checkpoint.architecture.blocks[index], None
             if variant is not None and index == layer:
                 block, kept = variant.block, variant.kept
-            hidden = layers.run_block(module, hidden, self.turns, block.window, kept)
+            hidden = layers.run_block(module, hidden, self.rotary, block.window, kept)
         return self.head.normed(hidden[probe.measured])
 
     def run_one_block(self) -> None:
         """The first block alone, over all sequences."""
         for hidden in self.embedded:
-            layers.run_block(self.layers[0], hidden, self.turns, None)
+            layers.run_block(self.layers[0], hidden, self.rotary, None)
 
     def score(self, layer: int, variant: Variant) -> damage.Metrics:
         """One variant."""
@@ -247,17 +247,17 @@ def compare_with_puzzletron(directory: Path) -> dict[str, Any]:
 def rank_speed(directory: Path) -> dict[str, float]:
     """CPU seconds of ranking one layer over those of a plain forward, by criterion; needs the first case's model."""
     checkpoint = Checkpoint.open(directory / "wide")
-    module, turns = loading.load_block(checkpoint, 0), loading.rotary(checkpoint, 512)
+    module, rotary = loading.load_block(checkpoint, 0), loading.rotary(checkpoint, 512)
     hidden = torch.randn(4, 512, 128, generator=torch.Generator().manual_seed(1))
 
     def rank(criterion: Any) -> None:
-        attended = layers.attend(module, hidden, turns, None)
+        attended = layers.attend(module, hidden, rotary, None)
         normed = module.post_attention_layernorm(attended).flatten(0, 1)
         routing = layers.route(module, normed, NUM_SPARE.get(criterion, 0))
         rank_layer(criterion, [routing])
         attended + routing.mixture().view_as(attended)
 
-    actions: dict[str, Callable[[], Any]] = {"plain": lambda: layers.run_block(module, hidden, turns, None)}
+    actions: dict[str, Callable[[], Any]] = {"plain": lambda: layers.run_block(module, hidden, rotary, None)}
     actions |= {name: partial(rank, name) for name in RANKING_BARS}
     rounds = [{name: cpu_seconds(action) for name, action in actions.items()} for _ in range(9)]
     least = {name: min(times[name] for times in rounds) for name in actions}

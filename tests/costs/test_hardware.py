@@ -171,10 +171,10 @@ KNOWN = {
 def _synthetic_costs(noise: float) -> CostTable:
     """What ``measure_costs`` would write on a GPU whose constants are ``KNOWN``, each time off by up to ``noise``."""
     table = Fit(KNOWN, 0.0, 0).table(H100, "known", "2026-01-01", 1, "bf16")
-    target, draws = Target(table, GPT_OSS_120B, 1, "bf16"), random.Random(0)
+    target, generator = Target(table, GPT_OSS_120B, 1, "bf16"), random.Random(0)
 
     def shaken(runtime: Runtime) -> dict[str, float]:
-        return {name: value * (1 + noise * draws.uniform(-1, 1)) for name, value in asdict(runtime).items()}
+        return {name: value * (1 + noise * generator.uniform(-1, 1)) for name, value in asdict(runtime).items()}
 
     loads = tuple(
         Workload(name=f"w{tokens}x{count}", input_tokens=tokens, output_tokens=tokens, concurrency=count)

@@ -20,13 +20,13 @@ EXACT = Effort(relative_gap=0.0)
 
 
 def random_program(seed: int, num_layers: int = 5, num_variants: int = 4, num_limits: int = 2) -> Program:
-    dice = np.random.default_rng(seed)
-    usage = dice.integers(0, 30, (num_limits, num_layers, num_variants)).astype(float)
+    generator = np.random.default_rng(seed)
+    usage = generator.integers(0, 30, (num_limits, num_layers, num_variants)).astype(float)
     saved = usage.sum(axis=0) / max(num_limits, 1)
-    cost = np.round(40 - saved + dice.uniform(0, 12, (num_layers, num_variants)), 3)
-    missing = dice.random((num_layers, num_variants)) < 0.2
+    cost = np.round(40 - saved + generator.uniform(0, 12, (num_layers, num_variants)), 3)
+    missing = generator.random((num_layers, num_variants)) < 0.2
     missing[:, 0] = False
-    room = np.round(dice.uniform(0.25, 0.7) * usage.max(axis=2).sum(axis=1))
+    room = np.round(generator.uniform(0.25, 0.7) * usage.max(axis=2).sum(axis=1))
     return Program(np.where(missing, np.inf, cost), usage, room)
 
 
@@ -188,9 +188,9 @@ def test_tables_of_unequal_rows_become_arrays() -> None:
 @pytest.mark.parametrize("correlated", [False, True])
 def test_many_variants_are_bounded_in_little_work(correlated: bool) -> None:
     """60 layers of 100 variants: a choice within a thousandth of the bound, whether or not it is proven."""
-    dice = np.random.default_rng(0)
-    usage = dice.integers(100, 1001, (2, 60, 100)).astype(float)
-    spread = dice.integers(0, 20, (60, 100)) if correlated else dice.uniform(0, 900, (60, 100))
+    generator = np.random.default_rng(0)
+    usage = generator.integers(100, 1001, (2, 60, 100)).astype(float)
+    spread = generator.integers(0, 20, (60, 100)) if correlated else generator.uniform(0, 900, (60, 100))
     program = Program(1000 - usage.mean(axis=0) + spread, usage, 0.45 * (usage.min(axis=2) + usage.max(axis=2)).sum(1))
     relaxation = relax(program)
     assert relaxation is not None

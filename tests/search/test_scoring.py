@@ -86,12 +86,12 @@ def score(
 def whole_forward(checkpoint: Checkpoint, tokens: Tensor, layer: int, variant: Variant | None) -> Tensor:
     """Final-norm hidden states of a model in which one block was physically replaced; no reuse of any kind."""
     (hidden,) = loading.embed(checkpoint, [tokens])
-    turns = loading.rotary(checkpoint, 64)
+    rotary = loading.rotary(checkpoint, 64)
     for index, own in enumerate(checkpoint.architecture.blocks):
         block, window = loading.load_block(checkpoint, index), own.window
         if variant is not None and index == layer:
             block, window = layers.slice_block(block, variant.kept), variant.block.window
-        hidden = layers.run_block(block, hidden, turns, window)
+        hidden = layers.run_block(block, hidden, rotary, window)
     return loading.load_head(checkpoint).norm(hidden)
 
 

@@ -224,23 +224,23 @@ def _with_header(header: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 def random_bytes(name: str, spec: TensorSpec, seed: int) -> Iterator[bytes]:
     """A tensor's bytes, a piece at a time."""
-    draws = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     remaining = math.prod(spec.shape)
     while remaining:
         count = min(remaining, _PIECE)
         remaining -= count
         if name.endswith("_blocks"):
-            yield draws.bytes(count)
+            yield generator.bytes(count)
         elif name.endswith("_scales"):
-            yield _scales(draws, count, num_inputs=spec.shape[-1] * MXFP4_BLOCK)
+            yield _scales(generator, count, num_inputs=spec.shape[-1] * MXFP4_BLOCK)
         else:
-            yield _bfloat16(_mean(name) + _deviation(name, spec.shape) * draws.standard_normal(count, np.float32))
+            yield _bfloat16(_mean(name) + _deviation(name, spec.shape) * generator.standard_normal(count, np.float32))
 
 
-def _scales(draws: np.random.Generator, count: int, num_inputs: int) -> bytes:
+def _scales(generator: np.random.Generator, count: int, num_inputs: int) -> bytes:
     """Exponents at and beside the one that gives random codes a deviation of ``1 / sqrt(num_inputs)``."""
     middle = _SCALE_BIAS + round(math.log2(1 / math.sqrt(num_inputs) / _CODE_DEVIATION))
-    exponents: np.ndarray = draws.integers(middle - 1, middle + 2, count, dtype=np.uint8)
+    exponents: np.ndarray = generator.integers(middle - 1, middle + 2, count, dtype=np.uint8)
     return exponents.tobytes()
 
 

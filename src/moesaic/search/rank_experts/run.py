@@ -68,7 +68,7 @@ def _rank(
 ) -> Iterator[LayerRanking]:
     """Rank layer after layer from all processes' batches, of which this one takes its share; go on after a kill."""
     dtype, device = getattr(torch, config.precision), loading.choose_device()
-    turns = loading.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
+    rotary = loading.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
     mine = shards.mine(batches)
     room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
     progress = RankingProgress(scratch, shards)
@@ -83,7 +83,7 @@ def _rank(
             more = layer + 1 < checkpoint.num_layers
             module = reader.load(layer, then=layer + 1 if more else None)
             tallies = [
-                _pass(config.criterion, module, room, states, mine, index, turns, window) for index in range(len(mine))
+                _pass(config.criterion, module, room, states, mine, index, rotary, window) for index in range(len(mine))
             ]
             del module
             done.append(rank_tallies(config.criterion, shards.gather(tallies)))
@@ -101,12 +101,12 @@ def _pass(
     states: list[HeldTensor],
     batches: list[Batch],
     index: int,
-    turns: layers.Rotary,
+    rotary: layers.Rotary,
     window: int | None,
 ) -> Tally:
     """Route a batch's tokens, padding left out, and take its states on to the next layer."""
     device = module.self_attn.sinks.device
-    attended = layers.attend(module, states[index].read().to(device, non_blocking=True), turns, window)
+    attended = layers.attend(module, states[index].read().to(device, non_blocking=True), rotary, window)
     is_token = batches[index].is_token.to(device)
     routing = layers.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))
     found = tally(criterion, routing)

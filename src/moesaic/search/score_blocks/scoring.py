@@ -81,7 +81,7 @@ class Parent:
     architecture: Architecture
     load: Load
     head: Head
-    turns: Rotary
+    rotary: Rotary
     hold: Callable[[Tensor], Held]
 
     @property
@@ -173,7 +173,7 @@ def advance(parent: Parent, layer: int, states: Sequence[Held]) -> list[Held]:
     window, device = parent.architecture.blocks[layer].window, module.self_attn.sinks.device
     after = []
     for hidden in states:
-        output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.turns, window))
+        output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.rotary, window))
         hidden.drop()
         after.append(parent.hold(output))
     return after
@@ -306,7 +306,7 @@ def _replace(
     outputs = []
     hidden = hidden.to(module.self_attn.sinks.device, non_blocking=True)
     for window, blocks in groupby(wanted, key=lambda block: block.window):
-        attended = attend(module, hidden, parent.turns, window)
+        attended = attend(module, hidden, parent.rotary, window)
         attended = attended if measured is None else attended[measured]
         outputs += [mix(module, attended, wanted[block].kept) for block in blocks]
     return torch.stack(outputs)
@@ -317,7 +317,7 @@ def _continue(
 ) -> Tensor:
     """One unchanged layer for all variants of a batch, [variant, batch, time, hidden]; measured as in ``_replace``."""
     stacked = hidden.flatten(0, 1).to(module.self_attn.sinks.device, non_blocking=True)
-    attended = attend(module, stacked, parent.turns, parent.architecture.blocks[layer].window).view(hidden.shape)
+    attended = attend(module, stacked, parent.rotary, parent.architecture.blocks[layer].window).view(hidden.shape)
     return mix(module, attended if measured is None else attended[:, measured])
 
 

@@ -164,7 +164,7 @@ def _uniform(library: BlockLibrary) -> Iterator[Choice]:
 
 def shrink_randomly(search: Search, seed: int) -> Choice:
     """The random baseline's choice for a seed."""
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     notches = [_notches(options) for options in search.library.variants]
     choice = list(search.library.parent_choice)
     while not search.limits.holds(tuple(choice)):
@@ -172,7 +172,7 @@ def shrink_randomly(search: Search, seed: int) -> Choice:
         if not steps:
             why = "every layer is as small as it gets"
             raise InfeasibleError(_stuck(f"random-{seed}", why, search.limits, tuple(choice)))
-        layer, index = dice.choice(steps)
+        layer, index = generator.choice(steps)
         choice[layer] = index
     return tuple(choice)
 

@@ -212,11 +212,11 @@ def search_near(
         most_pairs: how much work at most.
     """
     near = Neighbourhoods(program, relaxation, start)
-    dice = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     stale, sizes = 0, cycle(SIZES)
     while stale <= PATIENCE * len(SIZES) and near.pairs < most_pairs and not near.is_within(relative_gap):
         before = (near.violation, near.distance)
-        near.improve(dice.permutation(program.num_layers)[: next(sizes)].tolist(), length)
+        near.improve(generator.permutation(program.num_layers)[: next(sizes)].tolist(), length)
         stale = 0 if (near.violation, near.distance) < before else stale + 1
     unproven = near.violation == 0 and not near.is_within(relative_gap)
     proven = unproven and near.pairs < most_pairs and near.prove(length)
