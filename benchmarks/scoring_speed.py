@@ -22,7 +22,7 @@ Run: python benchmarks/scoring_speed.py [--record FILE]
 
 import argparse
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from moesaic.models import layers, loading, mxfp4
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import ModelShape
-from moesaic.models.streaming import LayerReader, StateRoom
+from moesaic.models.streaming import LayerReader, StateOffloader
 from moesaic.models.synthesis import Model, write_synthetic
 from moesaic.search.prune_model.pruning import kept_experts
 from moesaic.search.rank_experts.ranking import NUM_SPARE, rank_layer
@@ -54,15 +54,6 @@ BATCH_TOKENS = 2048
 GROUP = 8
 """Variants that scoring takes through the later layers together, each with its share of these tokens."""
 SAMPLED = 6
-
-
-def exhaust(steps: Generator[None, None, Any]) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
 
 
 def make_probes(lengths: Sequence[int], batch_tokens: int, vocab: int) -> list[Probe]:
@@ -85,7 +76,7 @@ def open_parent(checkpoint: Checkpoint, place: Path, longest: int) -> Parent:
         LayerReader(checkpoint, torch.float32, CPU).load,
         loading.load_head(checkpoint),
         loading.rotary(checkpoint, longest),
-        StateRoom(2**32, place, CPU).hold,
+        StateOffloader(2**32, place, CPU).offload,
     )
 
 
@@ -94,12 +85,12 @@ def score_all(
 ) -> list[list[damage.Metrics]]:
     """All layers, as the stage does; metrics over all probes."""
     tokens = [probe.batch.token_ids for probe in probes]
-    states = [parent.hold(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
-    measurements = exhaust(scoring.run_parent(parent, states, probes))
-    states = [parent.hold(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
+    states = [parent.offload(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
+    measurements = scoring.run_parent(parent, states, probes, on_steps=lambda _: None)
+    states = [parent.offload(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
     found = []
     for layer, offers in enumerate(variants):
-        sums = exhaust(scoring.score_layer(parent, layer, states, measurements, offers, GROUP))
+        sums = scoring.score_layer(parent, layer, states, measurements, offers, GROUP, on_steps=lambda _: None)
         found.append([scoring.total(parts) for parts in sums])
         if layer < parent.last:
             states = scoring.advance(parent, layer, states)

@@ -147,14 +147,16 @@ class Threads(Shards):
 
 def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The first process's clock decides, the second one's says never; other numbers of processes begin anew."""
-    room = streaming.StateRoom(2**20, tmp_path / "states", torch.device("cpu"))
+    offloader = streaming.StateOffloader(2**20, tmp_path / "states", torch.device("cpu"))
     layers = [LayerRanking((1, 0), (0.25, 0.5)), LayerRanking((0, 1), (1 / 3, 0.0))]
 
     def work(rank: int) -> None:
         progress = RankingProgress(tmp_path, Threads(rank, 2))
         progress._kept_s += rank * 10**9
         for count in (1, 2):
-            progress.keep(layers[:count], [room.hold(torch.tensor([10.0 * rank + count, part])) for part in (0, 1)])
+            progress.keep(
+                layers[:count], [offloader.offload(torch.tensor([10.0 * rank + count, part])) for part in (0, 1)]
+            )
 
     monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
     with ThreadPoolExecutor(2) as pool:
@@ -168,8 +170,8 @@ def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypa
 
 
 def test_nothing_is_kept_before_its_time_or_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    room = streaming.StateRoom(2**20, tmp_path / "states", torch.device("cpu"))
-    states = [room.hold(torch.zeros(100))]
+    offloader = streaming.StateOffloader(2**20, tmp_path / "states", torch.device("cpu"))
+    states = [offloader.offload(torch.zeros(100))]
     RankingProgress(tmp_path, Shards()).keep([], states)
     monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
     with monkeypatch.context() as patch:
