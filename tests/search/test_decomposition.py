@@ -14,7 +14,7 @@ from moesaic.search.solver import decomposition, neighbourhood
 from moesaic.search.solver.decomposition import Apart, minimise
 from moesaic.search.solver.lagrangian import Program, dense, relax, undominated
 from moesaic.search.solver.mip import Effort, branch_and_bound
-from moesaic.search.solver.neighbourhood import Neighbourhoods, search_near
+from moesaic.search.solver.neighbourhood import Neighbourhoods, improve_choice
 
 EXACT = Effort(relative_gap=0.0)
 
@@ -39,7 +39,7 @@ def optimum(program: Program) -> float | None:
 
 
 def as_tables(program: Program) -> tuple[tuple[tuple[float, ...], ...], LimitSet]:
-    """The same program as the search states it, with two windows in turns."""
+    """The program as the search states it; variants have one of two windows, alternately."""
     present = np.isfinite(program.cost)
     tables = [
         tuple(tuple(row[kept].tolist()) for row, kept in zip(table, present, strict=True))
@@ -71,18 +71,18 @@ def test_the_bound_is_below_and_the_found_above_every_optimum(seed: int, num_lim
     if relaxation is None:
         assert best is None
         return
-    found = search_near(program, relaxation, None, 0.0, 512, 1e6)
-    cost, slack = program.cost_of(found.choice), program.room - program.used(found.choice)
-    paid = relaxation.reduced[np.arange(program.num_layers), list(found.choice)].sum() + relaxation.prices @ slack
+    result = improve_choice(program, relaxation, None, 0.0, 512, 1e6)
+    cost, slack = program.cost_of(result.choice), program.room - program.used(result.choice)
+    paid = relaxation.reduced[np.arange(program.num_layers), list(result.choice)].sum() + relaxation.prices @ slack
     assert cost == pytest.approx(relaxation.bound + paid), "what every choice pays exactly"
     if best is not None:
         assert relaxation.bound <= best + 1e-9
         forced = relaxation.forced()
         for choice in filter(program.holds, every_choice(program)):
             assert program.cost_of(choice) >= max(forced[layer, index] for layer, index in enumerate(choice)) - 1e-9
-    if program.holds(found.choice):
+    if program.holds(result.choice):
         assert best is not None and cost >= best - 1e-9
-        if found.proven:
+        if result.proven:
             assert cost == pytest.approx(best)
 
 
@@ -145,9 +145,9 @@ def test_a_proof_needs_whole_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     program = random_program(1, num_layers=8, num_variants=6)
     relaxation = relax(program)
     assert relaxation is not None
-    assert search_near(program, relaxation, None, 0.0, 512, 1e9).proven
+    assert improve_choice(program, relaxation, None, 0.0, 512, 1e9).proven
     monkeypatch.setattr(neighbourhood, "PROOF_SHARE", 0)
-    assert not search_near(program, relaxation, None, 0.0, 512, 1e9).proven
+    assert not improve_choice(program, relaxation, None, 0.0, 512, 1e9).proven
 
 
 def test_dominated_variants_go() -> None:
@@ -194,7 +194,7 @@ def test_many_variants_are_bounded_in_little_work(correlated: bool) -> None:
     program = Program(1000 - usage.mean(axis=0) + spread, usage, 0.45 * (usage.min(axis=2) + usage.max(axis=2)).sum(1))
     relaxation = relax(program)
     assert relaxation is not None
-    found = search_near(program, relaxation, None, 1e-6, 512, 2e7)
-    assert program.holds(found.choice)
-    cost = program.cost_of(found.choice)
+    result = improve_choice(program, relaxation, None, 1e-6, 512, 2e7)
+    assert program.holds(result.choice)
+    cost = program.cost_of(result.choice)
     assert relaxation.bound <= cost <= relaxation.bound * (1 + 1e-3)

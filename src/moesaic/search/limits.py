@@ -61,7 +61,7 @@ class Limit:
         return self.excess_of(self.used(choice))
 
     def excess_of(self, used: float) -> float:
-        """The same, of a used amount."""
+        """By which share of the bound a used amount exceeds it; zero if it does not."""
         over = (used - self.bound) / max(abs(self.bound), 1e-12)
         return over if over > TOLERANCE else 0.0
 
@@ -89,11 +89,11 @@ class LimitSet:
     max_layouts: int | None = None
 
     def without(self, name: str) -> "LimitSet":
-        """The same limits but one."""
+        """All limits except the one of this name."""
         return replace(self, linear=tuple(limit for limit in self.linear if limit.name != name))
 
     def with_limit(self, limit: Limit) -> "LimitSet":
-        """The same limits and one more."""
+        """All limits and one more."""
         return replace(self, linear=(*self.linear, limit))
 
     def num_layouts(self, choice: Choice) -> int:

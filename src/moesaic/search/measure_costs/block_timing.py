@@ -47,6 +47,7 @@ _PAIR_MS = 15.0
 """A timing of N calls should take about this long."""
 _MOST_CALLS = 16
 _KNOWN_TO = 0.05
+"""A median is settled when its relative error is about this or less."""
 _SERVED_WITH = "grouped_mm"
 """The expert kernel of ``moesaic.models.gpt_oss_puzzle.load_model``."""
 _POOL = (8, 64)
@@ -220,15 +221,15 @@ def time_jobs(jobs: Sequence[Job], repeats: int, device: torch.device) -> Mappin
     """
     now_ms = _clock(device)
     calls = {job.key: _num_calls(job, now_ms) for job in jobs}
-    found: dict[Key, list[float]] = {job.key: [] for job in jobs}
+    repeated: dict[Key, list[float]] = {job.key: [] for job in jobs}
     rounds = [(repeat, job) for repeat in range(repeats) for job in jobs]
     for repeat, job in track(rounds, len(rounds), "timing blocks"):
-        found[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
+        repeated[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
     for repeat in range(3 * repeats):
         for job in jobs:
-            if not _is_settled(found[job.key]):
-                found[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
-    times = {job.key: median(found[job.key]) * job.scale for job in jobs}
+            if not _is_settled(repeated[job.key]):
+                repeated[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
+    times = {job.key: median(repeated[job.key]) * job.scale for job in jobs}
     for (block, workload, phase), ms in times.items():
         if ms <= 0:
             what = block.label if block else "the fixed part"

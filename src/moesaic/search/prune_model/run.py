@@ -60,14 +60,14 @@ def run(
 
 
 def _read_candidate(path: Path, name: str) -> Architecture:
-    found = read_json(path)
-    if name not in found["candidates"]:
-        reason = found.get("skipped", {}).get(name)
-        allowed = ", ".join(found["candidates"])
+    content = read_json(path)
+    if name not in content["candidates"]:
+        reason = content.get("skipped", {}).get(name)
+        allowed = ", ".join(content["candidates"])
         raise ConfigError(
             f"candidate {name!r} is not in {path.name} ({reason or 'unknown name'}); choose one of {allowed}"
         )
-    return Architecture.of(Block.from_config(entry) for entry in found["candidates"][name]["blocks"])
+    return Architecture.of(Block.from_config(entry) for entry in content["candidates"][name]["blocks"])
 
 
 def _shards(parent: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, StoredTensor]]]:

@@ -110,8 +110,8 @@ def _pass(
     attended = layers.attend(module, states[index].read().to(device, non_blocking=True), rotary, window)
     is_token = batches[index].is_token.to(device)
     routing = layers.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))
-    found = tally(criterion, routing)
+    counted = tally(criterion, routing)
     attended[is_token] += routing.mixture()
     states[index].drop()
     states[index] = offloader.offload(attended)
-    return found
+    return counted

@@ -33,12 +33,12 @@ class RankingProgress:
         self._kept_s = time.monotonic()
 
     def layers(self) -> list[LayerRanking]:
-        """Those that a killed pass of as many processes has ranked; after other numbers all begins anew."""
+        """The layers that a killed pass of as many processes has ranked; none if the number of processes differs."""
         committed = self._scratch / _COMMITTED
-        found: dict[str, Any] = json.loads(committed.read_text()) if committed.is_file() else {}
-        if found.get("processes") != self._shards.count:
+        content: dict[str, Any] = json.loads(committed.read_text()) if committed.is_file() else {}
+        if content.get("processes") != self._shards.count:
             return []
-        return [LayerRanking(**layer) for layer in found["layers"]]
+        return [LayerRanking(**layer) for layer in content["layers"]]
 
     def states(self, num_layers: int) -> Iterator[Tensor]:
         """The hidden states behind so many layers, in the order of this process's batches."""
