@@ -9,8 +9,8 @@ from moesaic.core.progress import track
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
-from moesaic.models.payloads import read_json, read_orders
 from moesaic.models.safetensors_files import StoredTensor
+from moesaic.models.stage_outputs import read_json, read_orders
 from moesaic.search.prune_model.pruning import kept_experts, prune_layer
 from moesaic.search.prune_model.stage import PruneModelConfig
 

@@ -16,7 +16,7 @@ from moesaic.core.progress import count_steps
 from moesaic.data.calibration import load_batches
 from moesaic.models import loading
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.payloads import read_orders
+from moesaic.models.stage_outputs import read_orders
 from moesaic.models.streaming import LayerReader, StateOffloader, state_memory_bytes
 from moesaic.search.library import variants_of
 from moesaic.search.prune_model.pruning import kept_experts

@@ -12,7 +12,7 @@ from moesaic.core.progress import track
 from moesaic.costs.block_costs import CostTable
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.payloads import read_json, read_text
+from moesaic.models.stage_outputs import read_json, read_text
 from moesaic.search.library import BlockLibrary
 from moesaic.search.search_architecture.baselines import baselines
 from moesaic.search.search_architecture.search import Search, Solution
