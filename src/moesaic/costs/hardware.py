@@ -198,10 +198,9 @@ class Target:
 
     def fixed_runtime(self, workload: Workload) -> Runtime:
         """The head of one step and what the engine spends between steps; a prompt needs the head once."""
-        head = self.shape.vocab_size * self.shape.hidden_size
-        step_ms = self.table.step_us / 1e3 + self.dense_ms(head, workload.concurrency)
+        head_ms = self.dense_ms(self.shape.vocab_size * self.shape.hidden_size, workload.concurrency)
         chunks = math.ceil(workload.concurrency * workload.input_tokens / self.table.chunk_tokens)
-        return Runtime(chunks * self.table.step_us / 1e3 + self.dense_ms(head, workload.concurrency), step_ms)
+        return Runtime(chunks * self.table.step_us / 1e3 + head_ms, self.table.step_us / 1e3 + head_ms)
 
 
 def _of_one_expert(measure: Any, shape: ModelShape) -> float:

@@ -14,8 +14,9 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -186,15 +187,10 @@ def write_synthetic(model: Model, directory: Path, seed: int = 0) -> None:
         weight_map: dict[str, str] = {}
         for file, name, pieces in track(_pieces(model, seed), len(model.specs), "writing tensors"):
             with (partial / file).open("ab") as shard:
-                _write_tensor(shard, pieces)
+                shard.writelines(pieces)
             weight_map[name] = file
         write_index(partial, weight_map)
         (partial / CONFIG).write_text(json.dumps(model_config(model), indent=2) + "\n")
-
-
-def _write_tensor(shard: BinaryIO, pieces: Iterator[bytes]) -> None:
-    for piece in pieces:
-        shard.write(piece)
 
 
 def _check_room(directory: Path, num_bytes: int) -> None:
@@ -213,13 +209,8 @@ def _pieces(model: Model, seed: int) -> Iterator[tuple[str, str, Iterator[bytes]
     for index, shard in enumerate(shards, 1):
         file, header = f"model-{index:05d}-of-{len(shards):05d}.safetensors", header_of(shard)
         for name, spec in shard.items():
-            yield file, name, _with_header(header, random_bytes(name, spec, seed))
+            yield file, name, chain([header], random_bytes(name, spec, seed))
             header = b""
-
-
-def _with_header(header: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    yield header
-    yield from pieces
 
 
 def random_bytes(name: str, spec: TensorSpec, seed: int) -> Iterator[bytes]:
