@@ -27,7 +27,7 @@ from moesaic.costs.block_costs import (
 from moesaic.costs.fitting import fit
 from moesaic.costs.hardware import HardwareTable, Target
 from moesaic.costs.hardware_tables import read_table
-from moesaic.costs.throughput import Serving, cache_room, life_kv_bytes, serve
+from moesaic.costs.throughput import Throughput, cache_room, estimate_throughput, kv_bytes_mean_and_std
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
@@ -66,10 +66,11 @@ SETTINGS = (
 )
 
 
-def compare(setting: Setting, table: HardwareTable, group_size: int | None = GROUP) -> tuple[Serving, Serving]:
+def compare(setting: Setting, table: HardwareTable, group_size: int | None = GROUP) -> tuple[Throughput, Throughput]:
     """Parent and child."""
     target = Target(table, GPT_OSS_120B, setting.num_gpus, "fp8")
-    return serve(target, PARENT, setting.workload), serve(target, CHILD, setting.workload, group_size)
+    parent = estimate_throughput(target, PARENT, setting.workload)
+    return parent, estimate_throughput(target, CHILD, setting.workload, group_size)
 
 
 def ratio(setting: Setting, table: HardwareTable, group_size: int | None = GROUP) -> float | None:
@@ -135,7 +136,7 @@ def _admitted_by(rule: str) -> dict[str, float | None]:
 
 
 def _speed(target: Target, model: Architecture, load: Workload, group: int | None, rule: str) -> float:
-    mean = life_kv_bytes(target, model, load, group)[0]
+    mean = kv_bytes_mean_and_std(target, model, load, group)[0]
     full = request_kv_bytes(target.shape, model, full_length(load), target.kv_cache, group)
     count = min(cache_room(target, model) / (mean if rule == "mean length" else full), H100.max_requests)
     runtime = target.model_runtime(model, load.model_copy(update={"concurrency": count}))

@@ -34,7 +34,7 @@ from moesaic.costs.block_costs import (
 )
 from moesaic.costs.hardware import Target, model_blocks
 from moesaic.costs.hardware_tables import read_table
-from moesaic.costs.throughput import serve
+from moesaic.costs.throughput import estimate_throughput
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
@@ -59,7 +59,8 @@ def config_of(num_gpus: int) -> MeasureCostsConfig:
     target = Target(H100, GPT_OSS_120B, num_gpus, "fp8")
     group = least_padding_group_size(RELEASED.layouts)
     loads = tuple(
-        load.model_copy(update={"concurrency": serve(target, RELEASED, load, group).requests}) for load in (LONG, SHORT)
+        load.model_copy(update={"concurrency": estimate_throughput(target, RELEASED, load, group).requests})
+        for load in (LONG, SHORT)
     )
     return MeasureCostsConfig(
         space=SPACE, workloads=loads, source="model", hardware="h100", num_gpus=num_gpus, kv_cache="fp8"
@@ -142,9 +143,11 @@ def describe(found: BlockLibrary, model: Architecture, group_size: int | None) -
 
 def _served_ratio(model: Architecture, load: Workload, num_gpus: int) -> float:
     target = Target(H100, GPT_OSS_120B, num_gpus, "fp8")
-    whole = serve(target, PARENT, load)
+    whole = estimate_throughput(target, PARENT, load)
     return round(
-        serve(target, model, load, least_padding_group_size(model.layouts)).tokens_per_s / whole.tokens_per_s, 3
+        estimate_throughput(target, model, load, least_padding_group_size(model.layouts)).tokens_per_s
+        / whole.tokens_per_s,
+        3,
     )
 
 

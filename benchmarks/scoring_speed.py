@@ -22,7 +22,7 @@ Run: python benchmarks/scoring_speed.py [--record FILE]
 
 import argparse
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from moesaic.models import layers, loading, mxfp4
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import ModelShape
-from moesaic.models.streaming import LayerReader, StateRoom
+from moesaic.models.streaming import LayerReader, StateOffloader
 from moesaic.models.synthesis import Model, write_synthetic
 from moesaic.search.prune_model.pruning import kept_experts
 from moesaic.search.rank_experts.ranking import NUM_SPARE, rank_layer
@@ -54,15 +54,6 @@ BATCH_TOKENS = 2048
 GROUP = 8
 """Variants that scoring takes through the later layers together, each with its share of these tokens."""
 SAMPLED = 6
-
-
-def exhaust(steps: Generator[None, None, Any]) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
 
 
 def make_probes(lengths: Sequence[int], batch_tokens: int, vocab: int) -> list[Probe]:
@@ -85,7 +76,7 @@ def open_parent(checkpoint: Checkpoint, place: Path, longest: int) -> Parent:
         LayerReader(checkpoint, torch.float32, CPU).load,
         loading.load_head(checkpoint),
         loading.rotary(checkpoint, longest),
-        StateRoom(2**32, place, CPU).hold,
+        StateOffloader(2**32, place, CPU).offload,
     )
 
 
@@ -94,12 +85,12 @@ def score_all(
 ) -> list[list[damage.Metrics]]:
     """All layers, as the stage does; metrics over all probes."""
     tokens = [probe.batch.token_ids for probe in probes]
-    states = [parent.hold(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
-    measurements = exhaust(scoring.run_parent(parent, states, probes))
-    states = [parent.hold(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
+    states = [parent.offload(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
+    measurements = scoring.run_parent(parent, states, probes, on_steps=lambda _: None)
+    states = [parent.offload(hidden) for hidden in loading.embed_each(checkpoint, tokens)]
     found = []
     for layer, offers in enumerate(variants):
-        sums = exhaust(scoring.score_layer(parent, layer, states, measurements, offers, GROUP))
+        sums = scoring.score_layer(parent, layer, states, measurements, offers, GROUP, on_steps=lambda _: None)
         found.append([scoring.total(parts) for parts in sums])
         if layer < parent.last:
             states = scoring.advance(parent, layer, states)
@@ -113,7 +104,7 @@ class Straightforward:
         self.checkpoint, self.probes = checkpoint, probes
         self.layers = [loading.load_block(checkpoint, layer) for layer in range(checkpoint.num_layers)]
         self.head = loading.load_head(checkpoint)
-        self.turns = loading.rotary(checkpoint, max(probe.batch.num_positions for probe in probes))
+        self.rotary = loading.rotary(checkpoint, max(probe.batch.num_positions for probe in probes))
         self.embedded = loading.embed(checkpoint, [probe.batch.token_ids for probe in probes])
         self.references = [self.forward(probe) for probe in probes]
 
@@ -124,13 +115,13 @@ class Straightforward:
             block, kept = self.checkpoint.architecture.blocks[index], None
             if variant is not None and index == layer:
                 block, kept = variant.block, variant.kept
-            hidden = layers.run_block(module, hidden, self.turns, block.window, kept)
+            hidden = layers.run_block(module, hidden, self.rotary, block.window, kept)
         return self.head.normed(hidden[probe.measured])
 
     def run_one_block(self) -> None:
         """The first block alone, over all sequences."""
         for hidden in self.embedded:
-            layers.run_block(self.layers[0], hidden, self.turns, None)
+            layers.run_block(self.layers[0], hidden, self.rotary, None)
 
     def score(self, layer: int, variant: Variant) -> damage.Metrics:
         """One variant."""
@@ -247,17 +238,17 @@ def compare_with_puzzletron(directory: Path) -> dict[str, Any]:
 def rank_speed(directory: Path) -> dict[str, float]:
     """CPU seconds of ranking one layer over those of a plain forward, by criterion; needs the first case's model."""
     checkpoint = Checkpoint.open(directory / "wide")
-    module, turns = loading.load_block(checkpoint, 0), loading.rotary(checkpoint, 512)
+    module, rotary = loading.load_block(checkpoint, 0), loading.rotary(checkpoint, 512)
     hidden = torch.randn(4, 512, 128, generator=torch.Generator().manual_seed(1))
 
     def rank(criterion: Any) -> None:
-        attended = layers.attend(module, hidden, turns, None)
+        attended = layers.attend(module, hidden, rotary, None)
         normed = module.post_attention_layernorm(attended).flatten(0, 1)
         routing = layers.route(module, normed, NUM_SPARE.get(criterion, 0))
         rank_layer(criterion, [routing])
         attended + routing.mixture().view_as(attended)
 
-    actions: dict[str, Callable[[], Any]] = {"plain": lambda: layers.run_block(module, hidden, turns, None)}
+    actions: dict[str, Callable[[], Any]] = {"plain": lambda: layers.run_block(module, hidden, rotary, None)}
     actions |= {name: partial(rank, name) for name in RANKING_BARS}
     rounds = [{name: cpu_seconds(action) for name, action in actions.items()} for _ in range(9)]
     least = {name: min(times[name] for times in rounds) for name in actions}

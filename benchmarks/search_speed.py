@@ -44,27 +44,27 @@ Instance = tuple[tuple[tuple[float, ...], ...], LimitSet]
 
 def smooth(num_layers: int, num_variants: int, num_limits: int, seed: int) -> Instance:
     """An instance like the real problem."""
-    dice = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     side = round(num_variants**0.5)
     grid = np.meshgrid(np.linspace(1, 1 / 8, side), np.geomspace(1, 1 / 64, side), indexing="ij")
     experts, view = (share.ravel() for share in grid)
     uses = [0.8 * experts + 0.2 * view, 0.2 * experts + 0.8 * view, 0.7 * experts**0.5 + 0.3 * view]
-    usage = 100 * np.array(uses[:num_limits]) * dice.uniform(0.98, 1.02, (num_limits, num_variants))
+    usage = 100 * np.array(uses[:num_limits]) * generator.uniform(0.98, 1.02, (num_limits, num_variants))
     usage = np.repeat(usage[:, None], num_layers, axis=1)
     size = num_layers, 1
-    removed = dice.lognormal(0, 0.7, size) * (1 - experts) ** dice.uniform(1.2, 2.5, size)
-    cut = dice.lognormal(-1, 0.7, size) * (-np.log(view) / np.log(64)) ** dice.uniform(0.5, 1.5, size)
-    damage = (removed + cut) * dice.uniform(0.97, 1.03, (num_layers, num_variants))
-    prices = dice.uniform(0.3, 1, num_limits) * damage.mean() / usage.mean()
+    removed = generator.lognormal(0, 0.7, size) * (1 - experts) ** generator.uniform(1.2, 2.5, size)
+    cut = generator.lognormal(-1, 0.7, size) * (-np.log(view) / np.log(64)) ** generator.uniform(0.5, 1.5, size)
+    damage = (removed + cut) * generator.uniform(0.97, 1.03, (num_layers, num_variants))
+    prices = generator.uniform(0.3, 1, num_limits) * damage.mean() / usage.mean()
     chosen = (damage + np.tensordot(prices, usage, axes=1)).argmin(axis=1)
     return _instance(damage, usage, 0.995 * usage[:, np.arange(num_layers), chosen].sum(axis=1))
 
 
 def hard(num_layers: int, num_variants: int, num_limits: int, seed: int) -> Instance:
     """A strongly correlated instance."""
-    dice = np.random.default_rng(seed)
-    usage = dice.integers(100, 1001, (num_limits, num_layers, num_variants)).astype(float)
-    damage = 1000 - usage.mean(axis=0) + dice.integers(0, 20, (num_layers, num_variants))
+    generator = np.random.default_rng(seed)
+    usage = generator.integers(100, 1001, (num_limits, num_layers, num_variants)).astype(float)
+    damage = 1000 - usage.mean(axis=0) + generator.integers(0, 20, (num_layers, num_variants))
     return _instance(damage, usage, 0.45 * (usage.min(axis=2) + usage.max(axis=2)).sum(axis=1))
 
 

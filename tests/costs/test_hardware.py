@@ -18,7 +18,7 @@ from moesaic.costs.block_costs import (
 from moesaic.costs.fitting import RATES, Fit, fit
 from moesaic.costs.hardware import HardwareTable, Target, model_blocks
 from moesaic.costs.hardware_tables import read_table
-from moesaic.costs.throughput import admitted, cache_room, life_kv_bytes, serve
+from moesaic.costs.throughput import admitted, cache_room, estimate_throughput, kv_bytes_mean_and_std
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS, num_bytes
@@ -112,8 +112,8 @@ def _paper_ratio(num_gpus: int, tokens: int) -> float:
     target = Target(H100, GPT_OSS_120B, num_gpus, "fp8")
     workload = Workload(name="w", input_tokens=tokens, output_tokens=tokens, concurrency=1)
     group = least_padding_group_size(GPT_OSS_PUZZLE_88B_BLOCKS.layouts)
-    child = serve(target, GPT_OSS_PUZZLE_88B_BLOCKS, workload, group)
-    return child.tokens_per_s / serve(target, GPT_OSS_120B_BLOCKS, workload).tokens_per_s
+    child = estimate_throughput(target, GPT_OSS_PUZZLE_88B_BLOCKS, workload, group)
+    return child.tokens_per_s / estimate_throughput(target, GPT_OSS_120B_BLOCKS, workload).tokens_per_s
 
 
 def test_the_released_child_gains_what_the_paper_measured() -> None:
@@ -146,7 +146,7 @@ def test_a_request_holds_what_its_life_holds() -> None:
     """Without windows the cache grows evenly from input to input + output: mean in the middle, deviation w/sqrt(12)."""
     full = Architecture.of([Block(128)])
     load = Workload(name="w", input_tokens=65_536, output_tokens=65_536, concurrency=1)
-    mean, deviation = life_kv_bytes(EIGHT, full, load, None)
+    mean, deviation = kv_bytes_mean_and_std(EIGHT, full, load, None)
     assert mean == pytest.approx(98_304 * 1024, rel=1e-4)
     assert deviation == pytest.approx(65_536 * 1024 / 12**0.5, rel=1e-3)
 
@@ -154,7 +154,7 @@ def test_a_request_holds_what_its_life_holds() -> None:
 def test_no_request_fits_beside_weights_that_do_not() -> None:
     small = replace(H100, memory_mib=65_536)
     load = Workload(name="w", input_tokens=128, output_tokens=128, concurrency=1)
-    assert serve(Target(small, GPT_OSS_120B, 1, "fp8"), GPT_OSS_120B_BLOCKS, load).requests == 0
+    assert estimate_throughput(Target(small, GPT_OSS_120B, 1, "fp8"), GPT_OSS_120B_BLOCKS, load).requests == 0
 
 
 KNOWN = {
@@ -171,10 +171,10 @@ KNOWN = {
 def _synthetic_costs(noise: float) -> CostTable:
     """What ``measure_costs`` would write on a GPU whose constants are ``KNOWN``, each time off by up to ``noise``."""
     table = Fit(KNOWN, 0.0, 0).table(H100, "known", "2026-01-01", 1, "bf16")
-    target, draws = Target(table, GPT_OSS_120B, 1, "bf16"), random.Random(0)
+    target, generator = Target(table, GPT_OSS_120B, 1, "bf16"), random.Random(0)
 
     def shaken(runtime: Runtime) -> dict[str, float]:
-        return {name: value * (1 + noise * draws.uniform(-1, 1)) for name, value in asdict(runtime).items()}
+        return {name: value * (1 + noise * generator.uniform(-1, 1)) for name, value in asdict(runtime).items()}
 
     loads = tuple(
         Workload(name=f"w{tokens}x{count}", input_tokens=tokens, output_tokens=tokens, concurrency=count)

@@ -86,8 +86,8 @@ def ask(prompt: Sequence[int], **rule: Any) -> Reply:
 
 
 def draw_prompts(count: int) -> list[list[int]]:
-    dice = random.Random(1)
-    return [[dice.randrange(20, 64) for _ in range(dice.randint(1, 40))] for _ in range(count)]
+    generator = random.Random(1)
+    return [[generator.randrange(20, 64) for _ in range(generator.randint(1, 40))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_batch": 3}, {"max_cache_tokens": 120}])

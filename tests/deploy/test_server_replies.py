@@ -139,8 +139,8 @@ def test_each_row_draws_by_its_own_rule() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, -1)
-    dice = random.Random(0)
-    tokens = choose(logits, [draw(2.0, dice.random()) for _ in range(4000)])
+    generator = random.Random(0)
+    tokens = choose(logits, [draw(2.0, generator.random()) for _ in range(4000)])
     shares = torch.bincount(tokens, minlength=3) / 4000
     torch.testing.assert_close(shares, (logits[0] / 2).softmax(-1), atol=0.03, rtol=0)
 

@@ -74,9 +74,9 @@ def test_frontier_by_hand() -> None:
 
 
 def test_frontier_is_what_brute_force_leaves() -> None:
-    dice = random.Random(0)
+    generator = random.Random(0)
     for _ in range(50):
-        points = list({point(dice.randint(1, 6), dice.randint(1, 6)) for _ in range(12)})
+        points = list({point(generator.randint(1, 6), generator.randint(1, 6)) for _ in range(12)})
         undominated = [
             one
             for one in points

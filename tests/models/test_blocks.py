@@ -39,10 +39,10 @@ def stream(
 ) -> Tensor:
     """Logits, one layer in memory at a time; with other experts and windows if given."""
     (hidden,) = loading.embed(checkpoint, [tokens])
-    turns = loading.rotary(checkpoint, tokens.shape[1])
+    rotary = loading.rotary(checkpoint, tokens.shape[1])
     for layer, block in enumerate((layout or checkpoint.architecture).blocks):
         module = loading.load_block(checkpoint, layer)
-        hidden = layers.run_block(module, hidden, turns, block.window, None if kept is None else kept[layer])
+        hidden = layers.run_block(module, hidden, rotary, block.window, None if kept is None else kept[layer])
     head = loading.load_head(checkpoint)
     return head.logits(head.norm(hidden))
 
@@ -106,10 +106,10 @@ def test_routing_keeps_the_outputs_the_layer_mixes(tiny_checkpoint: Checkpoint):
 
 def test_bfloat16_blocks_stay_close(tiny_checkpoint: Checkpoint):
     tokens = random_tokens()
-    block, turns = loading.load_block(tiny_checkpoint, 1), loading.rotary(tiny_checkpoint, 40)
+    block, rotary = loading.load_block(tiny_checkpoint, 1), loading.rotary(tiny_checkpoint, 40)
     half = loading.load_block(tiny_checkpoint, 1, torch.bfloat16)
     assert half.input_layernorm.weight.dtype == torch.float32
     (hidden,) = loading.embed(tiny_checkpoint, [tokens])
-    expected = layers.attend(block, hidden, turns, None)
+    expected = layers.attend(block, hidden, rotary, None)
     found = layers.attend(half, hidden.bfloat16(), loading.rotary(tiny_checkpoint, 40, torch.bfloat16), None)
     assert (found.float() - expected).norm() / expected.norm() < 0.02

@@ -52,8 +52,8 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def draw_prompts(count: int, longest: int = 40) -> list[list[int]]:
-    dice = random.Random(0)
-    return [[dice.randrange(20, 64) for _ in range(dice.randint(1, longest))] for _ in range(count)]
+    generator = random.Random(0)
+    return [[generator.randrange(20, 64) for _ in range(generator.randint(1, longest))] for _ in range(count)]
 
 
 def one_by_one(model: PreTrainedModel, prompts: Sequence[Sequence[int]], limit: int) -> list[Generated]:

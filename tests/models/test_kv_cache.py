@@ -78,12 +78,12 @@ def test_folding_is_exact(tiny_checkpoint: Checkpoint, layer: int) -> None:
     assert all(torch.equal(tensor, tiny_checkpoint.tensor(name)) for name, tensor in back.items())
 
     block = loading.load_block(tiny_checkpoint, layer)
-    hidden, turns = draw(2, 30, 64), loading.rotary(tiny_checkpoint, 30)
+    hidden, rotary = draw(2, 30, 64), loading.rotary(tiny_checkpoint, 30)
     window = tiny_checkpoint.architecture.blocks[layer].window
-    before, stored = layers.attend(block, hidden, turns, window), block.self_attn.k_proj(hidden)
+    before, stored = layers.attend(block, hidden, rotary, window), block.self_attn.k_proj(hidden)
     state = {name.split(f"layers.{layer}.")[1]: tensor.float() for name, tensor in folded.items()}
     block.load_state_dict(state, strict=False)
-    assert torch.equal(layers.attend(block, hidden, turns, window), before)
+    assert torch.equal(layers.attend(block, hidden, rotary, window), before)
     assert torch.equal(block.self_attn.k_proj(hidden), stored / scales.key)
 
 

@@ -15,7 +15,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.models import gpt_oss, loading
 from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.streaming import LayerReader, StateRoom, state_memory_bytes
+from moesaic.models.streaming import LayerReader, StateOffloader, state_memory_bytes
 from moesaic.models.synthesis import MODELS, Model, scale_model, write_synthetic
 from tests.layer_states import layer_state
 
@@ -76,17 +76,17 @@ def test_layers_equal_the_checkpoints_own_reading(tiny_checkpoint: Checkpoint):
             torch.testing.assert_close(found[name].to(dtype), expected, rtol=0, atol=0)
 
 
-def test_states_spill_when_the_room_is_full_and_give_it_back(tmp_path: Path):
-    """Room for two tensors of 40 bytes: the third goes to disk, and after a drop the next one does not."""
-    room = StateRoom(80, tmp_path, CPU)
+def test_states_spill_when_the_host_memory_is_full_and_free_it(tmp_path: Path):
+    """Memory for two tensors of 40 bytes: the third goes to disk, and after a drop the next one does not."""
+    offloader = StateOffloader(80, tmp_path, CPU)
     tensors = [torch.arange(10.0), torch.randn(2, 5), torch.randn(5, 2)]
-    held = [room.hold(tensor) for tensor in tensors]
+    offloaded = [offloader.offload(tensor) for tensor in tensors]
     assert [path.stat().st_size for path in tmp_path.iterdir()] == [40]
-    assert all(torch.equal(kept.read(), tensor) for kept, tensor in zip(held, tensors, strict=True))
-    held[0].drop()
-    room.hold(tensors[0])
+    assert all(torch.equal(kept.read(), tensor) for kept, tensor in zip(offloaded, tensors, strict=True))
+    offloaded[0].drop()
+    offloader.offload(tensors[0])
     assert len(list(tmp_path.iterdir())) == 1
-    held[2].drop()
+    offloaded[2].drop()
     assert not list(tmp_path.iterdir())
 
 
@@ -94,24 +94,24 @@ def test_states_spill_when_the_room_is_full_and_give_it_back(tmp_path: Path):
 def test_states_keep_their_bits_wherever_they_are(device: str, tmp_path: Path):
     """On the device while there is room, then in the host's memory, then in a file."""
     state = torch.randn(3, 4, 5, device=device).bfloat16()
-    room = StateRoom(2 * state.nbytes, tmp_path, torch.device(device))
-    room.device_bytes = min(room.device_bytes, state.nbytes)
-    held = [room.hold(state) for _ in range(4)]
-    kept = [held_state.read() for held_state in held]
+    offloader = StateOffloader(2 * state.nbytes, tmp_path, torch.device(device))
+    offloader.device_bytes = min(offloader.device_bytes, state.nbytes)
+    offloaded = [offloader.offload(state) for _ in range(4)]
+    contents = [each.read() for each in offloaded]
     assert len(list(tmp_path.iterdir())) == (1 if device == "cuda" else 2)
-    assert all(torch.equal(found.to(device), state) for found in kept)
-    for held_state in held:
-        held_state.drop()
-    assert (room.host_bytes, list(tmp_path.iterdir())) == (2 * state.nbytes, [])
+    assert all(torch.equal(content.to(device), state) for content in contents)
+    for tensor in offloaded:
+        tensor.drop()
+    assert (offloader.host_bytes, list(tmp_path.iterdir())) == (2 * state.nbytes, [])
 
 
 def test_spilled_states_keep_dtype_and_bits_and_killed_runs_leave_none(tmp_path: Path):
-    room = StateRoom(0, tmp_path, CPU)
+    offloader = StateOffloader(0, tmp_path, CPU)
     half = torch.randn(3, 4, 5).bfloat16()
-    assert torch.equal(room.hold(half).read(), half)
-    assert room.hold(half).read().dtype == torch.bfloat16
+    assert torch.equal(offloader.offload(half).read(), half)
+    assert offloader.offload(half).read().dtype == torch.bfloat16
     assert len(list(tmp_path.iterdir())) == 2
-    StateRoom(0, tmp_path, CPU)
+    StateOffloader(0, tmp_path, CPU)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ WORKLOADS = (
 
 def make_library(seed: int, num_layers: int = 4, counts: tuple[int, ...] = (8, 4)) -> BlockLibrary:
     """Windows of 4 on even layers; full layers may become 16 or 8. Smaller blocks cost less, damages are random."""
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     parent = Architecture.of(Block(max(counts), None if layer % 2 else 4) for layer in range(num_layers))
     blocks = [Block(count, window) for count in counts for window in (None, 16, 8, 4)]
 
@@ -26,8 +26,8 @@ def make_library(seed: int, num_layers: int = 4, counts: tuple[int, ...] = (8, 4
         kept = block.window or 128
         workloads = {
             workload.name: WorkloadCost(
-                prefill_ms=block.num_experts * dice.uniform(0.8, 1.2),
-                decode_ms=block.num_experts * dice.uniform(0.08, 0.12) + kept * dice.uniform(0.008, 0.012),
+                prefill_ms=block.num_experts * generator.uniform(0.8, 1.2),
+                decode_ms=block.num_experts * generator.uniform(0.08, 0.12) + kept * generator.uniform(0.008, 0.012),
                 kv_bytes=kept * 1024,
             )
             for workload in WORKLOADS
@@ -40,7 +40,7 @@ def make_library(seed: int, num_layers: int = 4, counts: tuple[int, ...] = (8, 4
     for layer, whole in enumerate(parent.blocks):
         for block in blocks:
             if block.window == whole.window or (whole.window is None and block.window != 4):
-                damages[layer, block] = 0.0 if block == whole else dice.uniform(0.01, 1)
+                damages[layer, block] = 0.0 if block == whole else generator.uniform(0.01, 1)
     return BlockLibrary.of(parent, damages, costs)
 
 

@@ -14,19 +14,19 @@ from moesaic.search.solver import decomposition, neighbourhood
 from moesaic.search.solver.decomposition import Apart, minimise
 from moesaic.search.solver.lagrangian import Program, dense, relax, undominated
 from moesaic.search.solver.mip import Effort, branch_and_bound
-from moesaic.search.solver.neighbourhood import Neighbourhoods, search_near
+from moesaic.search.solver.neighbourhood import Neighbourhoods, improve_choice
 
 EXACT = Effort(relative_gap=0.0)
 
 
 def random_program(seed: int, num_layers: int = 5, num_variants: int = 4, num_limits: int = 2) -> Program:
-    dice = np.random.default_rng(seed)
-    usage = dice.integers(0, 30, (num_limits, num_layers, num_variants)).astype(float)
+    generator = np.random.default_rng(seed)
+    usage = generator.integers(0, 30, (num_limits, num_layers, num_variants)).astype(float)
     saved = usage.sum(axis=0) / max(num_limits, 1)
-    cost = np.round(40 - saved + dice.uniform(0, 12, (num_layers, num_variants)), 3)
-    missing = dice.random((num_layers, num_variants)) < 0.2
+    cost = np.round(40 - saved + generator.uniform(0, 12, (num_layers, num_variants)), 3)
+    missing = generator.random((num_layers, num_variants)) < 0.2
     missing[:, 0] = False
-    room = np.round(dice.uniform(0.25, 0.7) * usage.max(axis=2).sum(axis=1))
+    room = np.round(generator.uniform(0.25, 0.7) * usage.max(axis=2).sum(axis=1))
     return Program(np.where(missing, np.inf, cost), usage, room)
 
 
@@ -39,7 +39,7 @@ def optimum(program: Program) -> float | None:
 
 
 def as_tables(program: Program) -> tuple[tuple[tuple[float, ...], ...], LimitSet]:
-    """The same program as the search states it, with two windows in turns."""
+    """The program as the search states it; variants have one of two windows, alternately."""
     present = np.isfinite(program.cost)
     tables = [
         tuple(tuple(row[kept].tolist()) for row, kept in zip(table, present, strict=True))
@@ -71,18 +71,18 @@ def test_the_bound_is_below_and_the_found_above_every_optimum(seed: int, num_lim
     if relaxation is None:
         assert best is None
         return
-    found = search_near(program, relaxation, None, 0.0, 512, 1e6)
-    cost, slack = program.cost_of(found.choice), program.room - program.used(found.choice)
-    paid = relaxation.reduced[np.arange(program.num_layers), list(found.choice)].sum() + relaxation.prices @ slack
+    result = improve_choice(program, relaxation, None, 0.0, 512, 1e6)
+    cost, slack = program.cost_of(result.choice), program.room - program.used(result.choice)
+    paid = relaxation.reduced[np.arange(program.num_layers), list(result.choice)].sum() + relaxation.prices @ slack
     assert cost == pytest.approx(relaxation.bound + paid), "what every choice pays exactly"
     if best is not None:
         assert relaxation.bound <= best + 1e-9
         forced = relaxation.forced()
         for choice in filter(program.holds, every_choice(program)):
             assert program.cost_of(choice) >= max(forced[layer, index] for layer, index in enumerate(choice)) - 1e-9
-    if program.holds(found.choice):
+    if program.holds(result.choice):
         assert best is not None and cost >= best - 1e-9
-        if found.proven:
+        if result.proven:
             assert cost == pytest.approx(best)
 
 
@@ -145,9 +145,9 @@ def test_a_proof_needs_whole_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     program = random_program(1, num_layers=8, num_variants=6)
     relaxation = relax(program)
     assert relaxation is not None
-    assert search_near(program, relaxation, None, 0.0, 512, 1e9).proven
+    assert improve_choice(program, relaxation, None, 0.0, 512, 1e9).proven
     monkeypatch.setattr(neighbourhood, "PROOF_SHARE", 0)
-    assert not search_near(program, relaxation, None, 0.0, 512, 1e9).proven
+    assert not improve_choice(program, relaxation, None, 0.0, 512, 1e9).proven
 
 
 def test_dominated_variants_go() -> None:
@@ -188,13 +188,13 @@ def test_tables_of_unequal_rows_become_arrays() -> None:
 @pytest.mark.parametrize("correlated", [False, True])
 def test_many_variants_are_bounded_in_little_work(correlated: bool) -> None:
     """60 layers of 100 variants: a choice within a thousandth of the bound, whether or not it is proven."""
-    dice = np.random.default_rng(0)
-    usage = dice.integers(100, 1001, (2, 60, 100)).astype(float)
-    spread = dice.integers(0, 20, (60, 100)) if correlated else dice.uniform(0, 900, (60, 100))
+    generator = np.random.default_rng(0)
+    usage = generator.integers(100, 1001, (2, 60, 100)).astype(float)
+    spread = generator.integers(0, 20, (60, 100)) if correlated else generator.uniform(0, 900, (60, 100))
     program = Program(1000 - usage.mean(axis=0) + spread, usage, 0.45 * (usage.min(axis=2) + usage.max(axis=2)).sum(1))
     relaxation = relax(program)
     assert relaxation is not None
-    found = search_near(program, relaxation, None, 1e-6, 512, 2e7)
-    assert program.holds(found.choice)
-    cost = program.cost_of(found.choice)
+    result = improve_choice(program, relaxation, None, 1e-6, 512, 2e7)
+    assert program.holds(result.choice)
+    cost = program.cost_of(result.choice)
     assert relaxation.bound <= cost <= relaxation.bound * (1 + 1e-3)

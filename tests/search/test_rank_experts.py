@@ -72,12 +72,12 @@ def test_later_layers_see_what_the_parent_computes(
     ranking = rank(tiny_parent, calibration, tmp_path / "a", batch_tokens=10_000)
     (batch,) = load_batches(calibration, tiny_parent, max_sequences=128, max_tokens=8192, batch_tokens=10_000)
     (hidden,) = loading.embed(tiny_checkpoint, [batch.token_ids])
-    turns = loading.rotary(tiny_checkpoint, batch.num_positions)
+    rotary = loading.rotary(tiny_checkpoint, batch.num_positions)
     for layer in range(3):
         module = loading.load_block(tiny_checkpoint, layer)
-        hidden = layers.run_block(module, hidden, turns, tiny_checkpoint.architecture.blocks[layer].window)
+        hidden = layers.run_block(module, hidden, rotary, tiny_checkpoint.architecture.blocks[layer].window)
     module = loading.load_block(tiny_checkpoint, 3)
-    attended = layers.attend(module, hidden, turns, None)
+    attended = layers.attend(module, hidden, rotary, None)
     routing = layers.route(module, module.post_attention_layernorm(attended[batch.is_token]), num_spare=1)
     assert ranking["layers"][3]["scores"] == pytest.approx(rank_layer("removal_difference", [routing]).scores, rel=1e-4)
     assert ranking["num_tokens"] == int(batch.is_token.sum())
@@ -147,14 +147,16 @@ class Threads(Shards):
 
 def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The first process's clock decides, the second one's says never; other numbers of processes begin anew."""
-    room = streaming.StateRoom(2**20, tmp_path / "states", torch.device("cpu"))
+    offloader = streaming.StateOffloader(2**20, tmp_path / "states", torch.device("cpu"))
     layers = [LayerRanking((1, 0), (0.25, 0.5)), LayerRanking((0, 1), (1 / 3, 0.0))]
 
     def work(rank: int) -> None:
         progress = RankingProgress(tmp_path, Threads(rank, 2))
         progress._kept_s += rank * 10**9
         for count in (1, 2):
-            progress.keep(layers[:count], [room.hold(torch.tensor([10.0 * rank + count, part])) for part in (0, 1)])
+            progress.keep(
+                layers[:count], [offloader.offload(torch.tensor([10.0 * rank + count, part])) for part in (0, 1)]
+            )
 
     monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
     with ThreadPoolExecutor(2) as pool:
@@ -168,8 +170,8 @@ def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypa
 
 
 def test_nothing_is_kept_before_its_time_or_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    room = streaming.StateRoom(2**20, tmp_path / "states", torch.device("cpu"))
-    states = [room.hold(torch.zeros(100))]
+    offloader = streaming.StateOffloader(2**20, tmp_path / "states", torch.device("cpu"))
+    states = [offloader.offload(torch.zeros(100))]
     RankingProgress(tmp_path, Shards()).keep([], states)
     monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
     with monkeypatch.context() as patch:

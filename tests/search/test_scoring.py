@@ -1,8 +1,5 @@
 """Replace-one-block scoring against whole models that really hold the replaced block."""
 
-from collections.abc import Generator
-from typing import TypeVar
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,12 +10,11 @@ from moesaic.data.batches import TokenSequence, make_batches
 from moesaic.models import layers, loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.streaming import LayerReader, StateRoom
+from moesaic.models.streaming import LayerReader, StateOffloader
 from moesaic.search.score_blocks import damage, scoring
 from moesaic.search.score_blocks.scoring import Parent, Probe, Variant
 from tests.closeness import assert_near
 
-Result = TypeVar("Result")
 WHOLE = tuple(range(8))
 VARIANTS = [
     Variant(Block(8, None), WHOLE),
@@ -33,17 +29,6 @@ LOGIT_STEPS = 1e-5
 """Of a token: 80 steps of float32. A log-probability is summed from logits near 10, whose rounding a mean keeps."""
 
 
-def finish(steps: Generator[None, None, Result]) -> tuple[Result, int]:
-    """What a generator returns, and how often it yielded."""
-    count = 0
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value, count
-        count += 1
-
-
 @pytest.fixture(scope="module")
 def parent(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Parent:
     cpu = torch.device("cpu")
@@ -52,7 +37,7 @@ def parent(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
         LayerReader(tiny_checkpoint, torch.float32, cpu).load,
         loading.load_head(tiny_checkpoint),
         loading.rotary(tiny_checkpoint, 64),
-        StateRoom(2**30, tmp_path_factory.mktemp("states"), cpu).hold,
+        StateOffloader(2**30, tmp_path_factory.mktemp("states"), cpu).offload,
     )
 
 
@@ -73,25 +58,27 @@ def score(
     parent: Parent, checkpoint: Checkpoint, probes: list[Probe], layer: int, variants: list[Variant], group: int
 ) -> list[scoring.Sums]:
     embedded = loading.embed(checkpoint, [probe.batch.token_ids for probe in probes])
-    measurements, steps = finish(scoring.run_parent(parent, [parent.hold(hidden) for hidden in embedded], probes))
-    assert steps == 4
-    states = [parent.hold(hidden) for hidden in embedded]
+    steps: list[int] = []
+    measurements = scoring.run_parent(parent, [parent.offload(hidden) for hidden in embedded], probes, steps.append)
+    assert sum(steps) == 4
+    states = [parent.offload(hidden) for hidden in embedded]
     for before in range(layer):
         states = scoring.advance(parent, before, states)
-    sums, steps = finish(scoring.score_layer(parent, layer, states, measurements, variants, group))
-    assert steps == len(variants) * (4 - layer)
+    steps.clear()
+    sums = scoring.score_layer(parent, layer, states, measurements, variants, group, steps.append)
+    assert sum(steps) == len(variants) * (4 - layer)
     return sums
 
 
 def whole_forward(checkpoint: Checkpoint, tokens: Tensor, layer: int, variant: Variant | None) -> Tensor:
     """Final-norm hidden states of a model in which one block was physically replaced; no reuse of any kind."""
     (hidden,) = loading.embed(checkpoint, [tokens])
-    turns = loading.rotary(checkpoint, 64)
+    rotary = loading.rotary(checkpoint, 64)
     for index, own in enumerate(checkpoint.architecture.blocks):
         block, window = loading.load_block(checkpoint, index), own.window
         if variant is not None and index == layer:
             block, window = layers.slice_block(block, variant.kept), variant.block.window
-        hidden = layers.run_block(block, hidden, turns, window)
+        hidden = layers.run_block(block, hidden, rotary, window)
     return loading.load_head(checkpoint).norm(hidden)
 
 

@@ -26,6 +26,15 @@ _LINE_EVERY_S = 5.0
 
 def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """Yield ``items`` and show how far along they are, on standard error."""
+    with count_steps(total, what) as progress:
+        for item in items:
+            yield item
+            progress(1)
+
+
+@contextmanager
+def count_steps(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told how many steps have been done since it was last told."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
@@ -36,20 +45,29 @@ def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as progress:
-            yield from progress.track(items, total=total, description=what)
+            task = progress.add_task(what, total=total)
+            yield lambda num_steps: progress.advance(task, num_steps)
     else:
-        yield from _print_lines(items, total, what)
+        yield _StepLines(total, what).add
 
 
-def _print_lines(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
+class _StepLines:
+    """Lines of a log: one every few seconds, and one at the end."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self._total, self._what, self._done = total, what, 0
+        self._start = self._last = time.monotonic()
+
+    def add(self, num_steps: int) -> None:
+        self._done += num_steps
         now = time.monotonic()
-        if now - last >= _LINE_EVERY_S or done == total:
-            left = (now - start) / done * (total - done)
-            print(f"{what}: {done}/{total}, {now - start:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
-            last = now
+        if now - self._last < _LINE_EVERY_S and self._done != self._total:
+            return
+        self._last, spent = now, now - self._start
+        left = spent / self._done * (self._total - self._done)
+        print(
+            f"{self._what}: {self._done}/{self._total}, {spent:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True
+        )
 
 
 def say(line: str) -> None:

@@ -1,4 +1,7 @@
-"""What a block costs, and what an assembly of blocks costs (paper B, its MIP).
+"""The cost of a block, and of an assembly of blocks (paper B, its MIP).
+
+*Size* is parameters or bytes, *runtime* is milliseconds of prefill and of a decode step, and *cost* is both together.
+*Throughput* is output tokens per second and follows from an assembly's runtime.
 
 Weights and KV cache of a block follow from shapes alone. With ``B`` concurrent requests of ``s`` tokens::
 
@@ -31,8 +34,8 @@ from moesaic.models.gpt_oss import ModelShape
 
 ELEMENT_BYTES: dict[CacheDtype, int] = {"bf16": 2, "fp8": 1}
 MIB = 2**20
-_SAME_SIZE = 1.25
-"""Stock vLLM pads up to the largest group if that is less than this many times the smallest."""
+_MOST_PADDING = 1.25
+"""Stock vLLM pads up to the largest layer count if that is less than this many times the smallest."""
 
 Source = Literal["measured", "modelled"]
 
@@ -47,14 +50,14 @@ class Runtime:
 
 @dataclass(frozen=True)
 class WorkloadCost(Runtime):
-    """A block under one workload; ``kv_bytes`` is the cache of one request at its full length."""
+    """The cost of a block under one workload; ``kv_bytes`` is the KV cache of one request at its full length."""
 
     kv_bytes: int
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """A block: its weights, and its cost under every workload by name."""
+    """The cost of a block: the size of its weights, and its cost under every workload by name."""
 
     parameters: int
     memory_bytes: int
@@ -64,7 +67,7 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class FixedCost:
-    """What every assembly of the same parent shares: embedding, final norm, head and the overhead of a step."""
+    """The cost that every assembly of a parent shares: embedding, final norm, head and the overhead of a step."""
 
     parameters: int
     memory_bytes: int
@@ -73,7 +76,7 @@ class FixedCost:
 
 @dataclass(frozen=True)
 class AssemblyCost:
-    """What a whole model costs, per workload name where it depends on one."""
+    """The cost of a whole model; memory, throughput and latency are given by workload name."""
 
     parameters: int
     num_experts: int
@@ -225,7 +228,7 @@ def padded_layers(num_layers: int, group_size: int | None) -> int:
 def stock_group_size(layouts: Counter[int | None]) -> int:
     """The group size of vLLM 0.33: the smallest layer count, or the largest if it is less than 1.25 times that."""
     smallest, largest = min(layouts.values()), max(layouts.values())
-    return largest if largest < _SAME_SIZE * smallest else smallest
+    return largest if largest < _MOST_PADDING * smallest else smallest
 
 
 def least_padding_group_size(layouts: Counter[int | None]) -> int:

@@ -1,8 +1,8 @@
-"""What a plan is made of: the tasks of a pipeline, what is known of the models, and the shards of checkpoints.
+"""What a plan is computed from: the tasks of a pipeline, facts about the models, and the sizes of checkpoint shards.
 
-Checkpoints are followed shard by shard, as the store keeps them: per layer one of experts and one of the rest, and one
-of everything outside the layers. A shard is known by what determines its bytes, so one that two checkpoints share
-counts once.
+The store keeps a checkpoint as shards: for each layer one with the experts and one with all other tensors, and one with
+everything outside the layers. A shard's key names what determines its content, so a shard that two checkpoints share
+has one key and counts once.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,13 +19,13 @@ from moesaic.models.gpt_oss import ModelShape
 WIDTH = {"float32": 4, "bfloat16": 2}
 """Bytes of an element."""
 TRAINED_BYTES = 16
-"""Of a parameter that learns: float32 weight, gradient, and both moments of AdamW."""
+"""Bytes of a parameter that learns: float32 weight, gradient, and both moments of AdamW."""
 TRACE_BYTES_PER_TOKEN = 7
-"""Of a token id in JSON, its separator included."""
+"""Bytes of a token id in JSON, its separator included."""
 Kind = TypeVar("Kind", bound=Config)
 
-Shards = Mapping[str, int]
-"""Bytes of a checkpoint's shards by what determines their content."""
+ShardSizes = Mapping[str, int]
+"""Bytes of each shard of a checkpoint, by a key that names what determines its content."""
 
 
 @dataclass(frozen=True)
@@ -41,50 +41,50 @@ class PipelineTask(Generic[Kind]):
 
 @dataclass(frozen=True)
 class Assumed:
-    """What only data and results can tell."""
+    """Values that depend on data and results, and are assumed until these exist."""
 
     num_prompts: int = 100_000
-    """Where a config does not limit them."""
+    """Prompts of a data set whose size the config does not limit."""
     num_tasks: float = 8
-    """Of an evaluation, each with as many problems as its config allows."""
+    """Tasks of an evaluation, each with as many problems as its config allows."""
     prompt_tokens: int = 1024
-    """Of a problem."""
+    """Prompt tokens of a problem."""
     reply_share: float = 0.5
     """Mean length of a reply, as a share of the most tokens it may have."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the plan is for."""
+    """The models and the hardware that are planned for."""
 
     shape: ModelShape
     parent: Architecture
     packed: bool
     child: Architecture
-    """Of every child, the search's and its rivals'; an assumption of the plan."""
+    """The architecture that the plan assumes for every child: the search's and the baselines'."""
     target: Target | None
-    """None where the recipe measures: time is then not modelled."""
+    """The modelled hardware. None if the recipe measures; the plan then has no times."""
     assumed: Assumed = Assumed()
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one task takes."""
+    """Bytes, memory and GPU time that one task needs."""
 
     read_bytes: float = 0
     written_bytes: float = 0
     peak_bytes: float = 0
-    """Resident, of the process that needs most."""
+    """Resident memory of the process that needs most."""
     gpu_ms: float | None = 0.0
-    """All GPUs together; None where time is not modelled."""
+    """Time of all GPUs together; None if time is not modelled."""
     counts: Mapping[str, float] = field(default_factory=dict)
     """What the other numbers follow from, by name."""
-    made: Shards = field(default_factory=dict)
-    """The checkpoint that it hands on."""
+    made: ShardSizes = field(default_factory=dict)
+    """The shards of the checkpoint that the task writes."""
 
     @property
     def takes_something(self) -> bool:
-        """Whether it is more than headers and small files."""
+        """Whether the task needs more than to read headers and small files."""
         return bool(self.read_bytes or self.written_bytes or self.gpu_ms or self.counts)
 
 
@@ -105,7 +105,7 @@ def pruned_shards(facts: Facts, candidate: str) -> dict[str, int]:
     return shards
 
 
-def retrained(shards: Shards, task: str, words: Iterable[str]) -> dict[str, int]:
+def retrained(shards: ShardSizes, task: str, words: Iterable[str]) -> dict[str, int]:
     """The shards when a task has changed the tensors of these groups (``Trainable``); experts stay."""
     words = set(words)
     outer, rest = bool(words & {"embedding", "head", "norms"}), bool(words & {"attention", "norms", "router"})
@@ -128,18 +128,18 @@ def resident(facts: Facts, model: Architecture, precision: str) -> float:
 
 
 def streamed_layers(facts: Facts, precision: str) -> float:
-    """The layer at work, unpacked, and the next one as it is stored, being read."""
+    """Bytes of the current layer, unpacked, and of the next one, which is read as it is stored."""
     unpacked = max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
     return unpacked + max(block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks)
 
 
 def two_layers(facts: Facts, precision: str) -> float:
-    """A layer of each of two models, unpacked."""
+    """Bytes of one unpacked layer of each of two models."""
     return 2 * max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
 
 
-def model_of(facts: Facts, shards: Shards) -> Architecture:
-    """Which model a checkpoint is of."""
+def model_of(facts: Facts, shards: ShardSizes) -> Architecture:
+    """The architecture of a checkpoint: the parent's or the child's."""
     return facts.parent if "parent" in shards else facts.child
 
 
@@ -148,16 +148,17 @@ def reply_tokens(facts: Facts, longest: int) -> int:
     return max(1, round(facts.assumed.reply_share * longest))
 
 
-def held(engine: str, precision: str, facts: Facts, shards: Shards) -> float:
-    """Of a model that generates: unpacked in process and under ``moesaic``, else one GPU's share of the packed weights.
+def generation_bytes(engine: str, precision: str, facts: Facts, shards: ShardSizes) -> float:
+    """Bytes of the weights in one process that generates.
 
-    The KV cache of a serving engine takes what is left, and is not counted.
+    Weights are unpacked in process and under ``moesaic``; other engines keep one GPU's share of the packed weights. The
+    KV cache of a serving engine takes what is left, and is not counted.
     """
     if engine in ("in_process", "moesaic"):
         return resident(facts, model_of(facts, shards), precision)
     return sum(shards.values()) / (facts.target.num_gpus if facts.target else 1)
 
 
-def new_bytes(made: Shards, given: Shards) -> int:
+def new_bytes(made: ShardSizes, given: ShardSizes) -> int:
     """Bytes of the shards that a stage wrote anew."""
     return sum(size for key, size in made.items() if key not in given)

@@ -1,4 +1,4 @@
-"""The constants of a GPU out of measured cost tables, by least squares.
+"""The constants of a GPU, fitted to measured cost tables by least squares (our method, not the paper's).
 
 The model of ``moesaic.costs.hardware`` is linear in launch times and in reciprocals of rates: with one column per
 constant, ``time = sum_c column_c * constant_c``. A column is what the model itself says with that constant at 1 and all
@@ -65,11 +65,11 @@ def fit(costs: Sequence[CostTable], shape: ModelShape, like: HardwareTable) -> F
     measured = np.array(times)
     if not (measured > 0).all():
         raise ConfigError("the cost tables hold a time that is not positive; measure them again")
-    found = _solve(columns / measured[:, None])
-    error = float(np.abs(columns @ found / measured - 1).mean())
+    solution = _solve(columns / measured[:, None])
+    error = float(np.abs(columns @ solution / measured - 1).mean())
     constants = {
         name: value if name in LAUNCHES else (1 / value if value else math.inf)
-        for name, value in zip(CONSTANTS, found.tolist(), strict=True)
+        for name, value in zip(CONSTANTS, solution.tolist(), strict=True)
     }
     return Fit(constants, error, len(times))
 
@@ -78,15 +78,15 @@ def _solve(columns: np.ndarray) -> np.ndarray:
     """Non-negative least squares to a right-hand side of ones; columns are scaled, so that units do not matter."""
     scale = np.linalg.norm(columns, axis=0)
     active = scale > 0
-    found = np.zeros(columns.shape[1])
+    coefficients = np.zeros(columns.shape[1])
     while active.any():
         scaled = columns[:, active] / scale[active]
         solution = np.linalg.lstsq(scaled, np.ones(len(columns)), rcond=None)[0]
         if (solution >= 0).all():
-            found[active] = solution / scale[active]
+            coefficients[active] = solution / scale[active]
             break
         active[np.flatnonzero(active)[solution.argmin()]] = False
-    return found
+    return coefficients
 
 
 def _column(constant: str, costs: Sequence[CostTable], shape: ModelShape, like: HardwareTable) -> list[float]:

@@ -86,7 +86,7 @@ class HardwareTable:
 
     @classmethod
     def from_json(cls, text: str) -> "HardwareTable":
-        """Read a table."""
+        """Read a table from the text of its JSON file."""
         content: dict[str, Any] = json.loads(text)
         attention, all_reduce = content["decode_attention"], content["all_reduce"]
         return cls(
@@ -103,7 +103,7 @@ class HardwareTable:
         )
 
     def to_json(self) -> str:
-        """What :meth:`from_json` reads."""
+        """The text of the table's JSON file."""
         content = {
             "name": self.name,
             "date": self.date,
@@ -131,7 +131,7 @@ _MEMORY = ("memory_mib", "overhead_mib", "expert_padding", "max_requests")
 
 @dataclass(frozen=True)
 class Target:
-    """A model's sizes on a number of GPUs."""
+    """A number of GPUs and the sizes of the model that runs on them; its methods give runtimes."""
 
     table: HardwareTable
     shape: ModelShape
@@ -198,10 +198,9 @@ class Target:
 
     def fixed_runtime(self, workload: Workload) -> Runtime:
         """The head of one step and what the engine spends between steps; a prompt needs the head once."""
-        head = self.shape.vocab_size * self.shape.hidden_size
-        step_ms = self.table.step_us / 1e3 + self.dense_ms(head, workload.concurrency)
+        head_ms = self.dense_ms(self.shape.vocab_size * self.shape.hidden_size, workload.concurrency)
         chunks = math.ceil(workload.concurrency * workload.input_tokens / self.table.chunk_tokens)
-        return Runtime(chunks * self.table.step_us / 1e3 + self.dense_ms(head, workload.concurrency), step_ms)
+        return Runtime(chunks * self.table.step_us / 1e3 + head_ms, self.table.step_us / 1e3 + head_ms)
 
 
 def _of_one_expert(measure: Any, shape: ModelShape) -> float:

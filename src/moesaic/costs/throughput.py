@@ -1,6 +1,6 @@
-"""How much a serving engine gets out of GPUs: the requests it can hold, and the tokens it then generates.
+"""Throughput of a serving engine on GPUs: how many requests fit, and how many tokens per second they generate.
 
-What is left of the GPUs' memory for the KV cache, ``g`` GPUs together::
+The formulas are ours; the paper measures throughput. The memory that is left for the KV cache on ``g`` GPUs is::
 
     room    = g (memory - overhead) - weights - (expert_padding - 1) expert weights
 
@@ -34,19 +34,19 @@ _POINTS = 64
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What one model does under one workload."""
+class Throughput:
+    """The throughput of one model under one workload, and what it follows from."""
 
     requests: int
-    """In flight; 0 if not even one fits."""
+    """Requests in flight; 0 if not even one fits."""
     room_bytes: float
-    """For the cache, on all GPUs."""
+    """Bytes for the KV cache on all GPUs."""
     tokens_per_s: float
-    """Generated, of all requests."""
+    """Generated tokens of all requests together."""
     step_ms: float
-    """One decode step."""
+    """Time of one decode step."""
     prefill_share: float
-    """Of the time, spent on prompts."""
+    """Share of the time that is spent on prompts."""
 
 
 def cache_room(target: Target, architecture: Architecture) -> float:
@@ -58,13 +58,13 @@ def cache_room(target: Target, architecture: Architecture) -> float:
     return usable - num_bytes(target.shape, architecture) - padding
 
 
-def life_kv_bytes(
+def kv_bytes_mean_and_std(
     target: Target, architecture: Architecture, workload: Workload, group_size: int | None
 ) -> tuple[float, float]:
-    """Mean and standard deviation of a request's cache over its life."""
-    steps = [workload.input_tokens + int((step + 0.5) * workload.output_tokens / _POINTS) for step in range(_POINTS)]
-    sizes = [request_kv_bytes(target.shape, architecture, at, target.kv_cache, group_size) for at in steps]
-    return fmean(sizes), pstdev(sizes)
+    """Mean and standard deviation of a request's KV cache between its first and its last output token."""
+    lengths = [workload.input_tokens + int((step + 0.5) * workload.output_tokens / _POINTS) for step in range(_POINTS)]
+    kv_bytes = [request_kv_bytes(target.shape, architecture, at, target.kv_cache, group_size) for at in lengths]
+    return fmean(kv_bytes), pstdev(kv_bytes)
 
 
 def admitted(room_bytes: float, mean_bytes: float, std_bytes: float, max_requests: int) -> int:
@@ -76,29 +76,29 @@ def admitted(room_bytes: float, mean_bytes: float, std_bytes: float, max_request
     return min(max_requests, int(root**2 + 1e-9))
 
 
-def serve(
+def estimate_throughput(
     target: Target,
     architecture: Architecture,
     workload: Workload,
     group_size: int | None = None,
     max_requests: int | None = None,
-) -> Serving:
-    """Serve as many requests as fit.
+) -> Throughput:
+    """Throughput with as many requests in flight as fit.
 
     Args:
         target: hardware, model sizes and cache type.
         architecture: the model's blocks.
-        workload: lengths; its concurrency is not looked at.
+        workload: gives the lengths; its concurrency is not used.
         group_size: of the engine's KV allocator; None pays for no padding.
         max_requests: the engine's own limit; None takes the table's.
     """
     room = cache_room(target, architecture)
-    mean, std = life_kv_bytes(target, architecture, workload, group_size)
+    mean, std = kv_bytes_mean_and_std(target, architecture, workload, group_size)
     limit = target.table.max_requests if max_requests is None else max_requests
     requests = admitted(room, mean, std, limit)
     if requests == 0:
-        return Serving(0, room, 0.0, 0.0, 0.0)
+        return Throughput(0, room, 0.0, 0.0, 0.0)
     runtime = target.model_runtime(architecture, workload.model_copy(update={"concurrency": requests}))
     busy_ms = runtime.prefill_ms + workload.output_tokens * runtime.decode_ms
     tokens_per_s = 1000 * requests * workload.output_tokens / busy_ms
-    return Serving(requests, room, tokens_per_s, runtime.decode_ms, runtime.prefill_ms / busy_ms)
+    return Throughput(requests, room, tokens_per_s, runtime.decode_ms, runtime.prefill_ms / busy_ms)

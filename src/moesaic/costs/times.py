@@ -1,4 +1,4 @@
-"""GPU time of what stages do, by the hardware table: reading tokens, generating them, learning from them.
+"""GPU time that the hardware table gives for forward passes, generation and training.
 
 Times are milliseconds of all GPUs together. They are those of kernels at the table's rates: reading weights from disk,
 waiting, and in training the communication between GPUs are not in them. None where time is not modelled.
@@ -10,7 +10,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.costs.block_costs import block_parameters, least_padding_group_size
 from moesaic.costs.facts import Facts, trainable_parameters
 from moesaic.costs.hardware import Target
-from moesaic.costs.throughput import serve
+from moesaic.costs.throughput import estimate_throughput
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 
@@ -44,7 +44,7 @@ def generate_ms(facts: Facts, model: Architecture, num_replies: float, reply_tok
     if facts.target is None:
         return None
     load = Workload(name="replies", input_tokens=facts.assumed.prompt_tokens, output_tokens=reply_tokens, concurrency=1)
-    served = serve(facts.target, model, load, least_padding_group_size(model.layouts))
+    served = estimate_throughput(facts.target, model, load, least_padding_group_size(model.layouts))
     if served.requests == 0:
         raise ConfigError(
             f"the model does not fit {facts.target.num_gpus} GPU(s) of table {facts.target.table.name}: "

@@ -1,4 +1,4 @@
-"""TODO costs.workload."""
+"""Workloads: the kinds of requests under which blocks are costed and the search sets limits."""
 
 from moesaic.core.config import Config, Positive
 

@@ -34,11 +34,11 @@ def read_rows(path: Path) -> list[Row]:
 def _find_file(path: Path) -> Path:
     if path.is_file():
         return path
-    found = sorted(path.glob("*.jsonl"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or ("none" if path.is_dir() else "no such file or directory")
+    files = sorted(path.glob("*.jsonl"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or ("none" if path.is_dir() else "no such file or directory")
         raise ArtifactError(f"{path} must be a .jsonl file or a directory that holds exactly one; found {names}")
-    return found[0]
+    return files[0]
 
 
 def _read_row(line: str, place: str) -> Row:

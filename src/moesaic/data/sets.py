@@ -9,7 +9,7 @@ from moesaic.data.datasets import read_rows
 
 @dataclass(frozen=True)
 class DataSets:
-    """Each a file of JSON lines."""
+    """The data sets of a run, each a file of JSON lines."""
 
     calibration_short: Path
     """Conversations that rank experts and score blocks."""
@@ -22,7 +22,7 @@ class DataSets:
 
     @classmethod
     def at(cls, directory: Path) -> "DataSets":
-        """Those of a directory; nothing is read."""
+        """The data sets of a directory, by their usual file names; nothing is read."""
         return cls(**{name: directory / file for name, file in FILES.items()})
 
     def by_name(self) -> dict[str, Path]:

@@ -87,7 +87,7 @@ class Architecture:
         return Counter(block.window for block in self.blocks)
 
     def replace(self, layer: int, block: Block) -> "Architecture":
-        """The same architecture with ``block`` in one layer."""
+        """A copy of this architecture with ``block`` in one layer."""
         return Architecture.of(block if index == layer else old for index, old in enumerate(self.blocks))
 
     def check_child_of(self, parent: "Architecture") -> None:

@@ -103,10 +103,10 @@ class Checkpoint:
         if missing:
             raise ArtifactError(f"{self.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
         for name, spec in expected.items():
-            found = self._handles[self.files[name]].get_slice(name)
-            if tuple(found.get_shape()) != spec.shape:
+            shape = tuple(self.shape_of(name))
+            if shape != spec.shape:
                 raise ArtifactError(
-                    f"{self.files[name].name}: {name} has shape {tuple(found.get_shape())}, "
+                    f"{self.files[name].name}: {name} has shape {shape}, "
                     f"the config asks for {spec.shape}; config and weights are not of the same model"
                 )
 
@@ -136,11 +136,11 @@ def _locate_tensors(directory: Path) -> dict[str, Path]:
         pickles = [path.name for pattern in _PICKLES for path in directory.glob(pattern)]
         hint = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
         raise ArtifactError(f"{directory} holds no safetensors files{hint}")
-    found = {name: path for path in shards for name in _tensor_names(path)}
-    absent = sorted(set(listed or ()) - set(found))
+    located = {name: path for path in shards for name in _tensor_names(path)}
+    absent = sorted(set(listed or ()) - set(located))
     if absent:
         raise ArtifactError(f"{directory / INDEX} lists {absent[0]}, which its shard does not hold")
-    return found
+    return located
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -251,7 +251,7 @@ def _copy_companions(source: Checkpoint, partial: Path, extra: Iterable[Path]) -
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """The same bytes under another name; on another file system, or in a read-only store, a copy of them."""
+    """Hard-link a file, or copy it where that is not possible (another file system, a read-only store)."""
     try:
         os.link(source.resolve(), target)
     except OSError:

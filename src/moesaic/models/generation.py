@@ -39,7 +39,7 @@ class Generated:
 
     @property
     def num_tokens(self) -> int:
-        """What the request cost to generate."""
+        """How many tokens were generated."""
         return len(self.token_ids)
 
 
@@ -67,10 +67,10 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def read_stop_ids(directory: Path) -> frozenset[int]:
-    """The same of a checkpoint that is not loaded."""
+    """The tokens that end a reply, read from a checkpoint's files without loading the model."""
     paths = (directory / name for name in ("generation_config.json", "config.json"))
-    found = (json.loads(path.read_text()).get("eos_token_id") for path in paths if path.is_file())
-    return _first_named(found, directory)
+    named = (json.loads(path.read_text()).get("eos_token_id") for path in paths if path.is_file())
+    return _first_named(named, directory)
 
 
 def _first_named(candidates: Iterable[int | Sequence[int] | None], model: object) -> frozenset[int]:

@@ -4,6 +4,7 @@ Sources: OpenAI's gpt-oss model card and the checkpoint layouts of gpt-oss-120b 
 expert tensor's rows are *output* features, packed in MXFP4; in memory transformers keeps the transpose.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,7 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         """Bytes on disk and, for packed weights, in a serving engine's memory."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * {"U8": 1, "BF16": 2, "F32": 4}[self.dtype]
+        return math.prod(self.shape) * {"U8": 1, "BF16": 2, "F32": 4}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -252,7 +250,4 @@ def num_bytes(shape: ModelShape, architecture: Architecture, packed: bool = True
 
 
 def _bf16(*shape: int) -> TensorSpec:
-    count = 1
-    for size in shape:
-        count *= size
-    return TensorSpec("BF16", shape, count)
+    return TensorSpec("BF16", shape, math.prod(shape))

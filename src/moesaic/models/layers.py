@@ -90,7 +90,7 @@ def mix(
 def mix_sliced(
     block: GptOssDecoderLayer, attended: Float[Tensor, "*token hidden"], kept: Sequence[int]
 ) -> Float[Tensor, "*token hidden"]:
-    """The same by slicing: a router of the rows ``kept``, whose expert e is ``kept[e]``; no weights are copied."""
+    """What :func:`mix` computes by masking, computed by slicing the router to the rows ``kept``; copies no weights."""
     router, states = block.mlp.router, block.post_attention_layernorm(attended).flatten(0, -2)
     rows = torch.tensor(list(kept), device=states.device)
     logits = F.linear(states, router.weight[rows], router.bias[rows])
@@ -138,7 +138,7 @@ def slice_block(block: GptOssDecoderLayer, kept: Sequence[int]) -> GptOssDecoder
 
 
 def _select(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Experts' rows, weights laid out in memory as :func:`build_block` does."""
+    """Select experts; keeps the memory layout that :func:`~moesaic.models.loading.build_block` gives to weights."""
     if tensor.dim() < 3:
         return tensor.index_select(0, rows)
     return tensor.transpose(-1, -2).index_select(0, rows).transpose(-1, -2)

@@ -84,7 +84,7 @@ def embed(checkpoint: Checkpoint, token_ids: Sequence[Tensor], dtype: torch.dtyp
 def embed_each(
     checkpoint: Checkpoint, token_ids: Iterable[Tensor], dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
-    """The same, one batch after the other."""
+    """Yield the states in which each batch of token ids enters the first layer, one batch at a time."""
     table = checkpoint.tensor(gpt_oss.EMBEDDING)
     for batch in token_ids:
         yield table[batch].to(dtype)

@@ -34,7 +34,7 @@ _WHOLE_BITS = 0x4B00_0000
 _PIECE = 2**14
 """Blocks unpacked at once: what a core's second-level cache takes. Accelerators take more."""
 _PIECE_TO_PACK = 2**12
-"""The same for packing, which needs more beside."""
+"""Blocks packed at once; packing needs more temporary memory than unpacking."""
 _PIECE_ELSEWHERE = 2**22
 
 

@@ -45,7 +45,7 @@ class StoredTensor:
 
     file: Path
     dtype: str
-    """As the format calls it."""
+    """The data type's name in the format, such as ``BF16``."""
     shape: tuple[int, ...]
     runs: tuple[tuple[int, int], ...]
     """The ranges of the file that hold it, one after the other: first byte and number of bytes."""
@@ -161,7 +161,7 @@ class Described(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As the format calls it."""
+        """The data type's name in the format, such as ``BF16``."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,12 +1,12 @@
 """Layers and hidden states that do not fit into memory: layers are read one ahead, states spill to disk.
 
-Weights. While one layer computes, a thread reads the next one's tensors as they are stored, MXFP4 experts packed; they
-are unpacked when that layer's turn comes, on the device that computes. Held at once: one layer unpacked and one packed,
+Weights. While one layer computes, a thread reads the next one's tensors as they are stored, MXFP4 experts packed. They
+are unpacked on the device that computes, just before that layer runs. Memory holds one layer unpacked and one packed,
 whatever the number of layers. Nothing is memory-mapped, so pages once read do not add up. For an accelerator tensors
-are read into two pinned buffers in turn, and move to it on a stream of their own while it computes.
+are read into two pinned buffers alternately, and move to it on a stream of their own while it computes.
 
-Hidden states. They stay where they were computed while there is room, then in the host's memory up to a budget, then in
-files. Where they are changes no bit of them.
+Hidden states. They stay where they were computed while there is memory, then in the host's memory up to a budget, then
+in files. Where they are kept changes no bit of them.
 """
 
 import os
@@ -43,7 +43,7 @@ class LayerReader:
         self._staging = _Staging(device) if device.type == "cuda" else None
 
     def load(self, layer: int, then: int | None = None) -> GptOssDecoderLayer:
-        """Build a layer, and begin to read the one named by ``then``; drop the layer before, or both are held."""
+        """Build a layer, and begin to read the one named by ``then``; drop the layer before, or both are in memory."""
         stored = self._take(layer)
         if stored.arrived is not None:
             torch.cuda.current_stream().wait_event(stored.arrived)
@@ -53,7 +53,7 @@ class LayerReader:
         return block
 
     def close(self) -> None:
-        """Let go of what was read ahead."""
+        """Stop reading ahead and free what has been read."""
         self._thread.shutdown(cancel_futures=True)
         self._ahead = None
 
@@ -62,8 +62,8 @@ class LayerReader:
         if ahead is None:
             return self._read(layer)
         expected, future = ahead
-        found = future.result()
-        return found if expected == layer else self._read(layer)
+        stored = future.result()
+        return stored if expected == layer else self._read(layer)
 
     def _read(self, layer: int) -> "_Stored":
         stored = {name: self._checkpoint.stored(name) for name in self._checkpoint.layer_names(layer)}
@@ -87,26 +87,26 @@ class _Staging:
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
         self._emptied: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
+        self._current = 0
 
     def read(self, stored: Mapping[str, StoredTensor]) -> _Stored:
-        """Read tensors into the buffer whose turn it is and send them on."""
-        self._turn = 1 - self._turn
-        emptied = self._emptied[self._turn]
+        """Read tensors into one buffer, while the other is emptied, and copy them to the accelerator."""
+        self._current = 1 - self._current
+        emptied = self._emptied[self._current]
         if emptied is not None:
             emptied.synchronize()
         starts, needed = _lay_out({name: tensor.num_bytes for name, tensor in stored.items()})
-        if self._buffers[self._turn].numel() < needed:
-            self._buffers[self._turn] = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
-        buffer, tensors = self._buffers[self._turn], {}
+        if self._buffers[self._current].numel() < needed:
+            self._buffers[self._current] = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
+        buffer, tensors = self._buffers[self._current], {}
         with torch.cuda.stream(self._stream):
             for name, tensor in stored.items():
-                room = buffer[starts[name] : starts[name] + tensor.num_bytes]
-                tensors[name] = tensor.read(into=room).to(self._device, non_blocking=True)
+                part = buffer[starts[name] : starts[name] + tensor.num_bytes]
+                tensors[name] = tensor.read(into=part).to(self._device, non_blocking=True)
                 tensors[name].record_stream(torch.cuda.default_stream(self._device))
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
-        self._emptied[self._turn] = arrived
+        self._emptied[self._current] = arrived
         return _Stored(tensors, arrived)
 
 
@@ -119,8 +119,8 @@ def _lay_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
     return starts, end
 
 
-class StateRoom:
-    """Where hidden states are kept between layers."""
+class StateOffloader:
+    """Keeps hidden states between layers: on their device, in host memory or in files."""
 
     def __init__(self, memory_bytes: int, directory: Path, device: torch.device) -> None:
         """Start empty; ``directory`` takes the files, and is emptied of those of a killed run."""
@@ -131,27 +131,27 @@ class StateRoom:
         self.device_bytes = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
         self.num_spilled = 0
 
-    def hold(self, tensor: Tensor) -> "HeldTensor":
-        """Keep a tensor until it is dropped."""
-        return HeldTensor(self, tensor)
+    def offload(self, tensor: Tensor) -> "OffloadedTensor":
+        """Keep a tensor until it is dropped, in the fastest memory that has room for it."""
+        return OffloadedTensor(self, tensor)
 
 
-class HeldTensor:
-    """A tensor in a room: on its device, in the host's memory, or in a file."""
+class OffloadedTensor:
+    """A tensor on its device, in the host's memory, or in a file."""
 
-    def __init__(self, room: StateRoom, tensor: Tensor) -> None:
-        self._room, self.num_bytes = room, tensor.nbytes
+    def __init__(self, offloader: StateOffloader, tensor: Tensor) -> None:
+        self._offloader, self.num_bytes = offloader, tensor.nbytes
         self._shape, self._dtype = tensor.shape, tensor.dtype
         self._kept: Tensor | Path | None
-        if tensor.device.type != "cpu" and room.device_bytes >= tensor.nbytes:
-            room.device_bytes -= tensor.nbytes
+        if tensor.device.type != "cpu" and offloader.device_bytes >= tensor.nbytes:
+            offloader.device_bytes -= tensor.nbytes
             self._kept = tensor
-        elif room.host_bytes >= tensor.nbytes:
-            room.host_bytes -= tensor.nbytes
+        elif offloader.host_bytes >= tensor.nbytes:
+            offloader.host_bytes -= tensor.nbytes
             self._kept = _to_host(tensor)
         else:
-            self._kept = room.directory / f"{room.num_spilled:06d}.state"
-            room.num_spilled += 1
+            self._kept = offloader.directory / f"{offloader.num_spilled:06d}.state"
+            offloader.num_spilled += 1
             tensor.cpu().contiguous().view(torch.uint8).numpy().tofile(self._kept)
 
     def read(self) -> Tensor:
@@ -163,18 +163,18 @@ class HeldTensor:
         return content.view(self._dtype).view(self._shape)
 
     def drop(self) -> None:
-        """Give its room back."""
+        """Free its memory, or delete its file."""
         if isinstance(self._kept, Path):
             self._kept.unlink()
         elif self._kept is not None and self._kept.device.type == "cpu":
-            self._room.host_bytes += self.num_bytes
+            self._offloader.host_bytes += self.num_bytes
         elif self._kept is not None:
-            self._room.device_bytes += self.num_bytes
+            self._offloader.device_bytes += self.num_bytes
         self._kept = None
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """On an accelerator's host pinned, so that copies run at full speed; ordered by the stream that computes."""
+    """A copy in host memory; from an accelerator pinned, for speed, and in the order of the stream that computes."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -14,8 +14,9 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -186,15 +187,10 @@ def write_synthetic(model: Model, directory: Path, seed: int = 0) -> None:
         weight_map: dict[str, str] = {}
         for file, name, pieces in track(_pieces(model, seed), len(model.specs), "writing tensors"):
             with (partial / file).open("ab") as shard:
-                _write_tensor(shard, pieces)
+                shard.writelines(pieces)
             weight_map[name] = file
         write_index(partial, weight_map)
         (partial / CONFIG).write_text(json.dumps(model_config(model), indent=2) + "\n")
-
-
-def _write_tensor(shard: BinaryIO, pieces: Iterator[bytes]) -> None:
-    for piece in pieces:
-        shard.write(piece)
 
 
 def _check_room(directory: Path, num_bytes: int) -> None:
@@ -213,34 +209,29 @@ def _pieces(model: Model, seed: int) -> Iterator[tuple[str, str, Iterator[bytes]
     for index, shard in enumerate(shards, 1):
         file, header = f"model-{index:05d}-of-{len(shards):05d}.safetensors", header_of(shard)
         for name, spec in shard.items():
-            yield file, name, _with_header(header, random_bytes(name, spec, seed))
+            yield file, name, chain([header], random_bytes(name, spec, seed))
             header = b""
-
-
-def _with_header(header: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    yield header
-    yield from pieces
 
 
 def random_bytes(name: str, spec: TensorSpec, seed: int) -> Iterator[bytes]:
     """A tensor's bytes, a piece at a time."""
-    draws = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     remaining = math.prod(spec.shape)
     while remaining:
         count = min(remaining, _PIECE)
         remaining -= count
         if name.endswith("_blocks"):
-            yield draws.bytes(count)
+            yield generator.bytes(count)
         elif name.endswith("_scales"):
-            yield _scales(draws, count, num_inputs=spec.shape[-1] * MXFP4_BLOCK)
+            yield _scales(generator, count, num_inputs=spec.shape[-1] * MXFP4_BLOCK)
         else:
-            yield _bfloat16(_mean(name) + _deviation(name, spec.shape) * draws.standard_normal(count, np.float32))
+            yield _bfloat16(_mean(name) + _deviation(name, spec.shape) * generator.standard_normal(count, np.float32))
 
 
-def _scales(draws: np.random.Generator, count: int, num_inputs: int) -> bytes:
+def _scales(generator: np.random.Generator, count: int, num_inputs: int) -> bytes:
     """Exponents at and beside the one that gives random codes a deviation of ``1 / sqrt(num_inputs)``."""
     middle = _SCALE_BIAS + round(math.log2(1 / math.sqrt(num_inputs) / _CODE_DEVIATION))
-    exponents: np.ndarray = draws.integers(middle - 1, middle + 2, count, dtype=np.uint8)
+    exponents: np.ndarray = generator.integers(middle - 1, middle + 2, count, dtype=np.uint8)
     return exponents.tobytes()
 
 

@@ -1,4 +1,4 @@
-"""TODO recover.training."""
+"""Settings that the training stages share: which tensor groups learn, and the optimizer."""
 
 from typing import Annotated, Literal
 

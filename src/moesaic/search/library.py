@@ -36,8 +36,8 @@ def variants_of(block: Block, space: SearchSpace, experts_per_token: int) -> tup
 
 def distinct_blocks(parent: Architecture, space: SearchSpace, experts_per_token: int) -> tuple[Block, ...]:
     """The blocks that occur among all layers' variants, each once, in order of first use."""
-    found = [variant for block in parent.blocks for variant in variants_of(block, space, experts_per_token)]
-    return tuple(dict.fromkeys(found))
+    variants = [variant for block in parent.blocks for variant in variants_of(block, space, experts_per_token)]
+    return tuple(dict.fromkeys(variants))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Limit:
         return self.excess_of(self.used(choice))
 
     def excess_of(self, used: float) -> float:
-        """The same, of a used amount."""
+        """By which share of the bound a used amount exceeds it; zero if it does not."""
         over = (used - self.bound) / max(abs(self.bound), 1e-12)
         return over if over > TOLERANCE else 0.0
 
@@ -89,11 +89,11 @@ class LimitSet:
     max_layouts: int | None = None
 
     def without(self, name: str) -> "LimitSet":
-        """The same limits but one."""
+        """All limits except the one of this name."""
         return replace(self, linear=tuple(limit for limit in self.linear if limit.name != name))
 
     def with_limit(self, limit: Limit) -> "LimitSet":
-        """The same limits and one more."""
+        """All limits and one more."""
         return replace(self, linear=(*self.linear, limit))
 
     def num_layouts(self, choice: Choice) -> int:
@@ -178,12 +178,12 @@ def _workload_limits(
     if most is not None:
         usage = library.cost_table(lambda cost: cost.workloads[name].decode_ms)
         yield Limit(f"latency of {name}", "ms", usage, fixed.workloads[name].decode_ms, most)
-    speeds = [limits.throughput_tokens_per_s]
+    required = [limits.throughput_tokens_per_s]
     if limits.throughput_ratio is not None:
-        speeds.append(limits.throughput_ratio * parent.throughput_tokens_per_s[name])
-    fastest = max((speed for speed in speeds if speed is not None), default=None)
-    if fastest is not None:
-        yield throughput_limit(library, workload, fastest)
+        required.append(limits.throughput_ratio * parent.throughput_tokens_per_s[name])
+    least = max((tokens_per_s for tokens_per_s in required if tokens_per_s is not None), default=None)
+    if least is not None:
+        yield throughput_limit(library, workload, least)
 
 
 def _memory_limit(library: BlockLibrary, workload: Workload, most: float, group_size: int | None) -> Limit:
@@ -246,9 +246,9 @@ def check_assembly(library: BlockLibrary, config: SearchArchitectureConfig, choi
         _at_most(f"memory of {name}", child.memory_mib[name] / parent.memory_mib[name], limits.memory_ratio)
         _at_most(f"latency of {name}", child.latency_ms[name], limits.latency_ms)
         _at_most(f"latency of {name}", child.latency_ms[name] / parent.latency_ms[name], limits.latency_ratio)
-        speed, old = child.throughput_tokens_per_s[name], parent.throughput_tokens_per_s[name]
-        _at_most(f"required throughput of {name}", limits.throughput_tokens_per_s or 0, speed)
-        _at_most(f"required throughput of {name}", limits.throughput_ratio or 0, speed / old)
+        throughput, old = child.throughput_tokens_per_s[name], parent.throughput_tokens_per_s[name]
+        _at_most(f"required throughput of {name}", limits.throughput_tokens_per_s or 0, throughput)
+        _at_most(f"required throughput of {name}", limits.throughput_ratio or 0, throughput / old)
 
 
 def _at_most(what: str, value: float, most: float | None) -> None:

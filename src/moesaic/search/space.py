@@ -1,4 +1,4 @@
-"""TODO search.space."""
+"""The search space: the variants that every block may be replaced by (paper A, expert pruning and window attention)."""
 
 from typing import Self
 

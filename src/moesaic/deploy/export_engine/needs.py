@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from moesaic.costs.block_costs import outer_bytes
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards, model_of, new_bytes, resident, retrained
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of, new_bytes, resident, retrained
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 
 
-def needs(task: PipelineTask[ExportEngineConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[ExportEngineConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Links what it does not change, and hashes all of it; folding writes attention anew.
 
     Memory: one layer's attention; with ``compare_outputs`` the model twice, unpacked.

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from moesaic.costs.block_costs import outer_bytes
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards, resident, streamed_layers
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, resident, streamed_layers
 from moesaic.costs.workload import Workload
 from moesaic.measure.benchmark.stage import BenchmarkConfig
 
 
-def needs(task: PipelineTask[BenchmarkConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[BenchmarkConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Every point ``repeats + 1`` times: ``prefill + output_tokens * decode`` on all GPUs.
 
     Memory: both models; ``by_block`` one layer unpacked and one packed, and what is outside the layers.

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards, held
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, generation_bytes
 from moesaic.costs.workload import Workload
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
 
 
-def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """One model at a time; every point ``repeats`` times on each, its requests and their warm-up.
 
     Time: ``rounds * (prefill + output_tokens * decode)`` with one round for every request of a user. Memory:
-    :func:`~moesaic.costs.facts.held`.
+    :func:`~moesaic.costs.facts.generation_bytes`.
     """
     config = task.config
     rounds = config.requests_per_user + config.warmup_requests_per_user
@@ -29,7 +29,7 @@ def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequ
         ms = facts.target.num_gpus * config.repeats * rounds * busy
     return Needs(
         read_bytes=config.repeats * sum(sum(each.values()) for each in inputs),
-        peak_bytes=max(held(config.engine, config.precision, facts, each) for each in inputs),
+        peak_bytes=max(generation_bytes(config.engine, config.precision, facts, each) for each in inputs),
         gpu_ms=ms,
         counts={
             "points": len(loads),

@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards, held, model_of, reply_tokens
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, generation_bytes, model_of, reply_tokens
 from moesaic.costs.times import generate_ms
 from moesaic.measure.evaluate.stage import EvaluateConfig
 
 
-def needs(task: PipelineTask[EvaluateConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[EvaluateConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Replies = tasks * problems_per_task * efforts * epochs, each ``reply_share`` of the longest."""
     config, model = task.config, model_of(facts, inputs[0])
     replies = facts.assumed.num_tasks * config.problems_per_task * len(config.efforts) * config.epochs
     mean = reply_tokens(facts, config.max_new_tokens)
     return Needs(
         read_bytes=sum(inputs[0].values()),
-        peak_bytes=held(config.engine, config.precision, facts, inputs[0]),
+        peak_bytes=generation_bytes(config.engine, config.precision, facts, inputs[0]),
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )

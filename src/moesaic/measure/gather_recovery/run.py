@@ -12,7 +12,7 @@ from typing import Any
 from moesaic.core.errors import ArtifactError
 from moesaic.measure.gather_recovery.stage import GatherRecoveryConfig
 from moesaic.models.checkpoint import CURVE
-from moesaic.models.payloads import read_json, read_text
+from moesaic.models.stage_outputs import read_json, read_text
 
 
 def run(

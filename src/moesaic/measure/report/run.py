@@ -11,7 +11,7 @@ from moesaic.measure.report.page import draw_pictures, render_page
 from moesaic.measure.report.recovery import RecoveryEvidence, read_recovery, summarize_recovery
 from moesaic.measure.report.serving import read_serving, summarize_serving
 from moesaic.measure.report.stage import ReportConfig
-from moesaic.models.payloads import read_json, read_text
+from moesaic.models.stage_outputs import read_json, read_text
 
 
 def run(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.core.config import Config
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
@@ -61,7 +61,7 @@ def assume_child(parent: Architecture, config: SearchArchitectureConfig) -> Arch
 
 def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts) -> list[Planned]:
     """Go through the tasks in an order in which each follows those it takes models from."""
-    made: dict[str, Shards] = {}
+    made: dict[str, ShardSizes] = {}
     stored: dict[str, int] = {}
     planned = []
     for task in tasks:
@@ -89,5 +89,5 @@ def totals(planned: Sequence[Planned]) -> dict[str, float | None]:
     }
 
 
-def _union(shards: Sequence[Shards]) -> dict[str, int]:
+def _union(shards: Sequence[ShardSizes]) -> dict[str, int]:
     return {key: size for each in shards for key, size in each.items()}

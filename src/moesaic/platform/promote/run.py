@@ -12,7 +12,7 @@ from rich.console import Console
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.manifest import VALIDATION
 from moesaic.deploy.export_engine.verdict import BundleChecks
-from moesaic.models.payloads import read_json
+from moesaic.models.stage_outputs import read_json
 from moesaic.platform.promote.gate import Line, Provenance, gate_table, is_met, judge, read_figures, shown
 from moesaic.platform.promote.stage import PromoteConfig
 from moesaic.platform.registry.registry import CHAMPION, Registry, RegistryAddress

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from moesaic.costs.block_costs import outer_bytes
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes
 from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 
 
-def needs(task: PipelineTask[AverageCheckpointsConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[AverageCheckpointsConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Reads what the policies do not share, writes its mean; memory of the shard outside the layers, twice."""
     shared = {key: size for key, size in inputs[0].items() if all(key in other for other in inputs)}
     own = {key: size for key, size in inputs[0].items() if key not in shared}

@@ -7,7 +7,7 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
-    Shards,
+    ShardSizes,
     model_of,
     new_bytes,
     retrained,
@@ -17,7 +17,7 @@ from moesaic.costs.times import forward_ms
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 
 
-def needs(task: PipelineTask[CalibrateKvConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[CalibrateKvConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """One forward of the calibration set, layer by layer as in ``rank_experts``; adds two scalars a layer."""
     config, model = task.config, model_of(facts, inputs[0])
     tokens = config.max_sequences * config.max_tokens

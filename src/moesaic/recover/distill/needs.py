@@ -9,7 +9,7 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
-    Shards,
+    ShardSizes,
     new_bytes,
     resident,
     retrained,
@@ -19,7 +19,7 @@ from moesaic.costs.times import learn_ms
 from moesaic.recover.distill.stage import DistillConfig
 
 
-def needs(task: PipelineTask[DistillConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[DistillConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Tokens = steps * rows_per_step * sequence_tokens. Time: :func:`~moesaic.costs.times.learn_ms` with a teacher.
 
     Memory of one of ``g`` processes, everything sharded over them, experts unpacked::

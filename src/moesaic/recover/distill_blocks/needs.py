@@ -7,7 +7,7 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
-    Shards,
+    ShardSizes,
     new_bytes,
     retrained,
     trainable_parameters,
@@ -17,7 +17,7 @@ from moesaic.costs.times import learn_ms
 from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
 
 
-def needs(task: PipelineTask[DistillBlocksConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[DistillBlocksConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Each changed block alone: steps * batch_tokens tokens; without steps the child is handed on as it is.
 
     Memory: a block of the child and one of the parent, unpacked, and the optimiser of what learns in it, for every

@@ -2,12 +2,21 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import TRACE_BYTES_PER_TOKEN, Facts, Needs, PipelineTask, Shards, held, model_of, reply_tokens
+from moesaic.costs.facts import (
+    TRACE_BYTES_PER_TOKEN,
+    Facts,
+    Needs,
+    PipelineTask,
+    ShardSizes,
+    generation_bytes,
+    model_of,
+    reply_tokens,
+)
 from moesaic.costs.times import generate_ms
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
 
 
-def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Replies = prompts * efforts * samples, each ``reply_share`` of the longest."""
     config, model = task.config, model_of(facts, inputs[0])
     replies = (config.max_prompts or facts.assumed.num_prompts) * len(config.efforts) * config.samples_per_prompt
@@ -15,7 +24,7 @@ def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequen
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=replies * (mean + facts.assumed.prompt_tokens) * TRACE_BYTES_PER_TOKEN,
-        peak_bytes=held(config.engine, config.precision, facts, inputs[0]),
+        peak_bytes=generation_bytes(config.engine, config.precision, facts, inputs[0]),
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )

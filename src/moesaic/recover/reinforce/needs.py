@@ -8,7 +8,7 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
-    Shards,
+    ShardSizes,
     new_bytes,
     reply_tokens,
     resident,
@@ -19,7 +19,7 @@ from moesaic.costs.times import generate_ms, learn_ms
 from moesaic.recover.reinforce.stage import ReinforceConfig
 
 
-def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Replies = steps * prompts_per_step * generations_per_prompt: generated, then learnt from in one pass.
 
     Memory of one process: the policy in the config's precision and ``trainable * 16``; NeMo-RL shards both over its

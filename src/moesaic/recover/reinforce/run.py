@@ -12,7 +12,7 @@ from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.nodes import Nodes
 from moesaic.data.problems import Problem, Question, read_problems, spread_over_tasks
 from moesaic.models.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
-from moesaic.models.payloads import read_json
+from moesaic.models.stage_outputs import read_json
 from moesaic.recover.generate_traces.run import SUMMARY
 from moesaic.recover.generate_traces.traces import accuracy_by_task, read_traces
 from moesaic.recover.reinforce.stage import ReinforceConfig

@@ -47,6 +47,7 @@ _PAIR_MS = 15.0
 """A timing of N calls should take about this long."""
 _MOST_CALLS = 16
 _KNOWN_TO = 0.05
+"""A median is settled when its relative error is about this or less."""
 _SERVED_WITH = "grouped_mm"
 """The expert kernel of ``moesaic.models.gpt_oss_puzzle.load_model``."""
 _POOL = (8, 64)
@@ -71,7 +72,7 @@ class Bench:
     dtype: torch.dtype
     device: torch.device
     pool: Float[Tensor, "token hidden"]
-    turns: layers.Rotary
+    rotary: layers.Rotary
 
     @classmethod
     def of(
@@ -80,18 +81,18 @@ class Bench:
         """Run random tokens up to the layer to time."""
         layer = layer_to_time(checkpoint.architecture)
         longest = max((mean_context(workload) + workload.output_tokens for workload in workloads), default=1)
-        turns = loading.rotary(checkpoint, max(longest, _POOL[1]), dtype, device)
+        rotary = loading.rotary(checkpoint, max(longest, _POOL[1]), dtype, device)
         ids = torch.randint(checkpoint.shape.vocab_size, _POOL, generator=torch.Generator().manual_seed(0))
         states = checkpoint.tensor(gpt_oss.EMBEDDING)[ids].to(device, dtype)
         for index in range(layer):
             block = loading.load_block(checkpoint, index, dtype, device)
-            states = layers.run_block(block, states, turns, checkpoint.architecture.blocks[index].window)
-        return cls(checkpoint, layer, dtype, device, states.flatten(0, 1), turns)
+            states = layers.run_block(block, states, rotary, checkpoint.architecture.blocks[index].window)
+        return cls(checkpoint, layer, dtype, device, states.flatten(0, 1), rotary)
 
     def states(self, rows: int, tokens: int) -> Float[Tensor, "batch token hidden"]:
         """Hidden states out of the pool, in random order."""
-        draws = torch.Generator().manual_seed(rows * tokens)
-        index = torch.randint(len(self.pool), (rows, tokens), generator=draws)
+        generator = torch.Generator().manual_seed(rows * tokens)
+        index = torch.randint(len(self.pool), (rows, tokens), generator=generator)
         return self.pool[index.to(self.device)]
 
     def cache(self, window: int | None, rows: int, tokens: int) -> DynamicLayer:
@@ -145,24 +146,24 @@ def _block_jobs(bench: Bench, module: GptOssDecoderLayer, block: Block, workload
         prompts, tokens = bench.states(rows, workload.input_tokens), bench.states(workload.concurrency, 1)
 
         def read(prompts: Tensor = prompts) -> Call:
-            turns = tuple(part[:, : prompts.shape[1]] for part in bench.turns)
+            rotary = tuple(part[:, : prompts.shape[1]] for part in bench.rotary)
             new = DynamicLayer if block.window is None else lambda: DynamicSlidingWindowLayer(block.window)
-            return lambda: _forward(module, block.window, prompts, turns, new())
+            return lambda: _forward(module, block.window, prompts, rotary, new())
 
         def step(tokens: Tensor = tokens, context: int = context) -> Call:
-            turns = tuple(part[:, context : context + 1] for part in bench.turns)
+            rotary = tuple(part[:, context : context + 1] for part in bench.rotary)
             cache = bench.cache(block.window, len(tokens), context)
-            return lambda: _forward(module, block.window, tokens, turns, cache)
+            return lambda: _forward(module, block.window, tokens, rotary, cache)
 
         yield Job((block, workload.name, "prefill"), read, workload.concurrency / rows)
         yield Job((block, workload.name, "decode"), step)
 
 
 def _forward(
-    module: GptOssDecoderLayer, window: int | None, states: Tensor, turns: tuple[Tensor, ...], cache: DynamicLayer
+    module: GptOssDecoderLayer, window: int | None, states: Tensor, rotary: tuple[Tensor, ...], cache: DynamicLayer
 ) -> None:
     module.self_attn.sliding_window = window
-    module(states, position_embeddings=turns, attention_mask=None, past_key_values=cache)
+    module(states, position_embeddings=rotary, attention_mask=None, past_key_values=cache)
 
 
 def _prefill_rows(workload: Workload) -> int:
@@ -220,15 +221,15 @@ def time_jobs(jobs: Sequence[Job], repeats: int, device: torch.device) -> Mappin
     """
     now_ms = _clock(device)
     calls = {job.key: _num_calls(job, now_ms) for job in jobs}
-    found: dict[Key, list[float]] = {job.key: [] for job in jobs}
+    repeated: dict[Key, list[float]] = {job.key: [] for job in jobs}
     rounds = [(repeat, job) for repeat in range(repeats) for job in jobs]
     for repeat, job in track(rounds, len(rounds), "timing blocks"):
-        found[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
+        repeated[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
     for repeat in range(3 * repeats):
         for job in jobs:
-            if not _is_settled(found[job.key]):
-                found[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
-    times = {job.key: median(found[job.key]) * job.scale for job in jobs}
+            if not _is_settled(repeated[job.key]):
+                repeated[job.key].append(_time_pair(job, calls[job.key], repeat, now_ms))
+    times = {job.key: median(repeated[job.key]) * job.scale for job in jobs}
     for (block, workload, phase), ms in times.items():
         if ms <= 0:
             what = block.label if block else "the fixed part"

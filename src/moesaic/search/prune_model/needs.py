@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards, pruned_shards
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, pruned_shards
 from moesaic.search.prune_model.stage import PruneModelConfig
 
 
-def needs(task: PipelineTask[PruneModelConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[PruneModelConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """A copy from file to file: reads what it keeps, writes the child, holds none of it."""
     made = pruned_shards(facts, task.config.candidate)
     return Needs(sum(made.values()), sum(made.values()), made=made)

@@ -9,8 +9,8 @@ from moesaic.core.progress import track
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
-from moesaic.models.payloads import read_json, read_orders
 from moesaic.models.safetensors_files import StoredTensor
+from moesaic.models.stage_outputs import read_json, read_orders
 from moesaic.search.prune_model.pruning import kept_experts, prune_layer
 from moesaic.search.prune_model.stage import PruneModelConfig
 
@@ -60,14 +60,14 @@ def run(
 
 
 def _read_candidate(path: Path, name: str) -> Architecture:
-    found = read_json(path)
-    if name not in found["candidates"]:
-        reason = found.get("skipped", {}).get(name)
-        allowed = ", ".join(found["candidates"])
+    content = read_json(path)
+    if name not in content["candidates"]:
+        reason = content.get("skipped", {}).get(name)
+        allowed = ", ".join(content["candidates"])
         raise ConfigError(
             f"candidate {name!r} is not in {path.name} ({reason or 'unknown name'}); choose one of {allowed}"
         )
-    return Architecture.of(Block.from_config(entry) for entry in found["candidates"][name]["blocks"])
+    return Architecture.of(Block.from_config(entry) for entry in content["candidates"][name]["blocks"])
 
 
 def _shards(parent: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, StoredTensor]]]:

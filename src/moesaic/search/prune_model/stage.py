@@ -8,7 +8,7 @@ from moesaic.core.stage import Stage, artifact, model
 
 
 class PruneModelConfig(Config):
-    """Which of the architectures found becomes a checkpoint."""
+    """Which of the search's candidates becomes a checkpoint."""
 
     candidate: str = "puzzle"
     """``puzzle`` is the search's best; baselines have their names, see ``moesaic.search``."""

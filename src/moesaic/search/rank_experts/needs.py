@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import WIDTH, Facts, Needs, PipelineTask, Shards, model_of, streamed_layers
+from moesaic.costs.facts import WIDTH, Facts, Needs, PipelineTask, ShardSizes, model_of, streamed_layers
 from moesaic.costs.times import forward_ms
 from moesaic.models import gpt_oss
 from moesaic.search.rank_experts.stage import RankExpertsConfig
 
 
-def needs(task: PipelineTask[RankExpertsConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[RankExpertsConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """One pass: reads all but the output head; memory of a layer unpacked, one packed, and the set's hidden states.
 
     ``tokens <= max_sequences * max_tokens``. Time is one forward without the head; a criterion that runs a spare expert

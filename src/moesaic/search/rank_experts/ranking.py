@@ -150,8 +150,8 @@ def _ballots(batch: Routing) -> Integer[Tensor, "token expert"]:
 def _rank_by_votes(ballots: Sequence[Tensor], num_experts: int, top_k: int) -> LayerRanking:
     rounds = eliminate(ballots, num_experts, top_k)
     scores = [0.0] * num_experts
-    for turn, expert in enumerate(rounds):
-        scores[expert] = turn / num_experts
+    for index, expert in enumerate(rounds):
+        scores[expert] = index / num_experts
     return LayerRanking(tuple(reversed(rounds)), tuple(scores))
 
 

@@ -17,7 +17,7 @@ from moesaic.data.batches import Batch
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.streaming import HeldTensor, LayerReader, StateRoom, state_memory_bytes
+from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
 from moesaic.search.rank_experts.ranking import NUM_SPARE, LayerRanking, Tally, rank_randomly, rank_tallies, tally
 from moesaic.search.rank_experts.saved_progress import RankingProgress
 from moesaic.search.rank_experts.stage import Criterion, RankExpertsConfig
@@ -68,13 +68,13 @@ def _rank(
 ) -> Iterator[LayerRanking]:
     """Rank layer after layer from all processes' batches, of which this one takes its share; go on after a kill."""
     dtype, device = getattr(torch, config.precision), loading.choose_device()
-    turns = loading.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
+    rotary = loading.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
     mine = shards.mine(batches)
-    room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    offloader = StateOffloader(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
     progress = RankingProgress(scratch, shards)
     done = progress.layers()
     embedded = loading.embed_each(checkpoint, [batch.token_ids for batch in mine], dtype)
-    states = [room.hold(hidden) for hidden in (progress.states(len(done)) if done else embedded)]
+    states = [offloader.offload(hidden) for hidden in (progress.states(len(done)) if done else embedded)]
     reader, layers = LayerReader(checkpoint, dtype, device), range(len(done), checkpoint.num_layers)
     yield from done
     try:
@@ -83,7 +83,8 @@ def _rank(
             more = layer + 1 < checkpoint.num_layers
             module = reader.load(layer, then=layer + 1 if more else None)
             tallies = [
-                _pass(config.criterion, module, room, states, mine, index, turns, window) for index in range(len(mine))
+                _pass(config.criterion, module, offloader, states, mine, index, rotary, window)
+                for index in range(len(mine))
             ]
             del module
             done.append(rank_tallies(config.criterion, shards.gather(tallies)))
@@ -97,20 +98,20 @@ def _rank(
 def _pass(
     criterion: Criterion,
     module: GptOssDecoderLayer,
-    room: StateRoom,
-    states: list[HeldTensor],
+    offloader: StateOffloader,
+    states: list[OffloadedTensor],
     batches: list[Batch],
     index: int,
-    turns: layers.Rotary,
+    rotary: layers.Rotary,
     window: int | None,
 ) -> Tally:
     """Route a batch's tokens, padding left out, and take its states on to the next layer."""
     device = module.self_attn.sinks.device
-    attended = layers.attend(module, states[index].read().to(device, non_blocking=True), turns, window)
+    attended = layers.attend(module, states[index].read().to(device, non_blocking=True), rotary, window)
     is_token = batches[index].is_token.to(device)
     routing = layers.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))
-    found = tally(criterion, routing)
+    counted = tally(criterion, routing)
     attended[is_token] += routing.mixture()
     states[index].drop()
-    states[index] = room.hold(attended)
-    return found
+    states[index] = offloader.offload(attended)
+    return counted

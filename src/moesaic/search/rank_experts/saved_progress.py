@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moesaic.core.files import write_text_atomically
 from moesaic.core.process_group import Shards
-from moesaic.models.streaming import HeldTensor
+from moesaic.models.streaming import OffloadedTensor
 from moesaic.search.rank_experts.ranking import LayerRanking
 
 _EVERY_S = 300.0
@@ -33,19 +33,19 @@ class RankingProgress:
         self._kept_s = time.monotonic()
 
     def layers(self) -> list[LayerRanking]:
-        """Those that a killed pass of as many processes has ranked; after other numbers all begins anew."""
+        """The layers that a killed pass of as many processes has ranked; none if the number of processes differs."""
         committed = self._scratch / _COMMITTED
-        found: dict[str, Any] = json.loads(committed.read_text()) if committed.is_file() else {}
-        if found.get("processes") != self._shards.count:
+        content: dict[str, Any] = json.loads(committed.read_text()) if committed.is_file() else {}
+        if content.get("processes") != self._shards.count:
             return []
-        return [LayerRanking(**layer) for layer in found["layers"]]
+        return [LayerRanking(**layer) for layer in content["layers"]]
 
     def states(self, num_layers: int) -> Iterator[Tensor]:
         """The hidden states behind so many layers, in the order of this process's batches."""
         for path in sorted(self._place(num_layers).iterdir()):
             yield load_file(path)[_STATE]
 
-    def keep(self, layers: Sequence[LayerRanking], states: Sequence[HeldTensor]) -> None:
+    def keep(self, layers: Sequence[LayerRanking], states: Sequence[OffloadedTensor]) -> None:
         """Keep what has been done, if the first process finds it time and room for it: all do so, or none."""
         is_time = time.monotonic() - self._kept_s >= _EVERY_S
         if not self._shards.gather([is_time and self._has_room(states)])[0]:
@@ -64,7 +64,7 @@ class RankingProgress:
                 shutil.rmtree(older)
         self._kept_s = time.monotonic()
 
-    def _has_room(self, states: Sequence[HeldTensor]) -> bool:
+    def _has_room(self, states: Sequence[OffloadedTensor]) -> bool:
         """Half of the free disk takes them; the other processes' are about as many."""
         needed = self._shards.count * sum(state.num_bytes for state in states)
         return needed <= shutil.disk_usage(self._scratch).free // 2

@@ -9,7 +9,7 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
-    Shards,
+    ShardSizes,
     model_of,
     streamed_layers,
 )
@@ -18,7 +18,7 @@ from moesaic.search.library import variants_of
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
 
 
-def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Prefix reuse: a variant of layer i takes its own layer and all later ones, over both calibration sets.
 
     ::

@@ -1,7 +1,8 @@
 """Score every variant of every block by putting it in the parent's place."""
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ import torch
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.process_group import Shards, share
-from moesaic.core.progress import track
+from moesaic.core.progress import count_steps
 from moesaic.data.calibration import load_batches
 from moesaic.models import loading
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.payloads import read_orders
-from moesaic.models.streaming import LayerReader, StateRoom, state_memory_bytes
+from moesaic.models.stage_outputs import read_orders
+from moesaic.models.streaming import LayerReader, StateOffloader, state_memory_bytes
 from moesaic.search.library import variants_of
 from moesaic.search.prune_model.pruning import kept_experts
 from moesaic.search.score_blocks.scoring import (
-    Held,
     Measurement,
+    Offloaded,
+    OnSteps,
     Parent,
     Probe,
     Variant,
@@ -52,7 +54,7 @@ class _Job:
 
     @property
     def probes(self) -> list[Probe]:
-        """Those of both sets, the short ones first."""
+        """The probes of both sets, the short ones first."""
         return [*self.short, *self.long]
 
     @property
@@ -170,52 +172,57 @@ def _run_through(job: _Job, scratch: Path, shards: Shards) -> None:
     """Score this process's share of the batches; the first process saves and shows how far all are."""
     device = loading.choose_device()
     reader = LayerReader(job.checkpoint, job.dtype, device)
-    room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    offloader = StateOffloader(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
     longest = max(probe.batch.num_positions for probe in job.probes)
     parent = Parent(
         job.checkpoint.architecture,
         reader.load,
         loading.load_head(job.checkpoint, job.dtype, device),
         loading.rotary(job.checkpoint, longest, job.dtype, device),
-        room.hold,
+        offloader.offload,
     )
-    steps = _score(job, parent, scratch, shards)
+    shown = count_steps(job.num_steps, "scoring blocks") if shards.rank == 0 else nullcontext(lambda _: None)
     try:
-        for _ in track(steps, job.num_steps, "scoring blocks") if shards.rank == 0 else steps:
-            pass
+        with shown as on_steps:
+            _score(job, parent, scratch, shards, on_steps)
     finally:
         reader.close()
 
 
-def _score(job: _Job, parent: Parent, scratch: Path, shards: Shards) -> Generator[None, None, None]:
-    """Score layer after layer, saving each; yields once per block forward."""
+def _score(job: _Job, parent: Parent, scratch: Path, shards: Shards, on_steps: OnSteps) -> None:
+    """Score layer after layer and save each."""
     finished, probes = _finished(job, scratch), shards.mine(job.probes)
-    measurements = yield from run_parent(parent, _embed(job, parent, probes), probes)
+    measurements = run_parent(parent, _embed(job, parent, probes), probes, on_steps)
     states = _embed(job, parent, probes)
     for layer, variants in enumerate(job.variants):
         if finished[layer]:
-            yield from [None] * (len(variants) * (len(job.variants) - layer))
+            on_steps(len(variants) * (len(job.variants) - layer))
         else:
-            rows = yield from _score_layer(job, parent, layer, states, measurements, shards)
+            rows = _score_layer(job, parent, layer, states, measurements, shards, on_steps)
             if shards.rank == 0:
                 write_text_atomically(_saved(scratch, layer), json.dumps(rows) + "\n")
         if layer < parent.last:
             states = advance(parent, layer, states)
-        yield
+        on_steps(1)
 
 
-def _embed(job: _Job, parent: Parent, probes: Sequence[Probe]) -> list[Held]:
+def _embed(job: _Job, parent: Parent, probes: Sequence[Probe]) -> list[Offloaded]:
     token_ids = [probe.batch.token_ids for probe in probes]
-    return [parent.hold(states) for states in loading.embed_each(job.checkpoint, token_ids, job.dtype)]
+    return [parent.offload(states) for states in loading.embed_each(job.checkpoint, token_ids, job.dtype)]
 
 
 def _score_layer(
-    job: _Job, parent: Parent, layer: int, states: list[Held], measurements: list[Measurement], shards: Shards
-) -> Generator[None, None, list[Row]]:
-    variants = job.variants[layer]
-    mine = yield from score_layer(
-        parent, layer, states, measurements, variants, job.config.variants_per_batch, prove=shards.rank == 0
-    )
+    job: _Job,
+    parent: Parent,
+    layer: int,
+    states: list[Offloaded],
+    measurements: list[Measurement],
+    shards: Shards,
+    on_steps: OnSteps,
+) -> list[Row]:
+    """The rows of one layer, from the sums of all processes."""
+    variants, size = job.variants[layer], job.config.variants_per_batch
+    mine = score_layer(parent, layer, states, measurements, variants, size, on_steps, prove=shards.rank == 0)
     batches = shards.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
     sums = [[batch[index] for batch in batches] for index in range(len(variants))]
     scores = [(total(parts[: len(job.short)]), total(parts[len(job.short) :])) for parts in sums]

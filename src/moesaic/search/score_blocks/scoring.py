@@ -13,12 +13,12 @@ attention; a window no shorter than a batch is no window there; and several vari
 together, each of which is loaded once for them. The last layer mixes only measured tokens. Whole-model scoring takes
 variants * layers block forwards, this takes about half of them (:func:`num_steps`).
 
-One layer is loaded at a time, and :attr:`Parent.load` is told the next so that it can read ahead; hidden states are
-handed to :attr:`Parent.hold`, which decides where they wait. Batches do not depend on each other, so that processes can
-share them out: sums are per batch, and their total is taken in the order of the batches.
+One layer is loaded at a time, and :attr:`Parent.load` is told the next so that it can read ahead. Hidden states are
+handed to :attr:`Parent.offload`, which decides where they are kept. Batches do not depend on each other, so several
+processes can share them: sums are per batch, and their total is taken in the order of the batches.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -38,12 +38,14 @@ from moesaic.search.score_blocks.damage import Metrics, compare, finish, unchang
 TOLERANCE = 1e-6
 """Normalised MSE up to which two ways to compute the same thing agree."""
 MASKING_TOLERANCE = {torch.float32: TOLERANCE, torch.bfloat16: 1e-4}
-"""The same for masking against slicing, whose matrix products differ in shape and so in rounding."""
+"""Normalised MSE up to which masking and slicing agree; their matrix products differ in shape and so in rounding."""
 _MASKING_POSITIONS = 512
 """Of the first sequence, where masking is compared with slicing."""
 
 Sums = list[Tensor]
 """Of one variant, a tensor [sum] per batch; ``damage.finish`` makes metrics of their total."""
+OnSteps = Callable[[int], None]
+"""Is told how many block forwards have been done since it was last told."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,15 @@ class Variant:
     kept: tuple[int, ...]
 
 
-class Held(Protocol):
-    """A tensor that waits somewhere until it is needed again."""
+class Offloaded(Protocol):
+    """A tensor that is kept on a device, in host memory or in a file until it is needed again."""
 
     def read(self) -> Tensor:
-        """The tensor, on whatever device it waits; not to be changed."""
+        """The tensor, on whatever device it is kept; not to be changed."""
         ...
 
     def drop(self) -> None:
-        """It is not needed again."""
+        """Free its memory; it cannot be read again."""
         ...
 
 
@@ -81,8 +83,8 @@ class Parent:
     architecture: Architecture
     load: Load
     head: Head
-    turns: Rotary
-    hold: Callable[[Tensor], Held]
+    rotary: Rotary
+    offload: Callable[[Tensor], Offloaded]
 
     @property
     def last(self) -> int:
@@ -120,21 +122,21 @@ class Measurement:
     """What the parent makes of a probe."""
 
     probe: Probe
-    reference: Held
+    reference: Offloaded
     """Its final-norm hidden states at the measured positions, [token hidden]."""
     unchanged: Tensor
     """The sums of a child that equals it."""
 
 
 @dataclass(frozen=True)
-class _Lane:
-    """Variants of one layer on their way through the later layers, over one batch."""
+class _VariantBatch:
+    """One batch of tokens in several children at once, each with another variant of the same layer."""
 
     index: int
     """Of the batch."""
-    wanted: dict[Block, Variant]
+    variants: dict[Block, Variant]
     """By what the batch sees of them."""
-    hidden: Held
+    hidden: Offloaded
     """[variant batch time hidden]; behind the last layer [variant token hidden], measured tokens only."""
 
 
@@ -144,51 +146,53 @@ def num_steps(num_variants: Sequence[int]) -> int:
 
 
 def run_parent(
-    parent: Parent, states: Sequence[Held], probes: Sequence[Probe]
-) -> Generator[None, None, list[Measurement]]:
+    parent: Parent, states: Sequence[Offloaded], probes: Sequence[Probe], on_steps: OnSteps
+) -> list[Measurement]:
     """Run the whole parent, one layer at a time, and keep its hidden states at measured positions.
 
     Args:
         parent: the model.
         states: embedded batches, [batch time hidden]; dropped on the way.
         probes: the batches and where to measure them.
+        on_steps: called once per layer.
     """
     for layer in range(parent.last):
         states = advance(parent, layer, states)
-        yield
+        on_steps(1)
     module = parent.load(parent.last, then=0)
     measurements = []
     for hidden, probe in zip(states, probes, strict=True):
         output = _continue(parent, module, parent.last, hidden.read().unsqueeze(0), probe.measured).squeeze(0)
         hidden.drop()
         reference = parent.head.normed(output)
-        measurements.append(Measurement(probe, parent.hold(reference), unchanged(reference)))
-    yield
+        measurements.append(Measurement(probe, parent.offload(reference), unchanged(reference)))
+    on_steps(1)
     return measurements
 
 
-def advance(parent: Parent, layer: int, states: Sequence[Held]) -> list[Held]:
+def advance(parent: Parent, layer: int, states: Sequence[Offloaded]) -> list[Offloaded]:
     """The parent's hidden states after one more layer; those before it are dropped."""
     module = parent.load(layer, then=layer + 1)
     window, device = parent.architecture.blocks[layer].window, module.self_attn.sinks.device
     after = []
     for hidden in states:
-        output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.turns, window))
+        output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.rotary, window))
         hidden.drop()
-        after.append(parent.hold(output))
+        after.append(parent.offload(output))
     return after
 
 
 def score_layer(
     parent: Parent,
     layer: int,
-    states: Sequence[Held],
+    states: Sequence[Offloaded],
     measurements: Sequence[Measurement],
     variants: Sequence[Variant],
     variants_per_batch: int,
+    on_steps: OnSteps,
     prove: bool = True,
-) -> Generator[None, None, list[Sums]]:
-    """Measure every variant of one layer; yields once per variant and layer it has gone through.
+) -> list[Sums]:
+    """Measure every variant of one layer.
 
     The parent's own block is among the variants. It is run like any other, but alone and on the first batch only:
     elsewhere its sums, and those of variants a batch cannot tell from it, are known.
@@ -200,6 +204,7 @@ def score_layer(
         measurements: the same batches at the parent's output.
         variants: what to replace it by, the parent's own block first.
         variants_per_batch: variants that go through the later layers together.
+        on_steps: told of every variant and layer it has gone through.
         prove: whether the first batch here is the first of all, on which the parent's own block is run.
 
     Returns:
@@ -214,18 +219,18 @@ def score_layer(
     _check_all_masks(parent, layer, states, variants)
     groups = _group(variants[1:], variants_per_batch)
     for index, group in enumerate(groups or [[]]):
-        todo = [(batch, _untold(group, item.probe, known[batch])) for batch, item in enumerate(measurements)]
-        work = [(batch, wanted) for batch, wanted in ([(0, first)] if index == 0 else []) + todo if wanted]
-        for batch, wanted, sums in (yield from _score_group(parent, layer, states, measurements, work, len(group))):
-            known[batch].update(zip(wanted, sums, strict=True))
-        yield from [None] * (parent.last - layer + 1 if index == 0 else 0)
+        unmeasured = [(batch, _unmeasured(group, item.probe, known[batch])) for batch, item in enumerate(measurements)]
+        work = [(batch, chosen) for batch, chosen in ([(0, first)] if index == 0 else []) + unmeasured if chosen]
+        for batch, blocks, sums in _score_group(parent, layer, states, measurements, work, len(group), on_steps):
+            known[batch].update(zip(blocks, sums, strict=True))
+    on_steps(parent.last - layer + 1)  # the parent's own block
     return [
         [done[item.probe.sees(variant.block)] for item, done in zip(measurements, known, strict=True)]
         for variant in variants
     ]
 
 
-def _check_all_masks(parent: Parent, layer: int, states: Sequence[Held], variants: Sequence[Variant]) -> None:
+def _check_all_masks(parent: Parent, layer: int, states: Sequence[Offloaded], variants: Sequence[Variant]) -> None:
     if states:
         module = parent.load(layer, then=layer)
         sample = states[0].read()[:1, :_MASKING_POSITIONS].to(module.self_attn.sinks.device)
@@ -234,12 +239,12 @@ def _check_all_masks(parent: Parent, layer: int, states: Sequence[Held], variant
 
 
 def _group(variants: Sequence[Variant], size: int) -> list[Sequence[Variant]]:
-    """In groups, those of one window together."""
+    """Split variants into groups of ``size``, ordered so that those with the same window are neighbours."""
     ordered = sorted(variants, key=lambda variant: (variant.block.window is not None, -(variant.block.window or 0)))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _untold(group: Sequence[Variant], probe: Probe, known: dict[Block, Tensor]) -> dict[Block, Variant]:
+def _unmeasured(group: Sequence[Variant], probe: Probe, known: dict[Block, Tensor]) -> dict[Block, Variant]:
     """The variants of a group that this batch can tell apart and that are not measured yet, by what it sees of them."""
     return {probe.sees(variant.block): variant for variant in group if probe.sees(variant.block) not in known}
 
@@ -247,68 +252,71 @@ def _untold(group: Sequence[Variant], probe: Probe, known: dict[Block, Tensor]) 
 def _score_group(
     parent: Parent,
     layer: int,
-    states: Sequence[Held],
+    states: Sequence[Offloaded],
     measurements: Sequence[Measurement],
     work: Sequence[tuple[int, dict[Block, Variant]]],
     group_size: int,
-) -> Generator[None, None, list[tuple[int, dict[Block, Variant], Tensor]]]:
+    on_steps: OnSteps,
+) -> list[tuple[int, dict[Block, Variant], Tensor]]:
     """Replace one block by several variants at once, given by batch; the sums of each batch's variants."""
     if not work:
-        yield from [None] * (group_size * (parent.last - layer + 1))
+        on_steps(group_size * (parent.last - layer + 1))
         return []
-    lanes = _replace_all(parent, layer, states, measurements, work)
-    yield from [None] * group_size
+    batches = _replace_all(parent, layer, states, measurements, work)
+    on_steps(group_size)
     for later in range(layer + 1, parent.last + 1):
-        lanes = _continue_all(parent, layer, later, measurements, lanes)
-        yield from [None] * group_size
-    found = []
-    for lane in lanes:
-        item, children = measurements[lane.index], parent.head.normed(lane.hidden.read())
+        batches = _continue_all(parent, layer, later, measurements, batches)
+        on_steps(group_size)
+    results = []
+    for batch in batches:
+        item, children = measurements[batch.index], parent.head.normed(batch.hidden.read())
         sums = compare(parent.head, item.reference.read(), children, item.probe.next_ids)
-        lane.hidden.drop()
-        found.append((lane.index, lane.wanted, sums))
-    return found
+        batch.hidden.drop()
+        results.append((batch.index, batch.variants, sums))
+    return results
 
 
 def _replace_all(
     parent: Parent,
     layer: int,
-    states: Sequence[Held],
+    states: Sequence[Offloaded],
     measurements: Sequence[Measurement],
     work: Sequence[tuple[int, dict[Block, Variant]]],
-) -> list[_Lane]:
+) -> list[_VariantBatch]:
+    """Run the replaced layer: every batch through each of its variants."""
     module = parent.load(layer, then=min(layer + 1, parent.last))
-    lanes = []
-    for index, wanted in work:
+    replaced = []
+    for index, variants in work:
         measured = measurements[index].probe.measured if layer == parent.last else None
-        hidden = _replace(parent, module, states[index].read(), wanted, measured)
-        lanes.append(_Lane(index, wanted, parent.hold(hidden)))
-    return lanes
+        hidden = _replace(parent, module, states[index].read(), variants, measured)
+        replaced.append(_VariantBatch(index, variants, parent.offload(hidden)))
+    return replaced
 
 
 def _continue_all(
-    parent: Parent, layer: int, later: int, measurements: Sequence[Measurement], lanes: Sequence[_Lane]
-) -> list[_Lane]:
+    parent: Parent, layer: int, later: int, measurements: Sequence[Measurement], batches: Sequence[_VariantBatch]
+) -> list[_VariantBatch]:
+    """Run one unchanged layer behind the replaced one, over all batches."""
     module = parent.load(later, then=later + 1 if later < parent.last else layer)
     after = []
-    for lane in lanes:
-        measured = measurements[lane.index].probe.measured if later == parent.last else None
-        hidden = _continue(parent, module, later, lane.hidden.read(), measured)
-        lane.hidden.drop()
-        after.append(_Lane(lane.index, lane.wanted, parent.hold(hidden)))
+    for batch in batches:
+        measured = measurements[batch.index].probe.measured if later == parent.last else None
+        hidden = _continue(parent, module, later, batch.hidden.read(), measured)
+        batch.hidden.drop()
+        after.append(_VariantBatch(batch.index, batch.variants, parent.offload(hidden)))
     return after
 
 
 def _replace(
-    parent: Parent, module: GptOssDecoderLayer, hidden: Tensor, wanted: dict[Block, Variant], measured: Tensor | None
+    parent: Parent, module: GptOssDecoderLayer, hidden: Tensor, variants: dict[Block, Variant], measured: Tensor | None
 ) -> Tensor:
     """The outputs of every variant of one block; at measured positions only, if those are given."""
     outputs = []
     hidden = hidden.to(module.self_attn.sinks.device, non_blocking=True)
-    for window, blocks in groupby(wanted, key=lambda block: block.window):
-        attended = attend(module, hidden, parent.turns, window)
+    for window, blocks in groupby(variants, key=lambda block: block.window):
+        attended = attend(module, hidden, parent.rotary, window)
         attended = attended if measured is None else attended[measured]
-        outputs += [mix(module, attended, wanted[block].kept) for block in blocks]
+        outputs += [mix(module, attended, variants[block].kept) for block in blocks]
     return torch.stack(outputs)
 
 
@@ -317,7 +325,7 @@ def _continue(
 ) -> Tensor:
     """One unchanged layer for all variants of a batch, [variant, batch, time, hidden]; measured as in ``_replace``."""
     stacked = hidden.flatten(0, 1).to(module.self_attn.sinks.device, non_blocking=True)
-    attended = attend(module, stacked, parent.turns, parent.architecture.blocks[layer].window).view(hidden.shape)
+    attended = attend(module, stacked, parent.rotary, parent.architecture.blocks[layer].window).view(hidden.shape)
     return mix(module, attended if measured is None else attended[:, measured])
 
 

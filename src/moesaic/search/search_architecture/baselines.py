@@ -57,11 +57,11 @@ def choose_greedily(search: Search) -> Choice:
         if not len(layers):
             why = "no replacement of one layer comes closer"
             raise InfeasibleError(_stuck("greedy", why, limits, tuple(choice.tolist())))
-        found = removed[layers, variants]
+        decrease = removed[layers, variants]
         added = damages[layers, variants] - damages[now, choice][layers]
         # Of equals the one that comes first when assemblies are written as tuples: layers that grow, from the last.
         grows = variants > choice[layers]
-        best = np.lexsort((variants, np.where(grows, -layers, layers), grows, -found, added / found))[0]
+        best = np.lexsort((variants, np.where(grows, -layers, layers), grows, -decrease, added / decrease))[0]
         choice[layers[best]] = variants[best]
     return tuple(choice.tolist())
 
@@ -76,7 +76,7 @@ class _Steps:
 
     @classmethod
     def of(cls, library: BlockLibrary) -> "_Steps":
-        """Those of a library."""
+        """Experts and windows of a library's variants, as arrays."""
         windows = library.table(lambda block: math.inf if block.window is None else block.window)
         return cls(dense(library.table(lambda block: block.num_experts), np.inf), dense(windows, np.inf))
 
@@ -85,8 +85,8 @@ class _Steps:
         now = np.arange(len(choice)), choice
         experts, windows = self.experts[now][:, None], self.windows[now][:, None]
         same = (self.experts == experts) & (self.windows == windows)
-        found: Mask = (self.experts <= experts) & (self.windows <= windows) & ~same
-        return found
+        narrower: Mask = (self.experts <= experts) & (self.windows <= windows) & ~same
+        return narrower
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class _Excesses:
 
     @classmethod
     def of(cls, limits: LimitSet) -> "_Excesses":
-        """Those of some limits."""
+        """The limits' usage and windows, as arrays."""
         names = list({window: None for row in limits.windows for window in row})
         numbers = tuple(tuple(float(names.index(window)) for window in row) for row in limits.windows)
         windows = dense(numbers).astype(np.int64)
@@ -164,7 +164,7 @@ def _uniform(library: BlockLibrary) -> Iterator[Choice]:
 
 def shrink_randomly(search: Search, seed: int) -> Choice:
     """The random baseline's choice for a seed."""
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     notches = [_notches(options) for options in search.library.variants]
     choice = list(search.library.parent_choice)
     while not search.limits.holds(tuple(choice)):
@@ -172,7 +172,7 @@ def shrink_randomly(search: Search, seed: int) -> Choice:
         if not steps:
             why = "every layer is as small as it gets"
             raise InfeasibleError(_stuck(f"random-{seed}", why, search.limits, tuple(choice)))
-        layer, index = dice.choice(steps)
+        layer, index = generator.choice(steps)
         choice[layer] = index
     return tuple(choice)
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import Facts, Needs, PipelineTask, Shards
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 
 
-def needs(task: PipelineTask[SearchArchitectureConfig], facts: Facts, inputs: Sequence[Shards]) -> Needs:
+def needs(task: PipelineTask[SearchArchitectureConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """A solver on one CPU; each solve stops at its time limit."""
     config = task.config
     solves = config.num_solutions + config.frontier_points + 3

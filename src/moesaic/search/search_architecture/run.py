@@ -12,7 +12,7 @@ from moesaic.core.progress import track
 from moesaic.costs.block_costs import CostTable
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.payloads import read_json, read_text
+from moesaic.models.stage_outputs import read_json, read_text
 from moesaic.search.library import BlockLibrary
 from moesaic.search.search_architecture.baselines import baselines
 from moesaic.search.search_architecture.search import Search, Solution
@@ -64,11 +64,11 @@ def find_candidates(search: Search) -> tuple[dict[str, Solution], dict[str, str]
         except InfeasibleError as reason:
             skipped[name] = str(reason)
     start = compared["greedy"].choice if "greedy" in compared else None
-    found = search.diverse(search.best(start))
+    diverse = search.diverse(search.best(start))
     names = ["puzzle", *(f"puzzle-{rank}" for rank in range(2, search.config.num_solutions + 1))]
     why = f"no further assembly within the limits shares at most {search.most_in_common} blocks with each earlier one"
-    skipped |= dict.fromkeys(names[len(found) :], why)
-    return dict(zip(names, found, strict=False)) | compared, skipped
+    skipped |= dict.fromkeys(names[len(diverse) :], why)
+    return dict(zip(names, diverse, strict=False)) | compared, skipped
 
 
 def _check_parent(table: CostTable, shape: gpt_oss.ModelShape, blocks: Architecture) -> None:

@@ -79,14 +79,14 @@ class Search:
 
     def diverse(self, first: Solution) -> list[Solution]:
         """``first`` and up to ``num_solutions - 1`` more; fewer if no assembly is far enough from those found."""
-        found = [first]
-        while len(found) < self.config.num_solutions:
-            apart = [Apart(solution.choice, self.most_in_common) for solution in found]
+        solutions = [first]
+        while len(solutions) < self.config.num_solutions:
+            apart = [Apart(solution.choice, self.most_in_common) for solution in solutions]
             outcome = minimise(self.library.damages, self.limits, self.effort, apart=apart)
             if outcome is None:
                 break
-            found.append(self.solved(outcome))
-        return found
+            solutions.append(self.solved(outcome))
+        return solutions
 
     @property
     def most_in_common(self) -> int:
@@ -109,8 +109,8 @@ class Search:
 
     def solved(self, outcome: Outcome, objective: str = "damage", swept: bool = False) -> Solution:
         """Cost and check what the solver returned."""
-        found = self.assembled(outcome.choice, outcome.status, swept)
-        return replace(found, objective=objective, bound=outcome.bound, gap=outcome.gap, seconds=outcome.seconds)
+        solution = self.assembled(outcome.choice, outcome.status, swept)
+        return replace(solution, objective=objective, bound=outcome.bound, gap=outcome.gap, seconds=outcome.seconds)
 
     def assembled(self, choice: Choice, status: str = "heuristic", swept: bool = False) -> Solution:
         """Cost an assembly and check it independently; points of the frontier need not keep the ``swept`` limit."""

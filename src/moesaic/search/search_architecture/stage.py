@@ -16,15 +16,15 @@ class Limits(Config):
     memory_mib: Amount | None = None
     """Weights plus KV cache of the workload's concurrent requests, at most."""
     memory_ratio: Amount | None = None
-    """The same, as a share of the parent's."""
+    """Memory as a share of the parent's, at most."""
     throughput_tokens_per_s: Amount | None = None
     """Output tokens per second, at least."""
     throughput_ratio: Amount | None = None
-    """The same, as a multiple of the parent's."""
+    """Throughput as a multiple of the parent's, at least."""
     latency_ms: Amount | None = None
     """Time of one decode step, at most."""
     latency_ratio: Amount | None = None
-    """The same, as a share of the parent's."""
+    """Time of one decode step as a share of the parent's, at most."""
 
 
 class SearchArchitectureConfig(Config):
@@ -35,7 +35,7 @@ class SearchArchitectureConfig(Config):
     max_parameters: Positive | None = None
     """Parameters of the child, at most."""
     max_parameters_ratio: Amount | None = None
-    """The same, as a share of the parent's."""
+    """Parameters of the child as a share of the parent's, at most."""
     max_experts_ratio: Amount | None = None
     """Experts of the child, at most, as a share of the parent's."""
     max_layouts: Positive | None = None

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The exact solver of the search's integer program; start in decomposition.py."""

@@ -1,16 +1,20 @@
-"""The search's program, taken apart before it is branched on (paper B, its MIP, at the size of hundreds of variants).
+"""The search's integer program, decomposed before it is branched on (paper B, its MIP, for hundreds of variants).
 
-1. Relax: a bound, and what any choice with a given variant costs at least (:mod:`moesaic.search.solver.lagrangian`). 2.
-Search near: a good choice, and often the proof that it is the best (:mod:`moesaic.search.solver.neighbourhood`). 3.
-Branch and bound (:mod:`moesaic.search.solver.mip`) from that choice, with those variants alone that may be in a better
-one and
-   that no other variant dominates.
+The program is that of :mod:`moesaic.search.solver.mip`. It is solved in three steps:
 
-The second and third step take turns, each time with more work, until one of them has the proof.
+1. Relax it. This gives a lower bound, and for every variant a bound on all choices that have it
+   (:mod:`moesaic.search.solver.lagrangian`).
+2. Improve a choice by local search. This often proves that it is optimal (:mod:`moesaic.search.solver.neighbourhood`).
+3. Branch and bound from that choice (:mod:`moesaic.search.solver.mip`). Variants that cannot be in a better choice, or
+   that another variant dominates, are left out.
 
-Limits that are no sums: with ``max_layouts`` every set of so many windows is relaxed by itself, and the least bound
-counts. Padding is relaxed to fractional groups of layers; a choice is made better at the windows that it has. Where the
-objective itself is padded, branch and bound goes alone. An earlier solution to differ from is one more limit.
+Steps 2 and 3 are repeated with growing effort until one of them has the proof.
+
+Limits that are not sums: with ``max_layouts`` every set of so many windows is relaxed by itself, and the least bound
+counts. Padding is relaxed to fractional groups of layers, and local search keeps every layer's window. If the objective
+itself is padded, branch and bound is used alone. An earlier solution to differ from is one more limit.
+
+Departure from paper B: it hands the program to a solver as a whole.
 
 Results repeat unless the time limit cuts the third step short; the clock is read for that limit alone.
 """
@@ -27,15 +31,18 @@ from moesaic.search.library import Choice, Table, total
 from moesaic.search.limits import TOLERANCE, Limit, LimitSet, Padding
 from moesaic.search.solver.lagrangian import ROUNDING, Mask, Program, Relaxation, dense, relax, undominated
 from moesaic.search.solver.mip import Effort, Outcome, branch_and_bound
-from moesaic.search.solver.neighbourhood import search_near
+from moesaic.search.solver.neighbourhood import improve_choice
 
 _T = TypeVar("_T")
 Relaxed = Sequence[tuple[Program, Relaxation]]
 """Programs with their bounds; a choice that keeps the limits is in one of them."""
 PAIRS_PER_S = 1e7
-"""Work of one turn of the second step per second of the time limit, about a twentieth of what one core does."""
-TURNS = ((512, 0), (2048, 100), (4096, None))
-"""Combinations that the second step lists, and nodes that the third branches on, first none: longer lists often do."""
+"""Pairs that one local search may look at, per second of the time limit: about a twentieth of what one core does."""
+ATTEMPTS = ((512, 0), (2048, 100), (4096, None))
+"""Effort of each attempt: combinations that local search lists, and nodes of branch and bound (None: no limit).
+
+The first attempt does not branch, because longer lists are often enough for the proof.
+"""
 MOST_WINDOW_SETS = 64
 """With more sets of ``max_layouts`` windows than this, the relaxation leaves that limit out."""
 
@@ -48,7 +55,7 @@ class Apart:
     most: int
 
     def as_limit(self, table: Table) -> Limit:
-        """The same as a limit on choices from a table's variants."""
+        """This condition as a linear limit on choices from a table's variants."""
         rows = zip(table, self.choice, strict=True)
         shared = tuple(tuple(float(index == chosen) for index in range(len(row))) for row, chosen in rows)
         return Limit("blocks in common with an earlier solution", "", shared, 0, self.most)
@@ -80,16 +87,17 @@ def minimise(
     start = start if start is not None and limits.holds(start) else None
     if padding is not None:
         return branch_and_bound(objective, limits, effort, start, padding)
-    relaxed = [(program, found) for program in _programs(objective, limits) if (found := relax(program))]
+    bounded = ((program, relax(program)) for program in _programs(objective, limits))
+    relaxed = [(program, relaxation) for program, relaxation in bounded if relaxation is not None]
     if not relaxed:
         return None
     best: Outcome | None = None
-    for length, nodes in TURNS:
-        best = _nearby(objective, limits, effort, best.choice if best else start, relaxed, length)
+    for length, nodes in ATTEMPTS:
+        best = _improve(objective, limits, effort, best.choice if best else start, relaxed, length)
         if best is None or (best.gap > effort.relative_gap and nodes != 0):
             left = max(0.0, effort.time_limit_s - (effort.clock() - began))
-            turn = replace(effort, time_limit_s=left, most_nodes=nodes if best else None)
-            best = _branch(objective, limits, turn, best, relaxed)
+            attempt = replace(effort, time_limit_s=left, most_nodes=nodes if best else None)
+            best = _branch(objective, limits, attempt, best, relaxed)
         if best is None or best.gap <= effort.relative_gap:
             break
     if best is None:
@@ -133,10 +141,10 @@ def _mask(limits: LimitSet, allowed: Sequence[Sequence[int | None]], width: int)
     return np.array([[*(window in some for window in row), *[False] * (width - len(row))] for row, some in rows])
 
 
-def _nearby(
+def _improve(
     objective: Table, limits: LimitSet, effort: Effort, start: Choice | None, relaxed: Relaxed, length: int
 ) -> Outcome | None:
-    """The best choice that is found without branching, with its bound; None if none keeps the limits."""
+    """Improve a choice by local search, and bound it; None if no choice is known that keeps the limits."""
     bound = min(relaxation.bound for _, relaxation in relaxed)
     program, relaxation = min(relaxed, key=lambda pair: pair[1].bound)
     padded = any(limit.padding for limit in limits.linear)
@@ -144,7 +152,7 @@ def _nearby(
     if not padded or start is not None:
         if padded:
             program, relaxation = _at_windows_of(start or (), objective, limits)
-        near = search_near(
+        result = improve_choice(
             program,
             relaxation,
             start if start is not None and np.isfinite(program.cost_of(start)) else None,
@@ -152,9 +160,11 @@ def _nearby(
             length,
             PAIRS_PER_S * effort.time_limit_s,
         )
-        proven = near.proven and not padded and len(relaxed) == 1
-        if limits.holds(near.choice) and (start is None or total(objective, near.choice) <= total(objective, start)):
-            start = near.choice
+        proven = result.proven and not padded and len(relaxed) == 1
+        if limits.holds(result.choice) and (
+            start is None or total(objective, result.choice) <= total(objective, start)
+        ):
+            start = result.choice
     if start is None:
         return None
     cost = total(objective, start)
@@ -183,7 +193,7 @@ def _outcome(choice: Choice, cost: float, bound: float, effort: Effort) -> Outco
 def _branch(
     objective: Table, limits: LimitSet, effort: Effort, best: Outcome | None, relaxed: Relaxed
 ) -> Outcome | None:
-    """Branch and bound from the best known choice, on what may be better."""
+    """Branch and bound from the best known choice, over the variants that may be in a better one."""
     kept = _kept(limits, best, relaxed)
     indices = [np.flatnonzero(row).tolist() for row in kept]
     start = None if best is None else tuple(row.index(index) for row, index in zip(indices, best.choice, strict=True))
@@ -220,7 +230,7 @@ def _chosen(table: Sequence[Sequence[_T]], kept: Mask) -> tuple[tuple[_T, ...], 
 
 
 def _restricted(limits: LimitSet, kept: Mask) -> LimitSet:
-    """The same limits for the variants that are kept."""
+    """The limits on the kept variants alone."""
     linear = []
     for limit in limits.linear:
         padding = limit.padding and replace(limit.padding, windows=_chosen(limit.padding.windows, kept))

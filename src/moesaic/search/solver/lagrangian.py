@@ -1,8 +1,8 @@
-"""The search's program without its couplings: a lower bound, and which variants can still be part of a better assembly.
+"""Lagrangian relaxation of the search's program: a lower bound, and which variants a better assembly may have.
 
     min  sum_i cost[i, x_i]      subject to    sum_i usage[k, i, x_i] <= room[k]    for every limit k
 
-Prices ``p[k] >= 0`` on the limits take the layers apart (Lagrangian relaxation):
+With a price ``p[k] >= 0`` on every limit (its Lagrange multiplier) the layers can be minimised one by one:
 
     reduced[i, j] = cost[i, j] + sum_k p[k] usage[k, i, j] - least[i]        least[i]: the smallest of layer i
     bound         = sum_i least[i] - sum_k p[k] room[k]   <=   the optimum
@@ -16,7 +16,8 @@ reduced cost exceeds the distance of a known choice to the bound is in no better
 costs sum to less than that distance. The best prices are the duals of the linear program with fractional choices; the
 bound is computed from them here and holds whatever their errors are.
 
-Source: Lagrangian relaxation and reduced cost fixing as in Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004.
+Source: Lagrangian relaxation and reduced cost fixing as in Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004;
+not from paper B.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ class Program:
         return len(self.cost)
 
     def only(self, kept: Mask) -> "Program":
-        """The same program with these variants alone."""
+        """The program restricted to these variants."""
         return replace(self, cost=np.where(kept, self.cost, np.inf))
 
     def cost_of(self, choice: Choice) -> float:
@@ -156,10 +157,10 @@ def undominated(program: Program, groups: Indices) -> Mask:
     """
     kept = np.isfinite(program.cost)
     for layer, (row, group) in enumerate(zip(kept, groups, strict=True)):
-        found = np.flatnonzero(row)
-        values = np.vstack([program.cost[layer, found], program.usage[:, layer, found]])
+        present = np.flatnonzero(row)
+        values = np.vstack([program.cost[layer, present], program.usage[:, layer, present]])
         better = (values[:, :, None] <= values[:, None, :]).all(axis=0)
-        better &= group[found][:, None] == group[found][None, :]
+        better &= group[present][:, None] == group[present][None, :]
         equal = better & better.T
-        row[found] = ~(better & ~np.tril(equal)).any(axis=0)
+        row[present] = ~(better & ~np.tril(equal)).any(axis=0)
     return kept

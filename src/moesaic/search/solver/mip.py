@@ -124,7 +124,7 @@ class _Columns:
         ends = list(accumulate(map(len, objective), initial=0))
         layers = [range(first, end) for first, end in pairwise(ends)]
         windows = sorted({window for row in limits.windows for window in row}, key=lambda window: window or 0)
-        paddings = [found for found in (padding, *(limit.padding for limit in limits.linear)) if found]
+        paddings = [each for each in (padding, *(limit.padding for limit in limits.linear)) if each]
         layouts = dict(zip(windows, count(ends[-1]), strict=False)) if limits.max_layouts else {}
         groups = dict(zip(windows, count(ends[-1] + len(layouts)), strict=False)) if paddings else {}
         group_size = paddings[0].size if paddings else 1

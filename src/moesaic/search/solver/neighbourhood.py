@@ -1,15 +1,17 @@
-"""Better choices near a known one, and the proof that there are none (the search's local branching).
+"""Local search: better choices near a known one, and the proof that there are none (local branching).
 
-Some layers are chosen anew, all others stay. By the identity of :mod:`moesaic.search.solver.lagrangian` a choice ``x``
-is better than the known ``y`` only if the layers ``S`` chosen anew satisfy
+Some layers are chosen anew, all others keep their variants. By the identity of :mod:`moesaic.search.solver.lagrangian`
+a choice ``x`` is better than the known ``y`` only if the layers ``S`` chosen anew satisfy
 
     sum_{i in S} reduced[i, x_i]  <  budget  =  cost(y) - bound - sum_{i not in S} reduced[i, y_i]
 
-which few combinations do. They are listed for one half of the layers and for the other, and the two lists are met: of
-all pairs within the budget and the limits the cheapest is taken. Lists are cut at a length, smallest sums first. If all
-layers are chosen anew and no list is cut, the choice is proven to be the best there is.
+which few combinations do. The combinations of each half of the layers are listed, and the two lists are combined: of
+all pairs within the budget and the limits the cheapest is taken (meet in the middle). Lists are cut at a length,
+smallest sums first. If all layers are chosen anew and no list is cut, the choice is proven optimal.
 
-Work is counted in pairs, not in seconds, and the layers are drawn from a fixed seed, so results repeat.
+Work is counted in pairs, not in seconds, and the layers are drawn with a fixed seed, so results repeat.
+
+Source: local branching, Fischetti and Lodi, 2003; meet in the middle, Horowitz and Sahni, 1974. Not from paper B.
 """
 
 from collections.abc import Sequence
@@ -22,24 +24,24 @@ from moesaic.search.library import Choice
 from moesaic.search.solver.lagrangian import ROUNDING, Floats, Indices, Program, Relaxation
 
 PROOF_SHARE = 256
-"""A proof, where all layers are chosen anew, may take lists so many times as long."""
+"""How many times longer lists may be in a proof, where all layers are chosen anew."""
 PROOF_PAIRS = 64
-"""It may meet so many times as many pairs."""
-BLOCK = 65_536
-"""Pairs looked at in one go; so many stay in the processor's cache."""
+"""How many times more pairs a proof may look at than two full lists have."""
+PAIRS_AT_ONCE = 65_536
+"""Pairs computed at once; so many stay in the processor's cache."""
 SIZES = (4, 6, 8, 12, 18, 27, 40)
-"""Layers chosen anew, in turns."""
+"""How many layers are chosen anew: these numbers in order, again and again."""
 PATIENCE = 10
-"""Turns through all sizes without a better choice after which the search ends."""
+"""Rounds through all sizes without a better choice after which the search ends."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The best choice that was found; it need not keep the limits."""
+class LocalOptimum:
+    """The best choice that local search reached; it need not keep the limits."""
 
     choice: Choice
     proven: bool
-    """Whether all better ones were looked for and there is none; the bound alone may prove as much."""
+    """Whether an exhaustive search showed that there is no better one. False also where the bound alone proves it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +60,15 @@ class _Combinations:
 
     def variants(self, index: int) -> dict[int, int]:
         """One combination as variants by layer."""
-        at, found = int(self.order[index]), {}
+        at, chosen = int(self.order[index]), {}
         for layer, (parents, variants) in zip(reversed(self.layers), reversed(self.steps), strict=True):
-            found[layer] = int(variants[at])
+            chosen[layer] = int(variants[at])
             at = int(parents[at])
-        return found
+        return chosen
 
 
 class Neighbourhoods:
-    """A choice that becomes better."""
+    """A choice that is improved step by step, and the work this has taken."""
 
     def __init__(self, program: Program, relaxation: Relaxation, start: Choice | None) -> None:
         self.program, self.relaxation = program, relaxation
@@ -95,14 +97,16 @@ class Neighbourhoods:
         return self.violation == 0 and cost - self.relaxation.bound <= max(relative_gap, ROUNDING) * abs(cost)
 
     def improve(self, layers: Sequence[int], length: int) -> None:
-        """Choose some layers anew: the best that such lists show; if the limits are broken, the nearest to them."""
+        """Choose some layers anew: the cheapest pair of the lists or, if the limits are broken, the nearest to them."""
         holds = self.violation == 0
         budget = self.distance - self._reduced_outside(layers) if holds else np.inf
         first, second = (self._combine(half, budget, length) for half in (layers[::2], layers[1::2]))
-        self._take(first, second, self._meet(first, second, budget) if holds else self._approach(first, second))
+        self._take(
+            first, second, self._best_pair(first, second, budget) if holds else self._nearest_pair(first, second)
+        )
 
     def prove(self, length: int) -> bool:
-        """Choose all layers anew; whether the choice is now the best there is. Nothing is done if that is too much."""
+        """Choose all layers anew; whether the choice is now proven optimal. Does nothing if that is too much work."""
         budget = self.distance
         layers = np.argsort((self.relaxation.reduced <= budget).sum(axis=1), kind="stable").tolist()
         halves = []
@@ -113,7 +117,7 @@ class Neighbourhoods:
         first, second = halves
         if _num_pairs(first, second, budget) > PROOF_PAIRS * length**2:
             return False
-        self._take(first, second, self._meet(first, second, budget))
+        self._take(first, second, self._best_pair(first, second, budget))
         return True
 
     def _take(self, first: _Combinations, second: _Combinations, pair: tuple[int, int] | None) -> None:
@@ -155,7 +159,7 @@ class Neighbourhoods:
         order = np.argsort(reduced, kind="stable")
         return _Combinations(layers, reduced[order], usage[:, order], steps, order, complete)
 
-    def _meet(self, first: _Combinations, second: _Combinations, budget: float) -> tuple[int, int] | None:
+    def _best_pair(self, first: _Combinations, second: _Combinations, budget: float) -> tuple[int, int] | None:
         """The cheapest pair below the budget that keeps the limits, if there is one."""
         room, prices = self._room([*first.layers, *second.layers]), self.relaxation.prices
         budget -= ROUNDING * abs(self.relaxation.bound)
@@ -167,7 +171,7 @@ class Neighbourhoods:
             width = int(np.searchsorted(second.reduced, budget - first.reduced[row]))
             if not width:
                 break
-            rows = slice(row, row + max(1, BLOCK // width))
+            rows = slice(row, row + max(1, PAIRS_AT_ONCE // width))
             left = room[:, None] - first.usage[:, rows]
             cost = costs[0][rows, None] + (costs[1][:width] + constant)
             for limit, used in enumerate(second.usage[:, :width]):
@@ -180,7 +184,7 @@ class Neighbourhoods:
             row = rows.stop
         return best
 
-    def _approach(self, first: _Combinations, second: _Combinations) -> tuple[int, int]:
+    def _nearest_pair(self, first: _Combinations, second: _Combinations) -> tuple[int, int]:
         """The pair that exceeds the limits least, of these the one with the least reduced costs."""
         room = self._room([*first.layers, *second.layers])
         over = np.zeros((len(first.reduced), len(second.reduced)))
@@ -194,14 +198,14 @@ class Neighbourhoods:
 
 
 def _num_pairs(first: _Combinations, second: _Combinations, budget: float) -> int:
-    """Pairs within the budget."""
+    """How many pairs are within the budget."""
     return int(np.searchsorted(second.reduced, budget - first.reduced).sum())
 
 
-def search_near(
+def improve_choice(
     program: Program, relaxation: Relaxation, start: Choice | None, relative_gap: float, length: int, most_pairs: float
-) -> Found:
-    """Make a choice better until it is within the gap or that helps no more, then try to prove that it is the best.
+) -> LocalOptimum:
+    """Improve a choice until it is within the gap or nothing improves it, then try to prove that it is optimal.
 
     Args:
         program: what is chosen and under which limits.
@@ -211,13 +215,13 @@ def search_near(
         length: how many combinations of one half of a neighbourhood to list.
         most_pairs: how much work at most.
     """
-    near = Neighbourhoods(program, relaxation, start)
-    dice = np.random.default_rng(0)
+    search = Neighbourhoods(program, relaxation, start)
+    generator = np.random.default_rng(0)
     stale, sizes = 0, cycle(SIZES)
-    while stale <= PATIENCE * len(SIZES) and near.pairs < most_pairs and not near.is_within(relative_gap):
-        before = (near.violation, near.distance)
-        near.improve(dice.permutation(program.num_layers)[: next(sizes)].tolist(), length)
-        stale = 0 if (near.violation, near.distance) < before else stale + 1
-    unproven = near.violation == 0 and not near.is_within(relative_gap)
-    proven = unproven and near.pairs < most_pairs and near.prove(length)
-    return Found(tuple(near.choice.tolist()), proven)
+    while stale <= PATIENCE * len(SIZES) and search.pairs < most_pairs and not search.is_within(relative_gap):
+        before = (search.violation, search.distance)
+        search.improve(generator.permutation(program.num_layers)[: next(sizes)].tolist(), length)
+        stale = 0 if (search.violation, search.distance) < before else stale + 1
+    unproven = search.violation == 0 and not search.is_within(relative_gap)
+    proven = unproven and search.pairs < most_pairs and search.prove(length)
+    return LocalOptimum(tuple(search.choice.tolist()), proven)

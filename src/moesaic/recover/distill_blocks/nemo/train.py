@@ -61,7 +61,7 @@ class BlockModel(ModelPT):
             parameter.data = checkpoint.tensor(name).to(parameter.device, torch.float32)
             parameter.requires_grad = True
         self.window = checkpoint.architecture.blocks[cfg.layer].window
-        self.turns = loading.rotary(checkpoint, cfg.num_positions)
+        self.rotary = loading.rotary(checkpoint, cfg.num_positions)
         self.losses: list[float] = []
         self._printed = time.monotonic()
 
@@ -84,9 +84,9 @@ class BlockModel(ModelPT):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The block's output; learned weights and the residual stream are float32 in any precision."""
-        turns = (self.turns[0].to(hidden.device), self.turns[1].to(hidden.device))
+        rotary = (self.rotary[0].to(hidden.device), self.rotary[1].to(hidden.device))
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16"):
-            return layers.run_block(self.block, hidden.float(), turns, self.window)
+            return layers.run_block(self.block, hidden.float(), rotary, self.window)
 
     def training_step(self, batch: Example, batch_idx: int) -> Tensor:
         """The loss of one batch; a block that diverges ends the stage."""

@@ -1,4 +1,4 @@
-"""What stages hand on to each other, read back: one place that says which stage's output is missing or not its own."""
+"""Readers of stage outputs. Their errors name the file, and the stage whose output should be given or made again."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from moesaic.models.architecture import Architecture
 
 
 def read_text(path: Path) -> str:
-    """A payload as text; an ArtifactError if it is not there."""
+    """The text of a stage's output file; an ArtifactError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as missing:
@@ -17,7 +17,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A payload that is a JSON object; an ArtifactError if it is missing or broken."""
+    """The JSON object in a stage's output file; an ArtifactError if it is missing or broken."""
     try:
         content: dict[str, Any] = json.loads(read_text(path))
     except ValueError as broken:
