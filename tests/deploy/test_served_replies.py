@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.running import load
 from moesaic.measure.evaluate import run as evaluate
 from moesaic.measure.evaluate.stage import EvaluateConfig
@@ -31,7 +31,7 @@ PAYLOAD = ("evaluation.json", "samples.jsonl")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    running = Running(load(REASONER / "parent", "reasoner", "bf16", "float32", Limits(max_context=10**6)))
+    running = Running(load(REASONER / "parent", "reasoner", "bf16", "float32", ServerLimits(max_context=10**6)))
     yield running
     running.stop()
 

@@ -24,7 +24,7 @@ from moesaic.data.chat import render_conversation
 from moesaic.data.verifiers import split_reply
 from moesaic.deploy.server.app import create_app
 from moesaic.deploy.server.batching import Engine
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.running import StoppingServer, bind, load
 from moesaic.deploy.server.served import Served
 from moesaic.models.architecture import Architecture, Block
@@ -33,7 +33,7 @@ from moesaic.search.prune_model import run as prune_model
 from moesaic.search.prune_model.stage import PruneModelConfig
 from tests.closeness import assert_decided, assert_same_replies
 
-LIMITS = Limits(max_context=10**6, max_batch=8, max_waiting=400, max_body_bytes=20_000)
+LIMITS = ServerLimits(max_context=10**6, max_batch=8, max_waiting=400, max_body_bytes=20_000)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CACHE_TIE = 1e-3
 """Of the largest logit: what it may change by if rounding puts one element of the FP8 cache a step (6 %) further."""
@@ -377,7 +377,7 @@ def test_a_client_that_goes_frees_its_place(parent: Running, stream: bool) -> No
 
 
 def test_a_full_queue_says_when_to_come_back(tiny_parent: Path) -> None:
-    limits = Limits(max_context=512, max_batch=1, max_waiting=1)
+    limits = ServerLimits(max_context=512, max_batch=1, max_waiting=1)
     running = Running(load(tiny_parent, "tiny", "bf16", "float32", limits))
     with long_request(running, True), long_request(running, True):
         wait_for(lambda: (running.engine.num_running, running.engine.num_waiting) == (1, 1))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from moesaic.deploy.server import batching
 from moesaic.deploy.server.batching import Closed, Engine, Event, Full, Reply
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.replies import Piece
 from moesaic.deploy.server.sampling import Rule
 from moesaic.models.generation import Decoding, Sampling, generate
@@ -72,7 +72,7 @@ def start(model: PreTrainedModel, collected: Collected) -> Iterator[Callable[...
     engines: list[Engine] = []
 
     def started(**limits: int) -> Engine:
-        engines.append(Engine(model, Limits(**{"max_context": 512, **limits})))
+        engines.append(Engine(model, ServerLimits(**{"max_context": 512, **limits})))
         engines[-1].start(collected)
         return engines[-1]
 

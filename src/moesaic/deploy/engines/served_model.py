@@ -11,7 +11,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.deploy.engines import Offer, check_available, serving
 from moesaic.deploy.engines.completions import Arrival, Completion, Rules, check_client, complete
 from moesaic.deploy.export_engine.bundle import write_bundle
-from moesaic.deploy.export_engine.manifest import MANIFEST, ExportManifest
+from moesaic.deploy.export_engine.bundle_manifest import MANIFEST, BundleManifest
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import read_stop_ids
@@ -109,7 +109,7 @@ def _bundle(config: AsksServer, model: Path, scratch: Path) -> Path:
 
 
 def _check_cache(bundle: Path, kv_cache: EmulatedCache) -> None:
-    made_for = ExportManifest.read(bundle).kv_cache.kind
+    made_for = BundleManifest.read(bundle).kv_cache.kind
     if made_for != kv_cache:
         raise ConfigError(
             f"kv_cache is {kv_cache!r}, but the bundle {bundle} was exported with {made_for!r}; export one for it, "

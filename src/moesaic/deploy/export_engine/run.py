@@ -7,7 +7,7 @@ from pathlib import Path
 from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.progress import track
 from moesaic.deploy.export_engine.bundle import write_bundle
-from moesaic.deploy.export_engine.manifest import VALIDATION
+from moesaic.deploy.export_engine.bundle_manifest import VALIDATION
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.export_engine.validation import validate
 from moesaic.deploy.export_engine.verdict import BundleChecks

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from moesaic.core.errors import ArtifactError
-from moesaic.deploy.export_engine.manifest import ExportManifest
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 
 VERSIONS = ">=1.2,<1.4"
@@ -61,13 +61,13 @@ _REQUIRED = {
 }
 
 
-def windows(manifest: ExportManifest) -> list[int]:
+def windows(manifest: BundleManifest) -> list[int]:
     """Tokens that each layer's cache keeps."""
     longest = manifest.max_seq_len
     return [min(layer.sliding_window or longest, longest) for layer in manifest.layers]
 
 
-def files(manifest: ExportManifest, packed: bool) -> dict[str, str]:
+def files(manifest: BundleManifest, packed: bool) -> dict[str, str]:
     """The engine's files by name."""
     serve = _settings(manifest, manifest.config.prefix_reuse)
     return {
@@ -77,7 +77,7 @@ def files(manifest: ExportManifest, packed: bool) -> dict[str, str]:
     }
 
 
-def _settings(manifest: ExportManifest, prefix_reuse: bool) -> dict[str, Any]:
+def _settings(manifest: BundleManifest, prefix_reuse: bool) -> dict[str, Any]:
     config = manifest.config
     return {
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -103,7 +103,7 @@ def _cache_dtype(config: ExportEngineConfig) -> str:
     return "auto" if config.kv_cache == "bf16" else "fp8"
 
 
-def _quant_config(manifest: ExportManifest, packed: bool) -> dict[str, Any]:
+def _quant_config(manifest: BundleManifest, packed: bool) -> dict[str, Any]:
     return {
         "producer": {"name": "moesaic", "version": manifest.moesaic},
         "quantization": {
@@ -115,7 +115,7 @@ def _quant_config(manifest: ExportManifest, packed: bool) -> dict[str, Any]:
     }
 
 
-def check(bundle: Path, manifest: ExportManifest, packed: bool) -> None:
+def check(bundle: Path, manifest: BundleManifest, packed: bool) -> None:
     """Check the engine's files against the manifest.
 
     Raises:
@@ -128,7 +128,7 @@ def check(bundle: Path, manifest: ExportManifest, packed: bool) -> None:
         raise ArtifactError(f"{bundle / QUANT_CONFIG} says {found.get('quantization')}; it must say {expected}")
 
 
-def _check_yaml(path: Path, manifest: ExportManifest) -> None:
+def _check_yaml(path: Path, manifest: BundleManifest) -> None:
     try:
         found = yaml.safe_load(path.read_text())
     except yaml.YAMLError as broken:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moesaic.core.errors import ArtifactError
-from moesaic.deploy.export_engine.manifest import ExportManifest
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 
 VERSIONS = ">=0.33,<0.34"
 PLUGIN = "vllm_plugin"
@@ -19,12 +19,12 @@ ARGUMENTS = "serve.args"
 ENTRY_POINTS = "vllm.general_plugins"
 
 
-def files(manifest: ExportManifest) -> dict[str, str]:
+def files(manifest: BundleManifest) -> dict[str, str]:
     """The engine's files by name: the arguments, one a line."""
     return {ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest))}
 
 
-def _lines(manifest: ExportManifest) -> list[str]:
+def _lines(manifest: BundleManifest) -> list[str]:
     config = manifest.config
     lines = [
         f"--tensor-parallel-size {config.tensor_parallel_size}",
@@ -58,7 +58,7 @@ class _Arguments(argparse.ArgumentParser):
         raise ArtifactError(f"{self._path}: {message}")
 
 
-def check(bundle: Path, manifest: ExportManifest) -> None:
+def check(bundle: Path, manifest: BundleManifest) -> None:
     """Check the engine's files against the manifest.
 
     Raises:

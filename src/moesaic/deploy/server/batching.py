@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.replies import Piece, Writer
 from moesaic.deploy.server.sampling import Draw, Rule, choose
 from moesaic.models.generation import PREFILL_TOKENS, Decoding, read_prompts
@@ -86,7 +86,7 @@ Deliver = Callable[[Sequence[tuple[Reply, Event]]], None]
 class Engine:
     """Generates the replies that are submitted to it. Every reply gets events until one has a ``finish``."""
 
-    def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
+    def __init__(self, model: PreTrainedModel, limits: ServerLimits) -> None:
         self._model, self.limits = model, limits
         self._waiting: deque[Reply] = deque()
         self._running: list[Reply] = []

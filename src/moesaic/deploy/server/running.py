@@ -19,7 +19,7 @@ from moesaic.data.chat import load_tokenizer
 from moesaic.deploy.server.app import create_app
 from moesaic.deploy.server.batching import Engine
 from moesaic.deploy.server.harmony import find_markers
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.served import Served
 from moesaic.models import kv_cache
 from moesaic.models.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ _SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep Python to itself: with the usual 5 ms, small models' tokens would leave in bunches."""
 
 
-def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limits: Limits) -> Served:
+def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limits: ServerLimits) -> Served:
     """Load a checkpoint to serve it.
 
     Args:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesaic.data.chat import render_conversation
 from moesaic.deploy.server.batching import Reply
 from moesaic.deploy.server.harmony import ChatWriter
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.protocol import ChatRequest, CompletionRequest, RequestError
 from moesaic.deploy.server.replies import Decode, PlainWriter
 from moesaic.deploy.server.sampling import Rule
@@ -32,7 +32,7 @@ class Served:
     tokenizer: PreTrainedTokenizerBase
     markers: dict[int, str]
     stop_ids: frozenset[int]
-    limits: Limits
+    limits: ServerLimits
 
     def chat_replies(self, asked: ChatRequest) -> list[Reply]:
         """One reply for each of ``n``.

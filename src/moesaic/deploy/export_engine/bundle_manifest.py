@@ -33,7 +33,7 @@ class Layer(_Frozen):
     key_scale: float | None = None
     """What a unit of K in the FP8 cache stands for in the child; None where the cache is not calibrated."""
     value_scale: float | None = None
-    """The same of V."""
+    """What a unit of V in the FP8 cache stands for in the child; None where the cache is not calibrated."""
 
 
 class KvPolicy(_Frozen):
@@ -56,8 +56,8 @@ class Source(_Frozen):
     """Which candidate it is and which experts of its parent it kept; None for a model that was never pruned."""
 
 
-class ExportManifest(_Frozen):
-    """All of that."""
+class BundleManifest(_Frozen):
+    """What a bundle says of itself."""
 
     moesaic: str
     """Version of Moesaic that wrote the bundle."""
@@ -77,7 +77,7 @@ class ExportManifest(_Frozen):
     """Every file of the bundle but this one, sorted by path."""
 
     @classmethod
-    def read(cls, bundle: Path) -> "ExportManifest":
+    def read(cls, bundle: Path) -> "BundleManifest":
         """The manifest of a bundle.
 
         Raises:
@@ -94,7 +94,7 @@ class ExportManifest(_Frozen):
             raise ArtifactError(f"{path}: {place}: {first['msg']}; export the model again") from invalid
 
 
-def seal(bundle: Path, manifest: ExportManifest, digests: "Digests | None" = None) -> None:
+def seal(bundle: Path, manifest: BundleManifest, digests: "Digests | None" = None) -> None:
     """Write the manifest of a bundle whose other files are all there."""
     known = digests or Digests()
     files = tuple(
@@ -105,7 +105,7 @@ def seal(bundle: Path, manifest: ExportManifest, digests: "Digests | None" = Non
     (bundle / MANIFEST).write_text(sealed.model_dump_json(indent=1) + "\n")
 
 
-def check_files(bundle: Path, manifest: ExportManifest) -> None:
+def check_files(bundle: Path, manifest: BundleManifest) -> None:
     """Compare a bundle's files with its manifest, byte for byte.
 
     Raises:
