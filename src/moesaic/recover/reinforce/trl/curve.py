@@ -12,17 +12,7 @@ from transformers.integrations import MLflowCallback
 from moesaic.core.errors import StageError
 from moesaic.core.live_log import LiveLog
 from moesaic.core.training_curve import append_row, resume_curve
-
-EFFORT_FIGURES = (
-    "reward",
-    "reward_correct",
-    "reward_format",
-    "reward_length",
-    "accuracy",
-    "tokens_per_request",
-    "truncated",
-)
-"""Means over the replies of one effort, whose name they end with; absent where a step asked nothing at that effort."""
+from moesaic.recover.reinforce.rewards import EFFORT_FIGURES
 
 _NAMES = {
     "loss": "loss",
@@ -108,9 +98,9 @@ def _check_finite(row: dict[str, float]) -> None:
         raise diverged(int(row["step"]), ", ".join(broken))
 
 
-def diverged(step: int, found: str) -> StageError:
-    """The error that ends a training which has gone astray; the last checkpoint is from before it."""
+def diverged(step: int, sign: str) -> StageError:
+    """The error that ends a diverged training."""
     return StageError(
-        f"step {step}: {found}; the policy has diverged. Lower optimizer.learning_rate or max_gradient_norm, or raise "
+        f"step {step}: {sign}; the policy has diverged. Lower optimizer.learning_rate or max_gradient_norm, or raise "
         "warmup_steps, and run again"
     )
