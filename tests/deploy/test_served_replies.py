@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.server.limits import ServerLimits
-from moesaic.deploy.server.running import load
+from moesaic.deploy.server.process import load
 from moesaic.measure.evaluate import run as evaluate
 from moesaic.measure.evaluate.stage import EvaluateConfig
 from moesaic.recover.generate_traces import run as generate_traces

@@ -25,8 +25,8 @@ from moesaic.data.verifiers import split_reply
 from moesaic.deploy.server.app import create_app
 from moesaic.deploy.server.batching import Engine
 from moesaic.deploy.server.limits import ServerLimits
-from moesaic.deploy.server.running import StoppingServer, bind, load
-from moesaic.deploy.server.served import Served
+from moesaic.deploy.server.process import StoppingServer, bind, load
+from moesaic.deploy.server.served_model import ServedModel
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.generation import Sampling, generate
 from moesaic.search.prune_model import run as prune_model
@@ -56,7 +56,7 @@ def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Running:
     """A server in a thread, and a client of it."""
 
-    def __init__(self, served: Served, stop_within_s: float = 20) -> None:
+    def __init__(self, served: ServedModel, stop_within_s: float = 20) -> None:
         self.served, self.engine = served, Engine(served.model, served.limits)
         listener, ready = bind("127.0.0.1", 0), threading.Event()
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"

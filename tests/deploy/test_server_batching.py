@@ -13,7 +13,7 @@ from moesaic.deploy.server import batching
 from moesaic.deploy.server.batching import Closed, Engine, Event, Full, Reply
 from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.replies import Piece
-from moesaic.deploy.server.sampling import Rule
+from moesaic.deploy.server.sampling import SamplingParams
 from moesaic.models.generation import Decoding, Sampling, generate
 from moesaic.models.gpt_oss_puzzle import load_model
 from tests.closeness import assert_same_replies
@@ -81,13 +81,15 @@ def start(model: PreTrainedModel, collected: Collected) -> Iterator[Callable[...
         engine.abort()
 
 
-def ask(prompt: Sequence[int], **rule: Any) -> Reply:
-    return Reply(prompt, Rule(**{"max_tokens": 12, "temperature": 0.0, "stop_ids": STOPS, **rule}), Numbers())
+def ask(prompt: Sequence[int], **sampling: Any) -> Reply:
+    return Reply(
+        prompt, SamplingParams(**{"max_tokens": 12, "temperature": 0.0, "stop_ids": STOPS, **sampling}), Numbers()
+    )
 
 
 def draw_prompts(count: int) -> list[list[int]]:
-    dice = random.Random(1)
-    return [[dice.randrange(20, 64) for _ in range(dice.randint(1, 40))] for _ in range(count)]
+    generator = random.Random(1)
+    return [[generator.randrange(20, 64) for _ in range(generator.randint(1, 40))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_batch": 3}, {"max_cache_tokens": 120}])
@@ -115,10 +117,10 @@ def test_sampled_replies_depend_on_their_seed_and_not_on_their_batch(
     start: Callable[..., Engine], collected: Collected
 ) -> None:
     prompts = draw_prompts(6)
-    rule = {"temperature": 1.0, "top_p": 0.9, "stop_ids": frozenset()}
-    together = [ask(prompt, seed=str(place), **rule) for place, prompt in enumerate(prompts)]
-    again = [ask(prompt, seed=str(place), **rule) for place, prompt in enumerate(prompts)]
-    other = [ask(prompt, seed="x", **rule) for prompt in prompts]
+    sampling = {"temperature": 1.0, "top_p": 0.9, "stop_ids": frozenset()}
+    together = [ask(prompt, seed=str(place), **sampling) for place, prompt in enumerate(prompts)]
+    again = [ask(prompt, seed=str(place), **sampling) for place, prompt in enumerate(prompts)]
+    other = [ask(prompt, seed="x", **sampling) for prompt in prompts]
     start().submit([*together, *other])
     start(max_batch=1).submit(again)
     collected.wait_for_all([*together, *again, *other])

@@ -160,9 +160,9 @@ def train_plainly(
     tokenizer = load_tokenizer(parent.directory)
     sequences = [tokenize(tokenizer, row, 8192) for row in read_conversations(calibration)]
     batches = make_batches(split_held_out(sequences)[0], CONFIG.batch_tokens)
-    turns = loading.rotary(parent, 512)
-    inputs = [parent_states(parent, batch, turns, layer) for batch in batches]
-    targets = [parent_states(parent, batch, turns, layer + 1) for batch in batches]
+    rotary = loading.rotary(parent, 512)
+    inputs = [parent_states(parent, batch, rotary, layer) for batch in batches]
+    targets = [parent_states(parent, batch, rotary, layer + 1) for batch in batches]
     block = loading.load_block(child, layer)
     prefix = gpt_oss.layer_prefix(layer)
     names = gpt_oss.trainable_names(child.shape, child.architecture, CONFIG.trainable)
@@ -174,7 +174,7 @@ def train_plainly(
     losses = []
     for step, index in enumerate(batch_order(len(batches), CONFIG.seed, range(CONFIG.steps))):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * schedule(step)
-        output = layers.run_block(block, inputs[index], turns, child.architecture.blocks[layer].window)
+        output = layers.run_block(block, inputs[index], rotary, child.architecture.blocks[layer].window)
         loss = block_loss(output, targets[index], batches[index].is_token)
         optimizer.zero_grad()
         loss.backward()
@@ -184,11 +184,11 @@ def train_plainly(
     return losses, {name: parameter.detach() for name, parameter in learned.items()}
 
 
-def parent_states(parent: Checkpoint, batch: Batch, turns: layers.Rotary, boundary: int) -> torch.Tensor:
+def parent_states(parent: Checkpoint, batch: Batch, rotary: layers.Rotary, boundary: int) -> torch.Tensor:
     (hidden,) = loading.embed(parent, [batch.token_ids])
     for layer in range(boundary):
         module = loading.load_block(parent, layer)
-        hidden = layers.run_block(module, hidden, turns, parent.architecture.blocks[layer].window)
+        hidden = layers.run_block(module, hidden, rotary, parent.architecture.blocks[layer].window)
     return hidden
 
 

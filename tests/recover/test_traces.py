@@ -119,10 +119,10 @@ def test_a_batch_by_hand() -> None:
 def test_packed_traces_do_not_see_each_other(tiny_parent: Path) -> None:
     """Hidden states and logits of a packed row are those of its traces alone; window layers and full ones."""
     model = load_model(tiny_parent, torch.float32)
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(prompt: int, reply: int) -> Trace:
-        ids = [tuple(torch.randint(20, 64, (length,), generator=dice).tolist()) for length in (prompt, reply)]
+        ids = [tuple(torch.randint(20, 64, (length,), generator=generator).tolist()) for length in (prompt, reply)]
         return Trace("x", "add", "low", ids[0], ids[1], True, False, False)
 
     row = PackedRow((draw(20, 15), draw(3, 9), draw(12, 13)))

@@ -73,7 +73,7 @@ def _serve(options: argparse.Namespace) -> None:
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}; pip install 'moesaic[serve]'")
     from moesaic.deploy.server.limits import ServerLimits
-    from moesaic.deploy.server.running import bind, load, serve
+    from moesaic.deploy.server.process import bind, load, serve
 
     given = vars(options)
     limits = ServerLimits(

@@ -18,7 +18,7 @@ from moesaic.deploy.server.exchange import Exchange, Exchanges, stopping
 from moesaic.deploy.server.metrics import CountingRequests, Metrics
 from moesaic.deploy.server.protocol import Body, ChatRequest, CompletionRequest, RequestError, parse
 from moesaic.deploy.server.schema import describe
-from moesaic.deploy.server.served import Served
+from moesaic.deploy.server.served_model import ServedModel
 from moesaic.deploy.server.shapes import ChatShape, CompletionShape, Shape
 
 _CLIENT_GONE = 499
@@ -26,7 +26,7 @@ _RETRY_AFTER_S = "1"
 """When a refused client may try again."""
 
 
-def create_app(served: Served, engine: Engine) -> FastAPI:
+def create_app(served: ServedModel, engine: Engine) -> FastAPI:
     """The application; its lifespan starts the engine and ends it."""
     exchanges, metrics = Exchanges(engine), Metrics(engine)
 
@@ -55,7 +55,7 @@ def create_app(served: Served, engine: Engine) -> FastAPI:
 class Endpoints:
     """What each path answers."""
 
-    served: Served
+    served: ServedModel
     engine: Engine
     exchanges: Exchanges
     metrics: Metrics

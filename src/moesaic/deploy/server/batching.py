@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.replies import Piece, Writer
-from moesaic.deploy.server.sampling import Draw, Rule, choose
+from moesaic.deploy.server.sampling import Draw, SamplingParams, choose
 from moesaic.models.generation import PREFILL_TOKENS, Decoding, read_prompts
 
 Finish = Literal["stop", "length", "failed", "closed"]
@@ -46,12 +46,12 @@ class Event:
 class Reply:
     """One reply on its way through the engine, which alone changes it; ``eq`` is identity."""
 
-    def __init__(self, prompt: Sequence[int], rule: Rule, writer: Writer) -> None:
-        self.prompt, self.rule = tuple(prompt), rule
+    def __init__(self, prompt: Sequence[int], sampling: SamplingParams, writer: Writer) -> None:
+        self.prompt, self.sampling = tuple(prompt), sampling
         self.token_ids: list[int] = []
         self.cancelled = False
         self._writer = writer
-        self._dice = random.Random(rule.seed)
+        self._generator = random.Random(sampling.seed)
 
     @property
     def num_generated(self) -> int:
@@ -61,20 +61,20 @@ class Reply:
     @property
     def longest(self) -> int:
         """Tokens of the prompt and of a reply that uses all it may."""
-        return len(self.prompt) + self.rule.max_tokens
+        return len(self.prompt) + self.sampling.max_tokens
 
     def draw(self) -> Draw:
         """What this row brings to the next choice."""
-        return Draw(self.rule, self._dice.random(), self.num_generated)
+        return Draw(self.sampling, self._generator.random(), self.num_generated)
 
     def take(self, token: int) -> Event:
         """Append a token."""
         self.token_ids.append(token)
-        may_stop = self.num_generated >= self.rule.min_tokens
-        ends = token in self.rule.stop_ids
+        may_stop = self.num_generated >= self.sampling.min_tokens
+        ends = token in self.sampling.stop_ids
         pieces = self._writer.add(token, may_stop)
         finish: Finish | None = "stop" if ends or self._writer.stopped else None
-        if finish is None and self.num_generated == self.rule.max_tokens:
+        if finish is None and self.num_generated == self.sampling.max_tokens:
             finish = "length"
         return Event((*pieces, *self._writer.finish()) if finish else tuple(pieces), finish)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from moesaic.deploy.server.replies import Decode, HeldText, Kind, Piece, TokenText
+from moesaic.deploy.server.replies import Decode, IncrementalDetokenizer, Kind, Piece, StopTextFilter
 
 _MARKER = re.compile(r"<\|(\w+)\|>")
 
@@ -63,8 +63,8 @@ class ChatWriter:
     def _open(self, kind: Kind, marker: str = "") -> None:
         """From here on text is of another message, or behind another marker."""
         self._kind, self._marker, self._header = kind, marker, ""
-        self._text = TokenText(self._decode)
-        self._visible = HeldText(self._stops, strip=True)
+        self._text = IncrementalDetokenizer(self._decode)
+        self._visible = StopTextFilter(self._stops, strip=True)
         self._at_start = True
 
     def _show(self, text: str, may_stop: bool) -> list[Piece]:

@@ -39,7 +39,7 @@ class Writer(Protocol):
         ...
 
 
-class TokenText:
+class IncrementalDetokenizer:
     """Decodes tokens one at a time; their texts together are the text of all."""
 
     def __init__(self, decode: Decode) -> None:
@@ -65,7 +65,7 @@ class TokenText:
         return self._decode(self._shown + self._held)[len(self._decode(self._shown)) :]
 
 
-class HeldText:
+class StopTextFilter:
     """Lets text through up to a stop text, and none that may turn out to belong to one.
 
     Args:
@@ -117,8 +117,8 @@ class PlainWriter:
     """A completion: all text as it is."""
 
     def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
-        self._text = TokenText(decode)
-        self._visible = HeldText(stops, strip=False)
+        self._text = IncrementalDetokenizer(decode)
+        self._visible = StopTextFilter(stops, strip=False)
 
     @property
     def stopped(self) -> bool:

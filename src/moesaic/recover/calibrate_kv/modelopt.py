@@ -88,11 +88,11 @@ def _calibrate(checkpoint: Checkpoint, batches: Sequence[tuple[Tensor, Tensor]],
     device = loading.choose_device()
     states = loading.embed(checkpoint, [token_ids for token_ids, _ in batches], dtype)
     is_token = [mask for _, mask in batches]
-    turns = loading.rotary(checkpoint, max(batch.shape[1] for batch in states), dtype, device)
+    rotary = loading.rotary(checkpoint, max(batch.shape[1] for batch in states), dtype, device)
     for layer in track(range(checkpoint.num_layers), checkpoint.num_layers, "calibrating layers"):
         block = loading.load_block(checkpoint, layer, dtype, device)
         window = checkpoint.architecture.blocks[layer].window
-        run = partial(_run_batches, block=block, states=states, is_token=is_token, turns=turns, window=window)
+        run = partial(_run_batches, block=block, states=states, is_token=is_token, rotary=rotary, window=window)
         with contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():  # modelopt prints for every layer
             quantize(_Attention(block), _KV_QUANTIZERS, run)
         yield float(block.self_attn.k_bmm_quantizer.amax), float(block.self_attn.v_bmm_quantizer.amax)
@@ -103,14 +103,14 @@ def _run_batches(
     block: GptOssDecoderLayer,
     states: list[Tensor],
     is_token: Sequence[Tensor],
-    turns: layers.Rotary,
+    rotary: layers.Rotary,
     window: int | None,
 ) -> None:
     """Take the states on to the next layer, in place, while the quantisers in ``attention`` look on."""
-    device = turns[0].device
+    device = rotary[0].device
     for index, mask in enumerate(is_token):
         with _counting_only(mask.to(device), attention.get_submodule("self_attn")):
-            states[index] = layers.run_block(block, states[index].to(device), turns, window).cpu()
+            states[index] = layers.run_block(block, states[index].to(device), rotary, window).cpu()
 
 
 @contextlib.contextmanager

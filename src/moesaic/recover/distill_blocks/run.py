@@ -109,7 +109,7 @@ def _save_states(
         return
     dtype, device = getattr(torch, config.precision), loading.choose_device()
     save_tensors(scratch / MASKS, {name: batch.is_token for name, batch in batches.items()})
-    turns = loading.rotary(teacher, max(batch.num_positions for batch in batches.values()), dtype, device)
+    rotary = loading.rotary(teacher, max(batch.num_positions for batch in batches.values()), dtype, device)
     first = max((boundary for boundary in needed if boundary < missing[0]), default=0)
     states = _load_states(teacher, batches, boundary_file(scratch, first), dtype)
     if first in missing:
@@ -118,7 +118,7 @@ def _save_states(
         module = loading.load_block(teacher, layer, dtype, device)
         window = teacher.architecture.blocks[layer].window
         for name, hidden in states.items():
-            states[name] = run_block(module, hidden.to(device), turns, window).cpu()
+            states[name] = run_block(module, hidden.to(device), rotary, window).cpu()
         if layer + 1 in needed:
             save_tensors(boundary_file(scratch, layer + 1), states)
 

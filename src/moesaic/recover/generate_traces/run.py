@@ -25,7 +25,7 @@ from moesaic.core.progress import track
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Problem, read_problems, render_prompt, spread_over_tasks
 from moesaic.deploy.engines.completions import Completion
-from moesaic.deploy.engines.served_model import served_replies, whole_chunks
+from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Generated, Sampling, check_lengths, generate, seed_of, stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model

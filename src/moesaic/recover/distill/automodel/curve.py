@@ -26,10 +26,10 @@ class Curve:
             resumed_step: the step whose weights training goes on from.
             writes: whether this process is the one that writes; the others only decide with it.
         """
-        self._watch = Watch(divergence_ratio)
+        self._divergence = DivergenceCheck(divergence_ratio)
         self._path = path if writes else None
         for row in (resume_curve if writes else kept_rows)(path, resumed_step):
-            self._watch.add(row)
+            self._divergence.add(row)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Append the figures of a step, or of an evaluation after it.
@@ -40,10 +40,10 @@ class Curve:
         row = {"step": step, **values}
         if self._path is not None:
             append_row(self._path, row)
-        self._watch.add(row)
+        self._divergence.add(row)
 
 
-class Watch:
+class DivergenceCheck:
     """Ends a run whose loss is no number, or whose running loss is ``ratio`` times the lowest it has been.
 
     Before there are steps enough for a running loss, the held-out loss before training stands for it.

@@ -13,7 +13,7 @@ import yaml
 
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.nodes import Nodes, Work
-from moesaic.recover.distill.automodel.driver import PREFIX
+from moesaic.recover.distill.automodel.messages import PREFIX
 from moesaic.recover.distill.automodel.settings import Job, render
 from moesaic.recover.distill.stage import DistillConfig
 

@@ -61,7 +61,7 @@ class BlockModel(ModelPT):
             parameter.data = checkpoint.tensor(name).to(parameter.device, torch.float32)
             parameter.requires_grad = True
         self.window = checkpoint.architecture.blocks[cfg.layer].window
-        self.turns = loading.rotary(checkpoint, cfg.num_positions)
+        self.rotary = loading.rotary(checkpoint, cfg.num_positions)
         self.losses: list[float] = []
         self._printed = time.monotonic()
 
@@ -84,9 +84,9 @@ class BlockModel(ModelPT):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The block's output; learned weights and the residual stream are float32 in any precision."""
-        turns = (self.turns[0].to(hidden.device), self.turns[1].to(hidden.device))
+        rotary = (self.rotary[0].to(hidden.device), self.rotary[1].to(hidden.device))
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16"):
-            return layers.run_block(self.block, hidden.float(), turns, self.window)
+            return layers.run_block(self.block, hidden.float(), rotary, self.window)
 
     def training_step(self, batch: Example, batch_idx: int) -> Tensor:
         """The loss of one batch; a block that diverges ends the stage."""
@@ -107,7 +107,7 @@ class BlockModel(ModelPT):
         done, total = self.trainer.global_step, self.trainer.max_steps
         if time.monotonic() - self._printed >= _LINE_EVERY_S or done == total:
             self._printed = time.monotonic()
-            _tell(f"layer {self.cfg.layer}: step {done}/{total}, loss {self.losses[-1]:.3g}")
+            _print_progress(f"layer {self.cfg.layer}: step {done}/{total}, loss {self.losses[-1]:.3g}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen, add the losses."""
@@ -124,7 +124,7 @@ class BlockModel(ModelPT):
         return {name: tensor.detach() for name, tensor in self.named_parameters() if tensor.requires_grad}
 
 
-class OpenRun(Logger):
+class MLflowRunLogger(Logger):
     """Logs into an MLflow run that others opened and will close, if its server answers."""
 
     name = version = "mlflow"
@@ -155,7 +155,7 @@ def train_block(job: BlockJob) -> None:
     for logger in trainer.loggers:
         for step, loss in ((0, before), (job.config.steps, after)):
             logger.log_metrics({f"layer_{job.layer:03d}/held_out_loss": loss}, step=step)
-    _tell(f"layer {job.layer}: held-out loss {before:.4g} -> {after:.4g}")
+    _print_progress(f"layer {job.layer}: held-out loss {before:.4g} -> {after:.4g}")
     BlockResult(tuple(model.losses), before, after, tensors).save(job.directory)
 
 
@@ -189,7 +189,7 @@ def _make_trainer(job: BlockJob) -> Trainer:
     _keep_newest_checkpoint(job.directory / "checkpoints")
     exp_manager(trainer, OmegaConf.create(_experiment_config(job)))
     if (run := os.environ.get("MLFLOW_RUN_ID")) and (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-        trainer.loggers = [OpenRun(run_id=run, tracking_uri=uri)]
+        trainer.loggers = [MLflowRunLogger(run_id=run, tracking_uri=uri)]
     return trainer
 
 
@@ -263,6 +263,6 @@ def _round_learned(model: BlockModel, checkpoint: Checkpoint) -> dict[str, Tenso
     return tensors
 
 
-def _tell(line: str) -> None:
+def _print_progress(line: str) -> None:
     """Print a line of progress; ``sys.stdout`` is the log here."""
     print(line, file=sys.__stdout__, flush=True)

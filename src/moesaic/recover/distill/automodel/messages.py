@@ -14,7 +14,7 @@ _LINE_EVERY_S = 5.0
 
 
 @contextmanager
-def leaves_word(place: Path) -> Iterator[None]:
+def record_failure(place: Path) -> Iterator[None]:
     """Leave what goes wrong within it where the stage looks, unless another rank has, and pass it on."""
     try:
         yield
@@ -25,7 +25,7 @@ def leaves_word(place: Path) -> Iterator[None]:
         raise
 
 
-class Pace:
+class StepProgress:
     """Progress for people: a line every few seconds, and at the end."""
 
     def __init__(self, num_steps: int, done: int) -> None:

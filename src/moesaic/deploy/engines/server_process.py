@@ -18,7 +18,7 @@ from moesaic.deploy.engines.adapters import (
     COUNTERS,
     HOST,
     TOKEN_OPTIONS,
-    Offer,
+    ServerSpec,
     command,
     environment,
     model_name,
@@ -68,12 +68,12 @@ class Server:
 
 
 @contextmanager
-def serving(engine: ServingEngine, offer: Offer, log: Path, timeout_s: float) -> Iterator[Server]:
+def started_server(engine: ServingEngine, spec: ServerSpec, log: Path, timeout_s: float) -> Iterator[Server]:
     """Start a server and wait until it answers; stop it when the block ends.
 
     Args:
         engine: which kind.
-        offer: what it serves.
+        spec: what it serves.
         log: where its output goes.
         timeout_s: how long it may take to answer.
 
@@ -81,15 +81,15 @@ def serving(engine: ServingEngine, offer: Offer, log: Path, timeout_s: float) ->
         StageError: if it dies or does not answer in time, with the end of its log.
     """
     if engine == "running":
-        url = running_url(offer.role)
+        url = running_url(spec.role)
         _await_health(url, None, log, timeout_s)
         name, owner = next(iter(_models(url).items()))
         yield Server(url, name, None, log, owner)
         return
     port = _free_port()
     url = f"http://{HOST}:{port}"
-    name = model_name(engine, offer)
-    with tethered(command(engine, offer, port), log, environment(engine, offer)) as process:
+    name = model_name(engine, spec)
+    with tethered(command(engine, spec, port), log, environment(engine, spec)) as process:
         _await_health(url, process, log, timeout_s)
         if name not in (models := _models(url)):
             raise StageError(f"{url} serves {[*models]}, not {name!r}: another server took the port; start again")

@@ -20,7 +20,7 @@ from moesaic.deploy.server.app import create_app
 from moesaic.deploy.server.batching import Engine
 from moesaic.deploy.server.harmony import find_markers
 from moesaic.deploy.server.limits import ServerLimits
-from moesaic.deploy.server.served import Served
+from moesaic.deploy.server.served_model import ServedModel
 from moesaic.models import kv_cache
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import stop_ids
@@ -35,7 +35,7 @@ _SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep Python to itself: with the usual 5 ms, small models' tokens would leave in bunches."""
 
 
-def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limits: ServerLimits) -> Served:
+def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limits: ServerLimits) -> ServedModel:
     """Load a checkpoint to serve it.
 
     Args:
@@ -58,7 +58,7 @@ def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limit
     kv_cache.emulate(model, kv_cache.roundings(kv_dtype, scales))
     positions = int(model.config.max_position_embeddings)
     limits = replace(limits, max_context=min(limits.max_context, positions))
-    return Served(name, int(time.time()), model, tokenizer, find_markers(tokenizer), stop_ids(model), limits)
+    return ServedModel(name, int(time.time()), model, tokenizer, find_markers(tokenizer), stop_ids(model), limits)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,7 +79,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(served: Served, listener: socket.socket, stop_within_s: float, ready: Callable[[], None]) -> None:
+def serve(served: ServedModel, listener: socket.socket, stop_within_s: float, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:

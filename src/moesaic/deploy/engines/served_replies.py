@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 
 from moesaic.core.config import Amount, EmulatedCache, GeneratingEngine, Positive, Precision
 from moesaic.core.errors import ConfigError
-from moesaic.deploy.engines import Offer, check_available, serving
-from moesaic.deploy.engines.completions import Arrival, Completion, Rules, check_client, complete
+from moesaic.deploy.engines import ServerSpec, check_available, started_server
+from moesaic.deploy.engines.completions import Arrival, Completion, RequestSettings, check_client, complete
 from moesaic.deploy.export_engine.bundle import write_bundle
 from moesaic.deploy.export_engine.bundle_manifest import MANIFEST, BundleManifest
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
@@ -60,7 +60,7 @@ def served_replies(
     assert config.engine != "in_process"
     model = _bundle(config, model, scratch)
     longest = max(len(one.prompt) for one in wanted) + config.max_new_tokens
-    offer = Offer(
+    spec = ServerSpec(
         role=ROLE,
         directory=model.absolute(),
         kv_cache=kv_cache or "bf16",
@@ -69,13 +69,13 @@ def served_replies(
         max_cache_tokens=config.batch_size * longest,
     )
     check_client()
-    check_available(config.engine, offer)
+    check_available(config.engine, spec)
     if config.engine in ("tensorrt_llm", "vllm") and kv_cache is not None:
         _check_cache(model, kv_cache)
-    rules = Rules(read_stop_ids(model), config.batch_size, config.reply_timeout_s)
+    settings = RequestSettings(read_stop_ids(model), config.batch_size, config.reply_timeout_s)
     with (
-        serving(config.engine, offer, scratch / "server.log", config.startup_timeout_s) as server,
-        closing(complete(server, wanted, rules)) as replies,
+        started_server(config.engine, spec, scratch / "server.log", config.startup_timeout_s) as server,
+        closing(complete(server, wanted, settings)) as replies,
     ):
         yield replies
 
