@@ -1,4 +1,4 @@
-"""TODO recover.training."""
+"""What the training stages have in common in their configs: which weights learn, and the optimiser."""
 
 from typing import Annotated, Literal
 

@@ -22,7 +22,7 @@ Arrival = tuple[int, Generated]
 
 @dataclass(frozen=True)
 class Completion:
-    """One reply that is wanted."""
+    """A request for one completion."""
 
     id: str
     """For messages."""
@@ -34,7 +34,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RequestSettings:
-    """What holds for all of them."""
+    """Settings that all requests have in common."""
 
     stop_ids: frozenset[int]
     """A reply that is whole ends with one of these."""

@@ -1,4 +1,4 @@
-"""A model that a server speaks for: what ``evaluate`` and ``generate_traces`` share when they do not load it."""
+"""Replies from a server: for ``evaluate`` and ``generate_traces``, when they do not load the model themselves."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,13 +88,13 @@ def whole_chunks(parts: Iterable[tuple[int, Part]], sizes: Sequence[int]) -> Ite
         sizes: the number of parts of each chunk.
     """
     chunk_of = [number for number, size in enumerate(sizes) for _ in range(size)]
-    found: dict[int, dict[int, Part]] = {}
+    begun: dict[int, dict[int, Part]] = {}
     for place, part in parts:
         number = chunk_of[place]
-        chunk = found.setdefault(number, {})
+        chunk = begun.setdefault(number, {})
         chunk[place] = part
         if len(chunk) == sizes[number]:
-            yield number, [part for _, part in sorted(found.pop(number).items(), key=lambda item: item[0])]
+            yield number, [part for _, part in sorted(begun.pop(number).items(), key=lambda item: item[0])]
 
 
 def _bundle(config: AsksServer, model: Path, scratch: Path) -> Path:

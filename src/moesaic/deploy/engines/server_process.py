@@ -1,4 +1,4 @@
-"""A server from its start to its stop, seen through HTTP."""
+"""Starting and stopping a server process, and its state as HTTP shows it."""
 
 import json
 import socket
@@ -59,11 +59,11 @@ class Server:
         """Its own counters since its start, by field of a load sweep's ``Counts``; only those it has."""
         for counters in COUNTERS:
             try:
-                found = read_counters(_get(self.url + counters.path), counters.names.values())
+                values = read_counters(_get(self.url + counters.path), counters.names.values())
             except OSError:
                 continue  # no such page: another kind of server
-            if found:
-                return {field: found.get(name, 0) for field, name in counters.names.items()}
+            if values:
+                return {field: values.get(name, 0) for field, name in counters.names.items()}
         return {}
 
 
@@ -135,10 +135,10 @@ def _get(url: str) -> str:
 
 def read_counters(text: str, names: Collection[str]) -> dict[str, int]:
     """Of Prometheus' text format the counters of these names that are there, each summed over its labels."""
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in names:
             value = line.rpartition("}")[2].removeprefix(name).split()[0]
-            found[name] = found.get(name, 0) + int(float(value))
-    return found
+            values[name] = values.get(name, 0) + int(float(value))
+    return values

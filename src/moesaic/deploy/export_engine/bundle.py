@@ -84,8 +84,8 @@ def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
         )
     fixed = {"swiglu_limit": 7.0} | ({"rms_norm_eps": 1e-5} if config.target == "vllm" else {})
     for key, value in fixed.items():
-        if (found := child.config.get(key, value)) != value:
-            raise ArtifactError(f"{child.directory}: {key} is {found}; {config.target} computes with {value} always")
+        if (constant := child.config.get(key, value)) != value:
+            raise ArtifactError(f"{child.directory}: {key} is {constant}; {config.target} computes with {value} always")
 
 
 def _powers_of_two(scales: Iterable[KvScales]) -> list[KvScales]:

@@ -112,10 +112,10 @@ def check_files(bundle: Path, manifest: BundleManifest) -> None:
         ArtifactError: if one is missing, changed, or not listed: an engine may read whatever lies in the directory.
     """
     listed = {entry.path: entry for entry in manifest.files}
-    found = _names(bundle)
-    if missing := sorted(set(listed) - set(found)):
+    present = _names(bundle)
+    if missing := sorted(set(listed) - set(present)):
         raise ArtifactError(f"{bundle / missing[0]} is missing; copy the bundle again")
-    if unlisted := sorted(set(found) - set(listed)):
+    if unlisted := sorted(set(present) - set(listed)):
         raise ArtifactError(f"{bundle / unlisted[0]} is not in {MANIFEST}; remove it or export the model again")
     for name, entry in listed.items():
         if (size := (bundle / name).stat().st_size) != entry.size_bytes:
@@ -132,8 +132,8 @@ class Digests:
 
     def of(self, path: Path) -> str:
         """The digest of one file."""
-        found = path.stat()
-        key = (found.st_dev, found.st_ino)
+        status = path.stat()
+        key = (status.st_dev, status.st_ino)
         if key not in self._known:
             self._known[key] = file_digest(path)
         return self._known[key]
@@ -153,6 +153,6 @@ def write_files(bundle: Path, files: Mapping[str, str]) -> None:
 
 def _names(directory: Path) -> list[str]:
     """All files but those beside the payload, and but what importing or installing leaves behind."""
-    found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    kept = (path for path in found if not any(part in _LEFT or part.endswith(".egg-info") for part in path.parts[:-1]))
+    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    kept = (path for path in files if not any(part in _LEFT or part.endswith(".egg-info") for part in path.parts[:-1]))
     return sorted(path.as_posix() for path in kept if path.as_posix() not in _NOT_LISTED)

@@ -123,18 +123,18 @@ def check(bundle: Path, manifest: BundleManifest, packed: bool) -> None:
     """
     for name in YAMLS:
         _check_yaml(bundle / name, manifest)
-    found = json.loads((bundle / QUANT_CONFIG).read_text())
-    if found.get("quantization") != (expected := _quant_config(manifest, packed)["quantization"]):
-        raise ArtifactError(f"{bundle / QUANT_CONFIG} says {found.get('quantization')}; it must say {expected}")
+    written = json.loads((bundle / QUANT_CONFIG).read_text())
+    if written.get("quantization") != (expected := _quant_config(manifest, packed)["quantization"]):
+        raise ArtifactError(f"{bundle / QUANT_CONFIG} says {written.get('quantization')}; it must say {expected}")
 
 
 def _check_yaml(path: Path, manifest: BundleManifest) -> None:
     try:
-        found = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text())
     except yaml.YAMLError as broken:
         raise ArtifactError(f"{path} is not valid YAML: {broken}") from broken
-    _check_keys(path, found, _KEYS)
-    listed, layers = found["kv_cache_config"]["max_attention_window"], len(manifest.layers)
+    _check_keys(path, settings, _KEYS)
+    listed, layers = settings["kv_cache_config"]["max_attention_window"], len(manifest.layers)
     if len(listed) != layers:
         raise ArtifactError(
             f"{path}: max_attention_window has {len(listed)} entries for {layers} layers; the engine would repeat them"
@@ -146,17 +146,17 @@ def _check_yaml(path: Path, manifest: BundleManifest) -> None:
             f"the layer attends over {windows(manifest)[layer]} tokens"
         )
     for key, value in _settings(manifest, prefix_reuse=False).items():
-        given = found.get(key)
+        given = settings.get(key)
         if key == "kv_cache_config":
-            given = found[key] | {"enable_block_reuse": False}  # as it is asked for, or as a benchmark needs it
+            given = settings[key] | {"enable_block_reuse": False}  # as it is asked for, or as a benchmark needs it
         if given != value:
-            raise ArtifactError(f"{path}: {key} is {found.get(key)}; the bundle was exported for {value}")
+            raise ArtifactError(f"{path}: {key} is {settings.get(key)}; the bundle was exported for {value}")
 
 
-def _check_keys(path: Path, found: Any, allowed: Mapping[str, Any], place: str = "") -> None:
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path}: {place or 'the whole'} must be a mapping, found {type(found).__name__}")
-    for key, value in found.items():
+def _check_keys(path: Path, settings: Any, allowed: Mapping[str, Any], place: str = "") -> None:
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path}: {place or 'the whole'} must be a mapping, found {type(settings).__name__}")
+    for key, value in settings.items():
         name = f"{place}{key}"
         if key not in allowed:
             raise ArtifactError(f"{path}: TensorRT-LLM knows no key {name}; choose from {', '.join(allowed)}")
@@ -165,5 +165,5 @@ def _check_keys(path: Path, found: Any, allowed: Mapping[str, Any], place: str =
         elif type(value) is not allowed[key]:
             raise ArtifactError(f"{path}: {name} is {value!r}; it must be of type {allowed[key].__name__}")
     for key in _REQUIRED[place]:
-        if key not in found:
+        if key not in settings:
             raise ArtifactError(f"{path}: {place}{key} is missing; the engine's own choice would be wrong")

@@ -100,9 +100,9 @@ def _check_scales(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
     listed = [value for layer in manifest.layers for value in (layer.key_scale, layer.value_scale)]
     for name, value in zip(names, listed, strict=True):
         expected = value if kept else 1.0
-        if (found := float(checkpoint.tensor(name))) != expected:
+        if (scale := float(checkpoint.tensor(name))) != expected:
             how = manifest.kv_cache.scales
-            raise ArtifactError(f"{checkpoint.directory}: {name} is {found}; where scales are {how} it is {expected}")
+            raise ArtifactError(f"{checkpoint.directory}: {name} is {scale}; where scales are {how} it is {expected}")
 
 
 def compare_logits(child: Path, bundle: Path, tokens: int = _COMPARED_TOKENS) -> None:

@@ -65,10 +65,10 @@ def check(bundle: Path, manifest: BundleManifest) -> None:
         ArtifactError: for an argument that does not belong there, or a value that does not fit the bundle.
     """
     path = bundle / ARGUMENTS
-    found, expected = _parse(path, path.read_text()), _parse(path, "\n".join(_lines(manifest)))
+    given, expected = _parse(path, path.read_text()), _parse(path, "\n".join(_lines(manifest)))
     for name, value in expected.items():
-        if found[name] != value:
-            raise ArtifactError(f"{path}: {name} is {found[name]}; the bundle was exported for {value}")
+        if given[name] != value:
+            raise ArtifactError(f"{path}: {name} is {given[name]}; the bundle was exported for {value}")
     entry_point(bundle)
 
 

@@ -64,7 +64,7 @@ class Reply:
         return len(self.prompt) + self.sampling.max_tokens
 
     def draw(self) -> Draw:
-        """What this row brings to the next choice."""
+        """The parameters and the random number for its next token."""
         return Draw(self.sampling, self._generator.random(), self.num_generated)
 
     def take(self, token: int) -> Event:
@@ -102,7 +102,7 @@ class Engine:
         """Replies by why they ended; ``cancelled`` ones had lost their client."""
 
     def start(self, deliver: Deliver) -> None:
-        """Begin to serve."""
+        """Start the thread that generates."""
         self._deliver = deliver
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
@@ -208,7 +208,7 @@ class Engine:
         self._keep([row for row, reply in enumerate(self._running) if not reply.cancelled])
 
     def _keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch."""
+        """Remove all other rows from the batch."""
         if len(rows) == len(self._running):
             return
         self._running = [self._running[row] for row in rows]

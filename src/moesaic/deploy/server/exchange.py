@@ -64,11 +64,11 @@ class Exchange:
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """Those of every reply so far."""
+        """Generated token ids of every reply so far."""
         return [list(reply.token_ids) for reply in self._indices]
 
     def put(self, reply: Reply, event: Event) -> None:
-        """Take an event in."""
+        """Queue an event."""
         self._queue.put_nowait((self._indices[reply], event))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -89,7 +89,7 @@ class Exchange:
                 yield index, event
 
     def close(self) -> None:
-        """Nobody waits for the rest."""
+        """Stop the replies that are not done."""
         self._exchanges.forget(list(self._indices))
 
 
@@ -99,6 +99,6 @@ def stopping() -> RequestError:
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, *call: object) -> None:
-    """Nobody listens once the loop is closed."""
+    """Call on the event loop, unless it is closed."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(*call)  # type: ignore[arg-type]

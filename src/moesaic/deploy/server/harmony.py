@@ -18,8 +18,8 @@ _MARKER = re.compile(r"<\|(\w+)\|>")
 
 def find_markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The name of every token that is a marker, such as ``channel`` for ``<|channel|>``."""
-    found = ((token, _MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
-    return {token: match[1] for token, match in found if match}
+    matches = ((token, _MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
+    return {token: match[1] for token, match in matches if match}
 
 
 class ChatWriter:
@@ -54,7 +54,7 @@ class ChatWriter:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back."""
+        """The pieces of the text that was held back."""
         if self.stopped:
             return []
         pieces = self._show(self._text.finish(), False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Each is at least 1."""
+    """Limits of one server, each at least 1."""
 
     max_context: int
     """Tokens of a prompt and its reply together."""

@@ -48,7 +48,7 @@ class CountingRequests:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on."""
+        """Pass the call on and count the status of its reply."""
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":

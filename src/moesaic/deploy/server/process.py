@@ -111,7 +111,7 @@ class StoppingServer(uvicorn.Server):
         self._stop_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
+        """Listen, then call ``ready``."""
         await super().startup(sockets)
         self._ready()
 

@@ -24,14 +24,14 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: str = "0"
-    """Replies with the same seed, prompt and sampling are the same."""
+    """Replies with the same seed, prompt and parameters are the same."""
     stop_ids: frozenset[int] = frozenset()
     """None where the client asked to ignore the end of the reply."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What one row brings to one step."""
+    """Sampling parameters and uniform random number of one row at one step."""
 
     sampling: SamplingParams
     uniform: float

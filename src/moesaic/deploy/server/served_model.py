@@ -1,4 +1,4 @@
-"""A model as the server needs it: loaded, with its tokenizer, and able to turn requests into replies to generate."""
+"""The model that the server serves, with its tokenizer. It turns requests into replies to generate."""
 
 import secrets
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What answers."""
+    """A loaded model, the tokens and limits it is served with."""
 
     name: str
     created: int
@@ -107,7 +107,7 @@ class ServedModel:
     def _sampling(
         self, asked: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], max_tokens: int, param: str
     ) -> list[tuple[list[int], SamplingParams]]:
-        """Every reply's prompt and sampling, after all limits have been checked."""
+        """Every reply's prompt and sampling parameters, after all limits have been checked."""
         count = (asked.n or 1) * len(prompts)
         if count > self.limits.max_choices:
             raise RequestError(400, f"{count} replies are asked for; {self.limits.max_choices} is the most", "n")

@@ -1,4 +1,4 @@
-"""What the engine's processes tell the stage that started them: how far they are, and why they failed."""
+"""Messages of the training processes to the stage that started them: progress, and the reason of a failure."""
 
 import sys
 import time
@@ -14,26 +14,26 @@ _LINE_EVERY_S = 5.0
 
 
 @contextmanager
-def record_failure(place: Path) -> Iterator[None]:
-    """Leave what goes wrong within it where the stage looks, unless another rank has, and pass it on."""
+def record_failure(path: Path) -> Iterator[None]:
+    """Write the message of an exception in the block to a file, unless another rank has, and raise it again."""
     try:
         yield
     except Exception as failure:
         explained = isinstance(failure, MoesaicError)
-        with suppress(FileExistsError), place.open("x") as word:
-            word.write(str(failure) if explained else f"{type(failure).__name__}: {failure}")
+        with suppress(FileExistsError), path.open("x") as file:
+            file.write(str(failure) if explained else f"{type(failure).__name__}: {failure}")
         raise
 
 
 class StepProgress:
-    """Progress for people: a line every few seconds, and at the end."""
+    """Prints progress: a line every few seconds and one at the last step."""
 
     def __init__(self, num_steps: int, done: int) -> None:
         self._num_steps, self._first = num_steps, done
         self._start = self._last_step = self._last_line = time.monotonic()
 
     def step(self, step: int, loss: float, num_tokens: int, shown: bool) -> float:
-        """Note that a step is done; returns its tokens per second."""
+        """Record that a step is done; returns its tokens per second."""
         now = time.monotonic()
         speed = num_tokens / (now - self._last_step)
         self._last_step = now

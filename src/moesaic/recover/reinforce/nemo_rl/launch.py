@@ -154,23 +154,23 @@ def collect(run: Run, weights: Path) -> dict[str, Tensor]:
     Raises:
         StageError: if one of them is not in it.
     """
-    found = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    tensors = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     names = json.loads(run.trainable.read_text())
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in tensors]
     if missing:
         raise StageError(f"{weights} lacks {missing[0]} ({len(missing)} such tensors); NeMo-RL names them otherwise")
-    return {name: found[name] for name in names}
+    return {name: tensors[name] for name in names}
 
 
 def _nemo_rl_root() -> Path:
     """The folder of NeMo-RL's source, which has its commands."""
-    found = find_spec("nemo_rl")
-    if found is None or found.origin is None:
+    package = find_spec("nemo_rl")
+    if package is None or package.origin is None:
         raise ConfigError(
             f"engine 'nemo_rl' needs NeMo-RL, which is not installed here; run the stage in an image built on {IMAGE}, "
             "or choose engine 'trl'"
         )
-    return Path(found.origin).parents[1]
+    return Path(package.origin).parents[1]
 
 
 def _convert(root: Path, run: Run, step: int) -> None:

@@ -67,7 +67,7 @@ class Curve(TrainerCallback):
 
 
 class LiveCurve(TrainerCallback):
-    """The curve in the MLflow run that the environment names, while its server answers."""
+    """Logs the curve into the MLflow run that the environment names. A server that fails does not stop the training."""
 
     def __init__(self) -> None:
         self._inner, self._live = MLflowCallback(), LiveLog()
@@ -80,11 +80,11 @@ class LiveCurve(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Send the figures; the first ones open the run."""
+        """Send the figures of a step. The first call opens the run."""
         self._live.attempt(lambda: self._inner.on_log(args, state, control, logs or {}))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let go of the run."""
+        """Close the MLflow run."""
         self._live.attempt(lambda: self._inner.on_train_end(args, state, control))
 
 
