@@ -99,11 +99,7 @@ def checkpoint_tensors(model: nn.Module, names: Collection[str]) -> Iterator[tup
 
 def checkpoint_name(model: nn.Module, name: str) -> str:
     """What a checkpoint calls a parameter of the model, wrapped or not; an expert weight by its unpacked name."""
-    renamed: str = _adapter(model)._model_to_hf_key(unwrapped_name(name))
-    return renamed
-
-
-def _adapter(model: nn.Module) -> PuzzleStateDictAdapter:
     adapter = model.state_dict_adapter
     assert isinstance(adapter, PuzzleStateDictAdapter)
-    return adapter
+    renamed: str = adapter._model_to_hf_key(unwrapped_name(name))
+    return renamed

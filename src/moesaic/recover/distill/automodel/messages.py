@@ -1,12 +1,12 @@
 """Messages of the training processes to the stage that started them: progress, and the reason of a failure."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moesaic.core.errors import MoesaicError
+from moesaic.core.progress import say
 
 PREFIX = "distill: "
 """Lines that the stage passes on begin with it; everything else that an engine prints stays in its log."""
@@ -40,6 +40,6 @@ class StepProgress:
         if shown and (now - self._last_line >= _LINE_EVERY_S or step == self._num_steps):
             left = (now - self._start) / (step - self._first) * (self._num_steps - step)
             line = f"step {step}/{self._num_steps}, loss {loss:.4f}, {speed:.0f} tokens/s, {left:.0f} s left"
-            print(PREFIX + line, file=sys.stderr, flush=True)
+            say(PREFIX + line)
             self._last_line = now
         return speed

@@ -20,6 +20,7 @@ from torch import Tensor
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.nodes import Nodes, Work
+from moesaic.core.progress import say
 from moesaic.core.training_curve import resume_curve
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Question, render_prompt
@@ -138,14 +139,10 @@ def _drive(run: Run, write: Callable[[], None], nodes: Nodes | None) -> None:
     command = [sys.executable, "-m", "moesaic.recover.reinforce.nemo_rl.driver", str(run.directory / CONFIG)]
     if nodes:
         run_id = {name: value for name, value in os.environ.items() if name == "MLFLOW_RUN_ID"}
-        nodes.run(Work(command, run_id, run.directory / _LOG), prepare=write, show=_show)
+        nodes.run(Work(command, run_id, run.directory / _LOG), prepare=write, show=say)
     else:
         write()
         _call(command)
-
-
-def _show(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def collect(run: Run, weights: Path) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """The training curve of a policy: one line of ``training.jsonl`` per optimiser step, and one line in the log."""
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers.integrations import MLflowCallback
 
 from moesaic.core.errors import StageError
 from moesaic.core.live_log import LiveLog
+from moesaic.core.progress import say
 from moesaic.core.training_curve import append_row, resume_curve
 from moesaic.recover.reinforce.rewards import EFFORT_FIGURES
 
@@ -58,11 +58,9 @@ class Curve(TrainerCallback):
             for effort in ("low", "medium", "high")
             if f"accuracy_{effort}" in row
         )
-        print(
+        say(
             f"policy {self._policy}: {row['step']}/{steps}, reward {row['reward']:.3f}, {efforts}, "
-            f"{step_s:.1f} s a step, {step_s * (steps - row['step']):.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{step_s:.1f} s a step, {step_s * (steps - row['step']):.0f} s left"
         )
 
 
