@@ -22,7 +22,7 @@ from moesaic.deploy.server.sampling import Draw, SamplingParams, choose
 from moesaic.models.generation import PREFILL_TOKENS, Decoding, read_prompts
 
 Finish = Literal["stop", "length", "failed", "closed"]
-"""A stop token or text; the token limit; an error of the engine; the server stopped before the reply was done."""
+"""A stop token or text; the token limit; an error of the batcher; the server stopped before the reply was done."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Event:
 
 
 class Reply:
-    """One reply on its way through the engine, which alone changes it; ``eq`` is identity."""
+    """One reply on its way through the batcher, which alone changes it; ``eq`` is identity."""
 
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, writer: Writer) -> None:
         self.prompt, self.sampling = tuple(prompt), sampling
@@ -80,10 +80,10 @@ class Reply:
 
 
 Deliver = Callable[[Sequence[tuple[Reply, Event]]], None]
-"""Called from the engine's thread with all events of a turn."""
+"""Called from the batcher's thread with all events of a turn."""
 
 
-class Engine:
+class Batcher:
     """Generates the replies that are submitted to it. Every reply gets events until one has a ``finish``."""
 
     def __init__(self, model: PreTrainedModel, limits: ServerLimits) -> None:
@@ -104,7 +104,7 @@ class Engine:
     def start(self, deliver: Deliver) -> None:
         """Start the thread that generates."""
         self._deliver = deliver
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="batcher", daemon=True)
         self._thread.start()
 
     @property
@@ -132,7 +132,7 @@ class Engine:
         """Queue all of these, or none.
 
         Raises:
-            Closed: if the engine is stopping.
+            Closed: if the batcher is stopping.
             Full: if they do not fit the queue beside what waits already, even with the places that are free now.
         """
         with self._changed:

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from moesaic.core.errors import ConfigError
 from moesaic.data.chat import load_tokenizer
 from moesaic.deploy.server.app import create_app
-from moesaic.deploy.server.batching import Engine
+from moesaic.deploy.server.batching import Batcher
 from moesaic.deploy.server.harmony import find_markers
 from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.served_model import ServedModel
@@ -89,14 +89,14 @@ def serve(served: ServedModel, listener: socket.socket, stop_within_s: float, re
         ready: called once requests are answered.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    engine = Engine(served.model, served.limits)
-    StoppingServer(create_app(served, engine), engine, stop_within_s, ready).run([listener])
+    batcher = Batcher(served.model, served.limits)
+    StoppingServer(create_app(served, batcher), batcher, stop_within_s, ready).run([listener])
 
 
 class StoppingServer(uvicorn.Server):
     """Told to stop, it answers new requests with 503 and finishes those it has, for a while; told twice, it ends."""
 
-    def __init__(self, app: FastAPI, engine: Engine, stop_within_s: float, ready: Callable[[], None]) -> None:
+    def __init__(self, app: FastAPI, batcher: Batcher, stop_within_s: float, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -107,7 +107,7 @@ class StoppingServer(uvicorn.Server):
             timeout_graceful_shutdown=_FLUSH_S,
         )
         super().__init__(config)
-        self._engine, self._stop_within_s, self._ready = engine, stop_within_s, ready
+        self._batcher, self._stop_within_s, self._ready = batcher, stop_within_s, ready
         self._stop_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -120,14 +120,14 @@ class StoppingServer(uvicorn.Server):
         if self._stop_at is not None:
             self.should_exit = self.force_exit = True
             return
-        self._engine.close()
+        self._batcher.close()
         self._stop_at = time.monotonic() + self._stop_within_s
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: end when nothing runs any more, or when the time is up."""
         if self._stop_at is not None:
-            is_over = self._engine.is_idle or time.monotonic() > self._stop_at
+            is_over = self._batcher.is_idle or time.monotonic() > self._stop_at
             self.should_exit = self.should_exit or is_over
         if self.should_exit:
-            await asyncio.to_thread(self._engine.abort)
+            await asyncio.to_thread(self._batcher.abort)
         return await super().on_tick(counter)
