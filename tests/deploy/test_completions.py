@@ -12,14 +12,14 @@ import pytest
 
 from moesaic.core.errors import StageError
 from moesaic.deploy.engines import Server
-from moesaic.deploy.engines.completions import Completion, Rules, _ask_all, complete
-from moesaic.deploy.server.running import load
+from moesaic.deploy.engines.completions import Completion, RequestSettings, _ask_all, complete
+from moesaic.deploy.server.process import load
 from moesaic.models.generation import Generated, Sampling, generate, read_stop_ids
 from tests.closeness import assert_same_replies
 from tests.deploy.test_server import COMPLETIONS, LIMITS, Running
 
 PROMPTS = [[20, 21], [22, 23, 24, 25], [26]]
-RULES = Rules(frozenset([5]), max_requests=2, reply_timeout_s=30)
+SETTINGS = RequestSettings(frozenset([5]), max_requests=2, reply_timeout_s=30)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def of(running: Running) -> Server:
 
 def test_replies_are_the_models_own_token_by_token(parent: Running, tiny_parent: Path) -> None:
     assert read_stop_ids(tiny_parent) == {5}
-    found = dict(complete(of(parent), wanted(), RULES))
+    found = dict(complete(of(parent), wanted(), SETTINGS))
     expected = generate(parent.served.model, PROMPTS, Sampling(12, frozenset([5])), 3)
     tokens = [found[place].token_ids for place in range(3)]
     assert_same_replies(parent.served.model, PROMPTS, tokens, [one.token_ids for one in expected])
@@ -61,7 +61,7 @@ def test_every_choice_names_its_tokens_if_it_is_asked_to(parent: Running) -> Non
 
 def test_a_request_that_is_refused_names_the_problem(parent: Running) -> None:
     with pytest.raises(StageError, match=r"did not reply to 'add-\d': .*do not fit the context"):
-        list(complete(of(parent), wanted(max_tokens=600), RULES))
+        list(complete(of(parent), wanted(max_tokens=600), SETTINGS))
 
 
 class Careless(BaseHTTPRequestHandler):
@@ -96,7 +96,7 @@ def test_replies_without_all_their_tokens_are_refused(choice: dict[str, Any], sa
         threading.Thread(target=careless.serve_forever, daemon=True).start()
         server = Server(f"http://127.0.0.1:{careless.server_port}", "m", None, Path("log"))
         with pytest.raises(StageError, match=said):
-            list(complete(server, wanted(), RULES))
+            list(complete(server, wanted(), SETTINGS))
         careless.shutdown()
 
 
@@ -114,7 +114,7 @@ def test_no_request_outlives_the_first_failure() -> None:
 
     async def ask() -> int:
         with pytest.raises(StageError, match="ended"):
-            await _ask_all(server, wanted(), RULES, asyncio.Queue())
+            await _ask_all(server, wanted(), SETTINGS, asyncio.Queue())
         return len(asyncio.all_tasks())
 
     turns = [True, False]
@@ -133,6 +133,6 @@ def test_a_truncated_reply_needs_no_end() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as careless:
         threading.Thread(target=careless.serve_forever, daemon=True).start()
         server = Server(f"http://127.0.0.1:{careless.server_port}", "m", None, Path("log"))
-        found = dict(complete(server, wanted(), RULES))
+        found = dict(complete(server, wanted(), SETTINGS))
         careless.shutdown()
     assert found == {place: Generated((7,), True) for place in range(3)}

@@ -27,7 +27,7 @@ from moesaic.command_line.main import main
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.deploy.export_engine import run as export_engine
 from moesaic.deploy.export_engine.bundle import write_bundle
-from moesaic.deploy.export_engine.manifest import Digests, ExportManifest, seal
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest, Digests, seal
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.export_engine.validation import compare_logits, validate
 from moesaic.models import gpt_oss, kv_cache
@@ -91,7 +91,7 @@ def damaged(bundle: Path, tmp_path: Path, damage: Callable[[Path], object]) -> P
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     damage(copy)
-    seal(copy, ExportManifest.read(copy))
+    seal(copy, BundleManifest.read(copy))
     return copy
 
 
@@ -137,7 +137,7 @@ def edit_shard(name: str, change: Callable[[dict[str, Tensor]], object]) -> Call
 
 
 def test_the_bundle_tells_what_it_is_and_where_it_comes_from(child: Path, trtllm: Path) -> None:
-    manifest = ExportManifest.read(trtllm)
+    manifest = BundleManifest.read(trtllm)
     assert [(layer.num_local_experts, layer.sliding_window) for layer in manifest.layers] == [
         (4, 8),
         (8, None),

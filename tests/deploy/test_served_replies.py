@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
-from moesaic.deploy.server.limits import Limits
-from moesaic.deploy.server.running import load
+from moesaic.deploy.server.limits import ServerLimits
+from moesaic.deploy.server.process import load
 from moesaic.measure.evaluate import run as evaluate
 from moesaic.measure.evaluate.stage import EvaluateConfig
 from moesaic.recover.generate_traces import run as generate_traces
@@ -31,7 +31,7 @@ PAYLOAD = ("evaluation.json", "samples.jsonl")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    running = Running(load(REASONER / "parent", "reasoner", "bf16", "float32", Limits(max_context=10**6)))
+    running = Running(load(REASONER / "parent", "reasoner", "bf16", "float32", ServerLimits(max_context=10**6)))
     yield running
     running.stop()
 
@@ -124,16 +124,16 @@ def test_replies_that_are_cut_off_count_as_in_process(problems: Path, tmp_path: 
 
 def test_a_lost_chunk_of_samples_comes_back(running: Running, problems: Path, tmp_path: Path) -> None:
     changes = {"engine": "running", "efforts": ("low",), "batch_size": 5}
-    before = running.engine.num_generated
+    before = running.batcher.num_generated
     metrics = run_evaluate(tmp_path, problems, **changes)
     samples = read_samples(tmp_path)
-    assert running.engine.num_generated - before == sum(line["tokens"] for line in samples)
-    before = running.engine.num_generated
+    assert running.batcher.num_generated - before == sum(line["tokens"] for line in samples)
+    before = running.batcher.num_generated
     (tmp_path / "scratch/samples-low.jsonl").unlink()
     (tmp_path / "scratch/samples-low-000001.jsonl").unlink()
     assert run_evaluate(tmp_path, problems, **changes) == metrics
     assert read_samples(tmp_path) == samples
-    assert running.engine.num_generated - before == sum(line["tokens"] for line in samples[5:10])
+    assert running.batcher.num_generated - before == sum(line["tokens"] for line in samples[5:10])
 
 
 def test_epochs_are_different_and_the_same_again(running: Running, problems: Path, tmp_path: Path) -> None:
@@ -171,14 +171,14 @@ def test_a_checkpoint_is_made_a_bundle_first_where_that_is_asked_for(problems: P
 def test_sampled_traces_follow_from_the_seed_and_a_lost_chunk_comes_back(running: Running, tmp_path: Path) -> None:
     changes = {"engine": "running", "samples_per_prompt": 2, "temperature": 2.0, "efforts": ("low",)}
     output = run_traces(tmp_path / "one", **changes)
-    text, before = (output / "traces.jsonl").read_text(), running.engine.num_generated
+    text, before = (output / "traces.jsonl").read_text(), running.batcher.num_generated
     traces = read_traces(output)
     assert len({trace.reply_ids for trace in traces}) > len({trace.id for trace in traces})
     lost = tmp_path / "one/scratch/traces-low-000001.jsonl"
     tokens = sum(len(json.loads(line)["reply_ids"]) for line in lost.read_text().splitlines())
     lost.unlink()
     assert (run_traces(tmp_path / "one", **changes) / "traces.jsonl").read_text() == text
-    assert running.engine.num_generated - before == tokens
+    assert running.batcher.num_generated - before == tokens
     other = run_traces(tmp_path / "other", **changes, seed=1) / "traces.jsonl"
     assert other.read_text() != text
 

@@ -1,4 +1,4 @@
-"""The server as clients see it: a real socket, the real engine, a tiny parent and its child."""
+"""The server as clients see it: a real socket, the real batcher, a tiny parent and its child."""
 
 import concurrent.futures
 import json
@@ -23,17 +23,17 @@ from moesaic.command_line.main import main
 from moesaic.data.chat import render_conversation
 from moesaic.data.verifiers import split_reply
 from moesaic.deploy.server.app import create_app
-from moesaic.deploy.server.batching import Engine
-from moesaic.deploy.server.limits import Limits
-from moesaic.deploy.server.running import StoppingServer, bind, load
-from moesaic.deploy.server.served import Served
+from moesaic.deploy.server.batching import Batcher
+from moesaic.deploy.server.limits import ServerLimits
+from moesaic.deploy.server.process import StoppingServer, bind, load
+from moesaic.deploy.server.served_model import ServedModel
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.generation import Sampling, generate
 from moesaic.search.prune_model import run as prune_model
 from moesaic.search.prune_model.stage import PruneModelConfig
 from tests.closeness import assert_decided, assert_same_replies
 
-LIMITS = Limits(max_context=10**6, max_batch=8, max_waiting=400, max_body_bytes=20_000)
+LIMITS = ServerLimits(max_context=10**6, max_batch=8, max_waiting=400, max_body_bytes=20_000)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CACHE_TIE = 1e-3
 """Of the largest logit: what it may change by if rounding puts one element of the FP8 cache a step (6 %) further."""
@@ -56,11 +56,11 @@ def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Running:
     """A server in a thread, and a client of it."""
 
-    def __init__(self, served: Served, stop_within_s: float = 20) -> None:
-        self.served, self.engine = served, Engine(served.model, served.limits)
+    def __init__(self, served: ServedModel, stop_within_s: float = 20) -> None:
+        self.served, self.batcher = served, Batcher(served.model, served.limits)
         listener, ready = bind("127.0.0.1", 0), threading.Event()
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = StoppingServer(create_app(served, self.engine), self.engine, stop_within_s, ready.set)
+        self._server = StoppingServer(create_app(served, self.batcher), self.batcher, stop_within_s, ready.set)
         self._thread = threading.Thread(target=self._server.run, args=([listener],))
         self._thread.start()
         assert ready.wait(30)
@@ -371,20 +371,20 @@ def test_a_client_that_goes_frees_its_place(parent: Running, stream: bool) -> No
     key = 'moesaic_replies_finished_total{reason="cancelled"}'
     before = parent.metrics().get(key, 0)
     with long_request(parent, stream):
-        wait_for(lambda: parent.engine.num_running == 1)
-    wait_for(lambda: parent.engine.is_idle)
+        wait_for(lambda: parent.batcher.num_running == 1)
+    wait_for(lambda: parent.batcher.is_idle)
     assert parent.metrics()[key] == before + 1
 
 
 def test_a_full_queue_says_when_to_come_back(tiny_parent: Path) -> None:
-    limits = Limits(max_context=512, max_batch=1, max_waiting=1)
+    limits = ServerLimits(max_context=512, max_batch=1, max_waiting=1)
     running = Running(load(tiny_parent, "tiny", "bf16", "float32", limits))
     with long_request(running, True), long_request(running, True):
-        wait_for(lambda: (running.engine.num_running, running.engine.num_waiting) == (1, 1))
+        wait_for(lambda: (running.batcher.num_running, running.batcher.num_waiting) == (1, 1))
         reply = running.chat(max_tokens=1)
         assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
         assert reply.json()["error"]["code"] == "queue_full"
-    wait_for(lambda: running.engine.is_idle)
+    wait_for(lambda: running.batcher.is_idle)
     assert running.chat(max_tokens=1).status_code == 200
     running.stop()
 
@@ -393,7 +393,7 @@ def test_a_stopping_server_finishes_what_it_has(tiny_parent: Path) -> None:
     running = Running(load(tiny_parent, "tiny", "bf16", "float32", LIMITS))
     with concurrent.futures.ThreadPoolExecutor(1) as clients:
         reply = clients.submit(running.chat, max_tokens=300, ignore_eos=True)
-        wait_for(lambda: running.engine.num_running == 1)
+        wait_for(lambda: running.batcher.num_running == 1)
         running.begin_stop()
         refused = running.chat(max_tokens=1)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
@@ -409,7 +409,7 @@ def test_a_stop_is_not_put_off_beyond_its_time(tiny_parent: Path) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
         whole = clients.submit(running.post, COMPLETIONS, prompt=[30], max_tokens=500, ignore_eos=True)
         stream = clients.submit(running.post, COMPLETIONS, prompt=[30], max_tokens=500, ignore_eos=True, stream=True)
-        wait_for(lambda: running.engine.num_running == 2)
+        wait_for(lambda: running.batcher.num_running == 2)
         running.begin_stop()
         assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "stopping")
         *_, last = [line for line in stream.result().text.splitlines() if line]

@@ -1,4 +1,4 @@
-"""The engine: replies that join and leave a running batch are those generated alone."""
+"""The batcher: replies that join and leave a running batch are those generated alone."""
 
 import random
 import threading
@@ -10,10 +10,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from moesaic.deploy.server import batching
-from moesaic.deploy.server.batching import Closed, Engine, Event, Full, Reply
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.batching import Batcher, Closed, Event, Full, Reply
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.replies import Piece
-from moesaic.deploy.server.sampling import Rule
+from moesaic.deploy.server.sampling import SamplingParams
 from moesaic.models.generation import Decoding, Sampling, generate
 from moesaic.models.gpt_oss_puzzle import load_model
 from tests.closeness import assert_same_replies
@@ -34,7 +34,7 @@ class Numbers:
 
 
 class Collected:
-    """What the engine hands out, and a way to wait for it."""
+    """What the batcher hands out, and a way to wait for it."""
 
     def __init__(self) -> None:
         self.tokens: dict[Reply, list[int]] = {}
@@ -68,21 +68,23 @@ def collected() -> Collected:
 
 
 @pytest.fixture
-def start(model: PreTrainedModel, collected: Collected) -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
+def start(model: PreTrainedModel, collected: Collected) -> Iterator[Callable[..., Batcher]]:
+    batchers: list[Batcher] = []
 
-    def started(**limits: int) -> Engine:
-        engines.append(Engine(model, Limits(**{"max_context": 512, **limits})))
-        engines[-1].start(collected)
-        return engines[-1]
+    def started(**limits: int) -> Batcher:
+        batchers.append(Batcher(model, ServerLimits(**{"max_context": 512, **limits})))
+        batchers[-1].start(collected)
+        return batchers[-1]
 
     yield started
-    for engine in engines:
-        engine.abort()
+    for batcher in batchers:
+        batcher.abort()
 
 
-def ask(prompt: Sequence[int], **rule: Any) -> Reply:
-    return Reply(prompt, Rule(**{"max_tokens": 12, "temperature": 0.0, "stop_ids": STOPS, **rule}), Numbers())
+def ask(prompt: Sequence[int], **sampling: Any) -> Reply:
+    return Reply(
+        prompt, SamplingParams(**{"max_tokens": 12, "temperature": 0.0, "stop_ids": STOPS, **sampling}), Numbers()
+    )
 
 
 def draw_prompts(count: int) -> list[list[int]]:
@@ -92,13 +94,13 @@ def draw_prompts(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("limits", [{}, {"max_batch": 3}, {"max_cache_tokens": 120}])
 def test_greedy_replies_are_those_generated_alone(
-    start: Callable[..., Engine], collected: Collected, model: PreTrainedModel, limits: dict[str, int]
+    start: Callable[..., Batcher], collected: Collected, model: PreTrainedModel, limits: dict[str, int]
 ) -> None:
     prompts = draw_prompts(16)
-    engine = start(**limits)
+    batcher = start(**limits)
     replies = [ask(prompt) for prompt in prompts]
     for reply in replies:
-        engine.submit([reply])
+        batcher.submit([reply])
         collected.wait(lambda reply=reply: len(collected.tokens) > replies.index(reply) // 3)
     collected.wait_for_all(replies)
     alone = [generate(model, [prompt], Sampling(12, STOPS), 1)[0] for prompt in prompts]
@@ -106,19 +108,21 @@ def test_greedy_replies_are_those_generated_alone(
     assert_same_replies(model, prompts, tokens, [one.token_ids for one in alone])
     ends = ["stop" if mine[-1] in STOPS else "length" for mine in tokens]
     assert [collected.finishes[reply] for reply in replies] == ends and set(ends) == {"stop", "length"}
-    assert engine.num_generated == sum(map(len, tokens))
-    assert engine.finished == {reason: list(collected.finishes.values()).count(reason) for reason in ("stop", "length")}
-    assert engine.is_idle
+    assert batcher.num_generated == sum(map(len, tokens))
+    assert batcher.finished == {
+        reason: list(collected.finishes.values()).count(reason) for reason in ("stop", "length")
+    }
+    assert batcher.is_idle
 
 
 def test_sampled_replies_depend_on_their_seed_and_not_on_their_batch(
-    start: Callable[..., Engine], collected: Collected
+    start: Callable[..., Batcher], collected: Collected
 ) -> None:
     prompts = draw_prompts(6)
-    rule = {"temperature": 1.0, "top_p": 0.9, "stop_ids": frozenset()}
-    together = [ask(prompt, seed=str(place), **rule) for place, prompt in enumerate(prompts)]
-    again = [ask(prompt, seed=str(place), **rule) for place, prompt in enumerate(prompts)]
-    other = [ask(prompt, seed="x", **rule) for prompt in prompts]
+    sampling = {"temperature": 1.0, "top_p": 0.9, "stop_ids": frozenset()}
+    together = [ask(prompt, seed=str(place), **sampling) for place, prompt in enumerate(prompts)]
+    again = [ask(prompt, seed=str(place), **sampling) for place, prompt in enumerate(prompts)]
+    other = [ask(prompt, seed="x", **sampling) for prompt in prompts]
     start().submit([*together, *other])
     start(max_batch=1).submit(again)
     collected.wait_for_all([*together, *again, *other])
@@ -127,7 +131,7 @@ def test_sampled_replies_depend_on_their_seed_and_not_on_their_batch(
     assert all(one != another for one, another in zip(tokens[0], tokens[2], strict=True))
 
 
-def test_a_reply_is_as_long_as_it_was_asked_to_be(start: Callable[..., Engine], collected: Collected) -> None:
+def test_a_reply_is_as_long_as_it_was_asked_to_be(start: Callable[..., Batcher], collected: Collected) -> None:
     prompts = draw_prompts(12)
     endless = [ask(prompt, stop_ids=frozenset(), max_tokens=20) for prompt in prompts]
     least = [ask(prompt, min_tokens=10, max_tokens=20) for prompt in prompts]
@@ -139,66 +143,66 @@ def test_a_reply_is_as_long_as_it_was_asked_to_be(start: Callable[..., Engine], 
     assert min(lengths) > 10 and len(lengths) > 1
 
 
-def test_a_cancelled_reply_leaves_its_place_to_the_next(start: Callable[..., Engine], collected: Collected) -> None:
-    engine = start(max_batch=1)
+def test_a_cancelled_reply_leaves_its_place_to_the_next(start: Callable[..., Batcher], collected: Collected) -> None:
+    batcher = start(max_batch=1)
     first, second, third = (ask([30], stop_ids=frozenset(), max_tokens=limit) for limit in (500, 500, 5))
-    engine.submit([first, second, third])
+    batcher.submit([first, second, third])
     collected.wait(lambda: len(collected.tokens.get(first, [])) > 2)
-    assert (engine.num_running, engine.num_waiting) == (1, 2)
-    engine.cancel([first, second])
+    assert (batcher.num_running, batcher.num_waiting) == (1, 2)
+    batcher.cancel([first, second])
     collected.wait_for_all([third])
     assert collected.finishes == {third: "length"}
     assert second not in collected.tokens
-    assert engine.finished == {"cancelled": 2, "length": 1}
+    assert batcher.finished == {"cancelled": 2, "length": 1}
 
 
-def test_the_queue_is_bounded_and_takes_all_or_none(start: Callable[..., Engine], collected: Collected) -> None:
-    engine = start(max_batch=1, max_waiting=2)
+def test_the_queue_is_bounded_and_takes_all_or_none(start: Callable[..., Batcher], collected: Collected) -> None:
+    batcher = start(max_batch=1, max_waiting=2)
     running = ask([30], stop_ids=frozenset(), max_tokens=500)
-    engine.submit([running])
+    batcher.submit([running])
     collected.wait(lambda: running in collected.tokens)
-    engine.submit([ask([31])])
+    batcher.submit([ask([31])])
     with pytest.raises(Full):
-        engine.submit([ask([32]), ask([33])])
-    engine.submit([ask([34])])
-    assert engine.num_waiting == 2
+        batcher.submit([ask([32]), ask([33])])
+    batcher.submit([ask([34])])
+    assert batcher.num_waiting == 2
 
 
-def test_a_closed_engine_finishes_what_it_has(start: Callable[..., Engine], collected: Collected) -> None:
-    engine = start(max_batch=1)
+def test_a_closed_batcher_finishes_what_it_has(start: Callable[..., Batcher], collected: Collected) -> None:
+    batcher = start(max_batch=1)
     replies = [ask([30 + place], stop_ids=frozenset()) for place in range(3)]
-    engine.submit(replies)
-    engine.close()
+    batcher.submit(replies)
+    batcher.close()
     with pytest.raises(Closed):
-        engine.submit([ask([30])])
+        batcher.submit([ask([30])])
     collected.wait_for_all(replies)
     assert set(collected.finishes.values()) == {"length"}
 
 
-def test_an_aborted_engine_tells_every_reply(start: Callable[..., Engine], collected: Collected) -> None:
-    engine = start(max_batch=1)
+def test_an_aborted_batcher_tells_every_reply(start: Callable[..., Batcher], collected: Collected) -> None:
+    batcher = start(max_batch=1)
     replies = [ask([30], stop_ids=frozenset(), max_tokens=500) for _ in range(2)]
-    engine.submit(replies)
+    batcher.submit(replies)
     collected.wait(lambda: replies[0] in collected.tokens)
-    engine.abort()
+    batcher.abort()
     assert collected.finishes == dict.fromkeys(replies, "closed")
 
 
 def test_a_failed_step_ends_its_replies_and_not_the_engine(
-    start: Callable[..., Engine], collected: Collected, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Batcher], collected: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(Decoding):
         def __init__(self, *args: Any) -> None:
             raise RuntimeError("out of memory")
 
-    engine = start()
+    batcher = start()
     with monkeypatch.context() as broken:
         broken.setattr(batching, "read_prompts", Broken)
         lost = ask([30])
-        engine.submit([lost])
+        batcher.submit([lost])
         collected.wait_for_all([lost])
     well = ask([30])
-    engine.submit([well])
+    batcher.submit([well])
     collected.wait_for_all([well])
     assert collected.finishes[lost] == "failed"
     assert collected.finishes[well] in ("stop", "length")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moesaic.data.verifiers import split_reply
 from moesaic.deploy.server.harmony import ChatWriter
-from moesaic.deploy.server.replies import HeldText, PlainWriter, TokenText
-from moesaic.deploy.server.sampling import Draw, Rule, choose
+from moesaic.deploy.server.replies import IncrementalDetokenizer, PlainWriter, StopTextFilter
+from moesaic.deploy.server.sampling import Draw, SamplingParams, choose
 
 WORDS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|unknown|>"]
 MARKERS = {token: word[2:-2] for token, word in enumerate(WORDS)}
@@ -82,7 +82,7 @@ def test_a_finished_reply_reads_as_it_is_graded(ids: list[int]) -> None:
 )
 def test_text_ends_before_a_stop_text_wherever_it_is_cut(stops: tuple[str, ...], visible: str) -> None:
     for size in range(1, 12):
-        text = HeldText(stops, strip=False)
+        text = StopTextFilter(stops, strip=False)
         shown = ""
         for start in range(0, len("hello world"), size):
             if not text.stopped:
@@ -92,7 +92,7 @@ def test_text_ends_before_a_stop_text_wherever_it_is_cut(stops: tuple[str, ...],
 
 
 def test_a_stop_text_counts_only_where_it_may() -> None:
-    text = HeldText(("b",), strip=False)
+    text = StopTextFilter(("b",), strip=False)
     assert text.add("abc", may_stop=False) == "abc"
     assert text.add("abc", may_stop=True) == "a"
     assert text.stopped
@@ -105,7 +105,7 @@ def test_a_stop_text_ends_a_chat_reply() -> None:
 def test_characters_of_several_tokens_appear_whole() -> None:
     """Tokens are bytes here; a byte that never becomes a character is shown as such."""
     whole = "aé€😀".encode()
-    stream = TokenText(lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+    stream = IncrementalDetokenizer(lambda ids: bytes(ids).decode("utf-8", errors="replace"))
     shown = [stream.add(byte) for byte in whole]
     assert "".join(shown) == "aé€😀"
     assert shown[:3] == ["a", "", "é"]
@@ -125,7 +125,7 @@ def test_pieces_make_up_the_text_of_all_tokens(data: bytes) -> None:
 
 
 def draw(temperature: float, uniform: float, top_p: float = 1.0) -> Draw:
-    return Draw(Rule(8, temperature=temperature, top_p=top_p), uniform, 0)
+    return Draw(SamplingParams(8, temperature=temperature, top_p=top_p), uniform, 0)
 
 
 def test_each_row_draws_by_its_own_rule() -> None:
@@ -147,5 +147,5 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_a_stop_token_is_not_drawn_before_the_least_length() -> None:
     logits = torch.tensor([[0.0, 9.0]]).expand(3, -1)
-    rule = Rule(8, min_tokens=2, temperature=0, stop_ids=frozenset({1}))
-    assert choose(logits, [Draw(rule, 0, 0), Draw(rule, 0, 1), Draw(rule, 0, 2)]).tolist() == [0, 0, 1]
+    sampling = SamplingParams(8, min_tokens=2, temperature=0, stop_ids=frozenset({1}))
+    assert choose(logits, [Draw(sampling, 0, 0), Draw(sampling, 0, 1), Draw(sampling, 0, 2)]).tolist() == [0, 0, 1]

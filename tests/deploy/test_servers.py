@@ -15,8 +15,8 @@ import pytest
 
 from moesaic.core.child_processes import last_lines, tethered
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
-from moesaic.deploy.engines import Offer, Server, adapters, check_available, running, serving
-from moesaic.deploy.engines.running import read_counters
+from moesaic.deploy.engines import Server, ServerSpec, adapters, check_available, server_process, started_server
+from moesaic.deploy.engines.server_process import read_counters
 
 PAGES = {
     "/health": "",
@@ -43,8 +43,8 @@ def url() -> Iterator[str]:
         server.shutdown()
 
 
-def offer(directory: Path, role: str = "child") -> Offer:
-    return Offer(role, directory, "fp8", "float32", max_requests=8, max_cache_tokens=2**16)
+def spec(directory: Path, role: str = "child") -> ServerSpec:
+    return ServerSpec(role, directory, "fp8", "float32", max_requests=8, max_cache_tokens=2**16)
 
 
 def test_every_server_is_asked_for_all_tokens_of_a_reply() -> None:
@@ -74,10 +74,10 @@ def test_a_running_server_is_found_by_its_variable_and_counted_by_its_own_names(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="set MOESAIC_SERVER_URL_CHILD"):
-        check_available("running", offer(tmp_path))
+        check_available("running", spec(tmp_path))
     monkeypatch.setenv("MOESAIC_SERVER_URL_CHILD", f"{url}/v1/")
-    check_available("running", offer(tmp_path))
-    with serving("running", offer(tmp_path), tmp_path / "log", 10) as server:
+    check_available("running", spec(tmp_path))
+    with started_server("running", spec(tmp_path), tmp_path / "log", 10) as server:
         assert (server.url, server.model) == (url, "served")
         assert server.counts() == {"requests": 3, "output_tokens": 24}
         server.check_alive()
@@ -87,34 +87,34 @@ def test_a_running_server_that_is_none_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MOESAIC_SERVER_URL_CHILD", "http://127.0.0.1:9")
     with (
         pytest.raises(StageError, match=r"http://127.0.0.1:9 was not ready after 0.5 s \(startup_timeout_s\)"),
-        serving("running", offer(tmp_path), tmp_path / "log", 0.5),
+        started_server("running", spec(tmp_path), tmp_path / "log", 0.5),
     ):
         pass
 
 
 def test_a_bundle_brings_its_engines_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "serve.args").write_text("--kv-cache-dtype fp8\n--max-model-len 4096  # enough\n")
-    assert adapters.command("vllm", offer(tmp_path), 8001) == [
+    assert adapters.command("vllm", spec(tmp_path), 8001) == [
         *("vllm", "serve", str(tmp_path), "--host", "127.0.0.1", "--port", "8001"),
         *("--kv-cache-dtype", "fp8", "--max-model-len", "4096", "--served-model-name", "child"),
     ]
-    command = adapters.command("tensorrt_llm", offer(tmp_path), 8001)
+    command = adapters.command("tensorrt_llm", spec(tmp_path), 8001)
     assert command[:2] == ["trtllm-serve", str(tmp_path)]
-    assert adapters.model_name("tensorrt_llm", offer(tmp_path)) == tmp_path.name
+    assert adapters.model_name("tensorrt_llm", spec(tmp_path)) == tmp_path.name
     monkeypatch.setenv("PYTHONPATH", "/theirs")
-    assert adapters.environment("tensorrt_llm", offer(tmp_path))["PYTHONPATH"] == f"{tmp_path}:/theirs"
-    assert adapters.environment("vllm", offer(tmp_path))["PYTHONPATH"] == "/theirs"
+    assert adapters.environment("tensorrt_llm", spec(tmp_path))["PYTHONPATH"] == f"{tmp_path}:/theirs"
+    assert adapters.environment("vllm", spec(tmp_path))["PYTHONPATH"] == "/theirs"
     assert command[command.index("--config") + 1] == str(tmp_path / "serve.yaml")
     assert command[command.index("--custom_module_dirs") + 1] == str(tmp_path / "trtllm")
 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="'tensorrt_llm' needs trtllm-serve, which is not on the PATH"):
-        check_available("tensorrt_llm", offer(tmp_path))
+        check_available("tensorrt_llm", spec(tmp_path))
     (tmp_path / "trtllm-serve").touch(mode=0o755)
     with pytest.raises(ArtifactError, match=r"holds no serve.yaml; .* give a bundle of export_engine"):
-        check_available("tensorrt_llm", offer(tmp_path))
+        check_available("tensorrt_llm", spec(tmp_path))
     (tmp_path / "serve.yaml").touch()
-    check_available("tensorrt_llm", offer(tmp_path))
+    check_available("tensorrt_llm", spec(tmp_path))
 
 
 def script(code: str) -> list[str]:
@@ -135,20 +135,20 @@ def script(code: str) -> list[str]:
 def test_a_server_that_does_not_come_up_says_why(
     code: str, timeout_s: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "command", lambda *_: script(code))
+    monkeypatch.setattr(server_process, "command", lambda *_: script(code))
     with (
         pytest.raises(StageError, match=said),
-        serving("moesaic", offer(tmp_path), tmp_path / "log", timeout_s),
+        started_server("moesaic", spec(tmp_path), tmp_path / "log", timeout_s),
     ):
         pass
 
 
 def test_another_server_on_the_port_is_noticed(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "command", lambda *_: script("import time; time.sleep(60)"))
-    monkeypatch.setattr(running, "_free_port", lambda: int(url.rpartition(":")[2]))
+    monkeypatch.setattr(server_process, "command", lambda *_: script("import time; time.sleep(60)"))
+    monkeypatch.setattr(server_process, "_free_port", lambda: int(url.rpartition(":")[2]))
     with (
         pytest.raises(StageError, match=r"serves \['served'\], not 'child': another server took the port"),
-        serving("moesaic", offer(tmp_path), tmp_path / "log", 10),
+        started_server("moesaic", spec(tmp_path), tmp_path / "log", 10),
     ):
         pass
 

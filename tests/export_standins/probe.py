@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine import tensorrt_llm, vllm
-from moesaic.deploy.export_engine.manifest import ExportManifest
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
 
@@ -48,7 +48,7 @@ def check_built(bundle: Path) -> None:
     Raises:
         ArtifactError: at the first layer that would not.
     """
-    checkpoint, manifest = Checkpoint.open(bundle), ExportManifest.read(bundle)
+    checkpoint, manifest = Checkpoint.open(bundle), BundleManifest.read(bundle)
     layers = built(bundle)
     if len(layers) != checkpoint.num_layers:
         raise ArtifactError(f"{bundle}: the engine module builds {len(layers)} layers of {checkpoint.num_layers}")
@@ -74,7 +74,7 @@ def check_built(bundle: Path) -> None:
 
 def main(bundle: Path) -> None:
     """Answer for one bundle."""
-    manifest = ExportManifest.read(bundle)
+    manifest = BundleManifest.read(bundle)
     if manifest.config.target == "tensorrt_llm":
         from tests.export_standins import tensorrt_llm as engine
 

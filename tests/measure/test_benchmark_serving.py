@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from moesaic.core.errors import ConfigError, StageError
-from moesaic.deploy.engines import Offer, Server
-from moesaic.deploy.server.running import load
+from moesaic.deploy.engines import Server, ServerSpec
+from moesaic.deploy.server.process import load
 from moesaic.measure.benchmark_serving import run as benchmark_serving
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig, SweptWorkload
 from moesaic.models.architecture import Architecture, Block
@@ -66,7 +66,7 @@ def test_a_tiny_sweep_through_the_real_server_and_client(
     def refuse(*_: object) -> None:
         raise AssertionError("everything was measured already")
 
-    monkeypatch.setattr(benchmark_serving, "serving", refuse)
+    monkeypatch.setattr(benchmark_serving, "started_server", refuse)
     before = payload.read_bytes()
     payload.unlink()
     run(CONFIG, tiny_parent, child, tmp_path)
@@ -118,11 +118,11 @@ def pretend(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving_in_a_thread(engine: str, offer: Offer, log: Path, timeout_s: float) -> Iterator[Server]:
+def server_in_a_thread(engine: str, spec: ServerSpec, log: Path, timeout_s: float) -> Iterator[Server]:
     """Our server, which really counts, without the process that the sweep above starts."""
-    running = Running(load(offer.directory, offer.role, "bf16", "float32", LIMITS))
+    running = Running(load(spec.directory, spec.role, "bf16", "float32", LIMITS))
     try:
-        yield Server(running.url, offer.role, None, log, engine)
+        yield Server(running.url, spec.role, None, log, engine)
     finally:
         running.stop()
 
@@ -131,7 +131,7 @@ def test_a_client_that_counts_what_the_server_does_not_is_caught(
     tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(tmp_path, monkeypatch)
-    monkeypatch.setattr(benchmark_serving, "serving", serving_in_a_thread)
+    monkeypatch.setattr(benchmark_serving, "started_server", server_in_a_thread)
     workload = SweptWorkload(name="claimed", input_tokens=32, output_tokens=8, concurrencies=(2,))
     config = CONFIG.model_copy(update={"workloads": (workload,)})
     with pytest.raises(StageError, match=r"parent does not hold: .*the server counted 0 requests, the client 8"):

@@ -198,10 +198,10 @@ def test_a_slow_answer_is_asked_for_again(
 
 
 def test_a_part_may_take_longer_than_a_server_may_stay_silent(store: Store, tmp_path: Path, proxy: FaultyProxy) -> None:
-    """More than the system's buffers hold, at 8 MiB/s."""
+    """More than the system's buffers hold, at 3 MiB/s; on a busy machine the server itself takes a second or two."""
     (tmp_path / "large").write_bytes(bytes(24 * 2**20))
-    proxy.faults.append(Fault("slow request", lambda one: one.num_bytes == 24 * 2**20, seconds=3))
-    patient = replace_options(store, part_bytes=2**25, timeout_s=1.5, attempts=1)
+    proxy.faults.append(Fault("slow request", lambda one: one.num_bytes == 24 * 2**20, seconds=8))
+    patient = replace_options(store, part_bytes=2**25, timeout_s=5, attempts=1)
     patient.add_file(tmp_path / "large", "dataset", format="x", producer="test")
     assert proxy.faults[0].times == 0
 

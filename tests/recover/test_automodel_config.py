@@ -9,7 +9,7 @@ from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.training_curve import read_curve
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
-from moesaic.recover.distill.automodel.curve import WINDOW_STEPS, Curve, Watch
+from moesaic.recover.distill.automodel.curve import WINDOW_STEPS, Curve, DivergenceCheck
 from moesaic.recover.distill.automodel.rows import TrainingRows, held_out_rows
 from moesaic.recover.distill.automodel.settings import Job, check_batch, expert_parallel_size, render
 from moesaic.recover.distill.stage import DistillConfig
@@ -150,24 +150,24 @@ def test_a_resumed_curve_forgets_the_steps_after_its_checkpoint(tmp_path: Path) 
 
 
 def test_a_run_has_diverged_when_its_running_loss_is_a_multiple_of_the_lowest() -> None:
-    watch = Watch(3.0)
+    check = DivergenceCheck(3.0)
     for step in range(1, WINDOW_STEPS + 1):
-        watch.add({"step": step, "loss": 1.0})
-    watch.add({"step": 11, "loss": 20.0})  # the mean of ten is now 2.9
+        check.add({"step": step, "loss": 1.0})
+    check.add({"step": 11, "loss": 20.0})  # the mean of ten is now 2.9
     with pytest.raises(StageError, match=r"step 12 the mean loss of the last 10 steps is 4.8, more than 3 times .* 1;"):
-        watch.add({"step": 12, "loss": 20.0})
+        check.add({"step": 12, "loss": 20.0})
 
 
 def test_a_run_that_diverges_from_its_first_step_on_is_held_against_the_loss_before_it() -> None:
-    watch = Watch(3.0)
-    watch.add({"step": 0, "held_out_loss": 1.0})
+    check = DivergenceCheck(3.0)
+    check.add({"step": 0, "held_out_loss": 1.0})
     for step in range(1, WINDOW_STEPS):
-        watch.add({"step": step, "loss": 4.0})
+        check.add({"step": step, "loss": 4.0})
     with pytest.raises(StageError, match="training diverges"):
-        watch.add({"step": WINDOW_STEPS, "loss": 4.0})
+        check.add({"step": WINDOW_STEPS, "loss": 4.0})
 
 
 @pytest.mark.parametrize("name", ["loss", "held_out_loss"])
 def test_a_loss_that_is_no_number_ends_the_run(name: str) -> None:
     with pytest.raises(StageError, match="the loss at step 5 is nan; lower"):
-        Watch(3.0).add({"step": 5, name: float("nan")})
+        DivergenceCheck(3.0).add({"step": 5, name: float("nan")})

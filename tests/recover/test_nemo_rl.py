@@ -26,7 +26,7 @@ from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.recover.reinforce.nemo_rl import config as nemo_config
 from moesaic.recover.reinforce.nemo_rl import driver, launch, surface
 from moesaic.recover.reinforce.nemo_rl.config import Placement, Run, render
-from moesaic.recover.reinforce.nemo_rl.environment import Judge, keep_markers
+from moesaic.recover.reinforce.nemo_rl.graded_replies import Grader, keep_markers
 from moesaic.recover.reinforce.nemo_rl.processor import problem_of, process, prompt_row
 from moesaic.recover.reinforce.nemo_rl.trainable import PartlyTrainable, freeze_all_but
 from moesaic.recover.reinforce.stage import ReinforceConfig, RewardConfig
@@ -200,7 +200,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_not_learned_from(tiny_parent: Path
     assert (datum["length"], len(datum["message_log"][0]["token_ids"]), datum["loss_multiplier"]) == (4, 4, 0.0)
 
 
-def make_judge(tiny_parent: Path, curve: Path, first_step: int = 0) -> Judge:
+def make_grader(tiny_parent: Path, curve: Path, first_step: int = 0) -> Grader:
     tokenizer = load_tokenizer(tiny_parent)
     settings = {
         "tokenizer": str(tiny_parent),
@@ -209,7 +209,7 @@ def make_judge(tiny_parent: Path, curve: Path, first_step: int = 0) -> Judge:
         "curve": str(curve),
         "first_step": first_step,
     }
-    return Judge(json.loads(json.dumps(settings)))
+    return Grader(json.loads(json.dumps(settings)))
 
 
 @pytest.mark.parametrize(
@@ -233,21 +233,21 @@ def test_a_reply_earns_what_moesaic_rewards_says(
     tmp_path: Path,
 ) -> None:
     row = prompt_row(PROBLEM, "low", reference_tokens)
-    judged = make_judge(tiny_parent, tmp_path / "training.jsonl").judge(text, row)
-    assert (judged.reward.correct, judged.reward.format, judged.reward.length) == pytest.approx(parts)
-    assert (judged.correct, judged.num_tokens, judged.truncated) == (correct, num_tokens, truncated)
+    reply = make_grader(tiny_parent, tmp_path / "training.jsonl").grade(text, row)
+    assert (reply.reward.correct, reply.reward.format, reply.reward.length) == pytest.approx(parts)
+    assert (reply.correct, reply.num_tokens, reply.truncated) == (correct, num_tokens, truncated)
 
 
 def test_a_step_is_one_line_of_the_curve(tiny_parent: Path, tmp_path: Path) -> None:
     curve = tmp_path / "training.jsonl"
-    judge = make_judge(tiny_parent, curve, first_step=7)
+    grader = make_grader(tiny_parent, curve, first_step=7)
     prompt = {"role": "user", "content": "w1 w2"}
     wrong = RIGHT.replace("w3", "w4")
     asked = [(RIGHT, "low"), (wrong, "low"), (RIGHT, "high")]
     conversations = [[prompt, {"role": "assistant", "content": text}] for text, _ in asked]
     rows = [prompt_row(PROBLEM, effort, 2.5) for _, effort in asked]
-    assert judge.step(conversations, rows) == pytest.approx([0.75, 0.25, 0.75])
-    judge.step(conversations[:1], rows[:1])
+    assert grader.step(conversations, rows) == pytest.approx([0.75, 0.25, 0.75])
+    grader.step(conversations[:1], rows[:1])
     first, second = [json.loads(line) for line in curve.read_text().splitlines()]
     assert (first["step"], second["step"]) == (8, 9)
     assert first["reward"] == pytest.approx(1.75 / 3)
@@ -315,7 +315,7 @@ def test_preparing_writes_what_the_driver_reads(
         process(row | {"task_name": "t"}, None, tokenizer, data["max_input_seq_length"], 0)["loss_multiplier"]
         for row in rows
     )
-    Judge(rendered["env"][nemo_config.ENVIRONMENT]).step([[{"role": "assistant", "content": RIGHT}]], rows[:1])
+    Grader(rendered["env"][nemo_config.ENVIRONMENT]).step([[{"role": "assistant", "content": RIGHT}]], rows[:1])
     assert json.loads((tmp_path / "training.jsonl").read_text().splitlines()[-1])["step"] == 5
 
 
@@ -410,8 +410,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     yield modules
-    for path in PACKAGE.glob("*_*.py"):
-        sys.modules.pop(f"moesaic.recover.reinforce.nemo_rl.{path.stem}", None)
+    for name in ("environment_actor", "policy_worker"):
+        sys.modules.pop(f"moesaic.recover.reinforce.nemo_rl.{name}", None)
 
 
 def test_the_environment_actor_returns_what_nemo_rl_unpacks(

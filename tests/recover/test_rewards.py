@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.recover.reinforce.rewards import Reward, is_well_formed, reward_reply
+from moesaic.data.verifiers import split_reply
+from moesaic.recover.reinforce.rewards import Reward, grade_reply, is_well_formed
 from moesaic.recover.reinforce.stage import RewardConfig
 
 RIGHT = "<|channel|>analysis<|message|>2 and 2<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
@@ -12,12 +13,9 @@ WRONG = "<|channel|>final<|message|>5<|return|>"
 CONFIG = RewardConfig(correct=1.0, format=0.25, length=0.5)
 
 
-def is_four(final: str | None) -> bool:
-    return final == "4"
-
-
 def reward(text: str, num_tokens: int = 10, truncated: bool = False, config: RewardConfig = CONFIG) -> Reward:
-    return reward_reply(text, num_tokens, truncated, is_four, 10.0, config)
+    correct = not truncated and split_reply(text).final == "4"
+    return grade_reply(text, num_tokens, truncated, correct, 10.0, config).reward
 
 
 def test_parts_by_hand() -> None:

@@ -54,7 +54,7 @@ def keeps(library: BlockLibrary, config: SearchArchitectureConfig, choice: Choic
     child, parent = (library.costs.evaluate(each, config.kv_group_size) for each in (architecture, library.parent))
     full = [layer for layer, block in enumerate(library.parent.blocks) if block.window is None]
     turned = sum(architecture.blocks[layer].window is not None for layer in full)
-    holds = turned >= config.min_windowed_share * len(full)
+    holds = turned >= config.min_windowed_share * len(full) - 1e-9
     holds &= config.max_layouts is None or len(architecture.layouts) <= config.max_layouts
     holds &= child.parameters <= (config.max_parameters_ratio or math.inf) * parent.parameters
     holds &= child.num_experts <= (config.max_experts_ratio or math.inf) * parent.num_experts

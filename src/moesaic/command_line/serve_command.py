@@ -72,11 +72,11 @@ def _serve(options: argparse.Namespace) -> None:
     missing = [package for package in _NEEDS if find_spec(package) is None]
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}; pip install 'moesaic[serve]'")
-    from moesaic.deploy.server.limits import Limits
-    from moesaic.deploy.server.running import bind, load, serve
+    from moesaic.deploy.server.limits import ServerLimits
+    from moesaic.deploy.server.process import bind, load, serve
 
     given = vars(options)
-    limits = Limits(
+    limits = ServerLimits(
         max_context=given.get("max_context", 2**31),
         max_batch=options.max_batch,
         max_waiting=options.max_waiting,

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Stages that recover a pruned child: distillation, reinforcement learning, averaging, KV calibration."""

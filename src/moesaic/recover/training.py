@@ -1,4 +1,4 @@
-"""Settings that the training stages share: which tensor groups learn, and the optimizer."""
+"""What the training stages have in common in their configs: which weights learn, and the optimiser."""
 
 from typing import Annotated, Literal
 

@@ -252,5 +252,5 @@ def check_assembly(library: BlockLibrary, config: SearchArchitectureConfig, choi
 
 
 def _at_most(what: str, value: float, most: float | None) -> None:
-    if most is not None and value > most + 1e-6 * abs(most) + 1e-9:  # rounding of what is summed, of 0 too
+    if most is not None and value > most + 1e-6 * abs(most) + TOLERANCE:
         raise AssertionError(f"the search returned an assembly that breaks its limit: {what} is {value}, over {most}")

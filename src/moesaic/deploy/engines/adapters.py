@@ -18,7 +18,7 @@ HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Offer:
+class ServerSpec:
     """What one server is to serve."""
 
     role: str
@@ -71,7 +71,7 @@ _PROGRAMS = {"tensorrt_llm": "trtllm-serve", "vllm": "vllm"}
 _BUNDLED = {"tensorrt_llm": "serve.yaml", "vllm": "serve.args"}
 
 
-def check_available(engine: ServingEngine, offer: Offer) -> None:
+def check_available(engine: ServingEngine, spec: ServerSpec) -> None:
     """Refuse what could not be started.
 
     Raises:
@@ -79,13 +79,13 @@ def check_available(engine: ServingEngine, offer: Offer) -> None:
         ArtifactError: if the directory is no bundle of this engine.
     """
     if engine == "running":
-        running_url(offer.role)
+        running_url(spec.role)
     elif engine in _PROGRAMS:
         if shutil.which(_PROGRAMS[engine]) is None:
             raise ConfigError(f"engine {engine!r} needs {_PROGRAMS[engine]}, which is not on the PATH; use its image")
-        if not (offer.directory / _BUNDLED[engine]).is_file():
+        if not (spec.directory / _BUNDLED[engine]).is_file():
             raise ArtifactError(
-                f"{offer.directory} holds no {_BUNDLED[engine]}; for engine {engine!r} give a bundle of export_engine"
+                f"{spec.directory} holds no {_BUNDLED[engine]}; for engine {engine!r} give a bundle of export_engine"
             )
 
 
@@ -101,29 +101,29 @@ def running_url(role: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def model_name(engine: ServingEngine, offer: Offer) -> str:
+def model_name(engine: ServingEngine, spec: ServerSpec) -> str:
     """What a server that was started here calls the model; TensorRT-LLM has its own mind about it."""
-    return offer.directory.name if engine == "tensorrt_llm" else offer.role
+    return spec.directory.name if engine == "tensorrt_llm" else spec.role
 
 
-def environment(engine: ServingEngine, offer: Offer) -> dict[str, str]:
+def environment(engine: ServingEngine, spec: ServerSpec) -> dict[str, str]:
     """The server's environment: TensorRT-LLM's worker processes import the bundle's model module by themselves."""
-    paths = [str(offer.directory), os.environ.get("PYTHONPATH", "")] if engine == "tensorrt_llm" else []
+    paths = [str(spec.directory), os.environ.get("PYTHONPATH", "")] if engine == "tensorrt_llm" else []
     return {**os.environ, **({"PYTHONPATH": os.pathsep.join(filter(None, paths))} if paths else {})}
 
 
-def command(engine: ServingEngine, offer: Offer, port: int) -> list[str]:
+def command(engine: ServingEngine, spec: ServerSpec, port: int) -> list[str]:
     """What starts the server."""
     address = ["--host", HOST, "--port", str(port)]
-    bundle = str(offer.directory)
+    bundle = str(spec.directory)
     if engine == "tensorrt_llm":
-        options = ["--backend", "pytorch", "--config", str(offer.directory / "serve.yaml")]
-        return ["trtllm-serve", bundle, *address, *options, "--custom_module_dirs", str(offer.directory / "trtllm")]
+        options = ["--backend", "pytorch", "--config", str(spec.directory / "serve.yaml")]
+        return ["trtllm-serve", bundle, *address, *options, "--custom_module_dirs", str(spec.directory / "trtllm")]
     if engine == "vllm":
-        options = shlex.split((offer.directory / "serve.args").read_text(), comments=True)
-        return ["vllm", "serve", bundle, *address, *options, "--served-model-name", offer.role]
-    options = ["--kv-cache-dtype", offer.kv_cache, "--precision", offer.precision]
-    options += ["--max-batch", str(offer.max_requests), "--max-cache-tokens", str(offer.max_cache_tokens)]
+        options = shlex.split((spec.directory / "serve.args").read_text(), comments=True)
+        return ["vllm", "serve", bundle, *address, *options, "--served-model-name", spec.role]
+    options = ["--kv-cache-dtype", spec.kv_cache, "--precision", spec.precision]
+    options += ["--max-batch", str(spec.max_requests), "--max-cache-tokens", str(spec.max_cache_tokens)]
     return [
         sys.executable,
         "-m",
@@ -132,6 +132,6 @@ def command(engine: ServingEngine, offer: Offer, port: int) -> list[str]:
         bundle,
         *address,
         "--name",
-        offer.role,
+        spec.role,
         *options,
     ]

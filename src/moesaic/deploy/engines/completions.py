@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from moesaic.core.errors import ConfigError, StageError
-from moesaic.deploy.engines.running import Server
+from moesaic.deploy.engines.server_process import Server
 from moesaic.models.generation import Generated
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Arrival = tuple[int, Generated]
 
 @dataclass(frozen=True)
 class Completion:
-    """One reply that is wanted."""
+    """A request for one completion."""
 
     id: str
     """For messages."""
@@ -33,8 +33,8 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What holds for all of them."""
+class RequestSettings:
+    """Settings that all requests have in common."""
 
     stop_ids: frozenset[int]
     """A reply that is whole ends with one of these."""
@@ -49,7 +49,7 @@ def check_client() -> None:
         raise ConfigError("asking a server needs the package openai; pip install 'moesaic[evaluate]'")
 
 
-def complete(server: Server, wanted: Sequence[Completion], rules: Rules) -> Generator[Arrival, None, None]:
+def complete(server: Server, wanted: Sequence[Completion], settings: RequestSettings) -> Generator[Arrival, None, None]:
     """The replies as they come in.
 
     Raises:
@@ -57,7 +57,7 @@ def complete(server: Server, wanted: Sequence[Completion], rules: Rules) -> Gene
     """
     with asyncio.Runner() as runner:
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
-        asking = runner.get_loop().create_task(_ask_all(server, wanted, rules, arrivals))
+        asking = runner.get_loop().create_task(_ask_all(server, wanted, settings, arrivals))
         for _ in wanted:
             yield runner.run(_next(server, arrivals, asking))
         runner.run(asyncio.wait_for(asking, None))  # it still has connections to close
@@ -74,7 +74,7 @@ async def _next(server: Server, arrivals: asyncio.Queue[Arrival], asking: asynci
 
 
 async def _ask_all(
-    server: Server, wanted: Sequence[Completion], rules: Rules, arrivals: asyncio.Queue[Arrival]
+    server: Server, wanted: Sequence[Completion], settings: RequestSettings, arrivals: asyncio.Queue[Arrival]
 ) -> None:
     """The server is near, so no proxy is asked.
 
@@ -85,7 +85,7 @@ async def _ask_all(
     async with AsyncOpenAI(
         base_url=f"{server.url}/v1",
         api_key="none",
-        timeout=rules.reply_timeout_s,
+        timeout=settings.reply_timeout_s,
         max_retries=_MAX_RETRIES,
         http_client=DefaultAsyncHttpxClient(trust_env=False),
     ) as client:
@@ -93,11 +93,11 @@ async def _ask_all(
 
         async def ask() -> None:
             for place in places:
-                arrivals.put_nowait((place, await _reply(client, server, wanted[place], rules.stop_ids)))
+                arrivals.put_nowait((place, await _reply(client, server, wanted[place], settings.stop_ids)))
 
         try:
             async with asyncio.TaskGroup() as requests:
-                for _ in range(min(rules.max_requests, len(wanted))):
+                for _ in range(min(settings.max_requests, len(wanted))):
                     requests.create_task(ask())
         except ExceptionGroup as failures:
             raise failures.exceptions[0]  # noqa: B904 - one failure, with its own cause, says it all

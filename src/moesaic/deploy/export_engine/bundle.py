@@ -17,7 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.version import __version__
 from moesaic.deploy.export_engine import tensorrt_llm, vllm
-from moesaic.deploy.export_engine.manifest import Digests, ExportManifest, KvPolicy, Layer, Source, seal, write_files
+from moesaic.deploy.export_engine.bundle_manifest import (
+    BundleManifest,
+    Digests,
+    KvPolicy,
+    Layer,
+    Source,
+    seal,
+    write_files,
+)
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.models import gpt_oss, kv_cache
 from moesaic.models.checkpoint import Checkpoint, read_recovery, rewrite_checkpoint
@@ -30,7 +38,7 @@ _CONFIG_CLASS = "configuration_gpt_oss_puzzle.py"
 _PRUNING = "pruning.json"
 
 
-def write_bundle(child: Checkpoint, output: Path, config: ExportEngineConfig) -> ExportManifest:
+def write_bundle(child: Checkpoint, output: Path, config: ExportEngineConfig) -> BundleManifest:
     """Write a bundle; its manifest comes last.
 
     Args:
@@ -51,7 +59,7 @@ def write_bundle(child: Checkpoint, output: Path, config: ExportEngineConfig) ->
     manifest = _describe(child, config, used, folds, digests.of_all(child.directory))
     _write_engine_files(output, manifest, child.packed)
     seal(output, manifest, digests)
-    return ExportManifest.read(output)
+    return BundleManifest.read(output)
 
 
 def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
@@ -76,8 +84,8 @@ def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
         )
     fixed = {"swiglu_limit": 7.0} | ({"rms_norm_eps": 1e-5} if config.target == "vllm" else {})
     for key, value in fixed.items():
-        if (found := child.config.get(key, value)) != value:
-            raise ArtifactError(f"{child.directory}: {key} is {found}; {config.target} computes with {value} always")
+        if (constant := child.config.get(key, value)) != value:
+            raise ArtifactError(f"{child.directory}: {key} is {constant}; {config.target} computes with {value} always")
 
 
 def _powers_of_two(scales: Iterable[KvScales]) -> list[KvScales]:
@@ -104,10 +112,10 @@ def _write_weights(
 
 def _describe(
     child: Checkpoint, config: ExportEngineConfig, scales: list[KvScales] | None, folds: bool, digest: str
-) -> ExportManifest:
+) -> BundleManifest:
     pruning = child.directory / _PRUNING
     blocks = child.architecture.blocks
-    return ExportManifest(
+    return BundleManifest(
         moesaic=__version__,
         engine=(tensorrt_llm if config.target == "tensorrt_llm" else vllm).VERSIONS,
         config=config,
@@ -132,7 +140,7 @@ def _describe(
     )
 
 
-def _write_engine_files(output: Path, manifest: ExportManifest, packed: bool) -> None:
+def _write_engine_files(output: Path, manifest: BundleManifest, packed: bool) -> None:
     if manifest.config.target == "tensorrt_llm":
         _copy_tree(BUNDLED / tensorrt_llm.MODULES, output / tensorrt_llm.MODULES)
         shutil.copyfile(MODELLING / _CONFIG_CLASS, output / tensorrt_llm.MODULES / _CONFIG_CLASS)
@@ -150,7 +158,7 @@ def _copy_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=ignored)
 
 
-def _readme(manifest: ExportManifest) -> str:
+def _readme(manifest: BundleManifest) -> str:
     environment = Environment(
         loader=PackageLoader("moesaic.deploy.export_engine", "."), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -158,7 +166,7 @@ def _readme(manifest: ExportManifest) -> str:
     return template.render(_facts(manifest))
 
 
-def _facts(manifest: ExportManifest) -> Mapping[str, Any]:
+def _facts(manifest: BundleManifest) -> Mapping[str, Any]:
     scales = {"folded": ", scales folded into the weights", "tensors": ", scales in the checkpoint", "none": ""}
     kinds = {"bf16": "BF16", "fp8_unit": "FP8 at scale 1", "fp8": f"FP8{scales[manifest.kv_cache.scales]}"}
     return {

@@ -7,7 +7,7 @@ from pathlib import Path
 from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.progress import track
 from moesaic.deploy.export_engine.bundle import write_bundle
-from moesaic.deploy.export_engine.manifest import VALIDATION
+from moesaic.deploy.export_engine.bundle_manifest import VALIDATION
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.export_engine.validation import validate
 from moesaic.deploy.export_engine.verdict import BundleChecks
@@ -23,8 +23,8 @@ def run(config: ExportEngineConfig, *, child: Path, output: Path, scratch: Path)
     except ArtifactError as wrong:
         raise StageError(f"the bundle that was written failed a check: {wrong}") from wrong
     checked = BundleChecks(passed=True)
-    found = {"verdict": checked.words, **asdict(checked), "checks": checks}
-    (output / VALIDATION).write_text(json.dumps(found, indent=1) + "\n")
+    verdict = {"verdict": checked.words, **asdict(checked), "checks": checks}
+    (output / VALIDATION).write_text(json.dumps(verdict, indent=1) + "\n")
     folded = [scale for layer in manifest.layers for scale in (layer.key_scale, layer.value_scale) if scale]
     return {
         "files": float(len(manifest.files)),

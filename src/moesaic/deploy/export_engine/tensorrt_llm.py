@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from moesaic.core.errors import ArtifactError
-from moesaic.deploy.export_engine.manifest import ExportManifest
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 
 VERSIONS = ">=1.2,<1.4"
@@ -61,13 +61,13 @@ _REQUIRED = {
 }
 
 
-def windows(manifest: ExportManifest) -> list[int]:
+def windows(manifest: BundleManifest) -> list[int]:
     """Tokens that each layer's cache keeps."""
     longest = manifest.max_seq_len
     return [min(layer.sliding_window or longest, longest) for layer in manifest.layers]
 
 
-def files(manifest: ExportManifest, packed: bool) -> dict[str, str]:
+def files(manifest: BundleManifest, packed: bool) -> dict[str, str]:
     """The engine's files by name."""
     serve = _settings(manifest, manifest.config.prefix_reuse)
     return {
@@ -77,7 +77,7 @@ def files(manifest: ExportManifest, packed: bool) -> dict[str, str]:
     }
 
 
-def _settings(manifest: ExportManifest, prefix_reuse: bool) -> dict[str, Any]:
+def _settings(manifest: BundleManifest, prefix_reuse: bool) -> dict[str, Any]:
     config = manifest.config
     return {
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -103,7 +103,7 @@ def _cache_dtype(config: ExportEngineConfig) -> str:
     return "auto" if config.kv_cache == "bf16" else "fp8"
 
 
-def _quant_config(manifest: ExportManifest, packed: bool) -> dict[str, Any]:
+def _quant_config(manifest: BundleManifest, packed: bool) -> dict[str, Any]:
     return {
         "producer": {"name": "moesaic", "version": manifest.moesaic},
         "quantization": {
@@ -115,7 +115,7 @@ def _quant_config(manifest: ExportManifest, packed: bool) -> dict[str, Any]:
     }
 
 
-def check(bundle: Path, manifest: ExportManifest, packed: bool) -> None:
+def check(bundle: Path, manifest: BundleManifest, packed: bool) -> None:
     """Check the engine's files against the manifest.
 
     Raises:
@@ -123,18 +123,18 @@ def check(bundle: Path, manifest: ExportManifest, packed: bool) -> None:
     """
     for name in YAMLS:
         _check_yaml(bundle / name, manifest)
-    found = json.loads((bundle / QUANT_CONFIG).read_text())
-    if found.get("quantization") != (expected := _quant_config(manifest, packed)["quantization"]):
-        raise ArtifactError(f"{bundle / QUANT_CONFIG} says {found.get('quantization')}; it must say {expected}")
+    written = json.loads((bundle / QUANT_CONFIG).read_text())
+    if written.get("quantization") != (expected := _quant_config(manifest, packed)["quantization"]):
+        raise ArtifactError(f"{bundle / QUANT_CONFIG} says {written.get('quantization')}; it must say {expected}")
 
 
-def _check_yaml(path: Path, manifest: ExportManifest) -> None:
+def _check_yaml(path: Path, manifest: BundleManifest) -> None:
     try:
-        found = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text())
     except yaml.YAMLError as broken:
         raise ArtifactError(f"{path} is not valid YAML: {broken}") from broken
-    _check_keys(path, found, _KEYS)
-    listed, layers = found["kv_cache_config"]["max_attention_window"], len(manifest.layers)
+    _check_keys(path, settings, _KEYS)
+    listed, layers = settings["kv_cache_config"]["max_attention_window"], len(manifest.layers)
     if len(listed) != layers:
         raise ArtifactError(
             f"{path}: max_attention_window has {len(listed)} entries for {layers} layers; the engine would repeat them"
@@ -146,17 +146,17 @@ def _check_yaml(path: Path, manifest: ExportManifest) -> None:
             f"the layer attends over {windows(manifest)[layer]} tokens"
         )
     for key, value in _settings(manifest, prefix_reuse=False).items():
-        given = found.get(key)
+        given = settings.get(key)
         if key == "kv_cache_config":
-            given = found[key] | {"enable_block_reuse": False}  # as it is asked for, or as a benchmark needs it
+            given = settings[key] | {"enable_block_reuse": False}  # as it is asked for, or as a benchmark needs it
         if given != value:
-            raise ArtifactError(f"{path}: {key} is {found.get(key)}; the bundle was exported for {value}")
+            raise ArtifactError(f"{path}: {key} is {settings.get(key)}; the bundle was exported for {value}")
 
 
-def _check_keys(path: Path, found: Any, allowed: Mapping[str, Any], place: str = "") -> None:
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path}: {place or 'the whole'} must be a mapping, found {type(found).__name__}")
-    for key, value in found.items():
+def _check_keys(path: Path, settings: Any, allowed: Mapping[str, Any], place: str = "") -> None:
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path}: {place or 'the whole'} must be a mapping, found {type(settings).__name__}")
+    for key, value in settings.items():
         name = f"{place}{key}"
         if key not in allowed:
             raise ArtifactError(f"{path}: TensorRT-LLM knows no key {name}; choose from {', '.join(allowed)}")
@@ -165,5 +165,5 @@ def _check_keys(path: Path, found: Any, allowed: Mapping[str, Any], place: str =
         elif type(value) is not allowed[key]:
             raise ArtifactError(f"{path}: {name} is {value!r}; it must be of type {allowed[key].__name__}")
     for key in _REQUIRED[place]:
-        if key not in found:
+        if key not in settings:
             raise ArtifactError(f"{path}: {place}{key} is missing; the engine's own choice would be wrong")

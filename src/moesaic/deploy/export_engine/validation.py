@@ -13,7 +13,7 @@ import torch
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine import tensorrt_llm, vllm
 from moesaic.deploy.export_engine.bundle import check_servable
-from moesaic.deploy.export_engine.manifest import ExportManifest, check_files
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest, check_files
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ def validate(bundle: Path, child: Path | None = None) -> Iterator[str]:
     Raises:
         ArtifactError: at the first thing that is wrong, with the reason.
     """
-    manifest = ExportManifest.read(bundle)
+    manifest = BundleManifest.read(bundle)
     check_files(bundle, manifest)
     yield f"{len(manifest.files)} files are those of the manifest"
     checkpoint = Checkpoint.open(bundle)
@@ -54,7 +54,7 @@ def validate(bundle: Path, child: Path | None = None) -> Iterator[str]:
         yield "child and bundle have the same logits"
 
 
-def _check_blocks(checkpoint: Checkpoint, manifest: ExportManifest) -> None:
+def _check_blocks(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
     if checkpoint.config.get("architectures") != [gpt_oss.CHILD_CLASS]:
         raise ArtifactError(f"{checkpoint.directory}: architectures is not {[gpt_oss.CHILD_CLASS]}")
     listed = Architecture.of(Block(layer.num_local_experts, layer.sliding_window) for layer in manifest.layers)
@@ -90,7 +90,7 @@ def check_rope(config: Mapping[str, Any], where: object) -> None:
         raise ArtifactError(f"{where}: rope_type is {old['rope_type']!r}; the engines' gpt-oss is always 'yarn'")
 
 
-def _check_scales(checkpoint: Checkpoint, manifest: ExportManifest) -> None:
+def _check_scales(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
     if manifest.config.kv_cache == "bf16":
         return
     names = gpt_oss.kv_scale_names(checkpoint.num_layers)
@@ -100,9 +100,9 @@ def _check_scales(checkpoint: Checkpoint, manifest: ExportManifest) -> None:
     listed = [value for layer in manifest.layers for value in (layer.key_scale, layer.value_scale)]
     for name, value in zip(names, listed, strict=True):
         expected = value if kept else 1.0
-        if (found := float(checkpoint.tensor(name))) != expected:
+        if (scale := float(checkpoint.tensor(name))) != expected:
             how = manifest.kv_cache.scales
-            raise ArtifactError(f"{checkpoint.directory}: {name} is {found}; where scales are {how} it is {expected}")
+            raise ArtifactError(f"{checkpoint.directory}: {name} is {scale}; where scales are {how} it is {expected}")
 
 
 def compare_logits(child: Path, bundle: Path, tokens: int = _COMPARED_TOKENS) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moesaic.core.errors import ArtifactError
-from moesaic.deploy.export_engine.manifest import ExportManifest
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 
 VERSIONS = ">=0.33,<0.34"
 PLUGIN = "vllm_plugin"
@@ -19,12 +19,12 @@ ARGUMENTS = "serve.args"
 ENTRY_POINTS = "vllm.general_plugins"
 
 
-def files(manifest: ExportManifest) -> dict[str, str]:
+def files(manifest: BundleManifest) -> dict[str, str]:
     """The engine's files by name: the arguments, one a line."""
     return {ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest))}
 
 
-def _lines(manifest: ExportManifest) -> list[str]:
+def _lines(manifest: BundleManifest) -> list[str]:
     config = manifest.config
     lines = [
         f"--tensor-parallel-size {config.tensor_parallel_size}",
@@ -58,17 +58,17 @@ class _Arguments(argparse.ArgumentParser):
         raise ArtifactError(f"{self._path}: {message}")
 
 
-def check(bundle: Path, manifest: ExportManifest) -> None:
+def check(bundle: Path, manifest: BundleManifest) -> None:
     """Check the engine's files against the manifest.
 
     Raises:
         ArtifactError: for an argument that does not belong there, or a value that does not fit the bundle.
     """
     path = bundle / ARGUMENTS
-    found, expected = _parse(path, path.read_text()), _parse(path, "\n".join(_lines(manifest)))
+    given, expected = _parse(path, path.read_text()), _parse(path, "\n".join(_lines(manifest)))
     for name, value in expected.items():
-        if found[name] != value:
-            raise ArtifactError(f"{path}: {name} is {found[name]}; the bundle was exported for {value}")
+        if given[name] != value:
+            raise ArtifactError(f"{path}: {name} is {given[name]}; the bundle was exported for {value}")
     entry_point(bundle)
 
 

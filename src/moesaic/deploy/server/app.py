@@ -13,12 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from moesaic.deploy.server.batching import Engine, Reply
+from moesaic.deploy.server.batching import Batcher, Reply
 from moesaic.deploy.server.exchange import Exchange, Exchanges, stopping
 from moesaic.deploy.server.metrics import CountingRequests, Metrics
 from moesaic.deploy.server.protocol import Body, ChatRequest, CompletionRequest, RequestError, parse
 from moesaic.deploy.server.schema import describe
-from moesaic.deploy.server.served import Served
+from moesaic.deploy.server.served_model import ServedModel
 from moesaic.deploy.server.shapes import ChatShape, CompletionShape, Shape
 
 _CLIENT_GONE = 499
@@ -26,22 +26,22 @@ _RETRY_AFTER_S = "1"
 """When a refused client may try again."""
 
 
-def create_app(served: Served, engine: Engine) -> FastAPI:
-    """The application; its lifespan starts the engine and ends it."""
-    exchanges, metrics = Exchanges(engine), Metrics(engine)
+def create_app(served: ServedModel, batcher: Batcher) -> FastAPI:
+    """The application; its lifespan starts the batcher and ends it."""
+    exchanges, metrics = Exchanges(batcher), Metrics(batcher)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         exchanges.start()
         yield
-        await asyncio.to_thread(engine.abort)
+        await asyncio.to_thread(batcher.abort)
 
     app = FastAPI(title="Moesaic", description=f"An OpenAI-compatible server of {served.name}.", lifespan=lifespan)
     app.add_middleware(CountingRequests, metrics=metrics)
     app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(Exception, _fail)
-    endpoints = Endpoints(served, engine, exchanges, metrics)
+    endpoints = Endpoints(served, batcher, exchanges, metrics)
     app.add_api_route("/health", endpoints.health)
     app.add_api_route("/metrics", endpoints.prometheus)
     app.add_api_route("/v1/models", endpoints.models)
@@ -55,8 +55,8 @@ def create_app(served: Served, engine: Engine) -> FastAPI:
 class Endpoints:
     """What each path answers."""
 
-    served: Served
-    engine: Engine
+    served: ServedModel
+    batcher: Batcher
     exchanges: Exchanges
     metrics: Metrics
 
@@ -83,7 +83,7 @@ class Endpoints:
         return await self._answer(request, CompletionRequest, self.served.completion_replies, CompletionShape)
 
     def _check_open(self) -> None:
-        if not self.engine.is_open:
+        if not self.batcher.is_open:
             raise stopping()
 
     async def _answer(

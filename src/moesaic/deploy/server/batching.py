@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.replies import Piece, Writer
-from moesaic.deploy.server.sampling import Draw, Rule, choose
+from moesaic.deploy.server.sampling import Draw, SamplingParams, choose
 from moesaic.models.generation import PREFILL_TOKENS, Decoding, read_prompts
 
 Finish = Literal["stop", "length", "failed", "closed"]
-"""A stop token or text; the token limit; an error of the engine; the server stopped before the reply was done."""
+"""A stop token or text; the token limit; an error of the batcher; the server stopped before the reply was done."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,14 +44,14 @@ class Event:
 
 
 class Reply:
-    """One reply on its way through the engine, which alone changes it; ``eq`` is identity."""
+    """One reply on its way through the batcher, which alone changes it; ``eq`` is identity."""
 
-    def __init__(self, prompt: Sequence[int], rule: Rule, writer: Writer) -> None:
-        self.prompt, self.rule = tuple(prompt), rule
+    def __init__(self, prompt: Sequence[int], sampling: SamplingParams, writer: Writer) -> None:
+        self.prompt, self.sampling = tuple(prompt), sampling
         self.token_ids: list[int] = []
         self.cancelled = False
         self._writer = writer
-        self._dice = random.Random(rule.seed)
+        self._generator = random.Random(sampling.seed)
 
     @property
     def num_generated(self) -> int:
@@ -61,32 +61,32 @@ class Reply:
     @property
     def longest(self) -> int:
         """Tokens of the prompt and of a reply that uses all it may."""
-        return len(self.prompt) + self.rule.max_tokens
+        return len(self.prompt) + self.sampling.max_tokens
 
     def draw(self) -> Draw:
-        """What this row brings to the next choice."""
-        return Draw(self.rule, self._dice.random(), self.num_generated)
+        """The parameters and the random number for its next token."""
+        return Draw(self.sampling, self._generator.random(), self.num_generated)
 
     def take(self, token: int) -> Event:
         """Append a token."""
         self.token_ids.append(token)
-        may_stop = self.num_generated >= self.rule.min_tokens
-        ends = token in self.rule.stop_ids
+        may_stop = self.num_generated >= self.sampling.min_tokens
+        ends = token in self.sampling.stop_ids
         pieces = self._writer.add(token, may_stop)
         finish: Finish | None = "stop" if ends or self._writer.stopped else None
-        if finish is None and self.num_generated == self.rule.max_tokens:
+        if finish is None and self.num_generated == self.sampling.max_tokens:
             finish = "length"
         return Event((*pieces, *self._writer.finish()) if finish else tuple(pieces), finish)
 
 
 Deliver = Callable[[Sequence[tuple[Reply, Event]]], None]
-"""Called from the engine's thread with all events of a turn."""
+"""Called from the batcher's thread with all events of a turn."""
 
 
-class Engine:
+class Batcher:
     """Generates the replies that are submitted to it. Every reply gets events until one has a ``finish``."""
 
-    def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
+    def __init__(self, model: PreTrainedModel, limits: ServerLimits) -> None:
         self._model, self.limits = model, limits
         self._waiting: deque[Reply] = deque()
         self._running: list[Reply] = []
@@ -102,9 +102,9 @@ class Engine:
         """Replies by why they ended; ``cancelled`` ones had lost their client."""
 
     def start(self, deliver: Deliver) -> None:
-        """Begin to serve."""
+        """Start the thread that generates."""
         self._deliver = deliver
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="batcher", daemon=True)
         self._thread.start()
 
     @property
@@ -132,7 +132,7 @@ class Engine:
         """Queue all of these, or none.
 
         Raises:
-            Closed: if the engine is stopping.
+            Closed: if the batcher is stopping.
             Full: if they do not fit the queue beside what waits already, even with the places that are free now.
         """
         with self._changed:
@@ -208,7 +208,7 @@ class Engine:
         self._keep([row for row, reply in enumerate(self._running) if not reply.cancelled])
 
     def _keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch."""
+        """Remove all other rows from the batch."""
         if len(rows) == len(self._running):
             return
         self._running = [self._running[row] for row in rows]

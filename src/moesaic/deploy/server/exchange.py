@@ -1,23 +1,23 @@
-"""One HTTP request's replies, between the engine's thread and the event loop."""
+"""One HTTP request's replies, between the batcher's thread and the event loop."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from moesaic.deploy.server.batching import Closed, Engine, Event, Full, Reply
+from moesaic.deploy.server.batching import Batcher, Closed, Event, Full, Reply
 from moesaic.deploy.server.protocol import RequestError
 
 
 class Exchanges:
-    """Hands the engine's events to the requests that wait for them."""
+    """Hands the batcher's events to the requests that wait for them."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
         self._open: dict[Reply, Exchange] = {}
 
     def start(self) -> None:
-        """Start the engine; its events come in on this event loop."""
+        """Start the batcher; its events come in on this event loop."""
         loop = asyncio.get_running_loop()
-        self._engine.start(lambda events: _call_soon(loop, self._dispatch, events))
+        self._batcher.start(lambda events: _call_soon(loop, self._dispatch, events))
 
     def open(self, replies: Sequence[Reply]) -> "Exchange":
         """Queue the replies.
@@ -28,7 +28,7 @@ class Exchanges:
         exchange = Exchange(self, replies)
         self._open.update(dict.fromkeys(replies, exchange))
         try:
-            self._engine.submit(replies)
+            self._batcher.submit(replies)
         except (Full, Closed) as refusal:
             self.forget(replies)
             if isinstance(refusal, Full):
@@ -40,7 +40,7 @@ class Exchanges:
         """No events of these are wanted any more; those that are not done leave the batch."""
         gone = [reply for reply in replies if self._open.pop(reply, None)]
         if gone:
-            self._engine.cancel(gone)
+            self._batcher.cancel(gone)
 
     def _dispatch(self, events: Sequence[tuple[Reply, Event]]) -> None:
         for reply, event in events:
@@ -64,18 +64,18 @@ class Exchange:
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """Those of every reply so far."""
+        """Generated token ids of every reply so far."""
         return [list(reply.token_ids) for reply in self._indices]
 
     def put(self, reply: Reply, event: Event) -> None:
-        """Take an event in."""
+        """Queue an event."""
         self._queue.put_nowait((self._indices[reply], event))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Every event with the index of its reply, to the end of the last reply.
 
         Raises:
-            RequestError: 500 if the engine failed, 503 if the server stops before the end.
+            RequestError: 500 if the batcher failed, 503 if the server stops before the end.
         """
         for _ in self._indices:
             finish = None
@@ -89,7 +89,7 @@ class Exchange:
                 yield index, event
 
     def close(self) -> None:
-        """Nobody waits for the rest."""
+        """Stop the replies that are not done."""
         self._exchanges.forget(list(self._indices))
 
 
@@ -99,6 +99,6 @@ def stopping() -> RequestError:
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, *call: object) -> None:
-    """Nobody listens once the loop is closed."""
+    """Call on the event loop, unless it is closed."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(*call)  # type: ignore[arg-type]

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from moesaic.deploy.server.replies import Decode, HeldText, Kind, Piece, TokenText
+from moesaic.deploy.server.replies import Decode, IncrementalDetokenizer, Kind, Piece, StopTextFilter
 
 _MARKER = re.compile(r"<\|(\w+)\|>")
 
 
 def find_markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The name of every token that is a marker, such as ``channel`` for ``<|channel|>``."""
-    found = ((token, _MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
-    return {token: match[1] for token, match in found if match}
+    matches = ((token, _MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
+    return {token: match[1] for token, match in matches if match}
 
 
 class ChatWriter:
@@ -54,7 +54,7 @@ class ChatWriter:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back."""
+        """The pieces of the text that was held back."""
         if self.stopped:
             return []
         pieces = self._show(self._text.finish(), False)
@@ -63,8 +63,8 @@ class ChatWriter:
     def _open(self, kind: Kind, marker: str = "") -> None:
         """From here on text is of another message, or behind another marker."""
         self._kind, self._marker, self._header = kind, marker, ""
-        self._text = TokenText(self._decode)
-        self._visible = HeldText(self._stops, strip=True)
+        self._text = IncrementalDetokenizer(self._decode)
+        self._visible = StopTextFilter(self._stops, strip=True)
         self._at_start = True
 
     def _show(self, text: str, may_stop: bool) -> list[Piece]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Each is at least 1."""
+class ServerLimits:
+    """Limits of one server, each at least 1."""
 
     max_context: int
     """Tokens of a prompt and its reply together."""

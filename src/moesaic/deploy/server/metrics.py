@@ -4,14 +4,14 @@ from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moesaic.deploy.server.batching import Engine
+from moesaic.deploy.server.batching import Batcher
 
 
 class Metrics:
-    """Counts of requests and tokens; the engine's are read where they are."""
+    """Counts of requests and tokens; the batcher's are read where they are."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
         self.requests: Counter[tuple[str, int]] = Counter()
         """By path and status of the reply; a stream counts when it begins."""
         self.num_prompt_tokens = 0
@@ -19,18 +19,18 @@ class Metrics:
 
     def text(self) -> str:
         """What ``GET /metrics`` returns."""
-        engine = self._engine
+        batcher = self._batcher
         requests = {f'{{path="{path}",status="{status}"}}': n for (path, status), n in sorted(self.requests.items())}
-        finished = {f'{{reason="{reason}"}}': count for reason, count in sorted(engine.finished.items())}
+        finished = {f'{{reason="{reason}"}}': count for reason, count in sorted(batcher.finished.items())}
         families: list[tuple[str, str, str, dict[str, int]]] = [
             ("requests_total", "counter", "Requests by path and status", requests),
             ("replies_finished_total", "counter", "Replies by why they ended", finished),
             ("prompt_tokens_total", "counter", "Prompt tokens of accepted requests", {"": self.num_prompt_tokens}),
-            ("generated_tokens_total", "counter", "Tokens generated", {"": engine.num_generated}),
-            ("decode_steps_total", "counter", "Times the batch got one token each", {"": engine.num_steps}),
-            ("running", "gauge", "Replies in the batch: its size", {"": engine.num_running}),
-            ("batch_size_max", "gauge", "Replies the batch may hold", {"": engine.limits.max_batch}),
-            ("waiting", "gauge", "Replies that wait for a place", {"": engine.num_waiting}),
+            ("generated_tokens_total", "counter", "Tokens generated", {"": batcher.num_generated}),
+            ("decode_steps_total", "counter", "Times the batch got one token each", {"": batcher.num_steps}),
+            ("running", "gauge", "Replies in the batch: its size", {"": batcher.num_running}),
+            ("batch_size_max", "gauge", "Replies the batch may hold", {"": batcher.limits.max_batch}),
+            ("waiting", "gauge", "Replies that wait for a place", {"": batcher.num_waiting}),
         ]
         return "".join(_family(*family) for family in families)
 
@@ -48,7 +48,7 @@ class CountingRequests:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on."""
+        """Pass the call on and count the status of its reply."""
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -39,8 +39,8 @@ class Writer(Protocol):
         ...
 
 
-class TokenText:
-    """Decodes tokens one at a time; their texts together are the text of all."""
+class IncrementalDetokenizer:
+    """Decodes tokens one at a time. The texts it returns make up the text of all tokens."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
@@ -65,7 +65,7 @@ class TokenText:
         return self._decode(self._shown + self._held)[len(self._decode(self._shown)) :]
 
 
-class HeldText:
+class StopTextFilter:
     """Lets text through up to a stop text, and none that may turn out to belong to one.
 
     Args:
@@ -82,14 +82,14 @@ class HeldText:
     def add(self, text: str, may_stop: bool) -> str:
         """What is visible for certain."""
         self._pending += text
-        found = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0] if may_stop else []
-        if found:
+        places = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0] if may_stop else []
+        if places:
             self.stopped = True
-            return self._show(min(found), is_last=True)
+            return self._show(min(places), is_last=True)
         return self._show(len(self._pending) - self._longest_beginning(), is_last=False)
 
     def finish(self) -> str:
-        """The rest."""
+        """The text that was held back, now that none follows."""
         return self._show(len(self._pending), is_last=True)
 
     def _longest_beginning(self) -> int:
@@ -117,8 +117,8 @@ class PlainWriter:
     """A completion: all text as it is."""
 
     def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
-        self._text = TokenText(decode)
-        self._visible = HeldText(stops, strip=False)
+        self._text = IncrementalDetokenizer(decode)
+        self._visible = StopTextFilter(stops, strip=False)
 
     @property
     def stopped(self) -> bool:
@@ -130,7 +130,7 @@ class PlainWriter:
         return _text_pieces(self._visible.add(self._text.add(token), may_stop))
 
     def finish(self) -> list[Piece]:
-        """What was held back."""
+        """The pieces of the text that was held back."""
         if self.stopped:
             return []
         return _text_pieces(self._visible.add(self._text.finish(), False) + self._visible.finish())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rule:
+class SamplingParams:
     """How one reply's tokens are chosen and when it ends."""
 
     max_tokens: int
@@ -24,16 +24,16 @@ class Rule:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: str = "0"
-    """Replies with the same seed, prompt and rule are the same."""
+    """Replies with the same seed, prompt and parameters are the same."""
     stop_ids: frozenset[int] = frozenset()
     """None where the client asked to ignore the end of the reply."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What one row brings to one step."""
+    """Sampling parameters and uniform random number of one row at one step."""
 
-    rule: Rule
+    sampling: SamplingParams
     uniform: float
     """In [0, 1); ignored at temperature 0."""
     num_generated: int
@@ -43,7 +43,7 @@ def choose(logits: Float[Tensor, "batch vocab"], draws: Sequence[Draw]) -> Int[T
     """One token per row; sums are in float64."""
     logits = _without_early_stops(logits, draws)
     tokens = logits.argmax(-1)
-    sampled = [row for row, draw in enumerate(draws) if draw.rule.temperature > 0]
+    sampled = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
         tokens[rows] = _invert(logits[rows], [draws[row] for row in sampled])
@@ -54,8 +54,8 @@ def _without_early_stops(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     early = [
         (row, token)
         for row, draw in enumerate(draws)
-        if draw.num_generated < draw.rule.min_tokens
-        for token in draw.rule.stop_ids
+        if draw.num_generated < draw.sampling.min_tokens
+        for token in draw.sampling.stop_ids
     ]
     if not early:
         return logits
@@ -68,10 +68,10 @@ def _invert(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
 
     exact = logits.double()
-    exact = (exact - exact.amax(-1, keepdim=True)) / column([draw.rule.temperature for draw in draws])
+    exact = (exact - exact.amax(-1, keepdim=True)) / column([draw.sampling.temperature for draw in draws])
     weights, order = exact.softmax(-1).sort(dim=-1, descending=True, stable=True)
     sums = weights.cumsum(-1)
-    kept = sums - weights < column([draw.rule.top_p for draw in draws])
+    kept = sums - weights < column([draw.sampling.top_p for draw in draws])
     total = (weights * kept).sum(-1, keepdim=True)
     place = (sums <= column([draw.uniform for draw in draws]) * total).sum(-1, keepdim=True)
     return order.gather(-1, place.clamp_max(kept.sum(-1, keepdim=True) - 1)).squeeze(-1)

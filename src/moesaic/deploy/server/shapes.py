@@ -38,7 +38,7 @@ class Shape(ABC):
         """What each chunk holds of an event's pieces; at least one for the first and for the last event."""
 
     def add(self, index: int, event: Event) -> None:
-        """Take a choice's next event in."""
+        """Add a choice's next event."""
         texts = self._texts[index]
         for piece in event.pieces:
             texts[piece.kind] = texts.get(piece.kind, "") + piece.text
@@ -99,7 +99,7 @@ class ChatShape(Shape):
 
 
 class CompletionShape(Shape):
-    """``text``."""
+    """A completion's choice has its reply as ``text``."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 

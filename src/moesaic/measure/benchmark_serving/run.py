@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.progress import track
-from moesaic.deploy.engines import Offer, Server, check_available, serving
+from moesaic.deploy.engines import Server, ServerSpec, check_available, started_server
 from moesaic.measure.benchmark_serving.aiperf import Client, Load, find_client
 from moesaic.measure.benchmark_serving.load_sweep import (
     LoadPoint,
@@ -43,12 +43,12 @@ Sweep = Mapping[LoadPoint, Sequence[LoadRun]]
 class Sitting:
     """One sweep over one model on one server."""
 
-    offer: Offer
+    spec: ServerSpec
     repeat: int
 
     def file(self, scratch: Path, point: LoadPoint) -> Path:
         """Where the outcome of a point is kept."""
-        return scratch / f"{self.offer.role}-{self.repeat}-{point.workload}-{point.concurrency}.json"
+        return scratch / f"{self.spec.role}-{self.repeat}-{point.workload}-{point.concurrency}.json"
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,18 @@ class Measured:
 def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Path, scratch: Path) -> dict[str, float]:
     """Write ``measurements.json``."""
     points = list_points(config)
-    offers = [_offer(config, points, *model) for model in zip(ROLES, (parent, child), strict=True)]
-    vocab_size = min(_check_model(offer.directory, points) for offer in offers)
-    for offer in offers:
-        check_available(config.engine, offer)
+    specs = [_spec(config, points, *model) for model in zip(ROLES, (parent, child), strict=True)]
+    vocab_size = min(_check_model(spec.directory, points) for spec in specs)
+    for spec in specs:
+        check_available(config.engine, spec)
     client = find_client()
-    sittings = [Sitting(offer, repeat) for repeat in range(config.repeats) for offer in offers]
+    sittings = [Sitting(spec, repeat) for repeat in range(config.repeats) for spec in specs]
     steps = _sit_through(config, sittings, points, client, vocab_size, scratch)
     for _ in track(steps, len(sittings) * len(points), "benchmark_serving"):
         pass
     measured = {
         role: {
-            point: [Measured.read(one.file(scratch, point)) for one in sittings if one.offer.role == role]
+            point: [Measured.read(one.file(scratch, point)) for one in sittings if one.spec.role == role]
             for point in points
         }
         for role in ROLES
@@ -91,7 +91,7 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
     content = {
         "engine": config.engine,
         "client": {"name": "aiperf", "version": client.version},
-        "kv_cache": {offer.role: offer.kv_cache for offer in offers},
+        "kv_cache": {spec.role: spec.kv_cache for spec in specs},
         "repeats": config.repeats,
         "counted_by_server": sorted(measured["parent"][points[0]][0].server),
         **describe({role: _runs(found) for role, found in measured.items()}),
@@ -109,8 +109,8 @@ def list_points(config: BenchmarkServingConfig) -> list[LoadPoint]:
     ]
 
 
-def _offer(config: BenchmarkServingConfig, points: Sequence[LoadPoint], role: str, directory: Path) -> Offer:
-    return Offer(
+def _spec(config: BenchmarkServingConfig, points: Sequence[LoadPoint], role: str, directory: Path) -> ServerSpec:
+    return ServerSpec(
         role=role,
         directory=directory.absolute(),
         kv_cache=config.parent_kv_cache if role == "parent" else config.child_kv_cache,
@@ -147,8 +147,8 @@ def _sit_through(
         yield from [None] * (len(points) - len(missing))
         if not missing:
             continue
-        log = scratch / f"server-{sitting.offer.role}-{sitting.repeat}.log"
-        with serving(config.engine, sitting.offer, log, config.startup_timeout_s) as server:
+        log = scratch / f"server-{sitting.spec.role}-{sitting.repeat}.log"
+        with started_server(config.engine, sitting.spec, log, config.startup_timeout_s) as server:
             for point in missing:
                 users = point.concurrency
                 load = Load(

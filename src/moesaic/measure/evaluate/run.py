@@ -22,7 +22,7 @@ from moesaic.core.progress import track
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Problem, first_of_each_task, read_problems, render_prompt
 from moesaic.deploy.engines.completions import Completion
-from moesaic.deploy.engines.served_model import served_replies, whole_chunks
+from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
 from moesaic.measure.evaluate.stage import EvaluateConfig
 from moesaic.models import gpt_oss, kv_cache
 from moesaic.models.checkpoint import Checkpoint, read_recovery

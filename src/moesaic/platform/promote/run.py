@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from moesaic.core.errors import ArtifactError
-from moesaic.deploy.export_engine.manifest import VALIDATION
+from moesaic.deploy.export_engine.bundle_manifest import VALIDATION
 from moesaic.deploy.export_engine.verdict import BundleChecks
 from moesaic.models.stage_outputs import read_json
 from moesaic.platform.promote.gate import Line, Provenance, gate_table, is_met, judge, read_figures, shown

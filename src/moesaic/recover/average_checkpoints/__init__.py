@@ -1,1 +1,1 @@
-"""TODO."""
+"""The weighted mean of policies that were trained from one checkpoint."""

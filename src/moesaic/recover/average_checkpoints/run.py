@@ -52,9 +52,9 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
     if other.shape != first.shape:
         raise ArtifactError(f"{place}: its sizes are {other.shape}, the other's {first.shape}")
     blocks = zip(first.architecture.blocks, other.architecture.blocks, strict=False)
-    for layer, (block, found) in enumerate(blocks):
-        if found != block:
-            raise ArtifactError(f"{place}: its layer {layer} is {found}, the other's {block}")
+    for layer, (block, differing) in enumerate(blocks):
+        if differing != block:
+            raise ArtifactError(f"{place}: its layer {layer} is {differing}, the other's {block}")
     if other.num_layers != first.num_layers:
         raise ArtifactError(f"{place}: it has {other.num_layers} layers, the other {first.num_layers}")
     for name in sorted(set(first.files) ^ set(other.files)):
@@ -79,10 +79,10 @@ def _is_shared(policies: Sequence[Checkpoint], name: str) -> bool:
     others = [other for other in policies[1:] if not other.files[name].samefile(first.files[name])]
     tensor = first.tensor(name) if others else torch.empty(0)
     for other in others:
-        found = other.tensor(name)
-        if found.dtype != tensor.dtype:
-            raise ArtifactError(f"{name} is {found.dtype} in {other.directory}, {tensor.dtype} in {first.directory}")
-        if not same_bytes(tensor, found):
+        compared = other.tensor(name)
+        if compared.dtype != tensor.dtype:
+            raise ArtifactError(f"{name} is {compared.dtype} in {other.directory}, {tensor.dtype} in {first.directory}")
+        if not same_bytes(tensor, compared):
             if gpt_oss.is_expert_weight(name):
                 raise ArtifactError(
                     f"{name} differs between {first.directory} and {other.directory}; recovery freezes experts, "

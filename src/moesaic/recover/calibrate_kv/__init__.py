@@ -1,1 +1,1 @@
-"""TODO."""
+"""Scales of an FP8 KV cache, calibrated on conversations."""

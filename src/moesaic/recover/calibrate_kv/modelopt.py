@@ -68,7 +68,7 @@ def measure_amax(model: Path, batches: Sequence[Batch], precision: str, scratch:
 
 
 def main(request: Path) -> None:
-    """Answer one request."""
+    """Calibrate as the request file says, and write the amax of every layer to its answer file."""
     content = json.loads(request.read_text())
     batches = [_pad(sequences) for sequences in content["sequences"]]
     amax = list(_calibrate(Checkpoint.open(Path(content["model"])), batches, getattr(torch, content["precision"])))
@@ -106,16 +106,16 @@ def _run_batches(
     rotary: layers.Rotary,
     window: int | None,
 ) -> None:
-    """Take the states on to the next layer, in place, while the quantisers in ``attention`` look on."""
+    """Take the states on to the next layer, in place, while the quantisers in ``attention`` measure."""
     device = rotary[0].device
     for index, mask in enumerate(is_token):
-        with _counting_only(mask.to(device), attention.get_submodule("self_attn")):
+        with _masked_padding(mask.to(device), attention.get_submodule("self_attn")):
             states[index] = layers.run_block(block, states[index].to(device), rotary, window).cpu()
 
 
 @contextlib.contextmanager
-def _counting_only(is_token: Tensor, attention: nn.Module) -> Iterator[None]:
-    """While open, the quantisers see zeros where there is padding, which no largest magnitude is."""
+def _masked_padding(is_token: Tensor, attention: nn.Module) -> Iterator[None]:
+    """Within the block the quantisers see zeros in place of padding, so that padding never sets the amax."""
 
     def zero_padding(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].masked_fill(~is_token[:, None, :, None], 0), *args[1:])
@@ -134,8 +134,8 @@ def _import_quantize() -> Callable[..., nn.Module]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from modelopt.torch.quantization import quantize
-    found: Callable[..., nn.Module] = quantize
-    return found
+    function: Callable[..., nn.Module] = quantize
+    return function
 
 
 class _Attention(GptOssPreTrainedModel):

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Global knowledge distillation of a child from its parent."""

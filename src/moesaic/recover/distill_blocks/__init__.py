@@ -1,1 +1,1 @@
-"""TODO."""
+"""Local distillation: every changed block learns its parent block's output."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The parent's replies to prompts, which distillation learns from."""

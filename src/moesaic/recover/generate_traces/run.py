@@ -1,12 +1,11 @@
 """Let the parent answer prompts: the traces that distillation learns from, and how long and how right they are.
 
 Prompts go through the model in chunks of ``batch_size``. A chunk is one file in scratch, there only when it is whole;
-what is sampled in it depends on the seed, the effort and its number alone. A killed run so repeats one chunk at most,
-and what it writes in the end is, byte for byte, what it would have written.
+what is sampled in it depends on the seed, the effort and its number alone. So a killed run repeats one chunk at most,
+and its output is the same, byte for byte, as that of a run that was not killed.
 
-A server is asked for the replies of all chunks one after another, ``batch_size`` at once, whatever chunk they are of:
-no chunk waits for the longest reply of another. Each reply has a seed of its own; how far that decides the reply is the
-server's affair.
+A server gets the requests of all chunks one after another, ``batch_size`` at once: no chunk waits for the longest reply
+of another. Each request has a seed of its own. How far a seed decides the reply depends on the server.
 """
 
 import json
@@ -25,7 +24,7 @@ from moesaic.core.progress import track
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Problem, read_problems, render_prompt, spread_over_tasks
 from moesaic.deploy.engines.completions import Completion
-from moesaic.deploy.engines.served_model import served_replies, whole_chunks
+from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Generated, Sampling, check_lengths, generate, seed_of, stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model
@@ -145,8 +144,8 @@ def _answer_by_server(chunks: Sequence[Chunk], model: Path, scratch: Path, confi
             for place, reply in track(replies, len(wanted), "traces")
             for effort, request in [requests[place]]
         )
-        for number, found in whole_chunks(traces, [len(chunk.requests) for chunk in chunks]):
-            _write_traces(scratch / chunks[number].file_name, found)
+        for number, chunk in whole_chunks(traces, [len(chunk.requests) for chunk in chunks]):
+            _write_traces(scratch / chunks[number].file_name, chunk)
 
 
 def _completion(config: GenerateTracesConfig, effort: str, request: Request) -> Completion:
@@ -179,11 +178,11 @@ def _check_split(kept: Sequence[Trace]) -> None:
 
 def _summarize(effort: str, replies: Sequence[Trace], kept: Sequence[Trace]) -> dict[str, Any]:
     """Means over all replies of one effort, and how many of them are handed on."""
-    found = [trace for trace in replies if trace.effort == effort]
+    rows = [trace for trace in replies if trace.effort == effort]
     return {
-        "accuracy": fmean(trace.correct for trace in found),
-        "tokens_per_request": fmean(len(trace.reply_ids) for trace in found),
-        "truncated": fmean(trace.truncated for trace in found),
+        "accuracy": fmean(trace.correct for trace in rows),
+        "tokens_per_request": fmean(len(trace.reply_ids) for trace in rows),
+        "truncated": fmean(trace.truncated for trace in rows),
         "traces": sum(trace.effort == effort for trace in kept),
     }
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Reinforcement learning of one policy by GRPO, on TRL or on NeMo-RL."""

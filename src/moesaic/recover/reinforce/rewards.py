@@ -13,11 +13,20 @@ for its length, so that no policy learns to be wrong briefly. A truncated reply 
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from moesaic.data.verifiers import split_reply
 from moesaic.recover.reinforce.stage import RewardConfig
+
+EFFORT_FIGURES = (
+    "reward",
+    "reward_correct",
+    "reward_format",
+    "reward_length",
+    "accuracy",
+    "tokens_per_request",
+    "truncated",
+)
+"""Figures of a reply. The training curve has their means per effort, under names that end with the effort."""
 
 _TEXT = r"(?:(?!<\|\w+\|>).)*"
 _MESSAGE = rf"\s*<\|channel\|>\s*\w+\b{_TEXT}<\|message\|>{_TEXT}"
@@ -41,33 +50,43 @@ class Reward:
         return self.correct + self.format + self.length
 
 
-def reward_reply(
-    text: str,
-    num_tokens: int,
-    truncated: bool,
-    is_correct: Callable[[str | None], bool],
-    reference_tokens: float,
-    config: RewardConfig,
-) -> Reward:
-    """The reward of one reply.
+@dataclass(frozen=True)
+class GradedReply:
+    """A reply's reward and what it follows from."""
+
+    reward: Reward
+    correct: bool
+    num_tokens: int
+    truncated: bool
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """By the names of ``EFFORT_FIGURES``."""
+        parts = (self.reward.total, self.reward.correct, self.reward.format, self.reward.length)
+        values = (*parts, self.correct, self.num_tokens, self.truncated)
+        return {name: float(value) for name, value in zip(EFFORT_FIGURES, values, strict=True)}
+
+
+def grade_reply(
+    text: str, num_tokens: int, truncated: bool, correct: bool, reference_tokens: float, config: RewardConfig
+) -> GradedReply:
+    """Grade one reply.
 
     Args:
         text: the decoded reply, channel markers included.
         num_tokens: its length, the stop token included.
         truncated: whether the token limit came before a stop token.
-        is_correct: the verdict on the text of the final channel, None where there is none.
+        correct: whether its answer is right; no truncated reply is.
         reference_tokens: the parent's mean length at the reply's effort.
         config: what each part is worth.
     """
-    if truncated:
-        return Reward(0.0, 0.0, 0.0)
-    correct = is_correct(split_reply(text).final)
     excess = max(0.0, num_tokens / reference_tokens - 1)
-    return Reward(
+    reward = Reward(
         correct=config.correct if correct else 0.0,
-        format=config.format if is_well_formed(text) else 0.0,
+        format=config.format if not truncated and is_well_formed(text) else 0.0,
         length=-config.length * excess if correct else 0.0,
     )
+    return GradedReply(reward, correct, num_tokens, truncated)
 
 
 def is_well_formed(text: str) -> bool:

@@ -52,14 +52,14 @@ def read_reference_tokens(summary: Path, config: ReinforceConfig) -> dict[str, f
     Raises:
         ArtifactError: if the summary of the traces does not have one of them.
     """
-    found: Mapping[str, Any] = read_json(summary).get("efforts", {})
-    missing = [effort for effort in config.efforts if effort not in found]
+    efforts: Mapping[str, Any] = read_json(summary).get("efforts", {})
+    missing = [effort for effort in config.efforts if effort not in efforts]
     if missing:
         raise ArtifactError(
-            f"{summary} has traces of effort {', '.join(found) or 'none'}, the policy also needs {', '.join(missing)}; "
-            "add it to the efforts of generate_traces"
+            f"{summary} has traces of effort {', '.join(efforts) or 'none'}, the policy also needs "
+            f"{', '.join(missing)}; add it to the efforts of generate_traces"
         )
-    return {effort: float(found[effort]["tokens_per_request"]) for effort in config.efforts}
+    return {effort: float(efforts[effort]["tokens_per_request"]) for effort in config.efforts}
 
 
 def choose_questions(config: ReinforceConfig, problems: Sequence[Problem], traces: Path) -> list[Question]:
@@ -81,10 +81,10 @@ def choose_questions(config: ReinforceConfig, problems: Sequence[Problem], trace
             )
     chosen = [(problem, effort) for problem, effort in asked if least <= accuracy[problem.task, effort] <= most]
     if not chosen:
-        found = ", ".join(f"{task} at {effort} {share:.3f}" for (task, effort), share in accuracy.items())
+        solved = ", ".join(f"{task} at {effort} {share:.3f}" for (task, effort), share in accuracy.items())
         raise ArtifactError(
             f"of no task at effort {', '.join(dict.fromkeys(config.efforts))} the parent solves a share between "
-            f"min_parent_accuracy {least} and max_parent_accuracy {most} (it solves {found}); widen them"
+            f"min_parent_accuracy {least} and max_parent_accuracy {most} (it solves {solved}); widen them"
         )
     return chosen
 

@@ -88,22 +88,18 @@ def checkpoint_tensors(model: nn.Module, names: Collection[str]) -> Iterator[tup
     Raises:
         ArtifactError: for a name that the model does not have, before anything is gathered.
     """
-    found = {checkpoint_name(model, name): parameter for name, parameter in model.named_parameters()}
-    unknown = sorted(set(names) - set(found))
+    parameters = {checkpoint_name(model, name): parameter for name, parameter in model.named_parameters()}
+    unknown = sorted(set(names) - set(parameters))
     if unknown:
         raise ArtifactError(f"the model has no tensor {unknown[0]} ({len(unknown)} such names)")
     for name in names:
-        tensor = found[name].detach()
+        tensor = parameters[name].detach()
         yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def checkpoint_name(model: nn.Module, name: str) -> str:
     """What a checkpoint calls a parameter of the model, wrapped or not; an expert weight by its unpacked name."""
-    found: str = _adapter(model)._model_to_hf_key(unwrapped_name(name))
-    return found
-
-
-def _adapter(model: nn.Module) -> PuzzleStateDictAdapter:
     adapter = model.state_dict_adapter
     assert isinstance(adapter, PuzzleStateDictAdapter)
-    return adapter
+    renamed: str = adapter._model_to_hf_key(unwrapped_name(name))
+    return renamed

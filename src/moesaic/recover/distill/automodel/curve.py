@@ -15,21 +15,21 @@ _ADVICE = "lower optimizer.learning_rate or raise optimizer.warmup_steps"
 
 
 class Curve:
-    """Writes ``training.jsonl`` and watches what is written."""
+    """Writes ``training.jsonl`` and checks the loss for divergence."""
 
     def __init__(self, path: Path, divergence_ratio: float, resumed_step: int, writes: bool) -> None:
-        """Go on after ``resumed_step``; what was written of later steps is forgotten.
+        """Continue after ``resumed_step``; rows of later steps are deleted.
 
         Args:
             path: the file, which need not exist.
             divergence_ratio: see ``DistillConfig``.
             resumed_step: the step whose weights training goes on from.
-            writes: whether this process is the one that writes; the others only decide with it.
+            writes: whether this process writes the file; the other processes only check for divergence.
         """
-        self._watch = Watch(divergence_ratio)
+        self._divergence = DivergenceCheck(divergence_ratio)
         self._path = path if writes else None
         for row in (resume_curve if writes else kept_rows)(path, resumed_step):
-            self._watch.add(row)
+            self._divergence.add(row)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Append the figures of a step, or of an evaluation after it.
@@ -40,13 +40,13 @@ class Curve:
         row = {"step": step, **values}
         if self._path is not None:
             append_row(self._path, row)
-        self._watch.add(row)
+        self._divergence.add(row)
 
 
-class Watch:
-    """Ends a run whose loss is no number, or whose running loss is ``ratio`` times the lowest it has been.
+class DivergenceCheck:
+    """Ends a run whose loss is not finite, or whose running loss exceeds ``ratio`` times its lowest value.
 
-    Before there are steps enough for a running loss, the held-out loss before training stands for it.
+    The lowest value begins as the held-out loss before training.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -55,7 +55,7 @@ class Watch:
         self._lowest = float("inf")
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Take note of a line of the curve; StageError if the run has diverged."""
+        """Check a row of the curve; raise StageError if the run has diverged."""
         step, loss = row["step"], row.get("loss", row.get("held_out_loss", 0.0))
         if not isfinite(loss):
             raise StageError(f"the loss at step {step:g} is {loss}; {_ADVICE}")

@@ -13,7 +13,8 @@ import yaml
 
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.nodes import Nodes, Work
-from moesaic.recover.distill.automodel.driver import PREFIX
+from moesaic.core.progress import say
+from moesaic.recover.distill.automodel.messages import PREFIX
 from moesaic.recover.distill.automodel.settings import Job, render
 from moesaic.recover.distill.stage import DistillConfig
 
@@ -110,7 +111,7 @@ def _follow(engine: "subprocess.Popen[str]", job: Job) -> deque[str]:
 def _show(line: str) -> None:
     """Pass progress on to standard error."""
     if PREFIX in line:
-        print(line[line.index(PREFIX) :], file=sys.stderr, flush=True)
+        say(line[line.index(PREFIX) :])
 
 
 def _take_down(engine: "subprocess.Popen[str]") -> None:

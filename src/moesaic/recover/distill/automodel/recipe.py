@@ -31,7 +31,7 @@ from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.recover.distill.automodel.cpu import CPU, device_policy
 from moesaic.recover.distill.automodel.curve import Curve
-from moesaic.recover.distill.automodel.driver import Pace, leaves_word
+from moesaic.recover.distill.automodel.messages import StepProgress, record_failure
 from moesaic.recover.distill.automodel.rows import collate, held_out_rows
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.automodel.states import compute_states, gather_trained, reshard
@@ -63,7 +63,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         """Build everything and go back to the last checkpoint, if there is one."""
         if self.job.driver_pid is not None:
             end_with(self.job.driver_pid, os.getppid())
-        with leaves_word(self.job.failure), device_policy():
+        with record_failure(self.job.failure), device_policy():
             super().setup()
             self.device = self.dist_env.device or CPU
             resumed = self.step_scheduler.step
@@ -79,14 +79,14 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
 
     def run_train_validation_loop(self) -> None:
         """Train, evaluate and save until the last step, then leave the trained tensors for the stage."""
-        with leaves_word(self.job.failure):
+        with record_failure(self.job.failure):
             self._train()
             if self.step_scheduler.step >= self.settings.steps:
                 self._hand_over()
             self._finalize_and_close_checkpointer()
 
     def _train(self) -> None:
-        pace = Pace(self.settings.steps, self.step_scheduler.step)
+        progress = StepProgress(self.settings.steps, self.step_scheduler.step)
         if self.step_scheduler.step == 0:
             self._evaluate(0)
         for epoch in self.step_scheduler.epochs:
@@ -94,7 +94,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
                 step = self.step_scheduler.step + 1
                 values = self._run_train_optim_step(batches, self.settings.optimizer.max_gradient_norm)
                 num_tokens = sum(batch["labels"].numel() for batch in batches) * self._get_dp_group_size()
-                speed = pace.step(step, values["loss"], num_tokens, self.dist_env.is_main)
+                speed = progress.step(step, values["loss"], num_tokens, self.dist_env.is_main)
                 self._log(step, {**values, "tokens_per_s": speed})
                 self.curve.add(step, values)
                 if step % self.settings.evaluate_every_steps == 0 or step == self.settings.steps:

@@ -45,12 +45,12 @@ class Job:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "Job":
-        """Read back what ``to_plain`` gives."""
+        """Make a job of the values that ``to_plain`` returns."""
         paths = {field.name: Path(values[field.name]) for field in fields(cls) if field.type is Path}
         return cls(**{**values, **paths})
 
     def to_plain(self) -> dict[str, Any]:
-        """As values that YAML has."""
+        """The fields as text, numbers and booleans, for YAML."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     @property

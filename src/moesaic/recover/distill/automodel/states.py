@@ -66,8 +66,8 @@ def gather_trained(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
         from moesaic.recover.distill.automodel.cluster_weights import checkpoint_tensors
 
         return dict(checkpoint_tensors(model, names))
-    found = dict(model.named_parameters())
-    return {name: _gathered(found[name].detach()) for name in names}
+    parameters = dict(model.named_parameters())
+    return {name: _gathered(parameters[name].detach()) for name in names}
 
 
 def reshard(model: nn.Module) -> None:

@@ -13,11 +13,11 @@ class TrainedWeightsCheckpointer(Checkpointer):
     """Saves and restores the parameters with gradients; everything beside the model is AutoModel's."""
 
     def save_model(self, model: nn.Module, weights_path: str, **_: Any) -> None:
-        """Write them below a checkpoint's directory, each rank its shards."""
+        """Write the trained parameters below a checkpoint's directory, each rank its shards."""
         save(_trained(model), checkpoint_id=Path(weights_path, "model"))
 
     def load_model(self, model: nn.Module | list[nn.Module], model_path: str, **_: Any) -> None:
-        """Read them back, in place."""
+        """Read the trained parameters back, in place."""
         load(_trained(model), checkpoint_id=model_path)
 
 

@@ -1,9 +1,9 @@
 """One block as one NeMo experiment. Importing this module imports NeMo, so only worker processes do.
 
 A block is a ``ModelPT`` under ``exp_manager``, which resumes weights, optimiser and schedule from the last checkpoint;
-the order of the data is ours and follows from the number of steps taken. Two of NeMo's habits are worked around: its
-MLflow logger fails to start, so Lightning's is attached to the run that is already open; and it refuses to resume where
-a kill left several checkpoints or half of one, so only the newest whole one is kept.
+the order of the data is ours and follows from the number of steps taken. Two faults of NeMo are worked around. Its
+MLflow logger fails to start, so Lightning's is attached to the run that is already open. It refuses to resume where a
+kill left several checkpoints or half of one, so only the newest whole one is kept.
 """
 
 import os
@@ -67,7 +67,7 @@ class BlockModel(ModelPT):
 
     @classmethod
     def list_available_models(cls) -> None:
-        """There are no trained ones to download."""
+        """None: NeMo has no trained model of this class to download."""
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """The batches to learn from, in the order of steps."""
@@ -79,7 +79,7 @@ class BlockModel(ModelPT):
         """Held-out sequences are measured before and after, not while the block learns."""
 
     def setup_optimizer_param_groups(self) -> None:
-        """Only what learns."""
+        """Give the optimiser only the parameters that learn."""
         self._optimizer_param_groups = [{"params": [tensor for tensor in self.parameters() if tensor.requires_grad]}]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -102,20 +102,20 @@ class BlockModel(ModelPT):
         return loss
 
     def on_train_batch_end(self, *details: Any) -> None:
-        """Print a line now and then."""
+        """Print progress every few seconds and at the last step."""
         super().on_train_batch_end(*details)
         done, total = self.trainer.global_step, self.trainer.max_steps
         if time.monotonic() - self._printed >= _LINE_EVERY_S or done == total:
             self._printed = time.monotonic()
-            _tell(f"layer {self.cfg.layer}: step {done}/{total}, loss {self.losses[-1]:.3g}")
+            _print_progress(f"layer {self.cfg.layer}: step {done}/{total}, loss {self.losses[-1]:.3g}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen, add the losses."""
+        """Leave the frozen weights out and add the losses."""
         checkpoint["state_dict"] = self.learned()
         checkpoint["losses"] = self.losses
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Undo it."""
+        """Add the frozen weights again and take the losses out."""
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         self.losses = checkpoint["losses"]
 
@@ -124,8 +124,8 @@ class BlockModel(ModelPT):
         return {name: tensor.detach() for name, tensor in self.named_parameters() if tensor.requires_grad}
 
 
-class OpenRun(Logger):
-    """Logs into an MLflow run that others opened and will close, if its server answers."""
+class MLflowRunLogger(Logger):
+    """Logs metrics into the stage's own MLflow run. A server that fails does not stop the training."""
 
     name = version = "mlflow"
 
@@ -134,10 +134,10 @@ class OpenRun(Logger):
         self._live, self._logger = LiveLog(), MLFlowLogger(run_id=run_id, tracking_uri=tracking_uri)
 
     def log_hyperparams(self, *details: Any, **more: Any) -> None:
-        """The run has its config already."""
+        """Nothing: the stage has logged its config."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """All but Lightning's count of epochs, which mean nothing here."""
+        """Log all metrics but Lightning's epoch, which has no meaning here."""
         values = {name: value for name, value in metrics.items() if name != "epoch"}
         self._live.attempt(lambda: self._logger.log_metrics(values, step))
 
@@ -155,7 +155,7 @@ def train_block(job: BlockJob) -> None:
     for logger in trainer.loggers:
         for step, loss in ((0, before), (job.config.steps, after)):
             logger.log_metrics({f"layer_{job.layer:03d}/held_out_loss": loss}, step=step)
-    _tell(f"layer {job.layer}: held-out loss {before:.4g} -> {after:.4g}")
+    _print_progress(f"layer {job.layer}: held-out loss {before:.4g} -> {after:.4g}")
     BlockResult(tuple(model.losses), before, after, tensors).save(job.directory)
 
 
@@ -189,7 +189,7 @@ def _make_trainer(job: BlockJob) -> Trainer:
     _keep_newest_checkpoint(job.directory / "checkpoints")
     exp_manager(trainer, OmegaConf.create(_experiment_config(job)))
     if (run := os.environ.get("MLFLOW_RUN_ID")) and (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-        trainer.loggers = [OpenRun(run_id=run, tracking_uri=uri)]
+        trainer.loggers = [MLflowRunLogger(run_id=run, tracking_uri=uri)]
     return trainer
 
 
@@ -263,6 +263,6 @@ def _round_learned(model: BlockModel, checkpoint: Checkpoint) -> dict[str, Tenso
     return tensors
 
 
-def _tell(line: str) -> None:
+def _print_progress(line: str) -> None:
     """Print a line of progress; ``sys.stdout`` is the log here."""
     print(line, file=sys.__stdout__, flush=True)

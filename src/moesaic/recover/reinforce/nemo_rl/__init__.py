@@ -2,7 +2,7 @@
 
 ``config`` renders our config as NeMo-RL's, which NeMo-RL checks when it starts; ``launch`` runs it and brings the
 trained tensors back. Inside NeMo-RL's container ``driver`` wires its GRPO to our prompts (``processor``), rewards
-(``environment``, in the Ray actor ``environment_actor``) and choice of what learns (``trainable``, in the Ray actor
+(``graded_replies``, in the Ray actor ``environment_actor``) and choice of what learns (``trainable``, in the Ray actor
 ``policy_worker``). ``surface`` lists every name of NeMo-RL that is used, so that a new version has one place to check.
 
 What was not run: NeMo-RL needs Ray, vLLM, CUDA and Python 3.13. Everything that imports it (``driver``,

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from moesaic.recover.reinforce.nemo_rl.config import ENVIRONMENT, PROCESSOR
-from moesaic.recover.reinforce.nemo_rl.environment import keep_markers
+from moesaic.recover.reinforce.nemo_rl.graded_replies import keep_markers
 from moesaic.recover.reinforce.nemo_rl.processor import process
 
 ENVIRONMENT_ACTOR = "moesaic.recover.reinforce.nemo_rl.environment_actor.VerifiedReplies"

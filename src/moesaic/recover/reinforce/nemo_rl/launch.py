@@ -20,6 +20,7 @@ from torch import Tensor
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.nodes import Nodes, Work
+from moesaic.core.progress import say
 from moesaic.core.training_curve import resume_curve
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Question, render_prompt
@@ -138,14 +139,10 @@ def _drive(run: Run, write: Callable[[], None], nodes: Nodes | None) -> None:
     command = [sys.executable, "-m", "moesaic.recover.reinforce.nemo_rl.driver", str(run.directory / CONFIG)]
     if nodes:
         run_id = {name: value for name, value in os.environ.items() if name == "MLFLOW_RUN_ID"}
-        nodes.run(Work(command, run_id, run.directory / _LOG), prepare=write, show=_show)
+        nodes.run(Work(command, run_id, run.directory / _LOG), prepare=write, show=say)
     else:
         write()
         _call(command)
-
-
-def _show(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def collect(run: Run, weights: Path) -> dict[str, Tensor]:
@@ -154,23 +151,23 @@ def collect(run: Run, weights: Path) -> dict[str, Tensor]:
     Raises:
         StageError: if one of them is not in it.
     """
-    found = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    tensors = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     names = json.loads(run.trainable.read_text())
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in tensors]
     if missing:
         raise StageError(f"{weights} lacks {missing[0]} ({len(missing)} such tensors); NeMo-RL names them otherwise")
-    return {name: found[name] for name in names}
+    return {name: tensors[name] for name in names}
 
 
 def _nemo_rl_root() -> Path:
     """The folder of NeMo-RL's source, which has its commands."""
-    found = find_spec("nemo_rl")
-    if found is None or found.origin is None:
+    package = find_spec("nemo_rl")
+    if package is None or package.origin is None:
         raise ConfigError(
             f"engine 'nemo_rl' needs NeMo-RL, which is not installed here; run the stage in an image built on {IMAGE}, "
             "or choose engine 'trl'"
         )
-    return Path(found.origin).parents[1]
+    return Path(package.origin).parents[1]
 
 
 def _convert(root: Path, run: Run, step: int) -> None:

@@ -15,13 +15,13 @@ from moesaic.models.parameter_names import unwrapped_name
 
 
 class PartlyTrainable:
-    """Stands in for a model class: loads by it, and lets only the named tensors learn."""
+    """Wraps a model class: loads by it and lets only the named tensors learn."""
 
     def __init__(self, model_class: Any, names: Collection[str]) -> None:
         self._model_class, self._names = model_class, frozenset(names)
 
     def from_pretrained(self, *arguments: Any, **options: Any) -> nn.Module:
-        """As the model class does it."""
+        """Load by the model class, then freeze."""
         model: nn.Module = self._model_class.from_pretrained(*arguments, **options)
         freeze_all_but(model, self._names)
         return model

@@ -1,7 +1,6 @@
 """The training curve of a policy: one line of ``training.jsonl`` per optimiser step, and one line in the log."""
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,9 @@ from transformers.integrations import MLflowCallback
 
 from moesaic.core.errors import StageError
 from moesaic.core.live_log import LiveLog
+from moesaic.core.progress import say
 from moesaic.core.training_curve import append_row, resume_curve
-
-EFFORT_FIGURES = (
-    "reward",
-    "reward_correct",
-    "reward_format",
-    "reward_length",
-    "accuracy",
-    "tokens_per_request",
-    "truncated",
-)
-"""Means over the replies of one effort, whose name they end with; absent where a step asked nothing at that effort."""
+from moesaic.recover.reinforce.rewards import EFFORT_FIGURES
 
 _NAMES = {
     "loss": "loss",
@@ -68,16 +58,14 @@ class Curve(TrainerCallback):
             for effort in ("low", "medium", "high")
             if f"accuracy_{effort}" in row
         )
-        print(
+        say(
             f"policy {self._policy}: {row['step']}/{steps}, reward {row['reward']:.3f}, {efforts}, "
-            f"{step_s:.1f} s a step, {step_s * (steps - row['step']):.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{step_s:.1f} s a step, {step_s * (steps - row['step']):.0f} s left"
         )
 
 
 class LiveCurve(TrainerCallback):
-    """The curve in the MLflow run that the environment names, while its server answers."""
+    """Logs the curve into the MLflow run that the environment names. A server that fails does not stop the training."""
 
     def __init__(self) -> None:
         self._inner, self._live = MLflowCallback(), LiveLog()
@@ -90,11 +78,11 @@ class LiveCurve(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Send the figures; the first ones open the run."""
+        """Send the figures of a step. The first call opens the run."""
         self._live.attempt(lambda: self._inner.on_log(args, state, control, logs or {}))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let go of the run."""
+        """Close the MLflow run."""
         self._live.attempt(lambda: self._inner.on_train_end(args, state, control))
 
 
@@ -108,9 +96,9 @@ def _check_finite(row: dict[str, float]) -> None:
         raise diverged(int(row["step"]), ", ".join(broken))
 
 
-def diverged(step: int, found: str) -> StageError:
-    """The error that ends a training which has gone astray; the last checkpoint is from before it."""
+def diverged(step: int, sign: str) -> StageError:
+    """The error that ends a diverged training."""
     return StageError(
-        f"step {step}: {found}; the policy has diverged. Lower optimizer.learning_rate or max_gradient_norm, or raise "
+        f"step {step}: {sign}; the policy has diverged. Lower optimizer.learning_rate or max_gradient_norm, or raise "
         "warmup_steps, and run again"
     )

@@ -29,14 +29,13 @@ from trl import GRPOConfig
 from moesaic.core.errors import ConfigError
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Question, render_prompt
-from moesaic.data.verifiers import split_reply
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import CURVE, Checkpoint
 from moesaic.models.generation import Sampling, check_lengths, stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model
-from moesaic.recover.reinforce.rewards import reward_reply
+from moesaic.recover.reinforce.rewards import grade_reply
 from moesaic.recover.reinforce.stage import ReinforceConfig
-from moesaic.recover.reinforce.trl.curve import EFFORT_FIGURES, Curve, LiveCurve
+from moesaic.recover.reinforce.trl.curve import Curve, LiveCurve
 from moesaic.recover.reinforce.trl.policy_trainer import WEIGHTS, PolicyTrainer, Rollouts
 
 
@@ -94,7 +93,7 @@ def reward_function(
     reference_tokens: Mapping[str, float],
     config: ReinforceConfig,
 ) -> Callable[..., list[float]]:
-    """What TRL calls with the replies of a step and the columns of their rows; it logs every part per effort."""
+    """TRL's reward function: takes the replies of a step and the columns of their rows, logs figures per effort."""
 
     def reward(
         completion_ids: list[list[int]],
@@ -104,17 +103,15 @@ def reward_function(
         log_metric: Callable[[str, float], None],
         **_: object,
     ) -> list[float]:
-        totals = []
-        for ids, cut, index, asked in zip(completion_ids, truncated, question, effort, strict=True):
+        rewards = []
+        for ids, is_cut, index, level in zip(completion_ids, truncated, question, effort, strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=False))
-            is_correct = questions[index][0].is_solved_by
-            parts = reward_reply(text, len(ids), cut, is_correct, reference_tokens[asked], config.rewards)
-            right = not cut and is_correct(split_reply(text).final)
-            figures = (parts.total, parts.correct, parts.format, parts.length, right, len(ids), cut)
-            for name, figure in zip(EFFORT_FIGURES, figures, strict=True):
-                log_metric(f"{name}_{asked}", float(figure))
-            totals.append(parts.total)
-        return totals
+            correct = questions[index][0].is_solved_by_reply(text, is_cut)
+            reply = grade_reply(text, len(ids), is_cut, correct, reference_tokens[level], config.rewards)
+            for name, figure in reply.figures.items():
+                log_metric(f"{name}_{level}", figure)
+            rewards.append(reply.reward.total)
+        return rewards
 
     return reward
 

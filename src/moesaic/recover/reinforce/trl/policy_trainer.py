@@ -64,7 +64,7 @@ class Rollouts:
 
 
 class PolicyTrainer(GRPOTrainer):
-    """A policy's trainer; see the module."""
+    """Trains a policy by GRPO; the module says what differs from TRL."""
 
     def __init__(self, model: PreTrainedModel, kl_weight: float, **arguments: Any) -> None:
         """Arguments are TRL's, whose own KL weight must be 0: it would load the reference model from disk."""
@@ -117,10 +117,10 @@ class PolicyTrainer(GRPOTrainer):
                 parameters[name].copy_(weight)
 
     def create_model_card(self, *_: object, **__: object) -> None:
-        """None: what comes of the training is a stage's output, with a record of its own."""
+        """Write none: the stage's output has a record of its own."""
 
     def _send_telemetry(self) -> None:
-        """None: nothing about a training leaves the place where it runs."""
+        """Send nothing: no data of a training leaves its machine."""
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -109,8 +109,8 @@ class GptOssPuzzleModel(GptOssModel):
 
 
 def _layer_of(name: str) -> int | None:
-    found = re.match(r"layers\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.match(r"layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 class GptOssPuzzleForCausalLM(GptOssForCausalLM):

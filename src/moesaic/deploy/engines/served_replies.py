@@ -1,4 +1,4 @@
-"""A model that a server speaks for: what ``evaluate`` and ``generate_traces`` share when they do not load it."""
+"""Replies from a server: for ``evaluate`` and ``generate_traces``, when they do not load the model themselves."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,10 +8,10 @@ from typing import Protocol, TypeVar
 
 from moesaic.core.config import Amount, EmulatedCache, GeneratingEngine, Positive, Precision
 from moesaic.core.errors import ConfigError
-from moesaic.deploy.engines import Offer, check_available, serving
-from moesaic.deploy.engines.completions import Arrival, Completion, Rules, check_client, complete
+from moesaic.deploy.engines import ServerSpec, check_available, started_server
+from moesaic.deploy.engines.completions import Arrival, Completion, RequestSettings, check_client, complete
 from moesaic.deploy.export_engine.bundle import write_bundle
-from moesaic.deploy.export_engine.manifest import MANIFEST, ExportManifest
+from moesaic.deploy.export_engine.bundle_manifest import MANIFEST, BundleManifest
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import read_stop_ids
@@ -60,7 +60,7 @@ def served_replies(
     assert config.engine != "in_process"
     model = _bundle(config, model, scratch)
     longest = max(len(one.prompt) for one in wanted) + config.max_new_tokens
-    offer = Offer(
+    spec = ServerSpec(
         role=ROLE,
         directory=model.absolute(),
         kv_cache=kv_cache or "bf16",
@@ -69,13 +69,13 @@ def served_replies(
         max_cache_tokens=config.batch_size * longest,
     )
     check_client()
-    check_available(config.engine, offer)
+    check_available(config.engine, spec)
     if config.engine in ("tensorrt_llm", "vllm") and kv_cache is not None:
         _check_cache(model, kv_cache)
-    rules = Rules(read_stop_ids(model), config.batch_size, config.reply_timeout_s)
+    settings = RequestSettings(read_stop_ids(model), config.batch_size, config.reply_timeout_s)
     with (
-        serving(config.engine, offer, scratch / "server.log", config.startup_timeout_s) as server,
-        closing(complete(server, wanted, rules)) as replies,
+        started_server(config.engine, spec, scratch / "server.log", config.startup_timeout_s) as server,
+        closing(complete(server, wanted, settings)) as replies,
     ):
         yield replies
 
@@ -88,13 +88,13 @@ def whole_chunks(parts: Iterable[tuple[int, Part]], sizes: Sequence[int]) -> Ite
         sizes: the number of parts of each chunk.
     """
     chunk_of = [number for number, size in enumerate(sizes) for _ in range(size)]
-    found: dict[int, dict[int, Part]] = {}
+    begun: dict[int, dict[int, Part]] = {}
     for place, part in parts:
         number = chunk_of[place]
-        chunk = found.setdefault(number, {})
+        chunk = begun.setdefault(number, {})
         chunk[place] = part
         if len(chunk) == sizes[number]:
-            yield number, [part for _, part in sorted(found.pop(number).items(), key=lambda item: item[0])]
+            yield number, [part for _, part in sorted(begun.pop(number).items(), key=lambda item: item[0])]
 
 
 def _bundle(config: AsksServer, model: Path, scratch: Path) -> Path:
@@ -109,7 +109,7 @@ def _bundle(config: AsksServer, model: Path, scratch: Path) -> Path:
 
 
 def _check_cache(bundle: Path, kv_cache: EmulatedCache) -> None:
-    made_for = ExportManifest.read(bundle).kv_cache.kind
+    made_for = BundleManifest.read(bundle).kv_cache.kind
     if made_for != kv_cache:
         raise ConfigError(
             f"kv_cache is {kv_cache!r}, but the bundle {bundle} was exported with {made_for!r}; export one for it, "

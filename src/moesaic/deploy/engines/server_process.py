@@ -1,4 +1,4 @@
-"""A server from its start to its stop, seen through HTTP."""
+"""Starting and stopping a server process, and its state as HTTP shows it."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ from moesaic.deploy.engines.adapters import (
     COUNTERS,
     HOST,
     TOKEN_OPTIONS,
-    Offer,
+    ServerSpec,
     command,
     environment,
     model_name,
@@ -59,21 +59,21 @@ class Server:
         """Its own counters since its start, by field of a load sweep's ``Counts``; only those it has."""
         for counters in COUNTERS:
             try:
-                found = read_counters(_get(self.url + counters.path), counters.names.values())
+                values = read_counters(_get(self.url + counters.path), counters.names.values())
             except OSError:
                 continue  # no such page: another kind of server
-            if found:
-                return {field: found.get(name, 0) for field, name in counters.names.items()}
+            if values:
+                return {field: values.get(name, 0) for field, name in counters.names.items()}
         return {}
 
 
 @contextmanager
-def serving(engine: ServingEngine, offer: Offer, log: Path, timeout_s: float) -> Iterator[Server]:
+def started_server(engine: ServingEngine, spec: ServerSpec, log: Path, timeout_s: float) -> Iterator[Server]:
     """Start a server and wait until it answers; stop it when the block ends.
 
     Args:
         engine: which kind.
-        offer: what it serves.
+        spec: what it serves.
         log: where its output goes.
         timeout_s: how long it may take to answer.
 
@@ -81,15 +81,15 @@ def serving(engine: ServingEngine, offer: Offer, log: Path, timeout_s: float) ->
         StageError: if it dies or does not answer in time, with the end of its log.
     """
     if engine == "running":
-        url = running_url(offer.role)
+        url = running_url(spec.role)
         _await_health(url, None, log, timeout_s)
         name, owner = next(iter(_models(url).items()))
         yield Server(url, name, None, log, owner)
         return
     port = _free_port()
     url = f"http://{HOST}:{port}"
-    name = model_name(engine, offer)
-    with tethered(command(engine, offer, port), log, environment(engine, offer)) as process:
+    name = model_name(engine, spec)
+    with tethered(command(engine, spec, port), log, environment(engine, spec)) as process:
         _await_health(url, process, log, timeout_s)
         if name not in (models := _models(url)):
             raise StageError(f"{url} serves {[*models]}, not {name!r}: another server took the port; start again")
@@ -135,10 +135,10 @@ def _get(url: str) -> str:
 
 def read_counters(text: str, names: Collection[str]) -> dict[str, int]:
     """Of Prometheus' text format the counters of these names that are there, each summed over its labels."""
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in names:
             value = line.rpartition("}")[2].removeprefix(name).split()[0]
-            found[name] = found.get(name, 0) + int(float(value))
-    return found
+            values[name] = values.get(name, 0) + int(float(value))
+    return values

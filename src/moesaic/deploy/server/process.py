@@ -17,10 +17,10 @@ from fastapi import FastAPI
 from moesaic.core.errors import ConfigError
 from moesaic.data.chat import load_tokenizer
 from moesaic.deploy.server.app import create_app
-from moesaic.deploy.server.batching import Engine
+from moesaic.deploy.server.batching import Batcher
 from moesaic.deploy.server.harmony import find_markers
-from moesaic.deploy.server.limits import Limits
-from moesaic.deploy.server.served import Served
+from moesaic.deploy.server.limits import ServerLimits
+from moesaic.deploy.server.served_model import ServedModel
 from moesaic.models import kv_cache
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import stop_ids
@@ -35,7 +35,7 @@ _SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep Python to itself: with the usual 5 ms, small models' tokens would leave in bunches."""
 
 
-def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limits: Limits) -> Served:
+def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limits: ServerLimits) -> ServedModel:
     """Load a checkpoint to serve it.
 
     Args:
@@ -58,7 +58,7 @@ def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limit
     kv_cache.emulate(model, kv_cache.roundings(kv_dtype, scales))
     positions = int(model.config.max_position_embeddings)
     limits = replace(limits, max_context=min(limits.max_context, positions))
-    return Served(name, int(time.time()), model, tokenizer, find_markers(tokenizer), stop_ids(model), limits)
+    return ServedModel(name, int(time.time()), model, tokenizer, find_markers(tokenizer), stop_ids(model), limits)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,7 +79,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(served: Served, listener: socket.socket, stop_within_s: float, ready: Callable[[], None]) -> None:
+def serve(served: ServedModel, listener: socket.socket, stop_within_s: float, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -89,14 +89,14 @@ def serve(served: Served, listener: socket.socket, stop_within_s: float, ready: 
         ready: called once requests are answered.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    engine = Engine(served.model, served.limits)
-    StoppingServer(create_app(served, engine), engine, stop_within_s, ready).run([listener])
+    batcher = Batcher(served.model, served.limits)
+    StoppingServer(create_app(served, batcher), batcher, stop_within_s, ready).run([listener])
 
 
 class StoppingServer(uvicorn.Server):
     """Told to stop, it answers new requests with 503 and finishes those it has, for a while; told twice, it ends."""
 
-    def __init__(self, app: FastAPI, engine: Engine, stop_within_s: float, ready: Callable[[], None]) -> None:
+    def __init__(self, app: FastAPI, batcher: Batcher, stop_within_s: float, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -107,11 +107,11 @@ class StoppingServer(uvicorn.Server):
             timeout_graceful_shutdown=_FLUSH_S,
         )
         super().__init__(config)
-        self._engine, self._stop_within_s, self._ready = engine, stop_within_s, ready
+        self._batcher, self._stop_within_s, self._ready = batcher, stop_within_s, ready
         self._stop_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
+        """Listen, then call ``ready``."""
         await super().startup(sockets)
         self._ready()
 
@@ -120,14 +120,14 @@ class StoppingServer(uvicorn.Server):
         if self._stop_at is not None:
             self.should_exit = self.force_exit = True
             return
-        self._engine.close()
+        self._batcher.close()
         self._stop_at = time.monotonic() + self._stop_within_s
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: end when nothing runs any more, or when the time is up."""
         if self._stop_at is not None:
-            is_over = self._engine.is_idle or time.monotonic() > self._stop_at
+            is_over = self._batcher.is_idle or time.monotonic() > self._stop_at
             self.should_exit = self.should_exit or is_over
         if self.should_exit:
-            await asyncio.to_thread(self._engine.abort)
+            await asyncio.to_thread(self._batcher.abort)
         return await super().on_tick(counter)

@@ -33,7 +33,7 @@ class Layer(_Frozen):
     key_scale: float | None = None
     """What a unit of K in the FP8 cache stands for in the child; None where the cache is not calibrated."""
     value_scale: float | None = None
-    """The same of V."""
+    """What a unit of V in the FP8 cache stands for in the child; None where the cache is not calibrated."""
 
 
 class KvPolicy(_Frozen):
@@ -56,8 +56,8 @@ class Source(_Frozen):
     """Which candidate it is and which experts of its parent it kept; None for a model that was never pruned."""
 
 
-class ExportManifest(_Frozen):
-    """All of that."""
+class BundleManifest(_Frozen):
+    """What a bundle says of itself."""
 
     moesaic: str
     """Version of Moesaic that wrote the bundle."""
@@ -77,7 +77,7 @@ class ExportManifest(_Frozen):
     """Every file of the bundle but this one, sorted by path."""
 
     @classmethod
-    def read(cls, bundle: Path) -> "ExportManifest":
+    def read(cls, bundle: Path) -> "BundleManifest":
         """The manifest of a bundle.
 
         Raises:
@@ -94,7 +94,7 @@ class ExportManifest(_Frozen):
             raise ArtifactError(f"{path}: {place}: {first['msg']}; export the model again") from invalid
 
 
-def seal(bundle: Path, manifest: ExportManifest, digests: "Digests | None" = None) -> None:
+def seal(bundle: Path, manifest: BundleManifest, digests: "Digests | None" = None) -> None:
     """Write the manifest of a bundle whose other files are all there."""
     known = digests or Digests()
     files = tuple(
@@ -105,17 +105,17 @@ def seal(bundle: Path, manifest: ExportManifest, digests: "Digests | None" = Non
     (bundle / MANIFEST).write_text(sealed.model_dump_json(indent=1) + "\n")
 
 
-def check_files(bundle: Path, manifest: ExportManifest) -> None:
+def check_files(bundle: Path, manifest: BundleManifest) -> None:
     """Compare a bundle's files with its manifest, byte for byte.
 
     Raises:
         ArtifactError: if one is missing, changed, or not listed: an engine may read whatever lies in the directory.
     """
     listed = {entry.path: entry for entry in manifest.files}
-    found = _names(bundle)
-    if missing := sorted(set(listed) - set(found)):
+    present = _names(bundle)
+    if missing := sorted(set(listed) - set(present)):
         raise ArtifactError(f"{bundle / missing[0]} is missing; copy the bundle again")
-    if unlisted := sorted(set(found) - set(listed)):
+    if unlisted := sorted(set(present) - set(listed)):
         raise ArtifactError(f"{bundle / unlisted[0]} is not in {MANIFEST}; remove it or export the model again")
     for name, entry in listed.items():
         if (size := (bundle / name).stat().st_size) != entry.size_bytes:
@@ -132,8 +132,8 @@ class Digests:
 
     def of(self, path: Path) -> str:
         """The digest of one file."""
-        found = path.stat()
-        key = (found.st_dev, found.st_ino)
+        status = path.stat()
+        key = (status.st_dev, status.st_ino)
         if key not in self._known:
             self._known[key] = file_digest(path)
         return self._known[key]
@@ -153,6 +153,6 @@ def write_files(bundle: Path, files: Mapping[str, str]) -> None:
 
 def _names(directory: Path) -> list[str]:
     """All files but those beside the payload, and but what importing or installing leaves behind."""
-    found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    kept = (path for path in found if not any(part in _LEFT or part.endswith(".egg-info") for part in path.parts[:-1]))
+    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    kept = (path for path in files if not any(part in _LEFT or part.endswith(".egg-info") for part in path.parts[:-1]))
     return sorted(path.as_posix() for path in kept if path.as_posix() not in _NOT_LISTED)

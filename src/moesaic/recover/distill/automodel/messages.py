@@ -1,12 +1,12 @@
-"""What the engine's processes tell the stage that started them: how far they are, and why they failed."""
+"""Messages of the training processes to the stage that started them: progress, and the reason of a failure."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moesaic.core.errors import MoesaicError
+from moesaic.core.progress import say
 
 PREFIX = "distill: "
 """Lines that the stage passes on begin with it; everything else that an engine prints stays in its log."""
@@ -14,32 +14,32 @@ _LINE_EVERY_S = 5.0
 
 
 @contextmanager
-def leaves_word(place: Path) -> Iterator[None]:
-    """Leave what goes wrong within it where the stage looks, unless another rank has, and pass it on."""
+def record_failure(path: Path) -> Iterator[None]:
+    """Write the message of an exception in the block to a file, unless another rank has, and raise it again."""
     try:
         yield
     except Exception as failure:
         explained = isinstance(failure, MoesaicError)
-        with suppress(FileExistsError), place.open("x") as word:
-            word.write(str(failure) if explained else f"{type(failure).__name__}: {failure}")
+        with suppress(FileExistsError), path.open("x") as file:
+            file.write(str(failure) if explained else f"{type(failure).__name__}: {failure}")
         raise
 
 
-class Pace:
-    """Progress for people: a line every few seconds, and at the end."""
+class StepProgress:
+    """Prints progress: a line every few seconds and one at the last step."""
 
     def __init__(self, num_steps: int, done: int) -> None:
         self._num_steps, self._first = num_steps, done
         self._start = self._last_step = self._last_line = time.monotonic()
 
     def step(self, step: int, loss: float, num_tokens: int, shown: bool) -> float:
-        """Note that a step is done; returns its tokens per second."""
+        """Record that a step is done; returns its tokens per second."""
         now = time.monotonic()
         speed = num_tokens / (now - self._last_step)
         self._last_step = now
         if shown and (now - self._last_line >= _LINE_EVERY_S or step == self._num_steps):
             left = (now - self._start) / (step - self._first) * (self._num_steps - step)
             line = f"step {step}/{self._num_steps}, loss {loss:.4f}, {speed:.0f} tokens/s, {left:.0f} s left"
-            print(PREFIX + line, file=sys.stderr, flush=True)
+            say(PREFIX + line)
             self._last_line = now
         return speed

@@ -1,4 +1,4 @@
-"""A model as the server needs it: loaded, with its tokenizer, and able to turn requests into replies to generate."""
+"""The model that the server serves, with its tokenizer. It turns requests into replies to generate."""
 
 import secrets
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesaic.data.chat import render_conversation
 from moesaic.deploy.server.batching import Reply
 from moesaic.deploy.server.harmony import ChatWriter
-from moesaic.deploy.server.limits import Limits
+from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.protocol import ChatRequest, CompletionRequest, RequestError
 from moesaic.deploy.server.replies import Decode, PlainWriter
-from moesaic.deploy.server.sampling import Rule
+from moesaic.deploy.server.sampling import SamplingParams
 
 _COMPLETION_TOKENS = 16
 """The API's default for plain completions; a chat reply may use the whole context."""
@@ -22,8 +22,8 @@ _CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
-class Served:
-    """What answers."""
+class ServedModel:
+    """A loaded model, the tokens and limits it is served with."""
 
     name: str
     created: int
@@ -32,7 +32,7 @@ class Served:
     tokenizer: PreTrainedTokenizerBase
     markers: dict[int, str]
     stop_ids: frozenset[int]
-    limits: Limits
+    limits: ServerLimits
 
     def chat_replies(self, asked: ChatRequest) -> list[Reply]:
         """One reply for each of ``n``.
@@ -46,9 +46,11 @@ class Served:
             raise RequestError(400, "max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
         prompt = self._render(asked)
         rest = self.limits.max_context - len(prompt)
-        rules = self._rules(asked, [prompt], given or asked.max_tokens or max(1, rest), "messages")
+        samplings = self._sampling(asked, [prompt], given or asked.max_tokens or max(1, rest), "messages")
         decode = self._decoder(skip_special_tokens=False)
-        return [Reply(prompt, rule, ChatWriter(decode, self.markers, asked.stops)) for prompt, rule in rules]
+        return [
+            Reply(prompt, sampling, ChatWriter(decode, self.markers, asked.stops)) for prompt, sampling in samplings
+        ]
 
     def completion_replies(self, asked: CompletionRequest) -> list[Reply]:
         """``n`` replies for each prompt, in the order of the prompts.
@@ -58,9 +60,9 @@ class Served:
         """
         self._check_name(asked.model)
         prompts = [self._encode(prompt) for prompt in asked.prompts]
-        rules = self._rules(asked, prompts, asked.max_tokens or _COMPLETION_TOKENS, "prompt")
+        samplings = self._sampling(asked, prompts, asked.max_tokens or _COMPLETION_TOKENS, "prompt")
         decode = self._decoder(asked.skip_special_tokens is not False)
-        return [Reply(prompt, rule, PlainWriter(decode, asked.stops)) for prompt, rule in rules]
+        return [Reply(prompt, sampling, PlainWriter(decode, asked.stops)) for prompt, sampling in samplings]
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
@@ -102,10 +104,10 @@ class Served:
         message = f"{what} do not fit the context of {self.limits.max_context} tokens"
         return RequestError(400, message, param, "context_length_exceeded")
 
-    def _rules(
+    def _sampling(
         self, asked: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], max_tokens: int, param: str
-    ) -> list[tuple[list[int], Rule]]:
-        """Every reply's prompt and rule, after all limits have been checked."""
+    ) -> list[tuple[list[int], SamplingParams]]:
+        """Every reply's prompt and sampling parameters, after all limits have been checked."""
         count = (asked.n or 1) * len(prompts)
         if count > self.limits.max_choices:
             raise RequestError(400, f"{count} replies are asked for; {self.limits.max_choices} is the most", "n")
@@ -119,7 +121,7 @@ class Served:
         return [
             (
                 prompt,
-                Rule(
+                SamplingParams(
                     max_tokens=max_tokens,
                     min_tokens=min_tokens,
                     temperature=1.0 if asked.temperature is None else asked.temperature,
