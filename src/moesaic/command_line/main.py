@@ -123,22 +123,22 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from moesaic.platform.runs.local import run_compiled
-    from moesaic.platform.runs.runtime import Place
+    from moesaic.platform.runs.run_context import RunContext
     from moesaic.platform.runs.tracking import pipeline_run
 
     manifest, recipe, name = _choose(options)
     console = Console(stderr=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    place = Place.for_local_run(options.output, options.store)
-    arguments = _prepare(options, manifest, recipe, place.store)
+    context = RunContext.for_local_run(options.output, options.store)
+    arguments = _prepare(options, manifest, recipe, context.store)
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
-    assert place.tracking_uri is not None, "a local run always has a place for its MLflow runs"
+    assert context.tracking_uri is not None, "a local run always has an address for its MLflow runs"
     console.print(f"{name}: the run lies in {options.output}", highlight=False)
-    with pipeline_run(place.tracking_uri, name, arguments, digest) as run_id:
-        outputs = run_compiled(manifest, arguments, place.inside(run_id), console)
-    _link_outputs(options.output, place.store, outputs)
+    with pipeline_run(context.tracking_uri, name, arguments, digest) as run_id:
+        outputs = run_compiled(manifest, arguments, context.in_pipeline_run(run_id), console)
+    _link_outputs(options.output, context.store, outputs)
     _show_outcome(options.output)
-    print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {place.tracking_uri}")
+    print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {context.tracking_uri}")
 
 
 def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
@@ -224,23 +224,23 @@ def _show_outcome(run: Path) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     from moesaic.platform.registry.registry import RegistryAddress
-    from moesaic.platform.runs.runtime import perform, plan_task
+    from moesaic.platform.runs.runtime import perform, plan_stage
     from moesaic.platform.store import Store
     from moesaic.stages import find_stage
 
     given = _named_paths(options.input, find_stage(options.name).lists)
-    task = plan_task(
+    run = plan_stage(
         options.name, _read_config(options.config), given, Store.at(options.store) if options.store else None
     )
     if options.output.exists():
         raise ConfigError(f"--output {options.output} exists already; choose another or remove it")
-    work = options.output.with_name(f".{options.output.name}.{task.key[:12]}")
+    work = options.output.with_name(f".{options.output.name}.{run.key[:12]}")
     output, scratch = work / "output", work / "scratch"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     scratch.mkdir(exist_ok=True)
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    record = perform(task, output, scratch, options.store, RegistryAddress(uri) if uri else None)
+    record = perform(run, output, scratch, options.store, RegistryAddress(uri) if uri else None)
     output.rename(options.output)
     shutil.rmtree(work)
     table = Table("metric", "value", box=None)

@@ -168,7 +168,7 @@ def find_contradictions(point: LoadPoint, requests: int, run: LoadRun, server: M
     return found
 
 
-def take_together(point: LoadPoint, runs: Sequence[LoadRun]) -> SweptPoint:
+def summarize_runs(point: LoadPoint, runs: Sequence[LoadRun]) -> SweptPoint:
     """All repeats of one point."""
 
     def latencies(name: str) -> dict[str, Spread]:

@@ -17,8 +17,8 @@ EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
 
 
 @dataclass(frozen=True)
-class Solution:
-    """An assembly of ``architecture.json``: its blocks, its damage and what the cost table predicts of it."""
+class Candidate:
+    """A candidate of ``architecture.json``: its blocks, its damage and the costs that the cost table predicts."""
 
     name: str
     architecture: Architecture
@@ -125,11 +125,11 @@ class Evidence:
     metric: str
     damages: Sequence[Damage]
     costs: CostTable
-    parent: Solution
-    candidates: Mapping[str, Solution]
+    parent: Candidate
+    candidates: Mapping[str, Candidate]
     skipped: Mapping[str, str]
     swept: str
-    frontier: Sequence[Solution]
+    frontier: Sequence[Candidate]
     evaluation_parent: Evaluation
     evaluation_child: Evaluation
     baselines: Sequence[Evaluation]
@@ -139,7 +139,7 @@ class Evidence:
     """Measured with an FP8 cache; empty if the benchmark did not do so."""
 
     @property
-    def child(self) -> Solution:
+    def child(self) -> Candidate:
         """The candidate that became the child."""
         return self.candidates[self.evaluation_child.name]
 
@@ -182,11 +182,11 @@ def read_evidence(
             metric=scores["metric"],
             damages=[_read_damage(row, scores["metric"]) for row in scores["rows"]],
             costs=CostTable.from_json(costs),
-            parent=_read_solution("parent", architecture["parent"]),
-            candidates={name: _read_solution(name, entry) for name, entry in architecture["candidates"].items()},
+            parent=_read_candidate("parent", architecture["parent"]),
+            candidates={name: _read_candidate(name, entry) for name, entry in architecture["candidates"].items()},
             skipped=architecture.get("skipped", {}),
             swept=architecture["swept"],
-            frontier=[_read_solution("frontier", entry) for entry in architecture["frontier"]],
+            frontier=[_read_candidate("frontier", entry) for entry in architecture["frontier"]],
             evaluation_parent=read_evaluation(evaluation_parent),
             evaluation_child=read_evaluation(evaluation_child),
             baselines=[read_evaluation(entry) for entry in baselines],
@@ -211,10 +211,10 @@ def _check(evidence: Evidence) -> None:
         raise ArtifactError("measurements.json holds no point of both models; run benchmark again")
 
 
-def _read_solution(name: str, entry: Mapping[str, Any]) -> Solution:
+def _read_candidate(name: str, entry: Mapping[str, Any]) -> Candidate:
     architecture = Architecture.of(Block.from_config(block) for block in entry["blocks"])
     figures = ("damage", "parameters", "num_experts", "memory_mib", "throughput_tokens_per_s")
-    return Solution(name, architecture, **{figure: entry[figure] for figure in figures})
+    return Candidate(name, architecture, **{figure: entry[figure] for figure in figures})
 
 
 def _read_damage(row: Mapping[str, Any], metric: str) -> Damage:

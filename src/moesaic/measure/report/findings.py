@@ -19,7 +19,7 @@ from moesaic.measure.efficiency import (
     pareto_frontier,
     retention,
 )
-from moesaic.measure.report.evidence import EffortResult, Evaluation, Evidence, Pair, Result, Setting, Solution
+from moesaic.measure.report.evidence import Candidate, EffortResult, Evaluation, Evidence, Pair, Result, Setting
 
 _TIE = 0.005
 """Mean accuracies closer than half a point are called equal."""
@@ -91,9 +91,9 @@ def _count_windows(evidence: Evidence) -> dict[str, int]:
     return {"full_in_parent": full, "windowed_in_child": became_windows, "full_in_child": full - became_windows}
 
 
-def _kv_mib_per_request(costs: CostTable, solution: Solution, workload: Workload) -> float:
+def _kv_mib_per_request(costs: CostTable, candidate: Candidate, workload: Workload) -> float:
     """KV cache of one request of a workload at its full length."""
-    blocks = solution.architecture.blocks
+    blocks = candidate.architecture.blocks
     return sum(costs.blocks[block].workloads[workload.name].kv_bytes for block in blocks) / MIB
 
 
@@ -150,9 +150,9 @@ def predictions(evidence: Evidence) -> list[Prediction]:
     return entries
 
 
-def _runtime_ms(costs: CostTable, solution: Solution, workload: Workload) -> dict[str, float]:
+def _runtime_ms(costs: CostTable, candidate: Candidate, workload: Workload) -> dict[str, float]:
     runtimes = [costs.fixed.workloads[workload.name]]
-    runtimes += [costs.blocks[block].workloads[workload.name] for block in solution.architecture.blocks]
+    runtimes += [costs.blocks[block].workloads[workload.name] for block in candidate.architecture.blocks]
     prefill, decode = (sum(getattr(runtime, key) for runtime in runtimes) for key in ("prefill_ms", "decode_ms"))
     return {"throughput": prefill + workload.output_tokens * decode, "prefill": prefill, "decode": decode}
 
@@ -237,7 +237,7 @@ def _selection_methods(evidence: Evidence) -> list[dict[str, Any]]:
 
 def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> dict[str, Any]:
     """What the assemblies of one method cost, and how they answer before any training."""
-    solutions = [evidence.candidates[name] for name in names]
+    candidates = [evidence.candidates[name] for name in names]
     evaluations = [
         evaluation for evaluation in (*evidence.baselines, evidence.evaluation_child) if evaluation.name in names
     ]
@@ -246,9 +246,9 @@ def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> d
     return {
         "name": group,
         "models": list(names),
-        "damage": fmean(solution.damage for solution in solutions),
-        "parameters": fmean(solution.parameters for solution in solutions),
-        "experts": fmean(solution.num_experts for solution in solutions),
+        "damage": fmean(candidate.damage for candidate in candidates),
+        "parameters": fmean(candidate.parameters for candidate in candidates),
+        "experts": fmean(candidate.num_experts for candidate in candidates),
         "accuracy": {
             effort: {"mean": fmean(values), "min": min(values), "max": max(values)} if values else None
             for effort, values in accuracies.items()

@@ -21,7 +21,8 @@ from rich.console import Console
 
 from moesaic.core.errors import ConfigError, MoesaicError, StageError
 from moesaic.core.redaction import redact
-from moesaic.platform.runs.runtime import FAILURE, Place
+from moesaic.platform.runs.run_context import RunContext
+from moesaic.platform.runs.runtime import FAILURE
 
 LOG = "kubeflow.log"
 _INPUT_BEGINS, _INPUT_ENDS = "Got executor_input:", "}"
@@ -36,7 +37,9 @@ def parameters_of(manifest: Path) -> list[str]:
     return list(specification["root"]["inputDefinitions"]["parameters"])
 
 
-def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, console: Console) -> dict[str, Path]:
+def run_compiled(
+    manifest: Path, arguments: Mapping[str, Any], context: RunContext, console: Console
+) -> dict[str, Path]:
     """Run the pipeline; finished tasks of earlier runs in the same directory are reused.
 
     Returns:
@@ -47,8 +50,8 @@ def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, con
     """
     from kfp import components, local
 
-    assert place.run_directory is not None, "a local run has a directory"
-    directory = place.run_directory
+    assert context.run_directory is not None, "a local run has a directory"
+    directory = context.run_directory
     (directory / FAILURE).unlink(missing_ok=True)
     warnings.filterwarnings("ignore", module="kfp")
     local.init(
@@ -58,7 +61,7 @@ def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, con
         cache_root=str(directory / "cache"),
     )
     pipeline = components.load_component_from_file(str(manifest))
-    with _environment(place), _shown_stages(directory / LOG, console):
+    with _environment(context), _shown_stages(directory / LOG, console):
         try:
             finished = pipeline(**arguments)
         except RuntimeError as failure:
@@ -77,13 +80,13 @@ def _explain(directory: Path) -> MoesaicError:
 
 
 @contextlib.contextmanager
-def _environment(place: Place) -> Iterator[None]:
+def _environment(context: RunContext) -> Iterator[None]:
     """Tell the tasks where they are. One thread each: more of them slow small models on a CPU down."""
     before = dict(os.environ)
     os.environ.update(
         {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
         | before
-        | place.as_environment()
+        | context.as_environment()
     )
     try:
         yield

@@ -1,8 +1,7 @@
 """Runs one stage where it is told to: what Kubeflow components call, and ``moesaic stage`` without Kubeflow.
 
-A stage sees plain directories. Around it this module resolves inputs, keeps a scratch directory that survives a killed
-run, moves the finished output into place, writes the record and logs to MLflow. *Where* things are comes from the
-environment, and only :meth:`Place.from_environment` reads it; how to reach a bucket is read where one is opened.
+A stage sees plain directories. This module resolves its inputs, keeps a scratch directory that survives a killed run,
+moves the finished output into place, writes the record and logs to MLflow.
 """
 
 import fcntl
@@ -30,13 +29,14 @@ from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.redaction import redact
 from moesaic.core.stage import Stage
-from moesaic.platform.cluster.jobs import JOB_VARIABLE, ClusterJob, JobPlace
+from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
 from moesaic.platform.registry.registry import RegistryAddress
 from moesaic.platform.runs import records
 from moesaic.platform.runs.lineage import keep_record
 from moesaic.platform.runs.records import RECORD, Record
+from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.runs.tracking import Tracker
-from moesaic.platform.store import Address, Manifest, Store, parse_address
+from moesaic.platform.store import Address, Manifest, Store
 from moesaic.platform.store.manifest import MANIFEST
 from moesaic.platform.store.root import explained_disk_full
 from moesaic.recover.reinforce.stage import ReinforceConfig
@@ -66,75 +66,7 @@ class ArtifactPath(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage runs; never part of a config."""
-
-    store: Address
-    tracking_uri: str | None = None
-    run_id: str | None = None
-    """The MLflow run that a scheduler opened for this very task."""
-    parent_run_id: str | None = None
-    """The MLflow run of the pipeline."""
-    run_directory: Path | None = None
-    """Where to leave word of a failure."""
-    driver_pid: int | None = None
-    """The process without which there is no point in going on."""
-    job: JobPlace | None = None
-    """Nodes that the cluster gives this very stage, for what it cannot do alone."""
-
-    @classmethod
-    def from_environment(cls) -> "Place":
-        """Read ``MOESAIC_STORE``, MLflow's own variables, and what a cluster or ``moesaic run`` sets for its tasks."""
-        read = os.environ.get
-        if not (store := read("MOESAIC_STORE")):
-            raise ConfigError("MOESAIC_STORE is not set; set it to the directory or the s3:// address of the store")
-        directory, pid, job = read("MOESAIC_RUN_DIRECTORY"), read("MOESAIC_DRIVER_PID"), read(JOB_VARIABLE)
-        return cls(
-            store=parse_address(store),
-            tracking_uri=read("MLFLOW_TRACKING_URI") or None,
-            run_id=read("MLFLOW_RUN_ID"),
-            parent_run_id=read("MOESAIC_PARENT_RUN_ID"),
-            run_directory=Path(directory) if directory else None,
-            driver_pid=int(pid) if pid else None,
-            job=JobPlace.parse(job) if job else None,
-        )
-
-    @classmethod
-    def for_local_run(cls, run_directory: Path, store: Address | None) -> "Place":
-        """Everything under one directory, unless the store or ``MLFLOW_TRACKING_URI`` points elsewhere."""
-        directory = run_directory.absolute()
-        return cls(
-            store=store.absolute() if isinstance(store, Path) else store or directory / "store",
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}",
-            run_directory=directory,
-            driver_pid=os.getpid(),
-        )
-
-    @property
-    def registry(self) -> RegistryAddress | None:
-        """The model registry, which is where the runs are."""
-        return RegistryAddress(self.tracking_uri, self.parent_run_id or self.run_id) if self.tracking_uri else None
-
-    def inside(self, parent_run_id: str) -> "Place":
-        """The same place for the stages of one pipeline run."""
-        return replace(self, parent_run_id=parent_run_id)
-
-    def as_environment(self) -> dict[str, str]:
-        """The variables from which :meth:`from_environment` reads the same place."""
-        variables = {
-            "MOESAIC_STORE": self.store,
-            "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "MLFLOW_RUN_ID": self.run_id,
-            "MOESAIC_PARENT_RUN_ID": self.parent_run_id,
-            "MOESAIC_RUN_DIRECTORY": self.run_directory,
-            "MOESAIC_DRIVER_PID": self.driver_pid,
-            JOB_VARIABLE: self.job.to_variable() if self.job else None,
-        }
-        return {name: str(value) for name, value in variables.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Task:
+class StageRun:
     """One stage with its config and checked inputs, ready to run."""
 
     stage: Stage
@@ -166,27 +98,29 @@ def run_stage(
         SystemExit: with the error's exit code, if it failed; all that is printed of it is free of secrets.
     """
     gc.set_threshold(*_COLLECTOR)
-    place = Place.from_environment()
-    if place.driver_pid:
-        end_with(place.driver_pid)
-    if place.run_directory and (place.run_directory / FAILURE).exists():
+    context = RunContext.from_environment()
+    if context.driver_pid:
+        end_with(context.driver_pid)
+    if context.run_directory and (context.run_directory / FAILURE).exists():
         raise SystemExit(MoesaicError.exit_code)  # Another stage of this run has failed.
     try:
         given = {key: _paths(value) for key, value in inputs.items() if value is not None}
-        task = plan_task(name, config, given, Store.at(place.store))
-        record = _run_task(place, task, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"})
+        run = plan_stage(name, config, given, Store.at(context.store))
+        record = _run_in_store(
+            context, run, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"}
+        )
     except MoesaicError as failure:
-        _leave_word(place, name, str(failure), failure.exit_code)
+        _write_failure(context, name, str(failure), failure.exit_code)
         raise SystemExit(failure.exit_code) from failure
     except Exception as failure:
         print(redact(traceback.format_exc(), os.environ), file=sys.stderr, end="")
-        _leave_word(place, name, f"{type(failure).__name__}: {failure}", MoesaicError.exit_code)
+        _write_failure(context, name, f"{type(failure).__name__}: {failure}", MoesaicError.exit_code)
         raise SystemExit(MoesaicError.exit_code) from failure
     if "metrics" in outputs:
         _hand_on_metrics(record.metrics, outputs["metrics"])
 
 
-def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task:
+def plan_stage(name: str, config: str, given: Given, store: Store | None) -> StageRun:
     """Check a stage's name, config and inputs before anything is run.
 
     Raises:
@@ -200,7 +134,7 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
     if missing or unknown:
         allowed = f"{list(stage.required)}" + (f" and may take {list(stage.optional)}" if stage.optional else "")
         raise ConfigError(f"{name} takes the inputs {allowed}; missing: {missing}, unknown: {unknown}")
-    return Task(
+    return StageRun(
         stage=stage,
         config=parsed,
         inputs={key: _resolved(key, value, stage, store) for key, value in given.items()},
@@ -212,35 +146,35 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
 
 
 def perform(
-    task: Task,
+    run: StageRun,
     output: Path,
     scratch: Path,
     store: Address | None = None,
     registry: RegistryAddress | None = None,
-    job: JobPlace | None = None,
+    job: JobSettings | None = None,
 ) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
-    extra = _places(task.stage, store, registry)
+    extra = _places(run.stage, store, registry)
     if job:
-        extra |= {"nodes": ClusterJob(job, task.key)}
+        extra |= {"nodes": ClusterJob(job, run.key)}
     started, clock = datetime.now(UTC), time.monotonic()
     with explained_disk_full(output):
-        metrics = task.stage.run(task.config, **task.inputs, **extra, output=output, scratch=scratch)
+        metrics = run.stage.run(run.config, **run.inputs, **extra, output=output, scratch=scratch)
         record = Record(
-            stage=task.stage.name,
-            subject=task.subject,
-            config=task.config.model_dump(mode="json"),
-            config_digest=task.config.digest,
-            inputs=task.digests,
+            stage=run.stage.name,
+            subject=run.subject,
+            config=run.config.model_dump(mode="json"),
+            config_digest=run.config.digest,
+            inputs=run.digests,
             versions=records.installed_versions(),
             code_digest=code.code_digest(),
             hardware=records.describe_hardware(),
-            seed=getattr(task.config, "seed", None),
+            seed=getattr(run.config, "seed", None),
             metrics=metrics,
             started=started.isoformat(timespec="seconds"),
             duration_s=round(time.monotonic() - clock, 3),
             peak_memory_mib=round(records.peak_memory_mib(), 1),
-            origins=task.origins,
+            origins=run.origins,
         )
         record.write(output)
     return record
@@ -261,29 +195,29 @@ def baselines_of(architecture: str) -> list[str]:
     return [PruneModelConfig(candidate=name).to_json() for name in found if not name.startswith("puzzle")]
 
 
-def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
+def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path]) -> Record:
     """Run in a scratch directory of the store's local part, log, and move the result to where the artifacts lie."""
-    store = Store.at(place.store)
+    store = Store.at(context.store)
     started_ms, clock = time.time_ns() // 10**6, time.monotonic()
-    _say(task, "started")
-    with _workspace(store.directory / "scratch" / task.key) as workspace:
+    _say(run, "started")
+    with _workspace(store.directory / "scratch" / run.key) as workspace:
         output = workspace / "output"
         tracker = Tracker(
-            place.tracking_uri, place.parent_run_id, place.run_id, store, _attempt(place, task, workspace)
+            context.tracking_uri, context.parent_run_id, context.run_id, store, _attempt(context, run, workspace)
         )
-        if task.stage.trains:
-            tracker = tracker.begin(task.stage.name, task.subject, started_ms)
+        if run.stage.trains:
+            tracker = tracker.begin(run.stage.name, run.subject, started_ms)
             _show_run_to_engines(tracker.live_run_id)
         try:
-            record = perform(task, output, workspace / "scratch", place.store, place.registry, place.job)
+            record = perform(run, output, workspace / "scratch", context.store, context.registry, context.job)
         except Exception as failure:
-            tracker.log_failure(task.stage.name, task.subject, started_ms, task.config.model_dump(mode="json"), failure)
+            tracker.log_failure(run.stage.name, run.subject, started_ms, run.config.model_dump(mode="json"), failure)
             raise
-        if task.stage.makes_weights:
-            _exchange_for_manifest(store, task, output)
+        if run.stage.makes_weights:
+            _exchange_for_manifest(store, run, output)
         tracker.log_stage(record, started_ms, [path for path in output.iterdir() if path.is_file()])
-        _hand_on(task.stage, record, output, targets, store)
-    _say(task, f"done in {time.monotonic() - clock:.1f} s")
+        _hand_on(run.stage, record, output, targets, store)
+    _say(run, f"done in {time.monotonic() - clock:.1f} s")
     return record
 
 
@@ -311,17 +245,17 @@ def _workspace(directory: Path) -> Iterator[Path]:
         shutil.rmtree(directory.rename(directory.with_suffix(f".{uuid.uuid4().hex}{_DONE}")), ignore_errors=True)
 
 
-def _attempt(place: Place, task: Task, workspace: Path) -> str:
+def _attempt(context: RunContext, run: StageRun, workspace: Path) -> str:
     """What names the stage's run in MLflow: each task of a pipeline run has one; elsewhere each success ends one."""
-    if place.parent_run_id:
-        return hashlib.sha256(f"{place.parent_run_id} {task.key}".encode()).hexdigest()
+    if context.parent_run_id:
+        return hashlib.sha256(f"{context.parent_run_id} {run.key}".encode()).hexdigest()
     note = workspace / "attempt"
     if not note.is_file():
         write_text_atomically(note, uuid.uuid4().hex)
     return note.read_text()
 
 
-def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
+def _exchange_for_manifest(store: Store, run: StageRun, output: Path) -> None:
     """Move the weights into the store and leave their manifest, with the record, in their place."""
     record = (output / RECORD).read_bytes()
     (output / RECORD).unlink()
@@ -329,9 +263,9 @@ def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
         output,
         "model",
         format="safetensors",
-        producer=task.stage.name,
-        parents=task.parents,
-        config_digest=task.config.digest,
+        producer=run.stage.name,
+        parents=run.parents,
+        config_digest=run.config.digest,
         move=True,
     )
     shutil.rmtree(output)
@@ -423,15 +357,15 @@ def _subject(stage: Stage, config: Config, given: Given) -> str:
     return f"{before.split('/')[0]}/{done}"
 
 
-def _say(task: Task, what: str) -> None:
-    about = f" ({task.subject})" if task.subject else ""
-    print(f"{task.stage.name}{about}: {what}", file=sys.stderr, flush=True)
+def _say(run: StageRun, what: str) -> None:
+    about = f" ({run.subject})" if run.subject else ""
+    print(f"{run.stage.name}{about}: {what}", file=sys.stderr, flush=True)
 
 
-def _leave_word(place: Place, stage: str, message: str, exit_code: int) -> None:
+def _write_failure(context: RunContext, stage: str, message: str, exit_code: int) -> None:
     """Kubeflow's local runner names a failed task but not why: say it here, and where the command line looks."""
     message = redact(message, os.environ)
     print(f"error: {stage}: {message}", file=sys.stderr, flush=True)
-    if place.run_directory:
+    if context.run_directory:
         word = {"stage": stage, "message": message, "exit_code": exit_code}
-        (place.run_directory / FAILURE).write_text(json.dumps(word, indent=1) + "\n")
+        (context.run_directory / FAILURE).write_text(json.dumps(word, indent=1) + "\n")

@@ -10,7 +10,7 @@ import torch
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.files import write_text_atomically
-from moesaic.core.process_group import Shards, share
+from moesaic.core.process_group import BatchShare, share
 from moesaic.core.progress import track
 from moesaic.data.calibration import load_batches
 from moesaic.models import loading
@@ -81,7 +81,7 @@ def run(
     inputs = dict(zip(_INPUTS, (parent, ranking, calibration_short, calibration_long), strict=True))
     job = _prepare(config, **inputs)
     if not all(_finished(job, scratch)) and not share(config, inputs, scratch, len(job.probes)):
-        _run_through(job, scratch, Shards())
+        _run_through(job, scratch, BatchShare())
     layers = range(job.checkpoint.num_layers)
     rows = [row for layer in layers for row in json.loads(_saved(scratch, layer).read_text())]
     content = {
@@ -108,10 +108,10 @@ def work(
     calibration_short: Path,
     calibration_long: Path,
     scratch: Path,
-    shards: Shards,
+    batch_share: BatchShare,
 ) -> None:
     """Take part in scoring, as one of several processes."""
-    _run_through(_prepare(config, parent, ranking, calibration_short, calibration_long), scratch, shards)
+    _run_through(_prepare(config, parent, ranking, calibration_short, calibration_long), scratch, batch_share)
 
 
 def _choose_variants(space: SearchSpace, checkpoint: Checkpoint, ranking: Path) -> list[list[Variant]]:
@@ -166,11 +166,11 @@ def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, first
     return probes
 
 
-def _run_through(job: _Job, scratch: Path, shards: Shards) -> None:
+def _run_through(job: _Job, scratch: Path, batch_share: BatchShare) -> None:
     """Score this process's share of the batches; the first process saves and shows how far all are."""
     device = loading.choose_device()
     reader = LayerReader(job.checkpoint, job.dtype, device)
-    room = StateRoom(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    room = StateRoom(state_memory_bytes(batch_share.count), scratch / f"states-{batch_share.rank}", device)
     longest = max(probe.batch.num_positions for probe in job.probes)
     parent = Parent(
         job.checkpoint.architecture,
@@ -179,25 +179,25 @@ def _run_through(job: _Job, scratch: Path, shards: Shards) -> None:
         loading.rotary(job.checkpoint, longest, job.dtype, device),
         room.hold,
     )
-    steps = _score(job, parent, scratch, shards)
+    steps = _score(job, parent, scratch, batch_share)
     try:
-        for _ in track(steps, job.num_steps, "scoring blocks") if shards.rank == 0 else steps:
+        for _ in track(steps, job.num_steps, "scoring blocks") if batch_share.rank == 0 else steps:
             pass
     finally:
         reader.close()
 
 
-def _score(job: _Job, parent: Parent, scratch: Path, shards: Shards) -> Generator[None, None, None]:
+def _score(job: _Job, parent: Parent, scratch: Path, batch_share: BatchShare) -> Generator[None, None, None]:
     """Score layer after layer, saving each; yields once per block forward."""
-    finished, probes = _finished(job, scratch), shards.mine(job.probes)
+    finished, probes = _finished(job, scratch), batch_share.mine(job.probes)
     measurements = yield from run_parent(parent, _embed(job, parent, probes), probes)
     states = _embed(job, parent, probes)
     for layer, variants in enumerate(job.variants):
         if finished[layer]:
             yield from [None] * (len(variants) * (len(job.variants) - layer))
         else:
-            rows = yield from _score_layer(job, parent, layer, states, measurements, shards)
-            if shards.rank == 0:
+            rows = yield from _score_layer(job, parent, layer, states, measurements, batch_share)
+            if batch_share.rank == 0:
                 write_text_atomically(_saved(scratch, layer), json.dumps(rows) + "\n")
         if layer < parent.last:
             states = advance(parent, layer, states)
@@ -210,13 +210,13 @@ def _embed(job: _Job, parent: Parent, probes: Sequence[Probe]) -> list[Held]:
 
 
 def _score_layer(
-    job: _Job, parent: Parent, layer: int, states: list[Held], measurements: list[Measurement], shards: Shards
+    job: _Job, parent: Parent, layer: int, states: list[Held], measurements: list[Measurement], batch_share: BatchShare
 ) -> Generator[None, None, list[Row]]:
     variants = job.variants[layer]
     mine = yield from score_layer(
-        parent, layer, states, measurements, variants, job.config.variants_per_batch, prove=shards.rank == 0
+        parent, layer, states, measurements, variants, job.config.variants_per_batch, prove=batch_share.rank == 0
     )
-    batches = shards.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
+    batches = batch_share.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
     sums = [[batch[index] for batch in batches] for index in range(len(variants))]
     scores = [(total(parts[: len(job.short)]), total(parts[len(job.short) :])) for parts in sums]
     check_identity(layer, scores[0][0])

@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any, TypeVar
 
 from moesaic.core.errors import ConfigError, StageError
-from moesaic.platform.cluster.jobs.place import JobPlace
+from moesaic.platform.cluster.jobs.settings import JobSettings
 
 Object = dict[str, Any]
 Answer = TypeVar("Answer")
@@ -30,11 +30,11 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 class JobsApi:
     """Jobs of one kind in one namespace, their pods and logs."""
 
-    def __init__(self, place: JobPlace) -> None:
-        self._kind, self._container, self._patience_s = place.kind, place.container, place.patience_s
-        self._namespace = place.manifest["metadata"]["namespace"]
-        group, _, version = place.manifest["apiVersion"].partition("/")
-        self._resource = (group, version, self._namespace, f"{place.kind.lower()}s")
+    def __init__(self, settings: JobSettings) -> None:
+        self._kind, self._container, self._patience_s = settings.kind, settings.container, settings.patience_s
+        self._namespace = settings.template["metadata"]["namespace"]
+        group, _, version = settings.template["apiVersion"].partition("/")
+        self._resource = (group, version, self._namespace, f"{settings.kind.lower()}s")
         try:
             from kubernetes import client
         except ImportError as missing:

@@ -20,8 +20,8 @@ from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.nodes import Work
 from moesaic.platform.cluster.jobs.api import JobsApi, Object
-from moesaic.platform.cluster.jobs.manifest import JOB_LABEL, name_job
-from moesaic.platform.cluster.jobs.place import JobPlace
+from moesaic.platform.cluster.jobs.job_template import JOB_LABEL, render_job
+from moesaic.platform.cluster.jobs.settings import JobSettings
 from moesaic.platform.cluster.jobs.status import describe_nodes, first_failure, first_node, pod_selector, state_of
 from moesaic.platform.cluster.profile import QUEUE_LABEL
 
@@ -36,24 +36,24 @@ class _Terminated(StageError):
 class ClusterJob:
     """The job of one task, with which a stage runs its processes on nodes of their own."""
 
-    place: JobPlace
+    settings: JobSettings
     key: str
     """Digest of all that decides the stage's result: names the job."""
 
     @property
     def num_nodes(self) -> int:
         """How many nodes it has."""
-        return self.place.num_nodes
+        return self.settings.num_nodes
 
     @property
     def gpus_per_node(self) -> int:
         """GPUs of each; 0 for nodes without."""
-        return self.place.gpus_per_node
+        return self.settings.gpus_per_node
 
     @property
     def processes_per_node(self) -> int:
         """One for each GPU, one where there is none."""
-        return self.place.processes_per_node
+        return self.settings.processes_per_node
 
     def visible(self, name: str, path: Path, scratch: Path) -> Path:
         """An input where all nodes see it: itself, or a copy in ``scratch``.
@@ -61,12 +61,12 @@ class ClusterJob:
         Raises:
             ConfigError: if the nodes do not see ``scratch`` either.
         """
-        if not self.place.sees(scratch):
+        if not self.settings.sees(scratch):
             raise ConfigError(
-                f"the nodes of a job do not see {scratch}, only what lies below {', '.join(self.place.shared)}; let "
+                f"the nodes of a job do not see {scratch}, only what lies below {', '.join(self.settings.shared)}; let "
                 "MOESAIC_STORE or, with a store in a bucket, MOESAIC_CACHE name a directory there"
             )
-        return path if self.place.sees(path) else _copied(path, scratch / "inputs" / name)
+        return path if self.settings.sees(path) else _copied(path, scratch / "inputs" / name)
 
     def run(self, work: Work, *, prepare: Callable[[], None], show: Callable[[str], None]) -> None:
         """Run it to its end.
@@ -79,35 +79,35 @@ class ClusterJob:
         Raises:
             StageError: if the job fails, saying why; if it was deleted; if this process was told to end.
         """
-        api, task = JobsApi(self.place), self.key[:40]
+        api, task = JobsApi(self.settings), self.key[:40]
         attempts = {_attempt(job): job for job in api.jobs(f"{JOB_LABEL}={task}")}
         unfinished = [number for number, job in attempts.items() if _goes_on(job)]
         number = max(unfinished) if unfinished else 1 + max(attempts, default=0)
-        name = f"{self.place.manifest['metadata']['name']}-{self.key[:12]}-{number}"
+        name = f"{self.settings.template['metadata']['name']}-{self.key[:12]}-{number}"
         try:
             with _told_by_signal():
                 if unfinished:
-                    _say(f"{self.place.kind} {name} is there already; following it")
+                    _say(f"{self.settings.kind} {name} is there already; following it")
                 else:
                     prepare()
                     work.log.unlink(missing_ok=True)
-                    api.create(name_job(self.place, name, task, work.command, work.environment, work.log))
-                    _say(f"{self.place.kind} {name} is created")
-                _Following(api, self.place, name, work.log, show).to_the_end()
+                    api.create(render_job(self.settings, name, task, work.command, work.environment, work.log))
+                    _say(f"{self.settings.kind} {name} is created")
+                _Following(api, self.settings, name, work.log, show).to_the_end()
         except (_Terminated, KeyboardInterrupt):
             api.delete(name)
-            _say(f"{self.place.kind} {name} is deleted")
+            _say(f"{self.settings.kind} {name} is deleted")
             raise
 
 
 class _Following:
     """One job while it is followed."""
 
-    def __init__(self, api: JobsApi, place: JobPlace, name: str, log: Path, show: Callable[[str], None]) -> None:
-        self._api, self._place, self._name, self._log = api, place, name, log
+    def __init__(self, api: JobsApi, settings: JobSettings, name: str, log: Path, show: Callable[[str], None]) -> None:
+        self._api, self._settings, self._name, self._log = api, settings, name, log
         self._show, self._said, self._pod = show, "", ""
         self._lines: _PodLines | _FileLines | None = None
-        if place.kind == "RayJob":
+        if settings.kind == "RayJob":
             self._lines = _FileLines(log)
         else:
             log.write_text("")  # the pod has it from its first line on
@@ -117,7 +117,7 @@ class _Following:
         while True:
             job = self._api.job(self._name)
             if job is None:
-                raise StageError(f"{self._place.kind} {self._name} was deleted by someone else before it had ended")
+                raise StageError(f"{self._settings.kind} {self._name} was deleted by someone else before it had ended")
             state, selector = state_of(job), pod_selector(job)
             pods = self._api.pods(selector) if selector and state.phase != "queued" else []
             self._pass_on(pods)
@@ -125,17 +125,17 @@ class _Following:
                 return
             if state.phase == "failed":
                 raise StageError(self._explain(state.message, pods))
-            self._report(self._queue() if state.phase == "queued" else describe_nodes(pods, self._place.num_nodes))
-            time.sleep(self._place.poll_s)
+            self._report(self._queue() if state.phase == "queued" else describe_nodes(pods, self._settings.num_nodes))
+            time.sleep(self._settings.poll_s)
 
     def _queue(self) -> str:
-        queue = self._place.manifest["metadata"]["labels"].get(QUEUE_LABEL)
+        queue = self._settings.template["metadata"]["labels"].get(QUEUE_LABEL)
         return f"waits in the queue {queue}" if queue else "is suspended"
 
     def _report(self, what: str) -> None:
         if what != self._said:
             self._said = what
-            _say(f"{self._place.kind} {self._name}: {what}")
+            _say(f"{self._settings.kind} {self._name}: {what}")
 
     def _pass_on(self, pods: Sequence[Object]) -> None:
         """New lines of the log. A job that was suspended goes on in other pods."""
@@ -146,7 +146,7 @@ class _Following:
             self._show(line)
 
     def _explain(self, why: str, pods: Sequence[Object]) -> str:
-        message = f"{self._place.kind} {self._name} failed: {why}"
+        message = f"{self._settings.kind} {self._name} failed: {why}"
         if ended := first_failure(pods):
             last = self._api.log(ended.pod, last_lines=_SHOWN_LINES).splitlines()
             message += f"\n{ended.message}; its log ends with:"

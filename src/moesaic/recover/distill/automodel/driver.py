@@ -1,4 +1,4 @@
-"""What the engine's processes tell the stage that started them: how far they are, and why they failed."""
+"""Messages from the engine's processes to the stage that started them: progress, and the reason of a failure."""
 
 import sys
 import time
@@ -14,14 +14,14 @@ _LINE_EVERY_S = 5.0
 
 
 @contextmanager
-def leaves_word(place: Path) -> Iterator[None]:
-    """Leave what goes wrong within it where the stage looks, unless another rank has, and pass it on."""
+def write_failure(path: Path) -> Iterator[None]:
+    """Write an exception's message to ``path``, unless another rank has written one, and raise it again."""
     try:
         yield
     except Exception as failure:
         explained = isinstance(failure, MoesaicError)
-        with suppress(FileExistsError), place.open("x") as word:
-            word.write(str(failure) if explained else f"{type(failure).__name__}: {failure}")
+        with suppress(FileExistsError), path.open("x") as file:
+            file.write(str(failure) if explained else f"{type(failure).__name__}: {failure}")
         raise
 
 

@@ -31,7 +31,7 @@ from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.recover.distill.automodel.cpu import CPU, device_policy
 from moesaic.recover.distill.automodel.curve import Curve
-from moesaic.recover.distill.automodel.driver import Pace, leaves_word
+from moesaic.recover.distill.automodel.driver import Pace, write_failure
 from moesaic.recover.distill.automodel.rows import collate, held_out_rows
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.automodel.states import compute_states, gather_trained, reshard
@@ -63,7 +63,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         """Build everything and go back to the last checkpoint, if there is one."""
         if self.job.driver_pid is not None:
             end_with(self.job.driver_pid, os.getppid())
-        with leaves_word(self.job.failure), device_policy():
+        with write_failure(self.job.failure), device_policy():
             super().setup()
             self.device = self.dist_env.device or CPU
             resumed = self.step_scheduler.step
@@ -79,7 +79,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
 
     def run_train_validation_loop(self) -> None:
         """Train, evaluate and save until the last step, then leave the trained tensors for the stage."""
-        with leaves_word(self.job.failure):
+        with write_failure(self.job.failure):
             self._train()
             if self.step_scheduler.step >= self.settings.steps:
                 self._hand_over()
