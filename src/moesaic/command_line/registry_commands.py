@@ -16,7 +16,7 @@ from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.version import __version__
 from moesaic.platform.promote.gate import gate_table, is_met, shown
-from moesaic.platform.promote.run import CONFIG_TAG, ORIGIN_TAG, PROMOTION, examine, put_forward, store_address
+from moesaic.platform.promote.run import CONFIG_TAG, ORIGIN_TAG, PROMOTION, examine, register_challenger, store_address
 from moesaic.platform.promote.stage import PromoteConfig
 from moesaic.platform.registry.registry import CHAMPION, MANIFEST_TAG, Registry, RegistryAddress, Version
 from moesaic.platform.runs.lineage import Input, Origin, is_source, origins, sources, trace
@@ -83,17 +83,17 @@ def _promote(options: argparse.Namespace) -> None:
     store = Store.at(options.store or _from_environment("MOESAIC_STORE") or options.run / "store")
     exported = options.run / ARTIFACTS / "bundle"
     bundle = options.bundle or (exported if exported.is_dir() else None)
-    candidate = examine(config, child=child.resolve().name, report=report, bundle=bundle, store=store)
-    Console().print(gate_table(candidate.lines))
+    challenger = examine(config, child=child.resolve().name, report=report, bundle=bundle, store=store)
+    Console().print(gate_table(challenger.lines))
     if options.dry_run:
         print("dry run: nothing was changed")
     else:
         local = f"sqlite:///{options.run.absolute() / 'mlflow.db'}"
-        promotion = put_forward(config, candidate, _registry_address(options, local), again=options.again)
+        promotion = register_challenger(config, challenger, _registry_address(options, local), again=options.again)
         _say_outcome(promotion)
-    if not is_met(candidate.lines):
-        failed = [line.name for line in candidate.lines if not line.met]
-        raise StageError(f"refused: {len(failed)} of {len(candidate.lines)} lines are not met: {', '.join(failed)}")
+    if not is_met(challenger.lines):
+        failed = [line.name for line in challenger.lines if not line.met]
+        raise StageError(f"refused: {len(failed)} of {len(challenger.lines)} lines are not met: {', '.join(failed)}")
 
 
 def _say_outcome(promotion: Mapping[str, Any]) -> None:
@@ -106,15 +106,17 @@ def _say_outcome(promotion: Mapping[str, Any]) -> None:
 
 
 def say_promotion(run: Path) -> None:
-    """Say what a run's own gate found, if it had one."""
+    """Print the outcome of a run's own promotion, if it had one."""
     path = run / "promotion" / PROMOTION
     if not path.is_file():
         return
-    found = json.loads(path.read_text())
+    promotion = json.loads(path.read_text())
     failed = [
-        f"{line['name']} {shown(line['figure'])} (asked: {line['asked']})" for line in found["lines"] if not line["met"]
+        f"{line['name']} {shown(line['figure'])} (asked: {line['asked']})"
+        for line in promotion["lines"]
+        if not line["met"]
     ]
-    print(f"version {found['version']} of {found['model']} {_OUTCOMES[found['outcome']]}", end="")
+    print(f"version {promotion['version']} of {promotion['model']} {_OUTCOMES[promotion['outcome']]}", end="")
     print(f"; not met: {', '.join(failed)}" if failed else "")
 
 
@@ -169,23 +171,23 @@ def _reproduce(options: argparse.Namespace) -> None:
     unused: dict[str, Any] = {name: {} for name, field in Recipe.model_fields.items() if field.is_required()}
     recipe = Recipe.parse(json.dumps(unused | {name: values[name] for name in Recipe.model_fields if name in values}))
     store = Store.at(_store_address(options, version))
-    found = sources(report)
+    digests = sources(report)
     records = {origin.id: json.loads(origin.record.to_json()) for origin in origins(report).values()}
     with written_atomically(options.output) as partial:
         partial.mkdir(parents=True)
         (partial / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=1) + "\n")
-        (partial / "inputs.json").write_text(json.dumps(found, indent=1) + "\n")
+        (partial / "inputs.json").write_text(json.dumps(digests, indent=1) + "\n")
         (partial / "records.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
         if not options.no_inputs:
-            _link_inputs(store, found, partial)
+            _link_inputs(store, digests, partial)
     _say_differences(report)
     print(_command(pipeline_of(report), options.output, store))
 
 
-def _link_inputs(store: Store, found: Mapping[str, str], directory: Path) -> None:
+def _link_inputs(store: Store, digests: Mapping[str, str], directory: Path) -> None:
     """Put links to the model, and to each data set, under the names that ``moesaic run`` takes."""
     (directory / "data").mkdir(exist_ok=True)
-    for digest in found.values():
+    for digest in digests.values():
         manifest = store.manifest(digest)
         tree = store.materialize(manifest).absolute()
         links = {directory / "parent": tree}
@@ -221,8 +223,8 @@ def _origin(options: argparse.Namespace, version: Version, name: str) -> Origin:
 
 
 def _store_address(options: argparse.Namespace, version: Version) -> Address:
-    found: Address = options.store or store_address(version.source)
-    return found
+    address: Address = options.store or store_address(version.source)
+    return address
 
 
 def _registry(options: argparse.Namespace) -> Registry:

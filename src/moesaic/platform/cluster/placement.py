@@ -37,8 +37,8 @@ def placed_text(compiled: Path, profile: ClusterProfile, stages: Collection[str]
     """
     import yaml
 
-    found = yaml.safe_load(compiled.read_text())
-    return yaml.safe_dump_all(place(found, profile, stages), sort_keys=True)
+    pipeline = yaml.safe_load(compiled.read_text())
+    return yaml.safe_dump_all(place(pipeline, profile, stages), sort_keys=True)
 
 
 def place(pipeline: Mapping[str, Any], profile: ClusterProfile, stages: Collection[str]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class JobSettings(Config):
 
     @property
     def processes_per_node(self) -> int:
-        """One for each GPU, one where there is none."""
+        """One process for each GPU; one process on a node without GPUs."""
         return self.gpus_per_node or 1
 
     def sees(self, path: Path) -> bool:
