@@ -1,4 +1,4 @@
-"""Runs one stage where it is told to: what Kubeflow components call, and ``moesaic stage`` without Kubeflow.
+"""Runs one stage: Kubeflow components call it through ``run_stage``, ``moesaic stage`` through ``perform``.
 
 A stage sees plain directories. This module resolves its inputs, keeps a scratch directory that survives a killed run,
 moves the finished output into place, writes the record and logs to MLflow.
@@ -44,13 +44,13 @@ from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import find_stage
 
 FAILURE = "failure.json"
-"""Written into the run's directory by a stage that failed; the command line reads it."""
+"""The file that a failed stage writes into the run's directory; the command line reads it."""
 
 _DONE = ".done"
-"""Ends the name of a finished stage's scratch on its way out."""
+"""Suffix of the scratch directory of a finished stage while it is removed."""
 
-_COLLECTOR = (100_000, 50, 50)
-"""When a task's process looks for garbage: at Python's own thresholds a quarter of what imports take goes into it."""
+_GC_THRESHOLDS = (100_000, 50, 50)
+"""Thresholds of the garbage collector; at Python's defaults it takes a quarter of the time of the imports."""
 
 Result = TypeVar("Result")
 Given = Mapping[str, Path | list[Path]]
@@ -58,11 +58,11 @@ Given = Mapping[str, Path | list[Path]]
 
 
 class ArtifactPath(Protocol):
-    """What is used of a Kubeflow artifact."""
+    """The part of a Kubeflow artifact that is used here."""
 
     @property
     def path(self) -> str:
-        """Where it lies in this container."""
+        """Its path in this container."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run_stage(
     Raises:
         SystemExit: with the error's exit code, if it failed; all that is printed of it is free of secrets.
     """
-    gc.set_threshold(*_COLLECTOR)
+    gc.set_threshold(*_GC_THRESHOLDS)
     context = RunContext.from_environment()
     if context.driver_pid:
         end_with(context.driver_pid)
@@ -117,7 +117,7 @@ def run_stage(
         _write_failure(context, name, f"{type(failure).__name__}: {failure}", MoesaicError.exit_code)
         raise SystemExit(MoesaicError.exit_code) from failure
     if "metrics" in outputs:
-        _hand_on_metrics(record.metrics, outputs["metrics"])
+        _write_metrics(record.metrics, outputs["metrics"])
 
 
 def plan_stage(name: str, config: str, given: Given, store: Store | None) -> StageRun:
@@ -154,7 +154,7 @@ def perform(
     job: JobSettings | None = None,
 ) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
-    extra = _places(run.stage, store, registry)
+    extra = _services(run.stage, store, registry)
     if job:
         extra |= {"nodes": ClusterJob(job, run.key)}
     started, clock = datetime.now(UTC), time.monotonic()
@@ -180,8 +180,8 @@ def perform(
     return record
 
 
-def _places(stage: Stage, store: Address | None, registry: RegistryAddress | None) -> dict[str, Any]:
-    """What a stage reaches beside its inputs."""
+def _services(stage: Stage, store: Address | None, registry: RegistryAddress | None) -> dict[str, Any]:
+    """The store and the registry, for a stage that uses them."""
     if stage.reads_store and store is None:
         raise ConfigError(f"{stage.name} reads the store; name it with --store or MOESAIC_STORE")
     if stage.reads_registry and registry is None:
@@ -191,8 +191,8 @@ def _places(stage: Stage, store: Address | None, registry: RegistryAddress | Non
 
 def baselines_of(architecture: str) -> list[str]:
     """Configs of ``prune_model`` for every candidate in an architecture.json that is not the search's own."""
-    found = json.loads((Path(architecture) / "architecture.json").read_text())["candidates"]
-    return [PruneModelConfig(candidate=name).to_json() for name in found if not name.startswith("puzzle")]
+    candidates = json.loads((Path(architecture) / "architecture.json").read_text())["candidates"]
+    return [PruneModelConfig(candidate=name).to_json() for name in candidates if not name.startswith("puzzle")]
 
 
 def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path]) -> Record:
@@ -216,22 +216,22 @@ def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path
         if run.stage.makes_weights:
             _exchange_for_manifest(store, run, output)
         tracker.log_stage(record, started_ms, [path for path in output.iterdir() if path.is_file()])
-        _hand_on(run.stage, record, output, targets, store)
+        _move_outputs(run.stage, record, output, targets, store)
     _say(run, f"done in {time.monotonic() - clock:.1f} s")
     return record
 
 
 def _show_run_to_engines(run_id: str | None) -> None:
-    """Training engines log their curves into the run that MLflow's own variable names."""
+    """Name the run in MLflow's own variable; training engines log their curves into it."""
     if run_id:
         os.environ["MLFLOW_RUN_ID"] = run_id
 
 
 @contextmanager
 def _workspace(directory: Path) -> Iterator[Path]:
-    """A directory with an empty ``output`` and a kept ``scratch``; held by one process, removed after success.
+    """A directory with an empty ``output`` and a kept ``scratch``, locked by one process and removed after success.
 
-    It is removed under another name: half of a scratch must never be taken for the scratch of a killed run.
+    It is renamed before it is removed, so that a half-removed scratch is never taken for that of a killed run.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with directory.with_suffix(".lock").open("w") as lock:
@@ -246,7 +246,7 @@ def _workspace(directory: Path) -> Iterator[Path]:
 
 
 def _attempt(context: RunContext, run: StageRun, workspace: Path) -> str:
-    """What names the stage's run in MLflow: each task of a pipeline run has one; elsewhere each success ends one."""
+    """The id of the attempt: one for each task of a pipeline run; without a pipeline, one until a success."""
     if context.parent_run_id:
         return hashlib.sha256(f"{context.parent_run_id} {run.key}".encode()).hexdigest()
     note = workspace / "attempt"
@@ -274,21 +274,21 @@ def _exchange_for_manifest(store: Store, run: StageRun, output: Path) -> None:
     (output / RECORD).write_bytes(record)
 
 
-def _hand_on(stage: Stage, record: Record, output: Path, targets: Mapping[str, Path], store: Store) -> None:
-    """Move the payload to each artifact's place; with several, each is a folder of the output and its own subject.
+def _move_outputs(stage: Stage, record: Record, output: Path, targets: Mapping[str, Path], store: Store) -> None:
+    """Move the payload to the artifacts' paths, and keep each record in the store before that.
 
-    The store keeps the record before anything else can refer to it.
+    With several outputs, each is a folder of the output directory and a subject of its own.
     """
     for name in stage.output_names:
         source, target = (output / name, targets[name]) if len(stage.output_names) > 1 else (output, targets[name])
         made = replace(record, subject=name) if len(stage.output_names) > 1 else record
         made.write(source)
         keep_record(store, made)
-        _put_in_place(source, target)
+        _move_whole(source, target)
 
 
-def _put_in_place(source: Path, target: Path) -> None:
-    """Move a directory, from another disk too, so that at its place there is nothing or the whole."""
+def _move_whole(source: Path, target: Path) -> None:
+    """Move a directory, also across disks, so that ``target`` is absent or complete at any time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     arriving, leaving = (target.with_name(f".{target.name}.{word}") for word in ("arriving", "leaving"))
     for left in (arriving, leaving):
@@ -300,8 +300,8 @@ def _put_in_place(source: Path, target: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _hand_on_metrics(values: Mapping[str, float], metrics: Any) -> None:
-    """Show the metrics in Kubeflow, and leave a file: a Metrics artifact without one is never reused from the cache."""
+def _write_metrics(values: Mapping[str, float], metrics: Any) -> None:
+    """Log the metrics to Kubeflow and write a file: Kubeflow's cache never reuses a Metrics artifact without one."""
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     for name, value in finite.items():
         metrics.log_metric(name, value)
@@ -346,7 +346,7 @@ def _each(function: Callable[[Path], Result], value: Path | list[Path]) -> Resul
 
 
 def _subject(stage: Stage, config: Config, given: Given) -> str:
-    """What a stage is about: ``puzzle`` for the candidate itself, ``puzzle/distill`` once that has been done to it."""
+    """The subject of a stage: ``puzzle`` for the pruned candidate, ``puzzle/distill`` after ``distill``."""
     if isinstance(config, PruneModelConfig):
         return config.candidate
     models = [path for name in ("model", "child", "policies") if name in given for path in _listed(given[name])]
@@ -363,9 +363,9 @@ def _say(run: StageRun, what: str) -> None:
 
 
 def _write_failure(context: RunContext, stage: str, message: str, exit_code: int) -> None:
-    """Kubeflow's local runner names a failed task but not why: say it here, and where the command line looks."""
+    """Print why a stage failed and write it for the command line; Kubeflow's local runner does not tell it."""
     message = redact(message, os.environ)
     print(f"error: {stage}: {message}", file=sys.stderr, flush=True)
     if context.run_directory:
-        word = {"stage": stage, "message": message, "exit_code": exit_code}
-        (context.run_directory / FAILURE).write_text(json.dumps(word, indent=1) + "\n")
+        failure = {"stage": stage, "message": message, "exit_code": exit_code}
+        (context.run_directory / FAILURE).write_text(json.dumps(failure, indent=1) + "\n")
