@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    """What is run, and on what."""
+    """Add the options that choose the pipeline, the recipe and the inputs."""
     parser.add_argument("pipeline", help="compress (the whole method) or search")
     parser.add_argument("--recipe", required=True, help="a recipe, such as tiny_cpu, or a file")
     parser.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
@@ -142,7 +142,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
-    """The compiled pipeline, its recipe, and a name for the run; the inputs are checked."""
+    """Check the inputs; returns the compiled pipeline, its recipe, and a name for the run."""
     from moesaic.pipelines.recipes import find_recipe
 
     wanted = options.recipe + "_fast" * options.fast
@@ -154,7 +154,7 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
 
 
 def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Address) -> dict[str, Any]:
-    """Put the inputs into the store; the arguments of the pipeline."""
+    """Put the inputs into the store; returns the arguments of the pipeline."""
     from moesaic.core.code import code_version
     from moesaic.platform.runs.local import parameters_of
 
@@ -164,7 +164,7 @@ def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Ad
 
 
 def _check_inputs(parent: Path, data: Path) -> None:
-    """Refuse what no stage could use before anything is copied or started."""
+    """Raise an error for unusable inputs before anything is copied or started."""
     from moesaic.platform.ingest.run import check_model
 
     check_model(parent)
@@ -200,7 +200,7 @@ def _link_outputs(run: Path, store: Address, outputs: dict[str, Path]) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make or replace a relative link at once."""
+    """Create or replace a relative link atomically."""
     new = link.with_name(f".{link.name}.new")
     new.unlink(missing_ok=True)
     new.symlink_to(os.path.relpath(target, link.parent.absolute()))
@@ -214,8 +214,7 @@ def _show_outcome(run: Path) -> None:
     if not summary.is_file():
         raise ArtifactError(f"{run} holds no finished run; `moesaic run --output {run}` makes one or goes on with it")
     console = Console()
-    found = json.loads(summary.read_text())
-    console.print(*outcome_tables(found))
+    console.print(*outcome_tables(json.loads(summary.read_text())))
     say_promotion(run)
     for name, path in (("Report", "report/report.html"), ("Child", "child"), ("Bundle", "bundle")):
         if (run / path).exists():
@@ -259,7 +258,7 @@ def _read_config(given: str) -> str:
 
 
 def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path | list[Path]]:
-    """``NAME=PATH`` options; a stage that takes a list gets one even of a single member."""
+    """Parse ``NAME=PATH`` options; an input that takes a list becomes a list even with one member."""
     named: dict[str, Path | list[Path]] = {}
     for pair in pairs:
         name, separator, path = pair.partition("=")
@@ -280,13 +279,15 @@ def _prompts(options: argparse.Namespace) -> None:
     from moesaic.data.datasets import read_rows
     from moesaic.data.prompt_sources import convert
 
-    found = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
-    if not found.problems:
-        raise ArtifactError(f"no row of {options.source} can be verified here: {found.left_out}")
+    conversion = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
+    if not conversion.problems:
+        raise ArtifactError(f"no row of {options.source} can be verified here: {conversion.left_out}")
     before = options.output.read_text() if options.output.is_file() else ""
-    write_text_atomically(options.output, before + "".join(json.dumps(problem) + "\n" for problem in found.problems))
-    print(f"{options.output}: {len(found.problems)} prompts of {options.source}")
-    for reason, count in found.left_out.items():
+    write_text_atomically(
+        options.output, before + "".join(json.dumps(problem) + "\n" for problem in conversion.problems)
+    )
+    print(f"{options.output}: {len(conversion.problems)} prompts of {options.source}")
+    for reason, count in conversion.left_out.items():
         print(f"left out {count}: {reason}")
 
 

@@ -23,7 +23,7 @@ from moesaic.platform.runs.lineage import Input, Origin, is_source, origins, sou
 from moesaic.platform.store import Address, Store, parse_address
 
 ARTIFACTS = "artifacts"
-"""Folder of a run's directory with its outputs as Kubeflow has them."""
+"""The folder in a run's directory that holds the outputs as Kubeflow has them."""
 _OUTCOMES = {
     "promoted": "is the champion now",
     "already": "is the champion already",
@@ -32,11 +32,11 @@ _OUTCOMES = {
     "overtaken": "was overtaken by another champion",
 }
 _SHORT = 12
-"""Digits of a digest in the tree."""
+"""The number of a digest's digits that the tree shows."""
 
 
 def add_registry_commands(commands: Any) -> None:
-    """Add them to the command line's."""
+    """Add the commands of the model registry to the command line."""
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--registry", help="address of MLflow (the value of MLFLOW_TRACKING_URI)")
     where.add_argument("--store", type=parse_address, help="directory or s3://bucket/prefix of the run's store")
@@ -138,7 +138,7 @@ def _lineage(options: argparse.Namespace) -> None:
 
 
 def _grow(tree: Tree, given: Input, seen: set[str]) -> None:
-    """One input and all behind it; what was shown further up is not shown again."""
+    """Add an input and its own inputs to the tree; those shown further up are not repeated."""
     origin = given.origin
     label = f"{given.name} {given.digest[:_SHORT]}"
     if origin is None:
@@ -199,7 +199,7 @@ def _link_inputs(store: Store, digests: Mapping[str, str], directory: Path) -> N
 
 
 def _say_differences(report: Origin) -> None:
-    """What of this installation is not as it was; the numbers may differ then."""
+    """Differences between this installation and the recorded one; the numbers may differ then."""
     made_by = {(one.record.versions.get("moesaic", ""), one.record.code_digest) for one in origins(report).values()}
     others = [f"moesaic {version}, code {digest[:_SHORT]}" for version, digest in made_by if digest != code_digest()]
     if others:
@@ -213,7 +213,7 @@ def _command(pipeline: str, output: Path, store: Store) -> str:
 
 
 def _origin(options: argparse.Namespace, version: Version, name: str) -> Origin:
-    """How the child or the report of a version came about."""
+    """The origin of the child, the report or the bundle of a version."""
     tag = f"{ORIGIN_TAG}.{name}"
     if not version.tags.get(tag):
         raise ArtifactError(

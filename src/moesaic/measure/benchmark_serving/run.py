@@ -36,7 +36,7 @@ from moesaic.models.checkpoint import Checkpoint
 PAYLOAD = "measurements.json"
 ROLES = ("parent", "child")
 Sweep = Mapping[LoadPoint, Sequence[LoadRun]]
-"""All repeats of every point, in the order of time."""
+"""The runs of every point in the order of time."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class ServerRun:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of one point."""
+    """The measurement of one point in one run."""
 
     run: LoadRun
     server: Mapping[str, int]
-    """By how much the server's own counters rose, warm-up included."""
+    """The increase of the server's own counters, warm-up included."""
 
     @classmethod
     def read(cls, path: Path) -> "Measured":
@@ -65,7 +65,7 @@ class Measured:
         return TypeAdapter(cls).validate_json(path.read_text())
 
     def write(self, path: Path) -> None:
-        """Keep it in a file that is there only when it is whole."""
+        """Write the measurement to a file, atomically."""
         write_text_atomically(path, json.dumps(asdict(self)) + "\n")
 
 
@@ -121,7 +121,7 @@ def _offer(config: BenchmarkServingConfig, points: Sequence[LoadPoint], role: st
 
 
 def _check_model(directory: Path, points: Sequence[LoadPoint]) -> int:
-    """The size of its vocabulary; ConfigError if a request does not fit its positions."""
+    """Return the size of the vocabulary; ConfigError if a request does not fit the positions."""
     shape = Checkpoint.open(directory).shape
     longest = max(points, key=lambda point: point.input_tokens + point.output_tokens)
     if longest.input_tokens + longest.output_tokens > shape.max_positions:
@@ -164,7 +164,7 @@ def _measure_missing(
 
 
 def _measure(client: Client, server: Server, load: Load, artifacts: Path, timeout_s: float) -> Measured:
-    """One run of one point; StageError unless client and server agree on it."""
+    """Measure one point; StageError unless client and server agree on the counts."""
     before = server.counts()
     try:
         run = client.run(server.url, server.model, load, artifacts, timeout_s)

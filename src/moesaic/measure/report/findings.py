@@ -1,4 +1,4 @@
-"""The numbers of the report, each computed from the evidence, and who wins by them. The templates put them in words."""
+"""The figures of the report, computed from the evidence, and which method they favour. Templates word them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Prediction:
 
     workload: str
     predicted: Mapping[str, float]
-    """Of throughput, prefill and decode."""
+    """Speed-ups of throughput, prefill and decode."""
     measured: Mapping[str, float] | None
     """Of the same quantities; None if the benchmark has no point of this workload."""
 
@@ -64,7 +64,7 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
 
 
 def compare(parent: float, child: float) -> dict[str, float]:
-    """A figure of both models, and its ratio."""
+    """A figure of parent and child, and their ratio."""
     return {"parent": parent, "child": child, "ratio": child / parent}
 
 
@@ -84,7 +84,7 @@ def compare_tasks(parent: EffortResult, child: EffortResult) -> dict[str, dict[s
 
 
 def _count_windows(evidence: Evidence) -> dict[str, int]:
-    """The parent's full-attention layers, and what became of them in the child."""
+    """The number of the parent's full-attention layers, and of those with a window in the child."""
     pairs = zip(evidence.parent.architecture.blocks, evidence.child.architecture.blocks, strict=True)
     windowed = [new.window is not None for old, new in pairs if old.window is None]
     full, became_windows = len(windowed), sum(windowed)
@@ -166,7 +166,7 @@ def _measured_speedups(pair: Pair) -> dict[str, float]:
 
 
 def evaluated_qualities(evaluations: Mapping[Deployment, Evaluation]) -> dict[Deployment, Quality]:
-    """What each deployment's evaluation says of it at its effort."""
+    """Accuracy and tokens per request of each deployment at its effort."""
     results = {deployment: evaluation.efforts[deployment.effort] for deployment, evaluation in evaluations.items()}
     return {deployment: Quality(result.accuracy, result.tokens_per_request) for deployment, result in results.items()}
 
