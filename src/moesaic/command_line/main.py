@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.command_line.config_option import read_config
 from moesaic.command_line.export_commands import add_export_commands
 from moesaic.command_line.planning_commands import add_planning_commands
 from moesaic.command_line.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
@@ -229,7 +230,7 @@ def _stage(options: argparse.Namespace) -> None:
 
     given = _named_paths(options.input, find_stage(options.name).lists)
     run = plan_stage(
-        options.name, _read_config(options.config), given, Store.at(options.store) if options.store else None
+        options.name, read_config(options.config), given, Store.at(options.store) if options.store else None
     )
     if options.output.exists():
         raise ConfigError(f"--output {options.output} exists already; choose another or remove it")
@@ -247,14 +248,6 @@ def _stage(options: argparse.Namespace) -> None:
         table.add_row(name, f"{value:.6g}")
     Console().print(table)
     print(f"{options.output} ({record.duration_s:.1f} s, {record.peak_memory_mib:.0f} MiB)")
-
-
-def _read_config(given: str) -> str:
-    if given.lstrip().startswith("{"):
-        return given
-    if not Path(given).is_file():
-        raise ConfigError(f"config {given!r} is neither JSON nor a file that holds it; '{{}}' stands for the defaults")
-    return Path(given).read_text()
 
 
 def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path | list[Path]]:

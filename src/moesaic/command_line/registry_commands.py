@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.tree import Tree
 
+from moesaic.command_line.config_option import read_config
 from moesaic.core.code import code_digest
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.core.files import written_atomically
@@ -75,8 +76,7 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    given = options.config if options.config.lstrip().startswith("{") else _read(Path(options.config))
-    config = PromoteConfig.parse(given)
+    config = PromoteConfig.parse(read_config(options.config))
     child, report = options.run / "child", options.run / "report"
     if not child.is_dir() or not report.is_dir():
         raise ArtifactError(f"{options.run} holds no finished run; give the directory that `moesaic run` was given")
@@ -241,9 +241,3 @@ def _registry_address(options: argparse.Namespace, otherwise: str | None = None)
 def _from_environment(name: str) -> Address | None:
     value = os.environ.get(name)
     return parse_address(value) if value else None
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ConfigError(f"--config {path} is neither JSON nor a file that holds it")
-    return path.read_text()

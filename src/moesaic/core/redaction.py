@@ -1,7 +1,7 @@
 """Removal of secrets from text that is printed or logged: values of variables, and passwords in addresses."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 HIDDEN = "***"
 _NAME = re.compile(r"(?<!KMS_)KEY|SECRET|PASSW|TOKEN(?!IZ)|CREDENTIAL", re.IGNORECASE)
@@ -30,9 +30,6 @@ def redact(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _secrets(variables: Mapping[str, str]) -> set[str]:
-    return {secret for name, value in variables.items() for secret in _secrets_of(name, value)}
-
-
-def _secrets_of(name: str, value: str) -> Iterator[str]:
-    secrets = [match[2] for match in _IN_ADDRESS.finditer(value)] + ([value] if names_secret(name) else [])
-    yield from (secret for secret in secrets if len(secret) >= _SHORTEST)
+    secrets = {match[2] for value in variables.values() for match in _IN_ADDRESS.finditer(value)}
+    secrets |= {value for name, value in variables.items() if names_secret(name)}
+    return {secret for secret in secrets if len(secret) >= _SHORTEST}

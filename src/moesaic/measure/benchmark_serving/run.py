@@ -88,13 +88,17 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
         }
         for role in ROLES
     }
+    sweeps = {
+        role: {point: [one.run for one in repeats] for point, repeats in by_point.items()}
+        for role, by_point in measured.items()
+    }
     content = {
         "engine": config.engine,
         "client": {"name": "aiperf", "version": client.version},
         "kv_cache": {offer.role: offer.kv_cache for offer in offers},
         "repeats": config.repeats,
         "counted_by_server": sorted(measured["parent"][points[0]][0].server),
-        **describe({role: _runs(points_measured) for role, points_measured in measured.items()}),
+        **describe(sweeps),
     }
     (output / PAYLOAD).write_text(json.dumps(content, indent=1) + "\n")
     return _metrics(content)
@@ -175,10 +179,6 @@ def _measure(client: Client, server: Server, load: Load, artifacts: Path, timeou
     if wrong := find_contradictions(load.point, load.requests, run, counted):
         raise StageError(f"the run of {load.point} against {server.model} does not hold: " + "; ".join(wrong))
     return Measured(run, counted)
-
-
-def _runs(measured: Mapping[LoadPoint, Sequence[Measured]]) -> Sweep:
-    return {point: [one.run for one in repeats] for point, repeats in measured.items()}
 
 
 def describe(sweeps: Mapping[str, Sweep]) -> dict[str, Any]:

@@ -313,11 +313,13 @@ def _leaf_tasks(specification: Mapping[str, Any] | None) -> frozenset[str] | Non
 
 
 def _tasks(details: Collection[Any], stages: frozenset[str] | None) -> tuple[TaskStatus, ...]:
-    """The tasks of stages, and of Kubeflow's own only those that failed."""
+    """The tasks of stages, and those of Kubeflow's own driver tasks that failed."""
     wanted = [
         task
         for task in details
-        if stages is None or task.display_name in stages or (task.state == "FAILED" and _is_driver(task.display_name))
+        if stages is None
+        or task.display_name in stages
+        or (task.state == "FAILED" and task.display_name.endswith("-driver"))
     ]
     wanted.sort(key=lambda task: (task.create_time is None, task.create_time, task.task_id))
     names = numbered([task.display_name.replace("-", "_") for task in wanted])
@@ -332,11 +334,6 @@ def _tasks(details: Collection[Any], stages: frozenset[str] | None) -> tuple[Tas
         )
         for name, task in zip(names, wanted, strict=True)
     )
-
-
-def _is_driver(name: str) -> bool:
-    """Whether this is one of Kubeflow's own driver tasks."""
-    return name.endswith("-driver")
 
 
 def _run_status(run: Any, tasks: tuple[TaskStatus, ...]) -> RunStatus:

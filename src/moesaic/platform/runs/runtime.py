@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -137,10 +138,17 @@ def plan_stage(name: str, config: str, given: Given, store: Store | None) -> Sta
     return StageRun(
         stage=stage,
         config=parsed,
-        inputs={key: _resolved(key, value, stage, store) for key, value in given.items()},
+        inputs={
+            key: _each(partial(_resolve, store=store, by_manifest=key in stage.by_manifest), value)
+            for key, value in given.items()
+        },
         digests={key: _each(records.content_digest, value) for key, value in given.items()},
         origins={key: _each(records.origin_of, value) for key, value in given.items()},
-        parents=tuple(sorted({Manifest.read(path).id for path in _all_paths(given) if _is_manifest(path)})),
+        parents=tuple(
+            sorted(
+                {Manifest.read(path).id for value in given.values() for path in _listed(value) if _is_manifest(path)}
+            )
+        ),
         subject=_subject(stage, parsed, given),
     )
 
@@ -207,7 +215,8 @@ def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path
         )
         if run.stage.trains:
             tracker = tracker.begin(run.stage.name, run.subject, started_ms)
-            _show_run_to_engines(tracker.live_run_id)
+            if tracker.live_run_id:
+                os.environ["MLFLOW_RUN_ID"] = tracker.live_run_id  # Training engines log their curves into this run.
         try:
             record = perform(run, output, workspace / "scratch", context.store, context.registry, context.job)
         except Exception as failure:
@@ -219,12 +228,6 @@ def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path
         _move_outputs(run.stage, record, output, targets, store)
     _say(run, f"done in {time.monotonic() - clock:.1f} s")
     return record
-
-
-def _show_run_to_engines(run_id: str | None) -> None:
-    """Name the run in MLflow's own variable; training engines log their curves into it."""
-    if run_id:
-        os.environ["MLFLOW_RUN_ID"] = run_id
 
 
 @contextmanager
@@ -309,11 +312,6 @@ def _write_metrics(values: Mapping[str, float], metrics: Any) -> None:
     Path(metrics.path).write_text(json.dumps(finite, indent=1, sort_keys=True) + "\n")
 
 
-def _all_paths(given: Given) -> Iterator[Path]:
-    for value in given.values():
-        yield from _listed(value)
-
-
 def _listed(value: Path | list[Path]) -> list[Path]:
     return value if isinstance(value, list) else [value]
 
@@ -324,10 +322,6 @@ def _is_manifest(path: Path) -> bool:
 
 def _paths(value: ArtifactPath | list[Any]) -> Path | list[Path]:
     return [Path(one.path) for one in value] if isinstance(value, list) else Path(value.path)
-
-
-def _resolved(name: str, value: Path | list[Path], stage: Stage, store: Store | None) -> Path | list[Path]:
-    return _each(lambda path: _resolve(path, store, name in stage.by_manifest), value)
 
 
 def _resolve(path: Path, store: Store | None, by_manifest: bool) -> Path:

@@ -60,7 +60,7 @@ class S3Root:
         """The number of bytes of an object; None if there is none."""
         with explained_failures(self.address):
             try:
-                return int(self.client.head_object(**self._place(key))["ContentLength"])
+                return int(self.client.head_object(**self._location(key))["ContentLength"])
             except ClientError as failure:
                 if status_of(failure) == 404:
                     return None
@@ -144,19 +144,19 @@ class S3Root:
     def delete(self, item: Item) -> None:
         """Remove an object or a leftover."""
         with explained_failures(self.address):
-            self.client.delete_object(**self._place(item.key))
+            self.client.delete_object(**self._location(item.key))
 
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
 
-    def _place(self, key: str) -> dict[str, Any]:
+    def _location(self, key: str) -> dict[str, Any]:
         return {"Bucket": self.bucket, "Key": self._full(key)}
 
     def _put(self, key: str, content: bytes, **condition: str) -> None:
         """Botocore signs the SHA-256 of the content, so that the server refuses other bytes than were sent."""
         # A file object is sent in small pieces, and the time limit holds for each of them, not for the whole.
         body = io.BytesIO(content)
-        self.client.put_object(Body=body, **self._place(key), **self.options.encryption, **condition)
+        self.client.put_object(Body=body, **self._location(key), **self.options.encryption, **condition)
 
     def _put_part(self, moved: Callable[[int], None], part: bytes) -> str:
         sha256 = hashlib.sha256(part).hexdigest()
@@ -167,7 +167,7 @@ class S3Root:
         return sha256
 
     def _fetch(self, entries: list[FileEntry]) -> None:
-        """Fetch the parts that the cache lacks, and give it each file once it has the digest that it should have."""
+        """Fetch the parts that the cache lacks, and finish each file once its digest is verified."""
         self.cache.begin(entries)
         size_bytes = sum(entry.size_bytes for entry in entries)
         with count_bytes(size_bytes, f"from {self.address}") as moved, _threads(self.options.connections) as pool:
@@ -227,7 +227,7 @@ class S3Root:
     def _chunks(self, key: str, missing: Exception, **limits: str) -> Iterator[bytes]:
         """The content of an object; raises ``missing`` if there is none."""
         try:
-            answer = self.client.get_object(**self._place(key), **limits)
+            answer = self.client.get_object(**self._location(key), **limits)
         except ClientError as failure:
             if error_code(failure) == "NoSuchKey":
                 raise missing from failure
@@ -236,7 +236,7 @@ class S3Root:
             yield from body.iter_chunks(_CHUNK_BYTES)
 
     def _repeated(self, action: Callable[[], Result]) -> Result:
-        """Do it again if an answer breaks off or is damaged: botocore repeats requests, not the reading of answers."""
+        """Repeat an action whose answer breaks off or is damaged; botocore repeats only requests."""
         with explained_failures(self.address):
             for attempt in range(self.options.attempts - 1):
                 try:
@@ -247,12 +247,12 @@ class S3Root:
 
 
 class _DamagedError(ArtifactError):
-    """An object has arrived with another content than its digest says; it may have been damaged on its way."""
+    """An object arrived with another content than its digest says; the transfer may have damaged it."""
 
 
 @contextmanager
 def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads; what has not begun is dropped when the block is left."""
+    """A pool of threads; work that has not begun is cancelled when the block ends."""
     pool = ThreadPoolExecutor(num_threads)
     try:
         yield pool
@@ -261,7 +261,7 @@ def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def connect(options: S3Options) -> Any:
-    """A client that asks nothing of a server that not all have: no checksums beside the signature."""
+    """A client for any S3 server; it sends no checksums beside the signature, which not all servers support."""
     config = Config(
         connect_timeout=min(10.0, options.timeout_s),
         read_timeout=options.timeout_s,
