@@ -16,8 +16,9 @@ NEAR_TIE = 1e-4
 """Of the largest logit: five times what two float32 logits, each rounded like this, can change places by."""
 
 
-def assert_near(found: Tensor, expected: Tensor, error: float = ROUNDING, name: str = "") -> None:
+def assert_near(found: Tensor, expected: Tensor, error: float = ROUNDING, name: str = "value") -> None:
     """No value is off by more than ``error`` times the largest magnitude that is expected."""
+    __tracebackhide__ = True
     assert found.shape == expected.shape, f"{name} has shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     if not expected.numel():
         return
@@ -40,6 +41,7 @@ def assert_same_replies(
     tie: float = NEAR_TIE,
 ) -> None:
     """Greedy replies are equal up to the first token, if any, at which two tokens' logits are within ``tie``."""
+    __tracebackhide__ = True
     for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
         if tuple(ours) == tuple(theirs):
             continue
@@ -57,6 +59,7 @@ def assert_same_replies(
 
 def assert_decided(model: PreTrainedModel, prompt: Sequence[int], reply: Sequence[int], tie: float = NEAR_TIE) -> None:
     """No token of a greedy reply was chosen at a near tie, so every way of computing it gives this text."""
+    __tracebackhide__ = True
     with torch.inference_mode():
         logits = model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1].double()
     first, second = logits.topk(2, dim=-1).values.unbind(-1)

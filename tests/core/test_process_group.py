@@ -11,7 +11,7 @@ import torch
 
 from moesaic.core import process_group as sharding
 from moesaic.core.errors import ConfigError, StageError
-from moesaic.core.process_group import Shards, num_processes
+from moesaic.core.process_group import BatchShare, num_processes
 from moesaic.search.rank_experts import run as rank_experts
 from moesaic.search.rank_experts.stage import RankExpertsConfig
 from moesaic.search.score_blocks import run as score_blocks
@@ -121,8 +121,8 @@ def test_a_process_that_fails_says_why(
 
 def test_shares_are_every_nth():
     """Five batches for two: 0, 2, 4 and 1, 3."""
-    assert [Shards(rank, 2).mine("abcde") for rank in (0, 1)] == [["a", "c", "e"], ["b", "d"]]
-    assert Shards().gather([1, 2]) == [1, 2]
+    assert [BatchShare(rank, 2).mine("abcde") for rank in (0, 1)] == [["a", "c", "e"], ["b", "d"]]
+    assert BatchShare().gather([1, 2]) == [1, 2]
 
 
 def test_a_wrong_number_of_processes(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,11 @@ PARENT, DATA = EXAMPLE / "parent", EXAMPLE / "data"
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def problems(family: str, count: int = 40) -> list[Problem]:
@@ -194,7 +198,6 @@ def test_vocabulary_is_256_distinct_words() -> None:
 @pytest.fixture(scope="module")
 def lively_model() -> GptOssForCausalLM:
     """Weights large enough that sinks, windows and the gate's clamps all matter."""
-    torch.set_num_threads(1)
     model = build_model(0, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

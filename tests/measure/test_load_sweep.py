@@ -18,7 +18,7 @@ from moesaic.measure.benchmark_serving.load_sweep import (
     find_contradictions,
     paired_ratios,
     pareto_set,
-    take_together,
+    summarize_runs,
 )
 
 POINT = LoadPoint("long", 100, 10, 4)
@@ -41,7 +41,7 @@ def run(tokens_per_s: float = 50.0, itl_ms: float = 20.0) -> LoadRun:
 
 
 def swept(users: int, tokens_per_s: float, per_user: float) -> SweptPoint:
-    return take_together(replace(POINT, concurrency=users), [run(tokens_per_s, 1000 / per_user)])
+    return summarize_runs(replace(POINT, concurrency=users), [run(tokens_per_s, 1000 / per_user)])
 
 
 def test_a_sound_run_has_no_contradiction() -> None:
@@ -78,7 +78,7 @@ def test_every_contradiction_is_named(
 
 def test_figures_over_repeats_are_median_smallest_and_largest() -> None:
     """Per-user speed is the reciprocal of the mean time between tokens: 1000 / 20, 25 and 10 ms."""
-    found = take_together(POINT, [run(50, 20), run(40, 25), run(80, 10)])
+    found = summarize_runs(POINT, [run(50, 20), run(40, 25), run(80, 10)])
     assert found.tokens_per_s == Spread(50, 40, 80)
     assert found.requests_per_s == Spread(5, 4, 8)
     assert found.tokens_per_s_per_user == Spread(50, 40, 100)

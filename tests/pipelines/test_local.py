@@ -11,7 +11,8 @@ from components.ingest.component import ingest
 from moesaic.core.errors import ConfigError
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.runs.local import LOG, _StageLines, run_compiled
-from moesaic.platform.runs.runtime import FAILURE, Place
+from moesaic.platform.runs.run_context import RunContext
+from moesaic.platform.runs.runtime import FAILURE
 from moesaic.platform.store import Manifest, Store
 
 
@@ -28,8 +29,8 @@ def test_runs_reuses_reruns_and_explains(tiny_parent: Path, tmp_path: Path, monk
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     run = tmp_path / "run"
     run.mkdir()
-    place = Place(store=tmp_path / "store", run_directory=run)
-    store = Store.at(place.store)
+    context = RunContext(store=tmp_path / "store", run_directory=run)
+    store = Store.at(context.store)
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="test").id
     rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
     config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
@@ -37,7 +38,7 @@ def test_runs_reuses_reruns_and_explains(tiny_parent: Path, tmp_path: Path, monk
     def shown(given: IngestConfig, version: str) -> list[str]:
         screen = io.StringIO()
         outputs = run_compiled(
-            manifest, {"config": given.to_json(), "version": version}, place, Console(file=screen, width=200)
+            manifest, {"config": given.to_json(), "version": version}, context, Console(file=screen, width=200)
         )
         assert [Manifest.read(path).id for path in outputs.values()] == [model]
         return [line.split("] ", 1)[1] for line in screen.getvalue().splitlines()]

@@ -21,9 +21,9 @@ from moesaic.core.nodes import Work
 from moesaic.data.problems import Message, Problem
 from moesaic.pipelines import compiled
 from moesaic.platform.cluster import ClusterProfile, place, read_profile
-from moesaic.platform.cluster.jobs import ClusterJob, JobPlace
-from moesaic.platform.cluster.jobs.manifest import name_job, place_job
-from moesaic.platform.runs.runtime import Place
+from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
+from moesaic.platform.cluster.jobs.job_template import job_settings, render_job
+from moesaic.platform.runs.run_context import RunContext
 from moesaic.recover.reinforce import run as reinforce
 from moesaic.recover.reinforce.nemo_rl import launch
 from moesaic.recover.reinforce.stage import ReinforceConfig
@@ -74,7 +74,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesA
 
 def job(place: Path, stage: str = "distill", **changes: Any) -> ClusterJob:
     """Looks at its job often; the claim is the test's own directory."""
-    found = place_job(profile(), stage, "moesaic/train:1")
+    found = job_settings(profile(), stage, "moesaic/train:1")
     settings = {"shared": (str(place),), "poll_s": 0.01, "patience_s": 5.0} | changes
     return ClusterJob(found.model_copy(update=settings), KEY)
 
@@ -264,18 +264,18 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from moesaic.core.nodes import Work
-from moesaic.platform.cluster.jobs import ClusterJob, JobPlace
-place, key, folder = JobPlace.parse(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
+settings, key, folder = JobSettings.parse(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 def prepare():
     with (folder / "prepared").open("a") as file:
         file.write("once ")
-ClusterJob(place, key).run(Work(("python3",), {}, folder / "engine.log"), prepare=prepare, show=print)
+ClusterJob(settings, key).run(Work(("python3",), {}, folder / "engine.log"), prepare=prepare, show=print)
 """
 
 
 def start_driver(cluster_job: ClusterJob, folder: Path) -> "subprocess.Popen[str]":
     """A stage's process of its own, that can be told to end or killed."""
-    arguments = [cluster_job.place.to_variable(), cluster_job.key, str(folder)]
+    arguments = [cluster_job.settings.to_variable(), cluster_job.key, str(folder)]
     return subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], stderr=subprocess.PIPE, text=True)
 
 
@@ -392,8 +392,8 @@ def test_what_nodes_do_not_see_is_copied_for_them_or_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("queue", ["moesaic", None])
 def test_filled_jobs_are_valid_and_as_tight_as_their_templates(stage: str, num_nodes: int, queue: str | None) -> None:
     jobs = {name: one | {"num_nodes": num_nodes} for name, one in PROFILE["jobs"].items()}
-    found = place_job(profile(jobs=jobs, queue=queue), stage, "registry/moesaic/image:1")
-    named = name_job(found, "a-name", "a-task", ["python3", "a b"], {"MOESAIC_STORE": "/other"}, Path("/store/log"))
+    found = job_settings(profile(jobs=jobs, queue=queue), stage, "registry/moesaic/image:1")
+    named = render_job(found, "a-name", "a-task", ["python3", "a b"], {"MOESAIC_STORE": "/other"}, Path("/store/log"))
     assert problems(named) == []
     assert [wrong for pod in pod_specifications(named) for wrong in beyond_restricted(pod)] == []
     assert named["spec"]["suspend"] is (queue is not None)
@@ -407,7 +407,7 @@ def test_filled_jobs_are_valid_and_as_tight_as_their_templates(stage: str, num_n
 
 
 def test_all_nodes_of_a_job_are_counted_and_placed() -> None:
-    trainjob, rayjob = (place_job(profile(), stage, "i:1").manifest["spec"] for stage in ("distill", "reinforce"))
+    trainjob, rayjob = (job_settings(profile(), stage, "i:1").template["spec"] for stage in ("distill", "reinforce"))
     trainer = trainjob["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 8)
     assert trainer["resourcesPerNode"]["limits"] == {"memory": "1Ti", "nvidia.com/gpu": "8"}
@@ -435,11 +435,11 @@ def test_a_task_finds_its_job_in_its_environment(monkeypatch: pytest.MonkeyPatch
             found[stage] = variables
             image = container["image"]
             assert "$" not in variables["MOESAIC_JOB"]
-            assert JobPlace.parse(variables["MOESAIC_JOB"]) == place_job(profile(), stage, image)
+            assert JobSettings.parse(variables["MOESAIC_JOB"]) == job_settings(profile(), stage, image)
     assert set(found) == {"distill", "reinforce"}
     for name, value in found["distill"].items():
         monkeypatch.setenv(name, value)
-    read = Place.from_environment()
+    read = RunContext.from_environment()
     assert read.job and read.job.kind == "TrainJob"
     assert read.as_environment()["MOESAIC_JOB"] == found["distill"]["MOESAIC_JOB"]
 

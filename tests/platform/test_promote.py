@@ -13,7 +13,7 @@ from moesaic.platform.promote.run import source_of, store_address
 from moesaic.platform.promote.stage import PromoteConfig
 from moesaic.platform.registry.registry import Registry, RegistryAddress
 from moesaic.platform.runs.lineage import keep_record
-from moesaic.platform.runs.runtime import perform, plan_task
+from moesaic.platform.runs.runtime import perform, plan_stage
 from moesaic.platform.store import Store
 from moesaic.platform.store.manifest import MANIFEST
 from tests.platform.played_run import PlayedRun, play
@@ -38,8 +38,8 @@ class Given:
 
     def promote(self, registry: RegistryAddress | None, config: PromoteConfig, output: Path) -> dict[str, Any]:
         output.mkdir()
-        task = plan_task("promote", config.to_json(), self.paths, self.store)
-        record = perform(task, output, output, self.store.directory, registry)
+        run = plan_stage("promote", config.to_json(), self.paths, self.store)
+        record = perform(run, output, output, self.store.directory, registry)
         return json.loads((output / "promotion.json").read_text()) | {"metrics": record.metrics}
 
 

@@ -12,7 +12,8 @@ from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.runs.records import Record, content_digest
-from moesaic.platform.runs.runtime import FAILURE, Place, baselines_of, plan_task, run_stage
+from moesaic.platform.runs.run_context import RunContext
+from moesaic.platform.runs.runtime import FAILURE, baselines_of, plan_stage, run_stage
 from moesaic.platform.store import Manifest, Store
 
 SETS = ("calibration_short", "calibration_long", "prompts", "tests")
@@ -30,18 +31,18 @@ class Artifact:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    place = Place(store=tmp_path / "store", run_directory=tmp_path)
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunContext:
+    context = RunContext(store=tmp_path / "store", run_directory=tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in place.as_environment().items():
+    for name, value in context.as_environment().items():
         monkeypatch.setenv(name, value)
-    return place
+    return context
 
 
 @pytest.fixture
-def ingest_config(place: Place, tiny_parent: Path, tmp_path: Path) -> IngestConfig:
-    store = Store.at(place.store)
+def ingest_config(context: RunContext, tiny_parent: Path, tmp_path: Path) -> IngestConfig:
+    store = Store.at(context.store)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"id": "a"}\n{"id": "b"}\n')
     rows = store.add_file(data, "dataset", format="jsonl", producer="test").id
@@ -75,7 +76,9 @@ def choose(directory: Path, parent: Path, num_experts: int) -> dict[str, Artifac
     return found
 
 
-def test_ingest_hands_on_manifests_with_records(ingest_config: IngestConfig, place: Place, tmp_path: Path) -> None:
+def test_ingest_hands_on_manifests_with_records(
+    ingest_config: IngestConfig, context: RunContext, tmp_path: Path
+) -> None:
     outputs = ingest(ingest_config, tmp_path / "out")
     parent = Path(outputs["parent"].path)
     assert sorted(path.name for path in parent.iterdir()) == ["manifest.json", "record.json"]
@@ -91,11 +94,11 @@ def test_ingest_hands_on_manifests_with_records(ingest_config: IngestConfig, pla
         "tests_rows": 2,
     }
     assert outputs["metrics"].values == record.metrics == json.loads(Path(outputs["metrics"].path).read_text())
-    assert list((place.store / "scratch").glob("*/")) == []
+    assert list((context.store / "scratch").glob("*/")) == []
 
 
 def test_weights_go_to_the_store_and_only_their_manifest_on(
-    ingest_config: IngestConfig, place: Place, tiny_parent: Path, tmp_path: Path
+    ingest_config: IngestConfig, context: RunContext, tiny_parent: Path, tmp_path: Path
 ) -> None:
     inputs = {"parent": ingest(ingest_config, tmp_path / "in")["parent"]} | choose(tmp_path, tiny_parent, 4)
     outputs = artifacts(tmp_path / "out", "child", "metrics")
@@ -107,21 +110,21 @@ def test_weights_go_to_the_store_and_only_their_manifest_on(
     assert record.subject == "greedy"
     assert record.inputs["parent"] == ingest_config.parent
     assert record.code_digest == code.code_digest()
-    pruned = Checkpoint.open(Store.at(place.store).materialize(manifest, verify=True))
+    pruned = Checkpoint.open(Store.at(context.store).materialize(manifest, verify=True))
     assert [block.num_experts for block in pruned.architecture.blocks] == [4] * 4
 
 
 def test_what_is_done_with_a_model_is_about_that_model(
-    ingest_config: IngestConfig, place: Place, tiny_parent: Path, tmp_path: Path
+    ingest_config: IngestConfig, context: RunContext, tiny_parent: Path, tmp_path: Path
 ) -> None:
     found = ingest(ingest_config, tmp_path / "in")
     inputs = {"parent": found["parent"]} | choose(tmp_path, tiny_parent, 4)
     outputs = artifacts(tmp_path / "out", "child", "metrics")
     run_stage("prune_model", '{"candidate": "puzzle"}', inputs, outputs)
     given = {"model": Path(outputs["child"].path), "tests": Path(found["tests"].path)}
-    task = plan_task("evaluate", "{}", given, Store.at(place.store))
-    assert task.subject == "puzzle"
-    assert plan_task("evaluate", "{}", given | {"model": tiny_parent}, Store.at(place.store)).subject == ""
+    run = plan_stage("evaluate", "{}", given, Store.at(context.store))
+    assert run.subject == "puzzle"
+    assert plan_stage("evaluate", "{}", given | {"model": tiny_parent}, Store.at(context.store)).subject == ""
 
 
 def test_baselines_are_all_candidates_but_the_searchs_own(tiny_parent: Path, tmp_path: Path) -> None:
@@ -143,14 +146,14 @@ def test_the_key_depends_on_config_inputs_and_code(
 ) -> None:
     (tmp_path / "a.jsonl").write_text("{}\n")
     given = {"parent": tiny_parent, "calibration_short": tmp_path / "a.jsonl"}
-    key = plan_task("rank_experts", "{}", given, None).key
-    assert plan_task("rank_experts", '{"seed": 0}', given, None).key == key
-    assert plan_task("rank_experts", '{"seed": 1}', given, None).key != key
+    key = plan_stage("rank_experts", "{}", given, None).key
+    assert plan_stage("rank_experts", '{"seed": 0}', given, None).key == key
+    assert plan_stage("rank_experts", '{"seed": 1}', given, None).key != key
     (tmp_path / "a.jsonl").write_text("{} \n")
-    assert plan_task("rank_experts", "{}", given, None).key != key
+    assert plan_stage("rank_experts", "{}", given, None).key != key
     (tmp_path / "a.jsonl").write_text("{}\n")
     monkeypatch.setattr(code, "code_digest", lambda: "other")
-    assert plan_task("rank_experts", "{}", given, None).key != key
+    assert plan_stage("rank_experts", "{}", given, None).key != key
 
 
 @pytest.mark.parametrize(
@@ -163,12 +166,12 @@ def test_the_key_depends_on_config_inputs_and_code(
 )
 def test_bad_requests_are_refused_before_anything_runs(name: str, config: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_task(name, config, {}, None)
+        plan_stage(name, config, {}, None)
 
 
 def test_inputs_that_are_not_there_are_refused(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere does not exist"):
-        plan_task(
+        plan_stage(
             "measure_costs",
             '{"space": {"expert_counts": [8]}, "workloads": []}',
             {"parent": tmp_path / "nowhere"},
@@ -176,8 +179,8 @@ def test_inputs_that_are_not_there_are_refused(tiny_parent: Path, tmp_path: Path
         )
 
 
-def test_a_users_error_exits_with_2_and_leaves_word(
-    ingest_config: IngestConfig, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_users_error_exits_with_2_and_writes_the_failure(
+    ingest_config: IngestConfig, context: RunContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     swapped = ingest_config.model_copy(update={"parent": ingest_config.tests})
     with pytest.raises(SystemExit) as stop:
@@ -190,7 +193,9 @@ def test_a_users_error_exits_with_2_and_leaves_word(
     assert not (tmp_path / "out").exists()
 
 
-def test_after_a_failure_no_further_stage_starts(ingest_config: IngestConfig, place: Place, tmp_path: Path) -> None:
+def test_after_a_failure_no_further_stage_starts(
+    ingest_config: IngestConfig, context: RunContext, tmp_path: Path
+) -> None:
     (tmp_path / FAILURE).write_text("{}")
     with pytest.raises(SystemExit) as stop:
         ingest(ingest_config, tmp_path / "out")
@@ -199,13 +204,13 @@ def test_after_a_failure_no_further_stage_starts(ingest_config: IngestConfig, pl
 
 
 def test_a_truncated_shard_is_found_before_anything_runs(
-    place: Place, ingest_config: IngestConfig, tiny_parent: Path, tmp_path: Path
+    context: RunContext, ingest_config: IngestConfig, tiny_parent: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_parent, broken)
     shard = next(broken.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])
-    model = Store.at(place.store).add_directory(broken, "model", format="safetensors", producer="test").id
+    model = Store.at(context.store).add_directory(broken, "model", format="safetensors", producer="test").id
     with pytest.raises(SystemExit):
         ingest(ingest_config.model_copy(update={"parent": model}), tmp_path / "out")
     assert "copy or download it again" in json.loads((tmp_path / FAILURE).read_text())["message"]
@@ -213,32 +218,32 @@ def test_a_truncated_shard_is_found_before_anything_runs(
 
 @pytest.mark.parametrize(("rows", "message"), [("", "is empty"), ("{}\n[]\n", "line 2"), ("{}\n{,\n", "line 2")])
 def test_a_bad_data_set_is_refused(
-    rows: str, message: str, place: Place, ingest_config: IngestConfig, tmp_path: Path
+    rows: str, message: str, context: RunContext, ingest_config: IngestConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jsonl").write_text(rows)
-    bad = Store.at(place.store).add_file(tmp_path / "bad.jsonl", "dataset", format="jsonl", producer="test").id
+    bad = Store.at(context.store).add_file(tmp_path / "bad.jsonl", "dataset", format="jsonl", producer="test").id
     with pytest.raises(SystemExit):
         ingest(ingest_config.model_copy(update={"tests": bad}), tmp_path / "out")
     assert message in json.loads((tmp_path / FAILURE).read_text())["message"]
 
 
 def test_scratch_survives_a_failure_and_not_a_success(
-    ingest_config: IngestConfig, place: Place, tiny_parent: Path, tmp_path: Path
+    ingest_config: IngestConfig, context: RunContext, tiny_parent: Path, tmp_path: Path
 ) -> None:
     found = choose(tmp_path, tiny_parent, 99)
     inputs = {"parent": ingest(ingest_config, tmp_path / "in")["parent"]} | found
     outputs = artifacts(tmp_path / "out", "child", "metrics")
     with pytest.raises(SystemExit):
         run_stage("prune_model", "{}", inputs, outputs)
-    (kept,) = (place.store / "scratch").glob("*/")
+    (kept,) = (context.store / "scratch").glob("*/")
     assert (kept / "scratch").is_dir()
     assert not Path(outputs["child"].path).exists()
 
 
 def test_what_a_kill_left_behind_is_swept_and_an_older_output_gives_way(
-    ingest_config: IngestConfig, place: Place, tmp_path: Path
+    ingest_config: IngestConfig, context: RunContext, tmp_path: Path
 ) -> None:
-    half_removed = place.store / "scratch" / "key.0123.done"
+    half_removed = context.store / "scratch" / "key.0123.done"
     for folder in (half_removed, tmp_path / "out" / ".parent.arriving", tmp_path / "out" / "parent"):
         folder.mkdir(parents=True)
         (folder / "left").write_text("")
@@ -248,11 +253,11 @@ def test_what_a_kill_left_behind_is_swept_and_an_older_output_gives_way(
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_place_survives_the_environment(place: Place) -> None:
-    assert Place.from_environment() == place
+def test_a_context_survives_the_environment(context: RunContext) -> None:
+    assert RunContext.from_environment() == context
 
 
 def test_without_a_store_the_message_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOESAIC_STORE", raising=False)
     with pytest.raises(ConfigError, match="MOESAIC_STORE is not set"):
-        Place.from_environment()
+        RunContext.from_environment()

@@ -215,12 +215,12 @@ def test_a_killed_writer_leaves_no_manifest_and_can_be_repeated(store: Store, tm
         "from pathlib import Path\n"
         "from moesaic.platform.store import Store\n"
         "store = Store.at(Path(sys.argv[1]))\n"
-        "arriving, count = store.root._arriving, []\n"
+        "written_whole, count = store.root._written_whole, []\n"
         "def put_two_then_die(key):\n"
         "    count.append(key)\n"
         "    if len(count) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return arriving(key)\n"
-        "store.root._arriving = put_two_then_die\n"
+        "    return written_whole(key)\n"
+        "store.root._written_whole = put_two_then_die\n"
         "store.add_directory(Path(sys.argv[2]), 'model', format='x', producer='x')\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(store.directory), str(directory)], check=False)

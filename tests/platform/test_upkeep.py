@@ -13,7 +13,8 @@ from moesaic.command_line.main import main
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.runs.runtime import Place, run_stage
+from moesaic.platform.runs.run_context import RunContext
+from moesaic.platform.runs.runtime import run_stage
 from moesaic.platform.store import FileEntry, Manifest, S3Options, Store
 from moesaic.platform.store.root import object_key
 from moesaic.platform.store.upkeep import delete, find_garbage, verify
@@ -223,7 +224,7 @@ def test_stages_read_from_a_bucket_and_write_to_it(
 ) -> None:
     monkeypatch.setenv("MOESAIC_STORE", address)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", options.endpoint_url or "")
-    assert Place.from_environment().as_environment()["MOESAIC_STORE"] == address
+    assert RunContext.from_environment().as_environment()["MOESAIC_STORE"] == address
     store = Store.at(address, options)
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id

@@ -20,8 +20,8 @@ from moesaic.core.training_curve import read_curve
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, read_recovery, write_checkpoint
-from moesaic.platform.cluster.jobs import ClusterJob, JobPlace
-from moesaic.platform.runs.runtime import perform, plan_task
+from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
+from moesaic.platform.runs.runtime import perform, plan_stage
 from moesaic.recover.distill import run as distill
 from moesaic.recover.distill.automodel import launch
 from moesaic.recover.distill.stage import DistillConfig
@@ -184,8 +184,8 @@ def two_nodes(shared: Path) -> ClusterJob:
     """A TrainJob of two nodes without GPUs that see a test's directory."""
     template = yaml.safe_load((Path(__file__).parents[2] / "manifests" / "jobs" / "trainjob.yaml").read_text())
     template["spec"]["trainer"] |= {"numNodes": 2, "numProcPerNode": 1, "env": []}
-    place = JobPlace(manifest=template, num_nodes=2, gpus_per_node=0, shared=(str(shared),), poll_s=0.2)
-    return ClusterJob(place, key="0123456789abcdef" * 4)
+    settings = JobSettings(template=template, num_nodes=2, gpus_per_node=0, shared=(str(shared),), poll_s=0.2)
+    return ClusterJob(settings, key="0123456789abcdef" * 4)
 
 
 def test_two_nodes_of_a_job_end_like_one_process_here(
@@ -231,9 +231,9 @@ def test_a_job_that_diverges_ends_with_advice_and_the_node(
 def test_the_runtime_hands_a_tasks_nodes_on(child: Path, tiny_parent: Path, traces: Path, tmp_path: Path) -> None:
     """Here they see nothing of the scratch."""
     given = {"child": child, "parent": tiny_parent, "traces": traces}
-    task = plan_task("distill", CONFIG.to_json(), given, None)
+    run = plan_stage("distill", CONFIG.to_json(), given, None)
     with pytest.raises(ConfigError, match=r"the nodes of a job do not see .*scratch, only what lies below"):
-        perform(task, tmp_path / "output", tmp_path / "scratch", job=two_nodes(tmp_path / "elsewhere").place)
+        perform(run, tmp_path / "output", tmp_path / "scratch", job=two_nodes(tmp_path / "elsewhere").settings)
 
 
 def test_a_run_that_diverges_ends_with_advice(child: Path, tiny_parent: Path, traces: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)  # two processes import NeMo, which a busy
 
 CONFIG = DistillBlocksConfig.model_validate(
     {
-        "steps": 200,
+        "steps": 100,
         "batch_tokens": 300,
         "checkpoint_every_steps": 20,
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5},
@@ -147,10 +147,14 @@ def test_killed_and_resumed_it_equals_a_plain_loop(
     layer: int, finished: Run, child: Path, tiny_checkpoint: Checkpoint, calibration: Path
 ):
     expected, learned = train_plainly(Checkpoint.open(child), tiny_checkpoint, calibration, layer)
+    # AdamW makes a step of a rounding error where a gradient is all but 0: after 100 steps errors are below 1e-5.
     assert [row["loss"] for row in rows(finished, layer) if "loss" in row] == pytest.approx(expected, rel=1e-4)
-    written = Checkpoint.open(finished.output)
+    before, written = Checkpoint.open(child), Checkpoint.open(finished.output)
     for name, tensor in learned.items():
-        torch.testing.assert_close(written.tensor(name).float(), tensor, rtol=2**-7, atol=2e-4)
+        # A lost step of 100 would be 1 % of the change; one weight may be rounded to the next number of bfloat16.
+        error = (written.tensor(name).float() - tensor.bfloat16().float()).norm()
+        change = (tensor - before.tensor(name).float()).norm()
+        assert change > 0 and error <= 0.01 * change + 2**-8 * tensor.abs().max(), name
 
 
 def train_plainly(
@@ -227,7 +231,7 @@ def test_only_changed_blocks_change_and_experts_never(finished: Run, child: Path
     for file in {path.name for path in before.files.values()}:
         if "experts" in file or "outer" in file or "layer-000" in file:
             assert (child / file).read_bytes() == (finished.output / file).read_bytes()
-    assert read_recovery(finished.output) == [{"stage": "distill_blocks", "steps": 200, "layers": [1, 3]}]
+    assert read_recovery(finished.output) == [{"stage": "distill_blocks", "steps": CONFIG.steps, "layers": [1, 3]}]
 
 
 def test_finished_blocks_are_not_repeated(

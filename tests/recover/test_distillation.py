@@ -129,7 +129,7 @@ def test_bfloat16_is_summed_in_float32() -> None:
         assert getattr(found, name).item() == getattr(expected, name).item(), name
     for rounded, gradient in zip(gradients(found, child, CONFIG), gradients(expected, precise, CONFIG), strict=True):
         assert rounded.dtype == torch.bfloat16
-        assert_near(rounded, gradient, 2**-8)  # half a step of bfloat16
+        assert_near(rounded, gradient, 1.01 * 2**-8)  # half a step of bfloat16, and what float32 may shift it by
 
 
 def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:

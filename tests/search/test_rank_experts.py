@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import ArtifactError
-from moesaic.core.process_group import Shards
+from moesaic.core.process_group import BatchShare
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading, streaming
 from moesaic.models.checkpoint import Checkpoint
@@ -131,7 +131,7 @@ def test_a_killed_pass_goes_on_behind_the_layers_it_has_ranked(
     assert (output / "ranking.json").read_bytes() == (tmp_path / "whole" / "ranking.json").read_bytes()
 
 
-class Threads(Shards):
+class Threads(BatchShare):
     """Processes played by threads."""
 
     parts: ClassVar[dict[int, list[object]]] = {}
@@ -166,19 +166,19 @@ def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypa
         assert [(*one.order, *one.scores) for one in again.layers()] == [(1, 0, 0.25, 0.5), (0, 1, 1 / 3, 0.0)]
         assert [state.tolist() for state in again.states(2)] == [[10.0 * rank + 2, 0.0], [10.0 * rank + 2, 1.0]]
     assert sorted(path.name for path in tmp_path.glob("ranked-*")) == ["ranked-0-002", "ranked-1-002"]
-    assert RankingProgress(tmp_path, Shards()).layers() == []
+    assert RankingProgress(tmp_path, BatchShare()).layers() == []
 
 
 def test_nothing_is_kept_before_its_time_or_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     offloader = streaming.StateOffloader(2**20, tmp_path / "states", torch.device("cpu"))
     states = [offloader.offload(torch.zeros(100))]
-    RankingProgress(tmp_path, Shards()).keep([], states)
+    RankingProgress(tmp_path, BatchShare()).keep([], states)
     monkeypatch.setattr(ranking_progress, "_EVERY_S", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(ranking_progress.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 400 - 1))
-        RankingProgress(tmp_path, Shards()).keep([], states)
+        RankingProgress(tmp_path, BatchShare()).keep([], states)
     assert not list(tmp_path.glob("ranked*"))
-    RankingProgress(tmp_path, Shards()).keep([], states)
+    RankingProgress(tmp_path, BatchShare()).keep([], states)
     assert len(list(tmp_path.glob("ranked*"))) == 2
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The command ``moesaic`` and its subcommands."""

@@ -8,7 +8,7 @@ from moesaic.deploy.export_engine.verdict import BundleChecks
 
 
 def add_export_commands(commands: Any) -> None:
-    """Add ``validate`` to the command line's."""
+    """Add ``validate`` to the command line."""
     parser = commands.add_parser(
         "validate", help="check files and layout of a bundle of export_engine; no engine loads it"
     )

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.command_line.config_option import read_config
 from moesaic.command_line.export_commands import add_export_commands
 from moesaic.command_line.planning_commands import add_planning_commands
 from moesaic.command_line.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    """What is run, and on what."""
+    """Add the options that choose the pipeline, the recipe and the inputs."""
     parser.add_argument("pipeline", help="compress (the whole method) or search")
     parser.add_argument("--recipe", required=True, help="a recipe, such as tiny_cpu, or a file")
     parser.add_argument("--fast", action="store_true", help="take the recipe's shorter form, RECIPE_fast")
@@ -123,26 +124,26 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from moesaic.platform.runs.local import run_compiled
-    from moesaic.platform.runs.runtime import Place
+    from moesaic.platform.runs.run_context import RunContext
     from moesaic.platform.runs.tracking import pipeline_run
 
     manifest, recipe, name = _choose(options)
     console = Console(stderr=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    place = Place.for_local_run(options.output, options.store)
-    arguments = _prepare(options, manifest, recipe, place.store)
+    context = RunContext.for_local_run(options.output, options.store)
+    arguments = _prepare(options, manifest, recipe, context.store)
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
-    assert place.tracking_uri is not None, "a local run always has a place for its MLflow runs"
+    assert context.tracking_uri is not None, "a local run always has an address for its MLflow runs"
     console.print(f"{name}: the run lies in {options.output}", highlight=False)
-    with pipeline_run(place.tracking_uri, name, arguments, digest) as run_id:
-        outputs = run_compiled(manifest, arguments, place.inside(run_id), console)
-    _link_outputs(options.output, place.store, outputs)
+    with pipeline_run(context.tracking_uri, name, arguments, digest) as run_id:
+        outputs = run_compiled(manifest, arguments, context.in_pipeline_run(run_id), console)
+    _link_outputs(options.output, context.store, outputs)
     _show_outcome(options.output)
-    print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {place.tracking_uri}")
+    print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {context.tracking_uri}")
 
 
 def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
-    """The compiled pipeline, its recipe, and a name for the run; the inputs are checked."""
+    """Check the inputs; returns the compiled pipeline, its recipe, and a name for the run."""
     from moesaic.pipelines.recipes import find_recipe
 
     wanted = options.recipe + "_fast" * options.fast
@@ -154,7 +155,7 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
 
 
 def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Address) -> dict[str, Any]:
-    """Put the inputs into the store; the arguments of the pipeline."""
+    """Put the inputs into the store; returns the arguments of the pipeline."""
     from moesaic.core.code import code_version
     from moesaic.platform.runs.local import parameters_of
 
@@ -164,7 +165,7 @@ def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Ad
 
 
 def _check_inputs(parent: Path, data: Path) -> None:
-    """Refuse what no stage could use before anything is copied or started."""
+    """Raise an error for unusable inputs before anything is copied or started."""
     from moesaic.platform.ingest.run import check_model
 
     check_model(parent)
@@ -200,7 +201,7 @@ def _link_outputs(run: Path, store: Address, outputs: dict[str, Path]) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make or replace a relative link at once."""
+    """Create or replace a relative link atomically."""
     new = link.with_name(f".{link.name}.new")
     new.unlink(missing_ok=True)
     new.symlink_to(os.path.relpath(target, link.parent.absolute()))
@@ -214,8 +215,7 @@ def _show_outcome(run: Path) -> None:
     if not summary.is_file():
         raise ArtifactError(f"{run} holds no finished run; `moesaic run --output {run}` makes one or goes on with it")
     console = Console()
-    found = json.loads(summary.read_text())
-    console.print(*outcome_tables(found))
+    console.print(*outcome_tables(json.loads(summary.read_text())))
     say_promotion(run)
     for name, path in (("Report", "report/report.html"), ("Child", "child"), ("Bundle", "bundle")):
         if (run / path).exists():
@@ -224,23 +224,23 @@ def _show_outcome(run: Path) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     from moesaic.platform.registry.registry import RegistryAddress
-    from moesaic.platform.runs.runtime import perform, plan_task
+    from moesaic.platform.runs.runtime import perform, plan_stage
     from moesaic.platform.store import Store
     from moesaic.stages import find_stage
 
     given = _named_paths(options.input, find_stage(options.name).lists)
-    task = plan_task(
-        options.name, _read_config(options.config), given, Store.at(options.store) if options.store else None
+    run = plan_stage(
+        options.name, read_config(options.config), given, Store.at(options.store) if options.store else None
     )
     if options.output.exists():
         raise ConfigError(f"--output {options.output} exists already; choose another or remove it")
-    work = options.output.with_name(f".{options.output.name}.{task.key[:12]}")
+    work = options.output.with_name(f".{options.output.name}.{run.key[:12]}")
     output, scratch = work / "output", work / "scratch"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     scratch.mkdir(exist_ok=True)
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    record = perform(task, output, scratch, options.store, RegistryAddress(uri) if uri else None)
+    record = perform(run, output, scratch, options.store, RegistryAddress(uri) if uri else None)
     output.rename(options.output)
     shutil.rmtree(work)
     table = Table("metric", "value", box=None)
@@ -250,16 +250,8 @@ def _stage(options: argparse.Namespace) -> None:
     print(f"{options.output} ({record.duration_s:.1f} s, {record.peak_memory_mib:.0f} MiB)")
 
 
-def _read_config(given: str) -> str:
-    if given.lstrip().startswith("{"):
-        return given
-    if not Path(given).is_file():
-        raise ConfigError(f"config {given!r} is neither JSON nor a file that holds it; '{{}}' stands for the defaults")
-    return Path(given).read_text()
-
-
 def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path | list[Path]]:
-    """``NAME=PATH`` options; a stage that takes a list gets one even of a single member."""
+    """Parse ``NAME=PATH`` options; an input that takes a list becomes a list even with one member."""
     named: dict[str, Path | list[Path]] = {}
     for pair in pairs:
         name, separator, path = pair.partition("=")
@@ -280,13 +272,15 @@ def _prompts(options: argparse.Namespace) -> None:
     from moesaic.data.datasets import read_rows
     from moesaic.data.prompt_sources import convert
 
-    found = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
-    if not found.problems:
-        raise ArtifactError(f"no row of {options.source} can be verified here: {found.left_out}")
+    conversion = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
+    if not conversion.problems:
+        raise ArtifactError(f"no row of {options.source} can be verified here: {conversion.left_out}")
     before = options.output.read_text() if options.output.is_file() else ""
-    write_text_atomically(options.output, before + "".join(json.dumps(problem) + "\n" for problem in found.problems))
-    print(f"{options.output}: {len(found.problems)} prompts of {options.source}")
-    for reason, count in found.left_out.items():
+    write_text_atomically(
+        options.output, before + "".join(json.dumps(problem) + "\n" for problem in conversion.problems)
+    )
+    print(f"{options.output}: {len(conversion.problems)} prompts of {options.source}")
+    for reason, count in conversion.left_out.items():
         print(f"left out {count}: {reason}")
 
 

@@ -27,7 +27,7 @@ _POLICIES = "reinforce_configs"
 
 
 def add_planning_commands(commands: Any) -> None:
-    """Add ``synth`` and ``plan`` to the command line's commands."""
+    """Add ``synth`` and ``plan`` to the command line."""
     synth = commands.add_parser("synth", help="write a random checkpoint of exactly gpt-oss's layout, at any size")
     synth.set_defaults(command=_synth)
     synth.add_argument("output", type=Path, help="directory to make")
@@ -95,7 +95,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _facts(options: argparse.Namespace, recipe: Any) -> tuple[Facts, list[str]]:
-    """What to plan for, and what is assumed in it."""
+    """The facts to plan with, and notes on what they assume."""
     from moesaic.models import gpt_oss
 
     shape, parent, packed = _sizes(options)
@@ -187,7 +187,7 @@ class _Reader:
         self._rivals = rivals
 
     def tasks(self) -> Iterator[PipelineTask[Config]]:
-        """All of them, in no particular order."""
+        """All tasks, in no particular order."""
         for name, task in self._root.items():
             component = self._components[task["componentRef"]["name"]]
             if "dag" not in component:
@@ -244,7 +244,7 @@ class _Reader:
 
 
 def _in_order(tasks: list[PipelineTask[Config]]) -> list[PipelineTask[Config]]:
-    """Each task behind those it takes models from, else in alphabetical order."""
+    """Sort tasks: each after those whose models it takes, otherwise alphabetically."""
     waiting, done, ordered = sorted(tasks, key=lambda task: task.name), set[str](), []
     while waiting:
         ready = next(task for task in waiting if done.issuperset(task.models))
@@ -286,15 +286,15 @@ def _as_json(options: argparse.Namespace, facts: Facts, planned: Sequence[Planne
 
 
 def _by_stage(planned: Sequence[Planned]) -> dict[str, list[Planned]]:
-    """Tasks that take something, by stage in the method's order."""
+    """The tasks that need any resources, by stage in the method's order."""
     from moesaic.stages import STAGES
 
-    found = {stage: [one for one in planned if one.task.stage == stage] for stage in STAGES}
-    return {stage: members for stage, members in found.items() if any(one.needs.takes_something for one in members)}
+    by_stage = {stage: [one for one in planned if one.task.stage == stage] for stage in STAGES}
+    return {stage: members for stage, members in by_stage.items() if any(one.needs.takes_something for one in members)}
 
 
 def _table(planned: Sequence[Planned], traffic: bool) -> Table:
-    """A line per stage, its tasks summed; the peak is that of the largest."""
+    """A table with the sums over each stage's tasks; the peak is that of the largest task."""
     columns = ["tasks", "read", "written", "peak", "GPU-hours", *(["S3 up", "S3 down"] if traffic else [])]
     unit, title = (GIB, "GiB") if (totals(planned)["read_bytes"] or 0) > 100 * GIB else (MIB, "MiB")
     table = Table(title, box=None)

@@ -11,19 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.tree import Tree
 
+from moesaic.command_line.config_option import read_config
 from moesaic.core.code import code_digest
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.version import __version__
 from moesaic.platform.promote.gate import gate_table, is_met, shown
-from moesaic.platform.promote.run import CONFIG_TAG, ORIGIN_TAG, PROMOTION, examine, put_forward, store_address
+from moesaic.platform.promote.run import CONFIG_TAG, ORIGIN_TAG, PROMOTION, examine, register_challenger, store_address
 from moesaic.platform.promote.stage import PromoteConfig
 from moesaic.platform.registry.registry import CHAMPION, MANIFEST_TAG, Registry, RegistryAddress, Version
 from moesaic.platform.runs.lineage import Input, Origin, is_source, origins, sources, trace
 from moesaic.platform.store import Address, Store, parse_address
 
 ARTIFACTS = "artifacts"
-"""Folder of a run's directory with its outputs as Kubeflow has them."""
+"""The folder in a run's directory that holds the outputs as Kubeflow has them."""
 _OUTCOMES = {
     "promoted": "is the champion now",
     "already": "is the champion already",
@@ -32,11 +33,11 @@ _OUTCOMES = {
     "overtaken": "was overtaken by another champion",
 }
 _SHORT = 12
-"""Digits of a digest in the tree."""
+"""The number of a digest's digits that the tree shows."""
 
 
 def add_registry_commands(commands: Any) -> None:
-    """Add them to the command line's."""
+    """Add the commands of the model registry to the command line."""
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--registry", help="address of MLflow (the value of MLFLOW_TRACKING_URI)")
     where.add_argument("--store", type=parse_address, help="directory or s3://bucket/prefix of the run's store")
@@ -75,25 +76,24 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    given = options.config if options.config.lstrip().startswith("{") else _read(Path(options.config))
-    config = PromoteConfig.parse(given)
+    config = PromoteConfig.parse(read_config(options.config))
     child, report = options.run / "child", options.run / "report"
     if not child.is_dir() or not report.is_dir():
         raise ArtifactError(f"{options.run} holds no finished run; give the directory that `moesaic run` was given")
     store = Store.at(options.store or _from_environment("MOESAIC_STORE") or options.run / "store")
     exported = options.run / ARTIFACTS / "bundle"
     bundle = options.bundle or (exported if exported.is_dir() else None)
-    candidate = examine(config, child=child.resolve().name, report=report, bundle=bundle, store=store)
-    Console().print(gate_table(candidate.lines))
+    challenger = examine(config, child=child.resolve().name, report=report, bundle=bundle, store=store)
+    Console().print(gate_table(challenger.lines))
     if options.dry_run:
         print("dry run: nothing was changed")
     else:
         local = f"sqlite:///{options.run.absolute() / 'mlflow.db'}"
-        promotion = put_forward(config, candidate, _registry_address(options, local), again=options.again)
+        promotion = register_challenger(config, challenger, _registry_address(options, local), again=options.again)
         _say_outcome(promotion)
-    if not is_met(candidate.lines):
-        failed = [line.name for line in candidate.lines if not line.met]
-        raise StageError(f"refused: {len(failed)} of {len(candidate.lines)} lines are not met: {', '.join(failed)}")
+    if not is_met(challenger.lines):
+        failed = [line.name for line in challenger.lines if not line.met]
+        raise StageError(f"refused: {len(failed)} of {len(challenger.lines)} lines are not met: {', '.join(failed)}")
 
 
 def _say_outcome(promotion: Mapping[str, Any]) -> None:
@@ -106,15 +106,17 @@ def _say_outcome(promotion: Mapping[str, Any]) -> None:
 
 
 def say_promotion(run: Path) -> None:
-    """Say what a run's own gate found, if it had one."""
+    """Print the outcome of a run's own promotion, if it had one."""
     path = run / "promotion" / PROMOTION
     if not path.is_file():
         return
-    found = json.loads(path.read_text())
+    promotion = json.loads(path.read_text())
     failed = [
-        f"{line['name']} {shown(line['figure'])} (asked: {line['asked']})" for line in found["lines"] if not line["met"]
+        f"{line['name']} {shown(line['figure'])} (asked: {line['asked']})"
+        for line in promotion["lines"]
+        if not line["met"]
     ]
-    print(f"version {found['version']} of {found['model']} {_OUTCOMES[found['outcome']]}", end="")
+    print(f"version {promotion['version']} of {promotion['model']} {_OUTCOMES[promotion['outcome']]}", end="")
     print(f"; not met: {', '.join(failed)}" if failed else "")
 
 
@@ -136,7 +138,7 @@ def _lineage(options: argparse.Namespace) -> None:
 
 
 def _grow(tree: Tree, given: Input, seen: set[str]) -> None:
-    """One input and all behind it; what was shown further up is not shown again."""
+    """Add an input and its own inputs to the tree; those shown further up are not repeated."""
     origin = given.origin
     label = f"{given.name} {given.digest[:_SHORT]}"
     if origin is None:
@@ -169,23 +171,23 @@ def _reproduce(options: argparse.Namespace) -> None:
     unused: dict[str, Any] = {name: {} for name, field in Recipe.model_fields.items() if field.is_required()}
     recipe = Recipe.parse(json.dumps(unused | {name: values[name] for name in Recipe.model_fields if name in values}))
     store = Store.at(_store_address(options, version))
-    found = sources(report)
+    digests = sources(report)
     records = {origin.id: json.loads(origin.record.to_json()) for origin in origins(report).values()}
     with written_atomically(options.output) as partial:
         partial.mkdir(parents=True)
         (partial / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=1) + "\n")
-        (partial / "inputs.json").write_text(json.dumps(found, indent=1) + "\n")
+        (partial / "inputs.json").write_text(json.dumps(digests, indent=1) + "\n")
         (partial / "records.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
         if not options.no_inputs:
-            _link_inputs(store, found, partial)
+            _link_inputs(store, digests, partial)
     _say_differences(report)
     print(_command(pipeline_of(report), options.output, store))
 
 
-def _link_inputs(store: Store, found: Mapping[str, str], directory: Path) -> None:
+def _link_inputs(store: Store, digests: Mapping[str, str], directory: Path) -> None:
     """Put links to the model, and to each data set, under the names that ``moesaic run`` takes."""
     (directory / "data").mkdir(exist_ok=True)
-    for digest in found.values():
+    for digest in digests.values():
         manifest = store.manifest(digest)
         tree = store.materialize(manifest).absolute()
         links = {directory / "parent": tree}
@@ -197,7 +199,7 @@ def _link_inputs(store: Store, found: Mapping[str, str], directory: Path) -> Non
 
 
 def _say_differences(report: Origin) -> None:
-    """What of this installation is not as it was; the numbers may differ then."""
+    """Differences between this installation and the recorded one; the numbers may differ then."""
     made_by = {(one.record.versions.get("moesaic", ""), one.record.code_digest) for one in origins(report).values()}
     others = [f"moesaic {version}, code {digest[:_SHORT]}" for version, digest in made_by if digest != code_digest()]
     if others:
@@ -211,7 +213,7 @@ def _command(pipeline: str, output: Path, store: Store) -> str:
 
 
 def _origin(options: argparse.Namespace, version: Version, name: str) -> Origin:
-    """How the child or the report of a version came about."""
+    """The origin of the child, the report or the bundle of a version."""
     tag = f"{ORIGIN_TAG}.{name}"
     if not version.tags.get(tag):
         raise ArtifactError(
@@ -221,8 +223,8 @@ def _origin(options: argparse.Namespace, version: Version, name: str) -> Origin:
 
 
 def _store_address(options: argparse.Namespace, version: Version) -> Address:
-    found: Address = options.store or store_address(version.source)
-    return found
+    address: Address = options.store or store_address(version.source)
+    return address
 
 
 def _registry(options: argparse.Namespace) -> Registry:
@@ -239,9 +241,3 @@ def _registry_address(options: argparse.Namespace, otherwise: str | None = None)
 def _from_environment(name: str) -> Address | None:
     value = os.environ.get(name)
     return parse_address(value) if value else None
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ConfigError(f"--config {path} is neither JSON nor a file that holds it")
-    return path.read_text()

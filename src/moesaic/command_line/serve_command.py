@@ -12,7 +12,7 @@ _NEEDS = ("fastapi", "uvicorn", "torch", "transformers")
 
 
 def add_serve_command(commands: Any) -> None:
-    """Add ``serve`` to the command line's commands."""
+    """Add ``serve`` to the command line."""
     parser = commands.add_parser(
         "serve",
         help="serve a parent or a child to any OpenAI client",

@@ -19,7 +19,7 @@ from moesaic.platform.store.upkeep import GRACE_HOURS, delete, find_garbage, ver
 
 
 def add_store_commands(commands: Any) -> None:
-    """Add ``store`` with its own commands to the command line's."""
+    """Add ``store`` and its subcommands to the command line."""
     parser = commands.add_parser("store", help="list, verify or clean a store")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     where = argparse.ArgumentParser(add_help=False)

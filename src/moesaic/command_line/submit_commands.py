@@ -21,24 +21,24 @@ from moesaic.stages import STAGES
 _PROFILE = Path("manifests/profiles/single-node.yaml")
 _EXPERIMENT = "moesaic"
 _DIGITS = 12
-"""Of the placed pipeline's digest, in its version's name."""
+"""The number of digits of the placed pipeline's digest in the name of its version."""
 Choose = Callable[[argparse.Namespace], tuple[Path, Any, str]]
-"""Gives the compiled pipeline, the recipe and a name for the run that options ask for."""
+"""Returns the compiled pipeline, the recipe and the name of the run, as the options ask for."""
 Prepare = Callable[[argparse.Namespace, Path, Any, Address], Mapping[str, Any]]
-"""Puts the inputs into a store and gives the arguments of the pipeline."""
+"""Puts the inputs into a store and returns the arguments of the pipeline."""
 
 
 def add_submit_commands(
     commands: Any, add_choice: Callable[[argparse.ArgumentParser], None], choose: Choose, prepare: Prepare
 ) -> None:
-    """Add them to the command line's; what ``moesaic run`` takes too comes from there."""
+    """Add the commands to the command line; ``add_choice`` adds the options that ``moesaic run`` has too."""
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument("--host", help=f"address of Kubeflow Pipelines (the value of {HOST_VARIABLE})")
-    place = argparse.ArgumentParser(add_help=False, parents=[server])
-    place.add_argument("--profile", type=Path, default=_PROFILE, help="what the cluster has (%(default)s)")
-    place.add_argument("--experiment", default=_EXPERIMENT, help="Kubeflow's group of runs (%(default)s)")
+    cluster = argparse.ArgumentParser(add_help=False, parents=[server])
+    cluster.add_argument("--profile", type=Path, default=_PROFILE, help="what the cluster has (%(default)s)")
+    cluster.add_argument("--experiment", default=_EXPERIMENT, help="Kubeflow's group of runs (%(default)s)")
 
-    submit = commands.add_parser("submit", parents=[place], help="run a whole pipeline on a cluster, and follow it")
+    submit = commands.add_parser("submit", parents=[cluster], help="run a whole pipeline on a cluster, and follow it")
     add_choice(submit)
     submit.add_argument(
         "--store", type=parse_address, help="the cluster's store as seen from here (the profile's MOESAIC_STORE)"
@@ -46,7 +46,7 @@ def add_submit_commands(
     submit.add_argument("--no-wait", action="store_true", help="start the run and leave it")
     submit.set_defaults(command=lambda options: _submit(options, choose, prepare))
 
-    status = commands.add_parser("status", parents=[place], help="the latest runs on a cluster, or the tasks of one")
+    status = commands.add_parser("status", parents=[cluster], help="the latest runs on a cluster, or the tasks of one")
     status.set_defaults(command=_status)
     status.add_argument("run", nargs="?", help="id of a run (all of the experiment)")
     status.add_argument("--follow", action="store_true", help="until it ends; exits as `moesaic submit` does")
@@ -80,7 +80,7 @@ def _submit(options: argparse.Namespace, choose: Choose, prepare: Prepare) -> No
 
 
 def _shared_store(given: Address | None, profile: ClusterProfile) -> Address:
-    """Where the inputs are put so that the tasks find them.
+    """Return the address of the store in which the tasks find the inputs.
 
     Raises:
         ConfigError: if it is another bucket than the tasks', or a volume that is not mounted here.
@@ -128,7 +128,7 @@ def _retry(options: argparse.Namespace) -> None:
 
 
 def _follow(server: Kubeflow, run_id: str) -> None:
-    """Show what happens until the run ends.
+    """Show the progress of a run until it ends.
 
     Raises:
         StageError: if it does not succeed.

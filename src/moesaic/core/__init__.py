@@ -1,1 +1,1 @@
-"""TODO."""
+"""What every other package uses: configs, errors, files, stages, and child processes."""

@@ -1,12 +1,12 @@
-"""Where this user's files lie that can be made or fetched again."""
+"""The user's cache directory, for files that can be made or fetched again."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 
-def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where remote stores keep what they fetched: ``MOESAIC_CACHE``, else ``moesaic`` in the user's cache directory."""
-    if given := environment.get("MOESAIC_CACHE"):
+def cache_directory(variables: Mapping[str, str] = os.environ) -> Path:
+    """The cache directory: ``MOESAIC_CACHE``, else ``moesaic`` in the user's cache directory."""
+    if given := variables.get("MOESAIC_CACHE"):
         return Path(given).absolute()
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"
+    return Path(variables.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"

@@ -1,4 +1,4 @@
-"""Processes that end with those they work for, however these end: a killed stage leaves nothing behind that computes.
+"""Child processes that end with their parent, however it ends: a killed stage leaves no process behind.
 
 Our own processes watch (``end_with``). A foreign program is started by ``tethered``: it asks the kernel for a signal at
 its parent's death before it becomes that program, and its output is kept in a file.
@@ -26,7 +26,7 @@ _TETHER = (
 
 
 def end_with(*process_ids: int) -> None:
-    """End this process when one of these is gone; of this process's own parent, as soon as it has ended."""
+    """End this process when one of the given ones has ended; the own parent may still be a zombie then."""
     parent_id = os.getppid()
 
     def are_alive() -> bool:
@@ -45,7 +45,7 @@ def end_with(*process_ids: int) -> None:
 def tethered(
     command: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ, directory: Path | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a command for as long as the block lasts; what it prints is appended to the log.
+    """Run a command while the block lasts; its output is appended to the log.
 
     Args:
         command: program and arguments.
@@ -70,13 +70,13 @@ def tethered(
 
 
 def last_lines(log: Path) -> str:
-    """The end of a log, indented, for a message."""
+    """The last lines of a log, indented, for a message."""
     lines = log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
     return f"{log} ends with:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ask, wait, then kill it with all its descendants, which share its session."""
+    """Terminate a process, wait, then kill it and its descendants, which share its session."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):

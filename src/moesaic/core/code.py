@@ -1,4 +1,4 @@
-"""Which code this is: the release, and a digest that tells a changed checkout from it."""
+"""The version of the code: the release, and a digest that differs in a changed checkout."""
 
 import hashlib
 from functools import cache
@@ -9,7 +9,7 @@ from moesaic.core.version import __version__
 
 @cache
 def code_digest() -> str:
-    """Digest of Moesaic's own source, so that a changed checkout is told from its release."""
+    """Digest of Moesaic's own source; it differs between a release and a changed checkout."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

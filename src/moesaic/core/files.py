@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, whenever the process is killed; known by their content, by path and digest."""
+"""Files: written atomically, even if the process is killed, and identified by path and digest."""
 
 import hashlib
 import shutil
@@ -15,10 +15,10 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` for a file or a directory, which takes its place when the block ends well.
+    """Give a temporary path beside ``path``; its file or directory is renamed to ``path`` when the block succeeds.
 
-    Nothing is there at first: what a killed run left is removed. One process at a time may write a path. A file is
-    replaced, a directory must not be there yet.
+    What a killed run left at the temporary path is removed first. One process at a time may write a path. A file is
+    replaced; a directory must not exist yet.
     """
     partial = path.with_name(f".{path.name}.partial")
     if partial.is_dir():
@@ -29,7 +29,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file, or replace it, at once."""
+    """Write or replace a text file atomically."""
     with written_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -1,23 +1,23 @@
-"""Figures sent to a server while a model trains: a server that fails costs some of them, never the training."""
+"""Sends figures to a server during training. If the server fails, figures are lost but training continues."""
 
 import logging
 import time
 from collections.abc import Callable
 
 _PAUSE_S = 300.0
-"""After a failure, nothing is sent for so long: waiting for a dead server at every step would stop the training too."""
+"""The pause after a failure; waiting for a dead server at every step would stall the training."""
 
 logger = logging.getLogger(__name__)
 
 
 class LiveLog:
-    """Tries, and pauses after a failure. The stage's own curve file holds all that is left out."""
+    """Sends figures and pauses after a failure. The stage's own curve file holds all figures."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s, self._resumes_s = now_s, float("-inf")
 
     def attempt(self, send: Callable[[], object]) -> None:
-        """Send, unless a failure was a moment ago."""
+        """Send, unless the last failure was less than the pause ago."""
         if self._now_s() < self._resumes_s:
             return
         try:

@@ -1,4 +1,4 @@
-"""Machines beside this one that a stage may be given: what it asks of them. A cluster's jobs are such (platform)."""
+"""The interface of the nodes that a stage may run on; a job of a cluster implements it (platform)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Work:
-    """What the nodes run."""
+    """A command that the nodes run."""
 
     command: Sequence[str]
-    """The same program and arguments as on one machine, but for how processes of several nodes meet."""
+    """Program and arguments as on one machine; only the rendezvous of the processes differs."""
     environment: Mapping[str, str]
-    """Variables beside those that the nodes have anyway."""
+    """Environment variables in addition to those that the nodes have."""
     log: Path
-    """A copy of all that the first node prints."""
+    """The file that gets a copy of the first node's output."""
 
 
 class Nodes(Protocol):
@@ -23,25 +23,25 @@ class Nodes(Protocol):
 
     @property
     def num_nodes(self) -> int:
-        """How many there are."""
+        """The number of nodes."""
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs of each; 0 for nodes without."""
+        """The number of GPUs of each node; 0 for nodes without GPUs."""
 
     @property
     def processes_per_node(self) -> int:
-        """One for each GPU, one where there is none."""
+        """One process for each GPU; one process on a node without GPUs."""
 
     def visible(self, name: str, path: Path, scratch: Path) -> Path:
-        """An input where all nodes see it: itself, or a copy in ``scratch``.
+        """Return a path of an input that all nodes see: its own, or that of a copy in ``scratch``.
 
         Raises:
             ConfigError: if the nodes do not see ``scratch`` either.
         """
 
     def run(self, work: Work, *, prepare: Callable[[], None], show: Callable[[str], None]) -> None:
-        """Run it to its end.
+        """Run a command on the nodes and wait until it ends.
 
         Args:
             work: the command.

@@ -1,7 +1,7 @@
-"""Programs whose packages are not ours: each in an environment of its own, made once and kept, or found where it is.
+"""Programs with packages of their own: each has a virtual environment, which is created once and kept.
 
-An environment lies in the user's cache directory under the digest of its pins and of Python's version, so a new pin
-makes a new one beside it. It counts as made once its mark is there; what a killed run left is made anew.
+A virtual environment lies in the user's cache directory under the digest of its pins and of Python's version, so a new
+pin makes a new one. It is complete once its mark is there; what a killed run left is replaced.
 """
 
 import fcntl
@@ -24,31 +24,31 @@ _SHOWN_LINES = 12
 
 @dataclass(frozen=True)
 class OwnEnvironment:
-    """A program, and the environment it is installed into."""
+    """A program and its virtual environment."""
 
     title: str
-    """What messages call it."""
+    """The program's name in messages."""
     packages: tuple[str, ...]
-    """What pip installs."""
+    """The packages that pip installs."""
     program: str
-    """The command that this brings."""
+    """The command that the packages provide."""
     variable: str
-    """Environment variable: a program of this kind to use instead, as images do."""
+    """The environment variable that may name an installed program to use instead, as images do."""
     pins: str
     """Exact versions of all packages, as a constraints file."""
 
     @property
     def directory(self) -> Path:
-        """Where the environment of these pins and this Python is, or will be."""
+        """The directory of the virtual environment for these pins and this version of Python."""
         decisive = f"{sys.version_info[:2]}\n{self.pins}"
         return cache_directory(os.environ) / self.program / hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
     def find_program(self) -> Path:
-        """The program; its environment is made, by pip from its own index, if it is not there yet.
+        """The path of the program; its virtual environment is created by pip if it does not exist.
 
         Raises:
             ConfigError: if the variable names no program.
-            StageError: if the environment cannot be made.
+            StageError: if the virtual environment cannot be created.
         """
         if given := os.environ.get(self.variable):
             if not os.access(given, os.X_OK) or Path(given).is_dir():
@@ -77,7 +77,7 @@ class OwnEnvironment:
         (home / _MARK).touch()
 
     def call(self, command: list[str]) -> None:
-        """Run one step of making it; StageError, with what it printed, if it fails."""
+        """Run one step of the installation; StageError, with its output, if it fails."""
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, env=own_variables(), timeout=_MAKE_WITHIN_S, check=False
@@ -96,7 +96,7 @@ class OwnEnvironment:
 
 
 def own_variables() -> dict[str, str]:
-    """This process's environment variables without those that would lead such a program to other packages than its own.
+    """This process's environment variables without those that would make the program use other packages than its own.
 
     Told to be offline, AIPerf would look for a tokenizer in a cache alone, and not where the tokenizer is.
     """
@@ -104,7 +104,7 @@ def own_variables() -> dict[str, str]:
 
 
 def program_version(program: Path, *arguments: str) -> str:
-    """The last word of what a program prints when it is asked for its version; StageError if it does not start."""
+    """The last word of a program's output when it is asked for its version; StageError if it does not start."""
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, env=own_variables(), check=False)
     if done.returncode:
         said = (done.stdout + done.stderr).strip()[-500:]

@@ -1,8 +1,8 @@
 """Several processes, one per GPU, share the batches of a stage; torchrun starts them on this machine.
 
-A stage that can be shared has a function ``work`` with its inputs and ``shards``. Process r of n takes every n-th batch
-from the r-th on; what each makes of a batch is gathered and put back into the order of the batches, so that sums over
-them come out the same for any n.
+A stage that can be shared has a function ``work``, which takes its inputs and a ``batch_share``. Process r of n takes
+every n-th batch, starting at batch r. The results are gathered and put back into the order of the batches, so that sums
+over them are the same for any n.
 
 Run by torchrun: python -m moesaic.core.process_group JOB
 """
@@ -31,18 +31,18 @@ NUM_PROCESSES = "MOESAIC_NUM_PROCESSES"
 
 
 @dataclass(frozen=True)
-class Shards:
-    """Which share of the batches this process takes."""
+class BatchShare:
+    """The batches of one process: every ``count``-th one, starting at ``rank``."""
 
     rank: int = 0
     count: int = 1
 
     def mine(self, items: Sequence[Item]) -> list[Item]:
-        """This process's share."""
+        """Select this process's items."""
         return list(items[self.rank :: self.count])
 
     def gather(self, parts: Sequence[Item]) -> list[Item]:
-        """What all processes made of their shares, in the order of the whole; each of them gets it."""
+        """Return the results of all processes, in the order of the batches, to every process."""
         if self.count == 1:
             return list(parts)
         everyone: list[Any] = [None] * self.count
@@ -54,7 +54,7 @@ class Shards:
 
 
 def num_processes() -> int:
-    """Processes to work with on this machine."""
+    """The number of processes to use on this machine."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     text = os.environ.get(NUM_PROCESSES, "1")
@@ -64,7 +64,10 @@ def num_processes() -> int:
 
 
 def share(config: Config, inputs: Mapping[str, Path], scratch: Path, num_batches: int) -> bool:
-    """Run ``work`` of the config's stage in several processes; False, and nothing done, where there is but one to use.
+    """Run ``work`` of the config's stage in several processes.
+
+    Returns:
+        False, without having run anything, if there is only one process to use.
 
     Raises:
         StageError: if one of them fails, saying why.
@@ -106,10 +109,10 @@ def _run(arguments: list[str], count: int, scratch: Path) -> None:
 
 
 def main(job: Path) -> None:
-    """Be one of the processes."""
+    """Run ``work`` as one of the processes."""
     content = json.loads(job.read_text())
     end_with(content["launcher_pid"])
-    shards = Shards(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    batch_share = BatchShare(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     stage: Stage = import_module(content["stage"]).STAGE
@@ -117,9 +120,9 @@ def main(job: Path) -> None:
     try:
         work = import_module(f"{stage.room}.run").work
         inputs = {name: Path(path) for name, path in content["inputs"].items()}
-        work(stage.config.parse(content["config"]), **inputs, scratch=job.parent, shards=shards)
+        work(stage.config.parse(content["config"]), **inputs, scratch=job.parent, batch_share=batch_share)
     except MoesaicError as failure:
-        (job.parent / f"failure-{shards.rank}.txt").write_text(str(failure))
+        (job.parent / f"failure-{batch_share.rank}.txt").write_text(str(failure))
         raise SystemExit(failure.exit_code) from failure
     finally:
         dist.destroy_process_group()

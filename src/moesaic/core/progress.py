@@ -26,15 +26,15 @@ _LINE_EVERY_S = 5.0
 
 def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """Yield ``items`` and show how far along they are, on standard error."""
-    with count_steps(total, what) as progress:
+    with count_steps(total, what) as advance:
         for item in items:
             yield item
-            progress(1)
+            advance(1)
 
 
 @contextmanager
 def count_steps(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told how many steps have been done since it was last told."""
+    """Show progress on standard error; the function it gives is called with the number of steps just done."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
@@ -52,7 +52,7 @@ def count_steps(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 
 class _StepLines:
-    """Lines of a log: one every few seconds, and one at the end."""
+    """Progress in steps as lines of a log."""
 
     def __init__(self, total: int, what: str) -> None:
         self._total, self._what, self._done = total, what, 0
@@ -61,23 +61,25 @@ class _StepLines:
     def add(self, num_steps: int) -> None:
         self._done += num_steps
         now = time.monotonic()
-        if now - self._last < _LINE_EVERY_S and self._done != self._total:
-            return
-        self._last, spent = now, now - self._start
-        left = spent / self._done * (self._total - self._done)
-        print(
-            f"{self._what}: {self._done}/{self._total}, {spent:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True
-        )
+        if num_steps and (now - self._last >= _LINE_EVERY_S or self._done == self._total):
+            passed_s = now - self._start
+            left_s = passed_s / self._done * (self._total - self._done)
+            print(
+                f"{self._what}: {self._done}/{self._total}, {passed_s:.0f} s, {left_s:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._last = now
 
 
 def say(line: str) -> None:
-    """Show a line among the progress."""
+    """Print a line to standard error, where progress is shown."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def count_bytes(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told, from any thread, how many bytes have been moved since it was last told."""
+    """Show progress; the function it gives is called, from any thread, with the number of bytes just moved."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
@@ -95,7 +97,7 @@ def count_bytes(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 
 class _ByteLines:
-    """Lines of a log, none for what is done before the first is due."""
+    """Progress in bytes as lines of a log; work that is done before the first line is due shows none."""
 
     def __init__(self, total: int, what: str) -> None:
         self._total, self._what, self._done = total, what, 0

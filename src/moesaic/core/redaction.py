@@ -1,14 +1,14 @@
-"""Secrets kept out of what is printed or logged: values of variables that hold them, and passwords in addresses."""
+"""Removal of secrets from text that is printed or logged: values of variables, and passwords in addresses."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 HIDDEN = "***"
 _NAME = re.compile(r"(?<!KMS_)KEY|SECRET|PASSW|TOKEN(?!IZ)|CREDENTIAL", re.IGNORECASE)
 _NAMES_A_FILE = ("_FILE", "_PATH")
 _IN_ADDRESS = re.compile(r"(://[^/@:\s]*:)([^/@\s]+)@")
 _SHORTEST = 6
-"""Characters; what is shorter is more likely a number or a switch, and would be hidden wherever it occurs."""
+"""Length in characters; a shorter value is more likely a number or a switch than a secret."""
 
 
 def names_secret(variable: str) -> bool:
@@ -17,22 +17,19 @@ def names_secret(variable: str) -> bool:
 
 
 def holds_password(value: str) -> bool:
-    """Whether it has an address like ``http://user:password@host`` in it."""
+    """Whether the text contains an address like ``http://user:password@host``."""
     return bool(_IN_ADDRESS.search(value))
 
 
-def redact(text: str, environment: Mapping[str, str]) -> str:
-    """The text with every password of an address, and every secret of the environment, as ``***``."""
+def redact(text: str, variables: Mapping[str, str]) -> str:
+    """Replace passwords in addresses, and the values of environment variables that hold secrets, by ``***``."""
     text = _IN_ADDRESS.sub(rf"\1{HIDDEN}@", text)
-    for secret in sorted(_secrets(environment), key=len, reverse=True):
+    for secret in sorted(_secrets(variables), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
 
 
-def _secrets(environment: Mapping[str, str]) -> set[str]:
-    return {secret for name, value in environment.items() for secret in _secrets_of(name, value)}
-
-
-def _secrets_of(name: str, value: str) -> Iterator[str]:
-    found = [match[2] for match in _IN_ADDRESS.finditer(value)] + ([value] if names_secret(name) else [])
-    yield from (secret for secret in found if len(secret) >= _SHORTEST)
+def _secrets(variables: Mapping[str, str]) -> set[str]:
+    secrets = {match[2] for value in variables.values() for match in _IN_ADDRESS.finditer(value)}
+    secrets |= {value for name, value in variables.items() if names_secret(name)}
+    return {secret for secret in secrets if len(secret) >= _SHORTEST}

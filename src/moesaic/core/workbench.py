@@ -1,4 +1,4 @@
-"""Stages one after the other in plain Python: each in a directory of its own, and none twice.
+"""Runs stages one after the other in plain Python, each in a directory of its own, and none twice.
 
 A stage's output is kept under the name of its task. It is made again when its config, the code or anything that it was
 made from has changed; a killed stage goes on from its scratch directory.
@@ -20,7 +20,7 @@ Given = Path | list[Path]
 
 
 class Workbench:
-    """Where the stages of one run work.
+    """Runs the stages of one run in one directory.
 
     Args:
         directory: holds ``<task>`` for every finished task, and what unfinished ones have so far under ``.work``.
@@ -31,7 +31,7 @@ class Workbench:
         self._keys: dict[Path, str] = {}
 
     def run(self, stage: Stage, config: Config, task: str = "", **inputs: Given) -> Path:
-        """The output of a stage: its directory, made now unless it is there already.
+        """Run a stage, unless its output exists already; returns the output directory.
 
         Args:
             stage: what to run.
@@ -70,7 +70,7 @@ class Workbench:
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
     def _identity(self, path: Path) -> str:
-        """How a task's output was made; of anything else the names, sizes and times of its files."""
+        """The key of a task's output; for other paths a digest of the names, sizes and times of their files."""
         if path in self._keys:
             return self._keys[path]
         files = sorted(path.rglob("*")) if path.is_dir() else [path]

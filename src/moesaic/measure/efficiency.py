@@ -24,7 +24,7 @@ from moesaic.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model as it is served: which one, at what effort, with what KV cache."""
+    """A served model: its name, its effort and its KV cache."""
 
     model: str
     effort: Effort
@@ -32,12 +32,12 @@ class Deployment:
 
 
 REFERENCE = Deployment("parent", "high", "bf16")
-"""What relative request rates are relative to."""
+"""The deployment to which request rates are relative."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What an evaluation says of a deployment, over the suite."""
+    """Accuracy and tokens per request of a deployment, over the suite."""
 
     accuracy: float
     """Mean over tasks, 0 to 1."""
@@ -122,10 +122,10 @@ def gain_at_accuracy(points: Iterable[FrontierPoint], goal: FrontierPoint) -> fl
 
 
 def retention(child_accuracy: float, parent_accuracy: float) -> float | None:
-    """The share of the parent's accuracy that the child has; None where the parent has none to keep."""
+    """The child's accuracy over the parent's; None if the parent's is 0."""
     return child_accuracy / parent_accuracy if parent_accuracy > 0 else None
 
 
 def recovered_share(before: float, after: float, parent: float) -> float | None:
-    """``(after - before) / (parent - before)``: of the accuracy lost, what came back; None where none was lost."""
+    """The recovered share of the lost accuracy: ``(after - before) / (parent - before)``; None if none was lost."""
     return (after - before) / (parent - before) if before < parent else None

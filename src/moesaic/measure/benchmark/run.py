@@ -65,7 +65,7 @@ def run(config: BenchmarkConfig, *, parent: Path, child: Path, output: Path, scr
     device = choose_device()
     paths = {"parent": parent, "child": child}
     steps = _time_by_block(config, paths, points, device) if config.by_block else _time(config, paths, points, device)
-    measured = [describe(name, point, found) for point, timings in steps for name, found in timings.items()]
+    measured = [describe(name, point, repeats) for point, timings in steps for name, repeats in timings.items()]
     hardware = _hardware(device) | {"by_block": config.by_block}
     content = {"hardware": hardware, "precision": config.precision, "points": measured}
     (output / "measurements.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -181,12 +181,12 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _metrics(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for parent, child in zip(measured[::2], measured[1::2], strict=True):
-        place = f"in{parent['input_tokens']}_out{parent['output_tokens']}_batch{parent['batch_size']}"
+        suffix = f"in{parent['input_tokens']}_out{parent['output_tokens']}_batch{parent['batch_size']}"
         old, new = parent["tokens_per_s"]["median"], child["tokens_per_s"]["median"]
         metrics |= {
-            f"parent_tokens_per_s_{place}": old,
-            f"child_tokens_per_s_{place}": new,
-            f"speedup_{place}": new / old,
+            f"parent_tokens_per_s_{suffix}": old,
+            f"child_tokens_per_s_{suffix}": new,
+            f"speedup_{suffix}": new / old,
         }
     return metrics
 

@@ -36,7 +36,7 @@ _STANDARD_ERRORS = 2.0
 
 @dataclass(frozen=True, order=True)
 class LoadPoint:
-    """One setting of the sweep."""
+    """One point of the sweep: a workload at a number of users."""
 
     workload: str
     input_tokens: int
@@ -46,7 +46,7 @@ class LoadPoint:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds over the requests of a run."""
+    """Mean and percentiles in milliseconds over the requests of a run."""
 
     avg: float
     p50: float
@@ -74,13 +74,13 @@ class LoadRun:
     """One run of one point, as the client saw it."""
 
     counts: Counts
-    """Of the requests that were measured."""
+    """Counts of the measured requests."""
     warmup: Counts
-    """Of those before them."""
+    """Counts of the warm-up requests."""
     errors: int
     requests_per_s: float
     tokens_per_s: float
-    """Output tokens of all users."""
+    """Throughput in output tokens, of all users together."""
     mean_output_tokens: float
     ttft_ms: Latency
     itl_ms: Latency
@@ -88,13 +88,13 @@ class LoadRun:
 
     @property
     def tokens_per_s_per_user(self) -> float:
-        """Per-user speed."""
+        """Output tokens per second of one user."""
         return 1000 / self.itl_ms.avg
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over repeats."""
+    """Median, minimum and maximum of a figure over repeats."""
 
     median: float
     min: float
@@ -102,21 +102,21 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Median, smallest and largest."""
-        found = list(values)
-        return cls(median(found), min(found), max(found))
+        """The spread of these values."""
+        values = list(values)
+        return cls(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class SweptPoint:
-    """One point of one model, over its repeats."""
+    """The figures of one model at one point, over its repeats."""
 
     point: LoadPoint
     tokens_per_s: Spread
     requests_per_s: Spread
     tokens_per_s_per_user: Spread
     ttft_ms: Mapping[str, Spread]
-    """By ``avg``, ``p50`` and ``p99``, as all latencies."""
+    """Keys of this and of all latencies: ``avg``, ``p50``, ``p99``."""
     itl_ms: Mapping[str, Spread]
     request_ms: Mapping[str, Spread]
 
@@ -132,7 +132,7 @@ class Halves:
 
 
 def find_contradictions(point: LoadPoint, requests: int, run: LoadRun, server: Mapping[str, int]) -> list[str]:
-    """What cannot be true of a run at once; empty if all is well.
+    """Messages for the figures of a run that contradict each other; empty if none do.
 
     Args:
         point: what was asked for.
@@ -141,35 +141,37 @@ def find_contradictions(point: LoadPoint, requests: int, run: LoadRun, server: M
         server: by how much the server's own counters rose meanwhile, warm-up included: as many of the fields of
             :class:`Counts` as it has.
     """
-    found = []
+    contradictions = []
     if run.errors or run.counts.requests != requests:
-        found.append(f"{run.counts.requests} of {requests} requests were answered, {run.errors} failed")
+        contradictions.append(f"{run.counts.requests} of {requests} requests were answered, {run.errors} failed")
     for what, total, each in (
         ("input", run.counts.input_tokens, point.input_tokens),
         ("output", run.counts.output_tokens, point.output_tokens),
     ):
         if total != each * run.counts.requests:
-            found.append(f"{run.counts.requests} requests of {each} {what} tokens had {total} of them in all")
+            contradictions.append(f"{run.counts.requests} requests of {each} {what} tokens had {total} of them in all")
     expected = run.tokens_per_s / run.mean_output_tokens if run.mean_output_tokens else math.nan
     if not math.isclose(run.requests_per_s, expected, rel_tol=_ROUNDING):
-        found.append(
+        contradictions.append(
             f"request throughput is {run.requests_per_s:.6g}/s, but token throughput over mean output length is "
             f"{run.tokens_per_s:.6g} / {run.mean_output_tokens:.6g} = {expected:.6g}/s"
         )
     if not run.itl_ms.avg:
-        found.append(
+        contradictions.append(
             f"every reply of {point.output_tokens} tokens arrived in one piece: nothing is known of the time between "
             "tokens; make replies longer, or the server stream more often"
         )
     client = run.counts + run.warmup
     for name, count in server.items():
         if count != getattr(client, name):
-            found.append(f"the server counted {count} {name.replace('_', ' ')}, the client {getattr(client, name)}")
-    return found
+            contradictions.append(
+                f"the server counted {count} {name.replace('_', ' ')}, the client {getattr(client, name)}"
+            )
+    return contradictions
 
 
-def take_together(point: LoadPoint, runs: Sequence[LoadRun]) -> SweptPoint:
-    """All repeats of one point."""
+def summarize_runs(point: LoadPoint, runs: Sequence[LoadRun]) -> SweptPoint:
+    """Summarize all repeats of one point."""
 
     def latencies(name: str) -> dict[str, Spread]:
         return {key: Spread.of(getattr(getattr(run, name), key) for run in runs) for key in ("avg", "p50", "p99")}
@@ -219,20 +221,20 @@ def _figures(run: LoadRun) -> dict[str, float]:
 def compare_halves(
     runs: Mapping[LoadPoint, Sequence[LoadRun]], others: Iterable[Sequence[LoadRun]] = ()
 ) -> list[Halves]:
-    """Odd against even repeats at every point.
+    """Compare odd with even repeats at every point.
 
     Args:
         runs: all repeats of one model, in the order of time; at least two each.
         others: repeats of other models, which say more of the spread.
     """
     deviation = _pooled_deviation([*runs.values(), *others])
-    found = []
+    halves = []
     for point, repeats in runs.items():
         odd, even = ([run.tokens_per_s for run in repeats[start::2]] for start in (0, 1))
         allowed = _STANDARD_ERRORS * deviation * math.sqrt(1 / len(odd) + 1 / len(even))
         ratio = fmean(even) / fmean(odd)
-        found.append(Halves(point, ratio, abs(math.log(ratio)) <= allowed))
-    return found
+        halves.append(Halves(point, ratio, abs(math.log(ratio)) <= allowed))
+    return halves
 
 
 def _pooled_deviation(groups: Sequence[Sequence[LoadRun]]) -> float:

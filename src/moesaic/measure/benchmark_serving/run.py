@@ -7,7 +7,7 @@ a file in scratch, and a killed stage goes on with the next one.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import write_text_atomically
-from moesaic.core.progress import track
+from moesaic.core.progress import count_steps
 from moesaic.deploy.engines import Server, ServerSpec, check_available, started_server
 from moesaic.measure.benchmark_serving.aiperf import Client, Load, find_client
 from moesaic.measure.benchmark_serving.load_sweep import (
@@ -28,7 +28,7 @@ from moesaic.measure.benchmark_serving.load_sweep import (
     find_contradictions,
     paired_ratios,
     pareto_set,
-    take_together,
+    summarize_runs,
 )
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
 from moesaic.models.checkpoint import Checkpoint
@@ -36,28 +36,28 @@ from moesaic.models.checkpoint import Checkpoint
 PAYLOAD = "measurements.json"
 ROLES = ("parent", "child")
 Sweep = Mapping[LoadPoint, Sequence[LoadRun]]
-"""All repeats of every point, in the order of time."""
+"""The runs of every point in the order of time."""
 
 
 @dataclass(frozen=True)
-class Sitting:
-    """One sweep over one model on one server."""
+class ServerRun:
+    """One run of a model's server, over all points."""
 
     spec: ServerSpec
     repeat: int
 
     def file(self, scratch: Path, point: LoadPoint) -> Path:
-        """Where the outcome of a point is kept."""
+        """The file that keeps the measurement of a point."""
         return scratch / f"{self.spec.role}-{self.repeat}-{point.workload}-{point.concurrency}.json"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of one point."""
+    """The measurement of one point in one run."""
 
     run: LoadRun
     server: Mapping[str, int]
-    """By how much the server's own counters rose, warm-up included."""
+    """The increase of the server's own counters, warm-up included."""
 
     @classmethod
     def read(cls, path: Path) -> "Measured":
@@ -65,7 +65,7 @@ class Measured:
         return TypeAdapter(cls).validate_json(path.read_text())
 
     def write(self, path: Path) -> None:
-        """Keep it in a file that is there only when it is whole."""
+        """Write the measurement to a file, atomically."""
         write_text_atomically(path, json.dumps(asdict(self)) + "\n")
 
 
@@ -77,16 +77,20 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
     for spec in specs:
         check_available(config.engine, spec)
     client = find_client()
-    sittings = [Sitting(spec, repeat) for repeat in range(config.repeats) for spec in specs]
-    steps = _sit_through(config, sittings, points, client, vocab_size, scratch)
-    for _ in track(steps, len(sittings) * len(points), "benchmark_serving"):
-        pass
+    server_runs = [ServerRun(spec, repeat) for repeat in range(config.repeats) for spec in specs]
+    with count_steps(len(server_runs) * len(points), "benchmark_serving") as advance:
+        for server_run in server_runs:
+            _measure_missing(config, server_run, points, client, vocab_size, scratch, advance)
     measured = {
         role: {
-            point: [Measured.read(one.file(scratch, point)) for one in sittings if one.spec.role == role]
+            point: [Measured.read(one.file(scratch, point)) for one in server_runs if one.spec.role == role]
             for point in points
         }
         for role in ROLES
+    }
+    sweeps = {
+        role: {point: [one.run for one in repeats] for point, repeats in by_point.items()}
+        for role, by_point in measured.items()
     }
     content = {
         "engine": config.engine,
@@ -94,7 +98,7 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
         "kv_cache": {spec.role: spec.kv_cache for spec in specs},
         "repeats": config.repeats,
         "counted_by_server": sorted(measured["parent"][points[0]][0].server),
-        **describe({role: _runs(found) for role, found in measured.items()}),
+        **describe(sweeps),
     }
     (output / PAYLOAD).write_text(json.dumps(content, indent=1) + "\n")
     return _metrics(content)
@@ -121,7 +125,7 @@ def _spec(config: BenchmarkServingConfig, points: Sequence[LoadPoint], role: str
 
 
 def _check_model(directory: Path, points: Sequence[LoadPoint]) -> int:
-    """The size of its vocabulary; ConfigError if a request does not fit its positions."""
+    """Return the size of the vocabulary; ConfigError if a request does not fit the positions."""
     shape = Checkpoint.open(directory).shape
     longest = max(points, key=lambda point: point.input_tokens + point.output_tokens)
     if longest.input_tokens + longest.output_tokens > shape.max_positions:
@@ -132,54 +136,49 @@ def _check_model(directory: Path, points: Sequence[LoadPoint]) -> int:
     return shape.vocab_size
 
 
-def _sit_through(
+def _measure_missing(
     config: BenchmarkServingConfig,
-    sittings: Sequence[Sitting],
+    server_run: ServerRun,
     points: Sequence[LoadPoint],
     client: Client,
     vocab_size: int,
     scratch: Path,
-) -> Iterator[None]:
-    """Measure what is not measured yet, one point per step."""
-    for sitting in sittings:
-        files = {point: sitting.file(scratch, point) for point in points}
-        missing = [point for point in points if not files[point].is_file()]
-        yield from [None] * (len(points) - len(missing))
-        if not missing:
-            continue
-        log = scratch / f"server-{sitting.spec.role}-{sitting.repeat}.log"
-        with started_server(config.engine, sitting.spec, log, config.startup_timeout_s) as server:
-            for point in missing:
-                users = point.concurrency
-                load = Load(
-                    point=point,
-                    requests=users * config.requests_per_user,
-                    warmup_requests=users * config.warmup_requests_per_user,
-                    vocab_size=vocab_size,
-                    seed=config.seed,
-                )
-                artifacts = files[point].with_suffix("")
-                found = _measure(client, server, load, artifacts, config.point_timeout_s)
-                found.write(files[point])
-                yield
+    advance: Callable[[int], None],
+) -> None:
+    """Measure the points that have no file yet, and report every point to ``advance``."""
+    files = {point: server_run.file(scratch, point) for point in points}
+    missing = [point for point in points if not files[point].is_file()]
+    advance(len(points) - len(missing))
+    if not missing:
+        return
+    log = scratch / f"server-{server_run.spec.role}-{server_run.repeat}.log"
+    with started_server(config.engine, server_run.spec, log, config.startup_timeout_s) as server:
+        for point in missing:
+            users = point.concurrency
+            load = Load(
+                point=point,
+                requests=users * config.requests_per_user,
+                warmup_requests=users * config.warmup_requests_per_user,
+                vocab_size=vocab_size,
+                seed=config.seed,
+            )
+            artifacts = files[point].with_suffix("")
+            _measure(client, server, load, artifacts, config.point_timeout_s).write(files[point])
+            advance(1)
 
 
 def _measure(client: Client, server: Server, load: Load, artifacts: Path, timeout_s: float) -> Measured:
-    """One run of one point; StageError unless client and server agree on it."""
+    """Measure one point; StageError unless client and server agree on the counts."""
     before = server.counts()
     try:
-        found = client.run(server.url, server.model, load, artifacts, timeout_s)
+        run = client.run(server.url, server.model, load, artifacts, timeout_s)
     finally:
         server.check_alive()
     after = server.counts()
     counted = {field: count - before.get(field, 0) for field, count in after.items()}
-    if wrong := find_contradictions(load.point, load.requests, found, counted):
+    if wrong := find_contradictions(load.point, load.requests, run, counted):
         raise StageError(f"the run of {load.point} against {server.model} does not hold: " + "; ".join(wrong))
-    return Measured(found, counted)
-
-
-def _runs(measured: Mapping[LoadPoint, Sequence[Measured]]) -> Sweep:
-    return {point: [one.run for one in repeats] for point, repeats in measured.items()}
+    return Measured(run, counted)
 
 
 def describe(sweeps: Mapping[str, Sweep]) -> dict[str, Any]:
@@ -188,17 +187,17 @@ def describe(sweeps: Mapping[str, Sweep]) -> dict[str, Any]:
     Args:
         sweeps: of the parent and the child, by role, at the same points.
     """
-    together = {role: [take_together(*item) for item in sweep.items()] for role, sweep in sweeps.items()}
+    swept_points = {role: [summarize_runs(*item) for item in sweep.items()] for role, sweep in sweeps.items()}
     parent, child = (sweeps[role] for role in ROLES)
     return {
-        "points": [_entry(role, swept) for role in ROLES for swept in together[role]],
+        "points": [_entry(role, swept) for role in ROLES for swept in swept_points[role]],
         "ratios": [
             asdict(point)
             | {name: asdict(spread) for name, spread in paired_ratios(parent[point], child[point]).items()}
             for point in parent
         ],
-        "best": [_best(role, group) for role in ROLES for group in _by_workload(together[role])],
-        "pareto": [_pareto(role, group) for role in ROLES for group in _by_workload(together[role])],
+        "best": [_best(role, group) for role in ROLES for group in _by_workload(swept_points[role])],
+        "pareto": [_pareto(role, group) for role in ROLES for group in _by_workload(swept_points[role])],
         "parent_twice": [
             asdict(half.point) | {"ratio": half.ratio, "agrees": half.agrees}
             for half in compare_halves(parent, child.values())
@@ -230,11 +229,11 @@ def _pareto(role: str, group: Sequence[SweptPoint]) -> dict[str, Any]:
 def _metrics(content: Mapping[str, Any]) -> dict[str, float]:
     metrics = {}
     for point in content["points"]:
-        place = f"{point['workload']}_c{point['concurrency']}"
-        metrics[f"{point['model']}_tokens_per_s_{place}"] = point["tokens_per_s"]["median"]
+        suffix = f"{point['workload']}_c{point['concurrency']}"
+        metrics[f"{point['model']}_tokens_per_s_{suffix}"] = point["tokens_per_s"]["median"]
     for ratio in content["ratios"]:
         metrics[f"speedup_{ratio['workload']}_c{ratio['concurrency']}"] = ratio["tokens_per_s"]["median"]
-    best = {(found["model"], found["workload"]): found["tokens_per_s"] for found in content["best"]}
+    best = {(entry["model"], entry["workload"]): entry["tokens_per_s"] for entry in content["best"]}
     for workload in dict.fromkeys(name for _, name in best):
         metrics[f"best_speedup_{workload}"] = best["child", workload] / best["parent", workload]
     metrics["parent_agrees_share"] = sum(half["agrees"] for half in content["parent_twice"]) / len(

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The stage ``evaluate``: accuracy and generated tokens per request, at each effort."""

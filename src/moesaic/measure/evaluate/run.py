@@ -36,7 +36,7 @@ _FIGURES = ("accuracy", "tokens_per_request", "truncated")
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of ``samples.jsonl``: a problem and what the model made of it."""
+    """One line of ``samples.jsonl``: a problem, the model's reply, and whether it is correct."""
 
     id: str
     task: str
@@ -46,17 +46,17 @@ class Sample:
     tokens: int
     truncated: bool
     epoch: int = 1
-    """Which of the replies to this problem at this effort."""
+    """The number of the reply to this problem at this effort, from 1."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One reply to ask a server for."""
+    """A request to a server for one reply."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]
     epoch: int
-    """Which of the replies to this problem at this effort, from 1."""
+    """The number of the reply to this problem at this effort, from 1."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Chunk:
 
 
 Answered = Iterator[tuple[Effort, list[Sample]]]
-"""The samples of one effort after the other."""
+"""The samples of each effort, one effort after another."""
 
 
 def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scratch: Path) -> dict[str, float]:
@@ -83,17 +83,17 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
         answered = _answer_here(config, checkpoint, problems, missing)
     else:
         answered = _answer_by_server(config, checkpoint, problems, missing, scratch)
-    for effort, found in answered:
-        _write_samples(files[effort], found)
+    for effort, judged in answered:
+        _write_samples(files[effort], judged)
     samples = {effort: _read_samples(file) for effort, file in files.items()}
     evaluation: dict[str, Any] = {
         "name": config.name,
         "steps": read_recovery(model),
         "kv_cache": config.kv_cache,
         "parameters": gpt_oss.num_parameters(checkpoint.shape, checkpoint.architecture),
-        "efforts": {effort: summarize(found) for effort, found in samples.items()},
+        "efforts": {effort: summarize(judged) for effort, judged in samples.items()},
     }
-    _write_samples(output / "samples.jsonl", [sample for found in samples.values() for sample in found])
+    _write_samples(output / "samples.jsonl", [sample for judged in samples.values() for sample in judged])
     (output / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
     return _metrics(evaluation["efforts"])
 
@@ -130,7 +130,7 @@ def _answer_by_server(
     efforts: Sequence[Effort],
     scratch: Path,
 ) -> Answered:
-    """One server replies at all efforts; no reply waits for those of another effort."""
+    """Ask one server for the replies at all efforts at once."""
     if not efforts:
         return
     if config.engine == "moesaic":
@@ -168,22 +168,22 @@ def _ask_server(
     chunks: Sequence[Chunk],
     scratch: Path,
 ) -> None:
-    """Write the chunks as their last replies come in; what can be checked is checked before the server starts."""
+    """Write each chunk when its last reply arrives; lengths are checked before the server starts."""
     requests = [(chunk.effort, request) for chunk in chunks for request in chunk.requests]
     wanted = [_completion(config, effort, request) for effort, request in requests]
     check_lengths([one.prompt for one in wanted], config.max_new_tokens, checkpoint.shape.max_positions)
     with served_replies(config, checkpoint.directory, config.kv_cache, wanted, scratch) as replies:
         samples = (
-            (place, replace(judge(request.problem, reply, tokenizer, effort), epoch=request.epoch))
-            for place, reply in track(replies, len(wanted), f"{config.name}: replies")
-            for effort, request in [requests[place]]
+            (index, replace(judge(request.problem, reply, tokenizer, effort), epoch=request.epoch))
+            for index, reply in track(replies, len(wanted), f"{config.name}: replies")
+            for effort, request in [requests[index]]
         )
-        for number, found in whole_chunks(samples, [len(chunk.requests) for chunk in chunks]):
-            _write_samples(chunks[number].file, found)
+        for number, judged in whole_chunks(samples, [len(chunk.requests) for chunk in chunks]):
+            _write_samples(chunks[number].file, judged)
 
 
 def _completion(config: EvaluateConfig, effort: str, request: Request) -> Completion:
-    """With a seed that only this problem has, and only in this epoch."""
+    """The completion to request; its seed belongs to this problem and epoch alone."""
     seed = seed_of("evaluate", config.seed, effort, request.problem.id, request.epoch - 1)
     return Completion(request.problem.id, request.prompt_ids, config.max_new_tokens, config.temperature, seed)
 
@@ -195,36 +195,36 @@ def answer_problems(
     effort: str,
     config: EvaluateConfig,
 ) -> list[Sample]:
-    """Let the model reply to every problem at one effort, and judge the replies."""
+    """Generate the replies to all problems at one effort and judge them."""
     asked = [(problem, epoch + 1) for problem in problems for epoch in range(config.epochs)]
     prompts = [render_prompt(problem, tokenizer, effort) for problem, _ in asked]
     sampling = Sampling(config.max_new_tokens, stop_ids(model), config.temperature, config.seed)
     batches = generate_batches(model, prompts, sampling, config.batch_size)
     num_batches = -(-len(prompts) // config.batch_size)
-    found = dict(chain.from_iterable(track(batches, num_batches, f"{config.name}: batches at {effort} effort")))
+    replies = dict(chain.from_iterable(track(batches, num_batches, f"{config.name}: batches at {effort} effort")))
     return [
-        replace(judge(problem, found[index], tokenizer, effort), epoch=epoch)
+        replace(judge(problem, replies[index], tokenizer, effort), epoch=epoch)
         for index, (problem, epoch) in enumerate(asked)
     ]
 
 
 def judge(problem: Problem, reply: Generated, tokenizer: PreTrainedTokenizerBase, effort: str) -> Sample:
-    """Decode a reply and hold its final channel against the answer."""
+    """Decode a reply and compare its final channel with the answer."""
     text = str(tokenizer.decode(reply.token_ids, skip_special_tokens=False))
     correct = problem.is_solved_by_reply(text, reply.truncated)
     return Sample(problem.id, problem.task, effort, text, correct, reply.num_tokens, reply.truncated)
 
 
 def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What ``evaluation.json`` says of one effort; the suite's figures are means over its tasks."""
+    """The entry of one effort in ``evaluation.json``; the suite's figures are means over its tasks."""
     tasks: dict[str, dict[str, float]] = {}
     for task in dict.fromkeys(sample.task for sample in samples):
-        found = [sample for sample in samples if sample.task == task]
+        of_task = [sample for sample in samples if sample.task == task]
         tasks[task] = {
-            "accuracy": fmean(sample.correct for sample in found),
-            "tokens_per_request": fmean(sample.tokens for sample in found),
-            "truncated": fmean(sample.truncated for sample in found),
-            "problems": len({sample.id for sample in found}),
+            "accuracy": fmean(sample.correct for sample in of_task),
+            "tokens_per_request": fmean(sample.tokens for sample in of_task),
+            "truncated": fmean(sample.truncated for sample in of_task),
+            "problems": len({sample.id for sample in of_task}),
         }
     suite = {key: fmean(task[key] for task in tasks.values()) for key in _FIGURES}
     return {**suite, "tasks": tasks}

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The stage ``gather_recovery``: collect one model's evaluations over the stages of recovery."""

@@ -1,4 +1,4 @@
-"""One model's recovery in one place: what it scored after every stage, what it learned from, how it learned.
+"""Collect one model's recovery: its evaluations after every stage, its traces, and its training curve.
 
 ``recovery.json`` holds the model's ``candidate`` name, ``stages`` in their order (each a name and the content of its
 ``evaluation.json``), the ``traces`` summary, and ``curve``, the rows of the distillation's ``training.jsonl``.
@@ -51,7 +51,7 @@ def run(
 
 
 def policy_name(evaluation: Mapping[str, Any]) -> str:
-    """Which policy was evaluated: the last one that the checkpoint's own steps name."""
+    """The name of the evaluated policy: that of the last ``reinforce`` step of the checkpoint."""
     names = [str(step["policy"]) for step in evaluation.get("steps", []) if step.get("stage") == "reinforce"]
     if not names:
         raise ArtifactError(
@@ -69,7 +69,7 @@ def _evaluation(directory: Path) -> dict[str, Any]:
 
 
 def _check(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """All evaluations must be of one model at the same efforts, and no two of them called the same."""
+    """Raise ArtifactError unless all evaluations are of one model at the same efforts and have distinct names."""
     names = [name for name, _ in stages]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ArtifactError(f"several evaluations are of {sorted(repeated)}; give each policy a name of its own")
@@ -95,7 +95,7 @@ def _read_curve(path: Path) -> list[dict[str, float]]:
 
 def _metrics(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, float]:
     return {
-        f"accuracy_{effort}_{stage.replace(' ', '_')}": found["accuracy"]
+        f"accuracy_{effort}_{stage.replace(' ', '_')}": figures["accuracy"]
         for stage, evaluation in stages
-        for effort, found in evaluation["efforts"].items()
+        for effort, figures in evaluation["efforts"].items()
     }

@@ -1,1 +1,1 @@
-"""The report: what was found, on one self-contained page and in one JSON summary."""
+"""The report: the results of a run on one self-contained page and in one JSON summary."""

@@ -1,4 +1,4 @@
-"""What the pictures share: one colour per model, one look, axes that several have, and PNG as bytes."""
+"""Drawing functions that all figures share: colours, axes, and PNG output."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,12 +27,12 @@ _DPI = 130
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches, that lays itself out."""
+    """An empty figure with automatic layout; sizes in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def tidy(axes: Axes) -> None:
-    """Take away what is not data: the upper and right frame; add a faint grid."""
+    """Remove the upper and right frame and add a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -86,12 +86,12 @@ def window_colours(windows: Iterable[int | None]) -> dict[int | None, str]:
 
 
 def window_name(window: int | None) -> str:
-    """A window in words."""
+    """The label of a window."""
     return "full attention" if window is None else f"window of {window}"
 
 
 def rival_colour(name: str) -> str:
-    """The colour of a way to choose blocks."""
+    """The colour of a baseline."""
     return RIVALS.get("random" if name.startswith("random") else name, OTHER)
 
 
@@ -102,7 +102,7 @@ def stage_colours(policies: Iterable[str], baseline: str | None) -> dict[str, st
 
 
 def to_png(figure: Figure) -> bytes:
-    """The picture, without anything that depends on when it was made."""
+    """The figure as PNG, without the time or other metadata that would vary."""
     content = io.BytesIO()
     with rc_context({"font.size": 10}):
         figure.savefig(content, format="png", dpi=_DPI, metadata={"Software": None})

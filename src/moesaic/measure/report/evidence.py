@@ -1,4 +1,4 @@
-"""What a report is made of: the outputs of the stages before it, read into values."""
+"""The evidence of a report: the outputs of earlier stages, parsed."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
 
 
 @dataclass(frozen=True)
-class Solution:
-    """An assembly of ``architecture.json``: its blocks, its damage and what the cost table predicts of it."""
+class Candidate:
+    """A candidate of ``architecture.json``: its blocks, its damage and the costs that the cost table predicts."""
 
     name: str
     architecture: Architecture
@@ -53,7 +53,7 @@ class EffortResult(Result):
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy: what other problems of the same tasks would change it by, typically."""
+        """Standard error of the accuracy, over the choice of problems of the same tasks."""
         variance = sum(task.accuracy * (1 - task.accuracy) / task.problems for task in self.tasks.values())
         return math.sqrt(variance) / len(self.tasks)
 
@@ -66,12 +66,12 @@ class Evaluation:
     parameters: int
     efforts: Mapping[Effort, EffortResult]
     kv_cache: EmulatedCache | None = None
-    """What the KV cache was rounded to; None if it was left as computed."""
+    """The emulated format of the KV cache; None if nothing was emulated."""
 
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """What a measurement was made at."""
+    """Context and batch size of a measurement."""
 
     input_tokens: int
     output_tokens: int
@@ -85,7 +85,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of one model at one setting."""
+    """The measured speed of one model at one setting."""
 
     tokens_per_s: Spread
     prefill_ms: Spread
@@ -94,7 +94,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Pair:
-    """Parent and child at one setting."""
+    """The speed of parent and child at one setting."""
 
     setting: Setting
     parent: Speed
@@ -102,13 +102,13 @@ class Pair:
 
     @property
     def speedup(self) -> float:
-        """Of output-token throughput, by medians."""
+        """The child's output-token throughput over the parent's, by medians."""
         return self.child.tokens_per_s.median / self.parent.tokens_per_s.median
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What replacing one block does to the parent, on short and on long context, by the metric of the search."""
+    """The damage of replacing one block, on short and on long context, in the metric of the search."""
 
     layer: int
     block: Block
@@ -118,34 +118,34 @@ class Damage:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the page shows of the search and its child."""
+    """The evidence of the search and its child."""
 
     ranking: Sequence[Sequence[int]]
     """Per layer the experts, most important first."""
     metric: str
     damages: Sequence[Damage]
     costs: CostTable
-    parent: Solution
-    candidates: Mapping[str, Solution]
+    parent: Candidate
+    candidates: Mapping[str, Candidate]
     skipped: Mapping[str, str]
     swept: str
-    frontier: Sequence[Solution]
+    frontier: Sequence[Candidate]
     evaluation_parent: Evaluation
     evaluation_child: Evaluation
     baselines: Sequence[Evaluation]
     hardware: Mapping[str, Any]
     pairs: Sequence[Pair]
     pairs_fp8: Sequence[Pair]
-    """Measured with an FP8 cache; empty if the benchmark did not do so."""
+    """Pairs measured with an FP8 cache; empty if there are none."""
 
     @property
-    def child(self) -> Solution:
+    def child(self) -> Candidate:
         """The candidate that became the child."""
         return self.candidates[self.evaluation_child.name]
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
-        """Of parent and child, by their role."""
+        """The evaluations of parent and child, by role."""
         return {"parent": self.evaluation_parent, "child": self.evaluation_child}
 
     @property
@@ -155,7 +155,7 @@ class Evidence:
 
 
 def common_efforts(evaluations: Iterable[Evaluation]) -> list[Effort]:
-    """The efforts at which all of them were made, lowest first."""
+    """The efforts that all evaluations have, lowest first."""
     evaluations = list(evaluations)
     return [effort for effort in EFFORTS if all(effort in evaluation.efforts for evaluation in evaluations)]
 
@@ -182,11 +182,11 @@ def read_evidence(
             metric=scores["metric"],
             damages=[_read_damage(row, scores["metric"]) for row in scores["rows"]],
             costs=CostTable.from_json(costs),
-            parent=_read_solution("parent", architecture["parent"]),
-            candidates={name: _read_solution(name, entry) for name, entry in architecture["candidates"].items()},
+            parent=_read_candidate("parent", architecture["parent"]),
+            candidates={name: _read_candidate(name, entry) for name, entry in architecture["candidates"].items()},
             skipped=architecture.get("skipped", {}),
             swept=architecture["swept"],
-            frontier=[_read_solution("frontier", entry) for entry in architecture["frontier"]],
+            frontier=[_read_candidate("frontier", entry) for entry in architecture["frontier"]],
             evaluation_parent=read_evaluation(evaluation_parent),
             evaluation_child=read_evaluation(evaluation_child),
             baselines=[read_evaluation(entry) for entry in baselines],
@@ -211,10 +211,10 @@ def _check(evidence: Evidence) -> None:
         raise ArtifactError("measurements.json holds no point of both models; run benchmark again")
 
 
-def _read_solution(name: str, entry: Mapping[str, Any]) -> Solution:
+def _read_candidate(name: str, entry: Mapping[str, Any]) -> Candidate:
     architecture = Architecture.of(Block.from_config(block) for block in entry["blocks"])
     figures = ("damage", "parameters", "num_experts", "memory_mib", "throughput_tokens_per_s")
-    return Solution(name, architecture, **{figure: entry[figure] for figure in figures})
+    return Candidate(name, architecture, **{figure: entry[figure] for figure in figures})
 
 
 def _read_damage(row: Mapping[str, Any], metric: str) -> Damage:
@@ -225,7 +225,7 @@ _EVALUATION, _SETTING, _SPEED = TypeAdapter(Evaluation), TypeAdapter(Setting), T
 
 
 def read_evaluation(content: Mapping[str, Any]) -> Evaluation:
-    """The content of an ``evaluation.json``."""
+    """Parse the content of an ``evaluation.json``."""
     return _EVALUATION.validate_python(content)
 
 

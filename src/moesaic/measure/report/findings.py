@@ -1,4 +1,4 @@
-"""The numbers of the report, each computed from the evidence, and who wins by them. The templates put them in words."""
+"""The figures of the report, computed from the evidence, and which method they favour. Templates word them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from moesaic.measure.efficiency import (
     pareto_frontier,
     retention,
 )
-from moesaic.measure.report.evidence import EffortResult, Evaluation, Evidence, Pair, Result, Setting, Solution
+from moesaic.measure.report.evidence import Candidate, EffortResult, Evaluation, Evidence, Pair, Result, Setting
 
 _TIE = 0.005
 """Mean accuracies closer than half a point are called equal."""
@@ -31,7 +31,7 @@ class Prediction:
 
     workload: str
     predicted: Mapping[str, float]
-    """Of throughput, prefill and decode."""
+    """Speed-ups of throughput, prefill and decode."""
     measured: Mapping[str, float] | None
     """Of the same quantities; None if the benchmark has no point of this workload."""
 
@@ -64,7 +64,7 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
 
 
 def compare(parent: float, child: float) -> dict[str, float]:
-    """A figure of both models, and its ratio."""
+    """A figure of parent and child, and their ratio."""
     return {"parent": parent, "child": child, "ratio": child / parent}
 
 
@@ -84,16 +84,16 @@ def compare_tasks(parent: EffortResult, child: EffortResult) -> dict[str, dict[s
 
 
 def _count_windows(evidence: Evidence) -> dict[str, int]:
-    """The parent's full-attention layers, and what became of them in the child."""
+    """The number of the parent's full-attention layers, and of those with a window in the child."""
     pairs = zip(evidence.parent.architecture.blocks, evidence.child.architecture.blocks, strict=True)
     windowed = [new.window is not None for old, new in pairs if old.window is None]
     full, became_windows = len(windowed), sum(windowed)
     return {"full_in_parent": full, "windowed_in_child": became_windows, "full_in_child": full - became_windows}
 
 
-def _kv_mib_per_request(costs: CostTable, solution: Solution, workload: Workload) -> float:
+def _kv_mib_per_request(costs: CostTable, candidate: Candidate, workload: Workload) -> float:
     """KV cache of one request of a workload at its full length."""
-    blocks = solution.architecture.blocks
+    blocks = candidate.architecture.blocks
     return sum(costs.blocks[block].workloads[workload.name].kv_bytes for block in blocks) / MIB
 
 
@@ -150,9 +150,9 @@ def predictions(evidence: Evidence) -> list[Prediction]:
     return entries
 
 
-def _runtime_ms(costs: CostTable, solution: Solution, workload: Workload) -> dict[str, float]:
+def _runtime_ms(costs: CostTable, candidate: Candidate, workload: Workload) -> dict[str, float]:
     runtimes = [costs.fixed.workloads[workload.name]]
-    runtimes += [costs.blocks[block].workloads[workload.name] for block in solution.architecture.blocks]
+    runtimes += [costs.blocks[block].workloads[workload.name] for block in candidate.architecture.blocks]
     prefill, decode = (sum(getattr(runtime, key) for runtime in runtimes) for key in ("prefill_ms", "decode_ms"))
     return {"throughput": prefill + workload.output_tokens * decode, "prefill": prefill, "decode": decode}
 
@@ -166,7 +166,7 @@ def _measured_speedups(pair: Pair) -> dict[str, float]:
 
 
 def evaluated_qualities(evaluations: Mapping[Deployment, Evaluation]) -> dict[Deployment, Quality]:
-    """What each deployment's evaluation says of it at its effort."""
+    """Accuracy and tokens per request of each deployment at its effort."""
     results = {deployment: evaluation.efforts[deployment.effort] for deployment, evaluation in evaluations.items()}
     return {deployment: Quality(result.accuracy, result.tokens_per_request) for deployment, result in results.items()}
 
@@ -237,7 +237,7 @@ def _selection_methods(evidence: Evidence) -> list[dict[str, Any]]:
 
 def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> dict[str, Any]:
     """What the assemblies of one method cost, and how they answer before any training."""
-    solutions = [evidence.candidates[name] for name in names]
+    candidates = [evidence.candidates[name] for name in names]
     evaluations = [
         evaluation for evaluation in (*evidence.baselines, evidence.evaluation_child) if evaluation.name in names
     ]
@@ -246,9 +246,9 @@ def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> d
     return {
         "name": group,
         "models": list(names),
-        "damage": fmean(solution.damage for solution in solutions),
-        "parameters": fmean(solution.parameters for solution in solutions),
-        "experts": fmean(solution.num_experts for solution in solutions),
+        "damage": fmean(candidate.damage for candidate in candidates),
+        "parameters": fmean(candidate.parameters for candidate in candidates),
+        "experts": fmean(candidate.num_experts for candidate in candidates),
         "accuracy": {
             effort: {"mean": fmean(values), "min": min(values), "max": max(values)} if values else None
             for effort, values in accuracies.items()

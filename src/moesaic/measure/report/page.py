@@ -79,16 +79,16 @@ def draw_pictures(
 
 def render_page(title: str, evidence: Evidence, summary: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The whole page as HTML that needs nothing beside it."""
-    environment = Environment(
+    template_environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {write.__name__: write for write in _FILTERS}
+    template_environment.filters |= {write.__name__: write for write in _FILTERS}
     recovery = summary.get("recovery")
-    return environment.get_template("page.html.j2").render(
+    return template_environment.get_template("page.html.j2").render(
         title=title,
         summary=summary,
         recovery=recovery,

@@ -1,4 +1,4 @@
-"""What a report says of recovery: the evaluations of child and baseline after every stage, and the numbers of them."""
+"""Recovery in the report: the evaluations of child and baseline after every stage, and the figures from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -56,11 +56,11 @@ class Recovery:
 
     candidate: str
     stages: Mapping[str, Evaluation]
-    """In their order; the two of the FP8 cache are of the averaged weights."""
+    """The evaluations by stage, in order; the two with an FP8 cache are of the averaged weights."""
     traces: Mapping[Effort, Mapping[str, float]]
-    """What the parent's own replies to the training prompts were, per effort."""
+    """Figures of the traces, by effort."""
     curve: Sequence[Mapping[str, float]]
-    """The distillation's steps: numbers by name."""
+    """The steps of the distillation, each with its figures by name."""
 
     @property
     def policies(self) -> list[str]:
@@ -95,7 +95,7 @@ class RecoveryEvidence:
     search: Evidence
     child: Recovery
     baseline: Recovery | None
-    """Another child of the same budget that got the same recovery."""
+    """Another child of the same budget after the same recovery."""
     parent_fp8: Evaluation | None
     """The parent with an FP8 cache."""
     baseline_pairs: Sequence[Pair]
@@ -108,7 +108,7 @@ class RecoveryEvidence:
 
     @property
     def recoveries(self) -> list[Recovery]:
-        """The child's, and the baseline's if there is one."""
+        """The recoveries of the child and, if there is one, of the baseline."""
         return [self.child] if self.baseline is None else [self.child, self.baseline]
 
     @property

@@ -20,7 +20,7 @@ from moesaic.measure.report.drawing import (
     scale_request_rates,
     tidy,
 )
-from moesaic.measure.report.evidence import Evidence, Solution
+from moesaic.measure.report.evidence import Candidate, Evidence
 from moesaic.measure.report.findings import context_pairs, contexts, predictions, request_frontier
 from moesaic.measure.report.serving import MODELS, ServingEvidence, served_frontier
 
@@ -31,20 +31,20 @@ def draw_search(evidence: Evidence) -> Figure:
     """Damage against what the frontier sweeps, with every candidate."""
     figure = new_figure(8.0, 4.4)
     axes = figure.subplots()
-    line = sorted((_swept_ratio(evidence, solution), solution.damage) for solution in evidence.frontier)
+    line = sorted((_swept_ratio(evidence, candidate), candidate.damage) for candidate in evidence.frontier)
     axes.plot(*zip(*line, strict=True), "o-", color=CHILD, markersize=4, linewidth=1.2, label="frontier of the search")
     seen: set[str] = set()
-    for name, solution in evidence.candidates.items():
+    for name, candidate in evidence.candidates.items():
         group = "random" if name.startswith("random") else name
-        place = _swept_ratio(evidence, solution), solution.damage
+        position = _swept_ratio(evidence, candidate), candidate.damage
         if name == evidence.child.name:
             label = f"the child ({name})"
-            axes.plot(*place, "*", color=CHILD, markersize=20, markeredgecolor="white", label=label, zorder=5)
+            axes.plot(*position, "*", color=CHILD, markersize=20, markeredgecolor="white", label=label, zorder=5)
         elif group.startswith("puzzle"):
-            axes.plot(*place, "*", color=CHILD, markersize=10, fillstyle="none", label=group)
+            axes.plot(*position, "*", color=CHILD, markersize=10, fillstyle="none", label=group)
         else:
             marker = _BASELINE_MARKERS.get(group, "o")
-            axes.plot(*place, marker, color=rival_colour(name), markersize=8, label=None if group in seen else group)
+            axes.plot(*position, marker, color=rival_colour(name), markersize=8, label=None if group in seen else group)
         seen.add(group)
     axes.plot(1, 0, "o", color=PARENT, markersize=9, label="parent")
     tidy(axes)
@@ -59,11 +59,11 @@ def _workload(evidence: Evidence) -> str | None:
     return name if name in evidence.parent.throughput_tokens_per_s else None
 
 
-def _swept_ratio(evidence: Evidence, solution: Solution) -> float:
+def _swept_ratio(evidence: Evidence, candidate: Candidate) -> float:
     name = _workload(evidence)
     if name is None:
-        return solution.parameters / evidence.parent.parameters
-    return solution.throughput_tokens_per_s[name] / evidence.parent.throughput_tokens_per_s[name]
+        return candidate.parameters / evidence.parent.parameters
+    return candidate.throughput_tokens_per_s[name] / evidence.parent.throughput_tokens_per_s[name]
 
 
 def draw_efforts(evidence: Evidence) -> Figure:

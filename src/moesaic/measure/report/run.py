@@ -80,13 +80,13 @@ def _read_optional(directory: Path | None, name: str) -> dict[str, Any] | None:
 
 
 def _metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """Figures of the child that the pipeline hands on: the recovered one, if there is one."""
+    """Metrics of the child: the recovered one, if there is one."""
     metrics = {
         "parameters_ratio": summary["parameters"]["ratio"],
         "experts_ratio": summary["experts"]["ratio"],
         "request_efficiency": summary["request_efficiency"]["best"],
     }
-    retained = {effort: found["accuracy"]["retention"] for effort, found in summary["efforts"].items()}
+    retained = {effort: entry["accuracy"]["retention"] for effort, entry in summary["efforts"].items()}
     if recovery := summary.get("recovery"):
         metrics["request_efficiency"] = recovery["request_efficiency"]["best"]
         metrics |= _per_effort("retention_pruned", retained)
@@ -96,11 +96,11 @@ def _metrics(summary: dict[str, Any]) -> dict[str, float]:
         if recovery["baseline"]:
             metrics["accuracy_above_baseline"] = recovery["baseline"]["differences"]["averaged"]["mean"]
     metrics |= _per_effort("retention", retained)
-    for context, found in summary["throughput"].items():
-        metrics[f"speedup_{context.replace('/', '_')}"] = found["best"]["ratio"]
+    for context, entry in summary["throughput"].items():
+        metrics[f"speedup_{context.replace('/', '_')}"] = entry["best"]["ratio"]
     if serving := summary.get("serving"):
         metrics["served_request_efficiency"] = serving["request_efficiency"]["best"]
-        metrics |= {f"served_speedup_{name}": found["ratio"] for name, found in serving["tokens_per_s"].items()}
+        metrics |= {f"served_speedup_{name}": entry["ratio"] for name, entry in serving["tokens_per_s"].items()}
     return metrics
 
 

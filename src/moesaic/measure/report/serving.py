@@ -1,4 +1,4 @@
-"""What a report says of serving: the sweeps through a server, read back, and the numbers made of them."""
+"""Serving in the report: the sweeps through a server, and the figures that follow from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,19 +22,19 @@ _RECOVERED: Mapping[EmulatedCache, str] = {"bf16": AVERAGED, "fp8_unit": FP8_UNI
 
 @dataclass(frozen=True)
 class ServingEvidence:
-    """A ``measurements.json`` of ``benchmark_serving``, and whom it is about."""
+    """A ``measurements.json`` of ``benchmark_serving``, and the evidence of its models."""
 
     search: Evidence
     recovery: RecoveryEvidence | None
     engine: str
     kv_cache: Mapping[str, EmulatedCache]
-    """By model."""
+    """The KV cache of each model."""
     points: Mapping[str, Sequence[SweptPoint]]
-    """By model, the same settings in the same order."""
+    """The points of each model, the same settings in the same order."""
     ratios: Mapping[LoadPoint, Mapping[str, Spread]]
-    """Child over parent."""
+    """The child's figures over the parent's, by point."""
     parent_twice: Mapping[LoadPoint, tuple[float, bool]]
-    """The parent's even repeats over its odd ones, and whether that is within the spread."""
+    """By point, the parent's even repeats over its odd ones, and whether the ratio is within the spread."""
 
     @property
     def searched_parent(self) -> bool:
@@ -43,7 +43,7 @@ class ServingEvidence:
 
     @property
     def workloads(self) -> list[str]:
-        """Their names, in the order of the config."""
+        """The names of the workloads, in the order of the config."""
         return list(dict.fromkeys(swept.point.workload for swept in self.points["parent"]))
 
     @property
@@ -58,7 +58,7 @@ class ServingEvidence:
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
-        """How the models answer as they are served: the recovered child where there is one, with its KV cache."""
+        """The evaluations of the models as served: of the recovered child, if there is one, with its KV cache."""
         if self.recovery is None:
             return {"parent": self.search.evaluation_parent, "child": self.search.evaluation_child}
         fp8 = self.recovery.parent_fp8 if self.kv_cache["parent"] == "fp8" else None

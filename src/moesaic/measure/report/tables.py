@@ -1,4 +1,4 @@
-"""What the tables of the page and of the terminal share: their rows, and how numbers are written."""
+"""Rows of the tables on the page and in the terminal, and the format of numbers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _STAGE_NAMES = {FP8_UNIT: "FP8, unit scales", FP8: "FP8, calibrated"}
 
 
 def number(value: float) -> str:
-    """Three significant digits at least; whole numbers in full, thousands apart."""
+    """A number with at least three significant digits and separated thousands."""
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
@@ -30,7 +30,7 @@ def points(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """One figure over another."""
+    """A ratio, such as ``1.25x``."""
     return f"{value:.2f}x"
 
 
@@ -40,13 +40,13 @@ def tokens(value: float) -> str:
 
 
 def stage_name(stage: str) -> str:
-    """A stage of recovery in words."""
+    """The label of a stage of recovery."""
     return _STAGE_NAMES.get(stage, stage)
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """A quantity of parent and child, as text."""
+    """A row that compares a quantity of parent and child, as text."""
 
     quantity: str
     of: str
@@ -87,7 +87,7 @@ def _compared(
 
 @dataclass(frozen=True)
 class StageRow:
-    """How a model answers after a stage of recovery, as text per effort; empty where it does not apply."""
+    """The figures of a model after a stage of recovery, as text by effort; empty where they do not apply."""
 
     name: str
     is_child: bool

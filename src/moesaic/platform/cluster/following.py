@@ -1,4 +1,4 @@
-"""A run on a cluster: what is known of it, and following it until it ends, a line for each task that changes."""
+"""The status of a run on a cluster, and following it to its end with a line for each task that changes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,11 +9,11 @@ from time import sleep
 from moesaic.core.errors import StageError
 
 FINISHED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
-"""States of Kubeflow that do not change any more."""
+"""The final states of Kubeflow."""
 POLL_S = 5.0
 _LONGEST_WAIT_S = 120.0
 _PATIENCE_S = 3600.0
-"""How long a server may be away before it is given up."""
+"""The longest that a server may be unavailable before following ends."""
 
 
 class Unavailable(StageError):
@@ -30,17 +30,17 @@ class TaskStatus:
     started: datetime | None
     ended: datetime | None
     message: str
-    """What Kubeflow says of a failure; it often says nothing."""
+    """Kubeflow's message about a failure; often empty."""
 
     @property
     def duration_s(self) -> float | None:
-        """Of a task that has ended."""
+        """The duration of a task that has ended; else None."""
         return (self.ended - self.started).total_seconds() if self.started and self.ended else None
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as its server sees it."""
+    """The status of a run and its tasks."""
 
     id: str
     name: str
@@ -52,7 +52,7 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the state is final."""
         return self.state in FINISHED
 
     @property
@@ -61,25 +61,25 @@ class RunStatus:
         return [task for task in self.tasks if task.state == "FAILED"]
 
     def seconds_until(self, moment: datetime | None) -> float:
-        """Since it was created, by the server's clock."""
+        """Seconds from the creation of the run to a moment, by the server's clock."""
         return (moment - self.created).total_seconds() if moment else 0.0
 
 
 def numbered(names: list[str]) -> list[str]:
-    """Tasks' names; those of a loop have the same, and get ``[1]``, ``[2]`` from the second on."""
+    """Distinct names of tasks: those of a loop are equal, so from the second on they get ``[1]``, ``[2]``."""
     seen: Counter[str] = Counter()
-    told_apart = []
+    distinct = []
     for name in names:
-        told_apart.append(f"{name}[{seen[name]}]" if seen[name] else name)
+        distinct.append(f"{name}[{seen[name]}]" if seen[name] else name)
         seen[name] += 1
-    return told_apart
+    return distinct
 
 
 def follow(read: Callable[[], RunStatus], show: Callable[[str], None]) -> RunStatus:
-    """Read a run until it has finished; a server that is away for a while is waited for.
+    """Read a run until it has finished, waiting while the server is unavailable.
 
     Raises:
-        StageError: if the server stays away; the run itself goes on.
+        StageError: if the server stays unavailable; the run itself goes on.
     """
     shown: dict[str, str] = {}
     for run in _polled(read, show):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import ArtifactError
-from moesaic.platform.cluster.jobs.manifest import place_job
-from moesaic.platform.cluster.jobs.place import JOB_VARIABLE
+from moesaic.platform.cluster.jobs.job_template import job_settings
+from moesaic.platform.cluster.jobs.settings import JOB_VARIABLE
 from moesaic.platform.cluster.profile import (
     QUEUE_LABEL,
     SCRATCH,
@@ -37,8 +37,8 @@ def placed_text(compiled: Path, profile: ClusterProfile, stages: Collection[str]
     """
     import yaml
 
-    found = yaml.safe_load(compiled.read_text())
-    return yaml.safe_dump_all(place(found, profile, stages), sort_keys=True)
+    pipeline = yaml.safe_load(compiled.read_text())
+    return yaml.safe_dump_all(place(pipeline, profile, stages), sort_keys=True)
 
 
 def place(pipeline: Mapping[str, Any], profile: ClusterProfile, stages: Collection[str]) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def place(pipeline: Mapping[str, Any], profile: ClusterProfile, stages: Collecti
             executors[name]["container"]["image"] = profile.images[stage]
         _equip(executors[name]["container"], profile, profile.node_for(stage))
         if stage in profile.jobs:
-            job = place_job(profile, stage, executors[name]["container"]["image"])
+            job = job_settings(profile, stage, executors[name]["container"]["image"])
             executors[name]["container"]["env"].append({"name": JOB_VARIABLE, "value": job.to_variable()})
     platform = {name: _platform_config(profile, stage) for name, stage in running.items()}
     return [placed, {"platforms": {"kubernetes": {"deploymentSpec": {"executors": platform}}}}]

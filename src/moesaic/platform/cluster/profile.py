@@ -17,9 +17,9 @@ from moesaic.core.redaction import holds_password, names_secret
 Quantity = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[KMGT]i?|P)?$")]
 """Kubernetes' form: ``8``, ``500m``, ``64Gi``."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
-"""Of a Kubernetes object."""
+"""The name of a Kubernetes object."""
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-"""Of the environment."""
+"""The name of an environment variable."""
 MountPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$")]
 
 SCRATCH, TEMPORARY, SHARED_MEMORY = "/scratch", "/tmp", "/dev/shm"
@@ -166,12 +166,12 @@ def read_profile(path: Path) -> ClusterProfile:
     Raises:
         ConfigError: if it is not there, no YAML, or not valid; every problem with its place and value.
     """
-    found = _read_yaml(path, "cluster profile", "manifests/profiles")
-    jobs = found.get("jobs") if isinstance(found, dict) else None
+    content = _read_yaml(path, "cluster profile", "manifests/profiles")
+    jobs = content.get("jobs") if isinstance(content, dict) else None
     for job in jobs.values() if isinstance(jobs, dict) else ():
         if isinstance(job, dict) and isinstance(job.get("template"), str):
             job["template"] = _read_yaml(path.parent / job["template"], "template of a job", "manifests/jobs")
-    return ClusterProfile.parse(json.dumps(found))
+    return ClusterProfile.parse(json.dumps(content))
 
 
 def _read_yaml(path: Path, what: str, examples: str) -> Any:

@@ -47,7 +47,7 @@ class _Conflict(ConfigError):
 
 
 @dataclass(frozen=True)
-class Version:
+class PipelineVersion:
     """A pipeline's version on the server."""
 
     pipeline_id: str
@@ -87,12 +87,12 @@ class Kubeflow:
         return cls(address, client, multi_user)
 
     def link(self, run_id: str) -> str:
-        """Where the run is shown."""
+        """The address of the page that shows the run."""
         shown_at = os.environ.get(_UI_VARIABLE) or self.host
         return f"{shown_at.rstrip('/')}/#/runs/details/{run_id}"
 
-    def upload(self, pipeline: str, version: str, text: str, namespace: str) -> Version:
-        """Make the pipeline and its version, or find them; versions of the same name are the same."""
+    def upload(self, pipeline: str, version: str, text: str, namespace: str) -> PipelineVersion:
+        """Return the version of this name of the pipeline; pipeline and version are created if they do not exist."""
         pipelines = self._client.pipelines
         wanted = self._client.api_models.V2beta1Pipeline(display_name=pipeline, **self._in(namespace))
         pipeline_id, _ = _find_or_make(
@@ -108,20 +108,25 @@ class Kubeflow:
             ),
             lambda: self._upload_version(pipeline_id, version, text),
         )
-        return Version(pipeline_id, version_id, is_new)
+        return PipelineVersion(pipeline_id, version_id, is_new)
 
     def experiment(self, name: str, namespace: str) -> str:
-        """The id of the experiment; it is made if there is none."""
+        """The id of the experiment, which is created if it does not exist."""
         experiments = self._client.experiments
         wanted = self._client.api_models.V2beta1Experiment(display_name=name, **self._in(namespace))
-        found, _ = _find_or_make(
+        experiment_id, _ = _find_or_make(
             lambda: self._find_experiment(name, namespace),
             lambda: self._call(experiments.experiment_service_create_experiment, wanted).experiment_id,
         )
-        return found
+        return experiment_id
 
     def start(
-        self, name: str, version: Version, experiment_id: str, arguments: Mapping[str, Any], service_account: str
+        self,
+        name: str,
+        version: PipelineVersion,
+        experiment_id: str,
+        arguments: Mapping[str, Any],
+        service_account: str,
     ) -> str:
         """Create a run and return its id."""
         models = self._client.api_models
@@ -138,27 +143,27 @@ class Kubeflow:
 
     def run(self, run_id: str) -> RunStatus:
         """A run with its tasks."""
-        found = self._of_run(self._client.runs.run_service_get_run, run_id)
-        if found.run_id != run_id:
-            raise _strange(self.host)
-        details = found.run_details.task_details if found.run_details else None
-        return _run_status(found, _tasks(details or [], self._stage_names(found)))
+        run = self._of_run(self._client.runs.run_service_get_run, run_id)
+        if run.run_id != run_id:
+            raise _unexpected_answer(self.host)
+        details = run.run_details.task_details if run.run_details else None
+        return _run_status(run, _tasks(details or [], self._stage_names(run)))
 
     def runs(self, experiment: str, namespace: str) -> list[RunStatus]:
         """The latest runs of an experiment, newest first."""
         experiment_id = self._find_experiment(experiment, namespace)
         if experiment_id is None:
             raise ConfigError(f"{self.host} has no experiment {experiment!r}; `moesaic submit` makes it")
-        found = self._call(
+        page = self._call(
             self._client.runs.run_service_list_runs,
             experiment_id=experiment_id,
             page_size=_RUNS_SHOWN,
             sort_by="created_at desc",
         )
-        return [_run_status(run, ()) for run in found.runs or []]
+        return [_run_status(run, ()) for run in page.runs or []]
 
     def cancel(self, run_id: str) -> None:
-        """Ask for the end of a run."""
+        """Ask the server to end a run."""
         self._of_run(self._client.runs.run_service_terminate_run, run_id)
 
     def retry(self, run_id: str) -> None:
@@ -176,14 +181,14 @@ class Kubeflow:
             raise ConfigError(f"{self.host} has no run {run_id!r}; `moesaic status` lists the runs") from failure
 
     def _in(self, namespace: str) -> dict[str, str]:
-        """Servers with one user for all know no namespaces and refuse them."""
+        """The namespace argument; a server in single-user mode refuses it."""
         return {"namespace": namespace} if self._multi_user else {}
 
     def _find(self, listing: Callable[..., Any], kind: str, name: str, **named: Any) -> str | None:
-        """The id of what has this name."""
+        """The id of the object of this kind and name; None if there is none."""
         equal = {"operation": "EQUALS", "key": "display_name", "string_value": name}
-        found = getattr(self._call(listing, filter=json.dumps({"predicates": [equal]}), **named), kind)
-        return getattr(found[0], f"{kind.removesuffix('s')}_id") if found else None
+        objects = getattr(self._call(listing, filter=json.dumps({"predicates": [equal]}), **named), kind)
+        return getattr(objects[0], f"{kind.removesuffix('s')}_id") if objects else None
 
     def _find_experiment(self, name: str, namespace: str) -> str | None:
         listing = self._client.experiments.experiment_service_list_experiments
@@ -248,7 +253,7 @@ def _client(host: str) -> Any:
 
 @contextmanager
 def _explained(host: str) -> Iterator[None]:
-    """Turn the client's exceptions into ours."""
+    """Turn exceptions of Kubeflow's client into Moesaic's errors."""
     from kfp_server_api import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -260,10 +265,10 @@ def _explained(host: str) -> Iterator[None]:
         reason = re.sub(r"^.*?[>)]: ", "", str(getattr(failure, "reason", None) or failure))
         raise Unavailable(f"{host} cannot be reached: {reason}") from failure
     except (AttributeError, TypeError, ValueError) as failure:
-        raise _strange(host) from failure
+        raise _unexpected_answer(host) from failure
 
 
-def _strange(host: str) -> ConfigError:
+def _unexpected_answer(host: str) -> ConfigError:
     return ConfigError(f"{host} does not answer as Kubeflow Pipelines does, maybe with a page to log in; {_ACCESS}")
 
 
@@ -282,14 +287,14 @@ def _refusal(host: str, status: int, body: str) -> MoesaicError:
 
 
 def _find_or_make(find: Callable[[], str | None], make: Callable[[], str]) -> tuple[str, bool]:
-    """An id, and whether it has just been made; someone else may make the same at the same time."""
-    if found := find():
-        return found, False
+    """An id, and whether this call has created it; another client may create the same object at the same time."""
+    if object_id := find():
+        return object_id, False
     try:
         return make(), True
     except (_Conflict, Unavailable):
-        if found := find():
-            return found, False
+        if object_id := find():
+            return object_id, False
         raise
 
 
@@ -308,11 +313,13 @@ def _leaf_tasks(specification: Mapping[str, Any] | None) -> frozenset[str] | Non
 
 
 def _tasks(details: Collection[Any], stages: frozenset[str] | None) -> tuple[TaskStatus, ...]:
-    """The tasks of stages, and of Kubeflow's own only those that failed."""
+    """The tasks of stages, and those of Kubeflow's own driver tasks that failed."""
     wanted = [
         task
         for task in details
-        if stages is None or task.display_name in stages or (task.state == "FAILED" and _is_driver(task.display_name))
+        if stages is None
+        or task.display_name in stages
+        or (task.state == "FAILED" and task.display_name.endswith("-driver"))
     ]
     wanted.sort(key=lambda task: (task.create_time is None, task.create_time, task.task_id))
     names = numbered([task.display_name.replace("-", "_") for task in wanted])
@@ -329,18 +336,13 @@ def _tasks(details: Collection[Any], stages: frozenset[str] | None) -> tuple[Tas
     )
 
 
-def _is_driver(name: str) -> bool:
-    """Whether it is a task by which Kubeflow prepares another."""
-    return name.endswith("-driver")
-
-
 def _run_status(run: Any, tasks: tuple[TaskStatus, ...]) -> RunStatus:
     state, ended = run.state or "PENDING", _moment(run.finished_at)
     return RunStatus(run.run_id, run.display_name, state, run.created_at, ended, _message(run.error), tasks)
 
 
 def _moment(given: datetime | None) -> datetime | None:
-    """Kubeflow writes 1970 for what has not happened yet."""
+    """The time, or None: Kubeflow writes 1970 for what has not happened yet."""
     return given if given and given.timestamp() > 0 else None
 
 

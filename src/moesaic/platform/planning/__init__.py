@@ -1,4 +1,4 @@
-"""What a pipeline run would take, before anything is spent: bytes, memory, GPU-hours, traffic to the store.
+"""The plan of a pipeline run: bytes, memory, GPU-hours, and traffic to the store, computed before it starts.
 
 Nothing is read but headers. Sizes follow from shapes (``moesaic.models.gpt_oss``), times from the hardware table;
 the formulas of a stage stand in its room, in ``needs.py``. Where a number depends on data that is not there, it is an
@@ -22,14 +22,14 @@ HOUR_MS = 3.6e6
 
 @dataclass(frozen=True)
 class Planned:
-    """A task with its needs and its traffic, given all tasks before it."""
+    """A task with its needs and its traffic, after all tasks before it."""
 
     task: PipelineTask[Config]
     needs: Needs
     upload_bytes: int
-    """Shards that the store does not have yet."""
+    """Bytes of shards that the store does not have yet."""
     download_bytes: int
-    """Shards of its models, into an empty cache."""
+    """Bytes of the shards of its models, for an empty cache."""
 
     def as_json(self) -> dict[str, Any]:
         """One entry of the plan."""
@@ -71,7 +71,8 @@ def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts) -> list[Planned]:
         made[task.name] = needs.made
         new = {key: size for key, size in needs.made.items() if key not in stored}
         stored |= new
-        planned.append(Planned(task, needs, sum(new.values()), sum(_union(inputs).values())))
+        downloads = {key: size for shards in inputs for key, size in shards.items()}
+        planned.append(Planned(task, needs, sum(new.values()), sum(downloads.values())))
     return planned
 
 
@@ -87,7 +88,3 @@ def totals(planned: Sequence[Planned]) -> dict[str, float | None]:
         "upload_bytes": sum(one.upload_bytes for one in planned),
         "download_bytes": sum(one.download_bytes for one in planned),
     }
-
-
-def _union(shards: Sequence[ShardSizes]) -> dict[str, int]:
-    return {key: size for each in shards for key, size in each.items()}

@@ -27,25 +27,25 @@ _CHECKED = "files and layout checked"
 
 @dataclass(frozen=True)
 class Figures:
-    """What the report says of a child; a figure that was not measured is absent or None."""
+    """The report's figures of a child; a figure that was not measured is absent or None."""
 
     retention: Mapping[str, float | None]
-    """By effort."""
+    """Accuracy of the child over the parent's, by effort."""
     request_efficiency: Mapping[str, float]
-    """By effort."""
+    """Request rate of the child over the parent's, by effort."""
     kv_accuracy_loss: float | None
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of how a child and the evidence for it came about."""
+    """How much of the history of a child and its evidence is recorded."""
 
     known: int
-    """Inputs, over all stages, that are there and whose making is recorded."""
+    """The number of inputs, over all stages, that are in the store with their records."""
     unknown: tuple[str, ...]
-    """The others, in words."""
+    """Name and digest of each other input."""
     evidence_is_its_own: bool
-    """Whether this very child is among what the report, and the bundle if there is one, were made of."""
+    """Whether the report, and the bundle if there is one, were made from this child."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def read_figures(summary: Mapping[str, Any]) -> Figures:
     try:
         recovery = summary.get("recovery")
         if recovery is None:
-            retained = {effort: found["accuracy"]["retention"] for effort, found in summary["efforts"].items()}
+            retained = {effort: entry["accuracy"]["retention"] for effort, entry in summary["efforts"].items()}
             return Figures(retained, summary["request_efficiency"]["child_over_parent"], None)
         rows = [row for row in recovery["kv_cache"] if (row["model"], row["kv_cache"]) == ("child", "fp8")]
-        losses = [-found["change"] for row in rows for found in row["efforts"].values()]
+        losses = [-entry["change"] for row in rows for entry in row["efforts"].values()]
         served = summary.get("serving")
         in_process = recovery["request_efficiency"]["equal_effort"]
         rates = in_process if served is None else served["request_efficiency"]["child_over_parent"]
@@ -93,8 +93,8 @@ def judge(config: PromoteConfig, figures: Figures, bundle: BundleChecks | None, 
     if config.max_kv_accuracy_loss is not None:
         lines.append(_at_most("kv_accuracy_loss", figures.kv_accuracy_loss, config.max_kv_accuracy_loss))
     if config.require_export:
-        found = "no bundle" if bundle is None else bundle.words
-        lines.append(Line("export_checked", found, _CHECKED, bundle is not None and bundle.passed))
+        figure = "no bundle" if bundle is None else bundle.words
+        lines.append(Line("export_checked", figure, _CHECKED, bundle is not None and bundle.passed))
     return [*lines, *_provenance_lines(provenance)]
 
 
@@ -104,7 +104,7 @@ def is_met(lines: Sequence[Line]) -> bool:
 
 
 def gate_table(lines: Sequence[Line]) -> Table:
-    """The lines for a terminal or a log."""
+    """The lines as a table for a terminal or a log."""
     table = Table("line", "figure", "asked", "", title="Gate")
     for line in lines:
         table.add_row(line.name, shown(line.figure), line.asked, "met" if line.met else "NOT MET")
@@ -112,7 +112,7 @@ def gate_table(lines: Sequence[Line]) -> Table:
 
 
 def shown(figure: float | str) -> str:
-    """A figure as the table writes it."""
+    """A figure as text, for the table."""
     return figure if isinstance(figure, str) else f"{figure:.4g}"
 
 

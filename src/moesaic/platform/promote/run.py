@@ -1,4 +1,4 @@
-"""Register a child, hold it against the gate, and make it the champion of the model registry if every line is met."""
+"""Register a child, judge it by the gate, and make it the champion of the model registry if every line is met."""
 
 import json
 import sys
@@ -29,12 +29,12 @@ _DIRECTORY = "moesaic://"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A child that is put forward, with what the gate says of it."""
+class Challenger:
+    """A child that is to become champion, and the gate's verdict on it."""
 
     manifest_id: str
     source: str
-    """Address of the manifest."""
+    """The address of its manifest in the store."""
     lines: list[Line]
     tags: Mapping[str, str]
 
@@ -56,17 +56,17 @@ def run(
     output: Path,
     scratch: Path,
 ) -> dict[str, float]:
-    """Write ``promotion.json``: the version, what became of it, the gate's lines. A refusal is a result too."""
-    candidate = examine(config, child=Manifest.read(child).id, report=report, bundle=bundle, store=Store.at(store))
-    Console(file=sys.stderr, width=120).print(gate_table(candidate.lines))
-    promotion = put_forward(config, candidate, registry)
+    """Write ``promotion.json``: the version, the outcome, and the gate's lines. A refusal is a result, not an error."""
+    challenger = examine(config, child=Manifest.read(child).id, report=report, bundle=bundle, store=Store.at(store))
+    Console(file=sys.stderr, width=120).print(gate_table(challenger.lines))
+    promotion = register_challenger(config, challenger, registry)
     (output / PROMOTION).write_text(json.dumps(promotion, indent=1) + "\n")
-    figures = {line.name: line.figure for line in candidate.lines if isinstance(line.figure, float)}
+    figures = {line.name: line.figure for line in challenger.lines if isinstance(line.figure, float)}
     return figures | {"version": promotion["version"], "champion": float(promotion["champion"] == promotion["version"])}
 
 
-def examine(config: PromoteConfig, *, child: str, report: Path, bundle: Path | None, store: Store) -> Candidate:
-    """Hold a child, its report and its exported bundle, if there is one, against the gate. Nothing is changed.
+def examine(config: PromoteConfig, *, child: str, report: Path, bundle: Path | None, store: Store) -> Challenger:
+    """Judge a child, its report and its exported bundle, if there is one, by the gate. Nothing is changed.
 
     Args:
         config: the thresholds.
@@ -88,27 +88,27 @@ def examine(config: PromoteConfig, *, child: str, report: Path, bundle: Path | N
     tags |= {f"{ORIGIN_TAG}.{name}": origin.id for name, origin in ({"child": history} | evidence).items() if origin}
     tags |= {CONFIG_TAG: config.to_json()} | _gate_tags(lines) | _history_tags(history)
     tags |= {f"moesaic.{name}": value for name in ("pipeline", "recipe") if (value := getattr(config, name))}
-    return Candidate(manifest.id, source_of(store, manifest.id), lines, tags)
+    return Challenger(manifest.id, source_of(store, manifest.id), lines, tags)
 
 
-def put_forward(
-    config: PromoteConfig, candidate: Candidate, address: RegistryAddress, *, again: bool = False
+def register_challenger(
+    config: PromoteConfig, challenger: Challenger, address: RegistryAddress, *, again: bool = False
 ) -> dict[str, Any]:
-    """Register the candidate as the challenger, and as the champion if the gate lets it. What became of it, as JSON."""
+    """Register a challenger and make it champion if it meets the gate; returns the content of ``promotion.json``."""
     registry = Registry(address, config.model)
     registry.create()
     known = registry.history()
-    version = registry.register(candidate.manifest_id, candidate.source, candidate.tags, candidate.description)
+    version = registry.register(challenger.manifest_id, challenger.source, challenger.tags, challenger.description)
     registry.challenge(version.number)
-    met = is_met(candidate.lines)
+    met = is_met(challenger.lines)
     outcome = registry.promote(version, known, again=again) if met else "refused"
     return {
         "model": config.model,
         "version": version.number,
-        "manifest": candidate.manifest_id,
+        "manifest": challenger.manifest_id,
         "outcome": outcome,
         CHAMPION: registry.settle(),
-        "lines": [asdict(line) for line in candidate.lines],
+        "lines": [asdict(line) for line in challenger.lines],
     }
 
 
@@ -120,9 +120,9 @@ def source_of(store: Store, manifest_id: str) -> str:
 
 
 def store_address(source: str) -> Address:
-    """The store that holds the manifest at such an address."""
-    root, found, _ = source.rpartition("/manifests/")
-    if not found:
+    """The address of the store that holds the manifest at ``source``."""
+    root, separator, _ = source.rpartition("/manifests/")
+    if not separator:
         raise ArtifactError(f"{source} is not the address of a manifest; name the store with --store")
     return Path(root.removeprefix(_DIRECTORY)) if root.startswith(_DIRECTORY) else root
 
@@ -146,15 +146,15 @@ def _words(given: Input) -> str:
 
 
 def _bundle_checks(bundle: Path | None, store: Store) -> BundleChecks | None:
-    """What the export checked of its bundle, of which nothing else is read; None if there is no bundle."""
+    """The checks that the export recorded in its bundle; None if there is no bundle."""
     if bundle is None:
         return None
     if (bundle / MANIFEST).is_file():
         entries = [entry for entry in Manifest.read(bundle).files if entry.path == VALIDATION]
-        found = json.loads(store.read_range(entries[0], 0, entries[0].size_bytes)) if entries else {}
+        validation = json.loads(store.read_range(entries[0], 0, entries[0].size_bytes)) if entries else {}
     else:
-        found = read_json(bundle / VALIDATION)
-    return BundleChecks(found.get("passed") is True, found.get("loaded_by"))
+        validation = read_json(bundle / VALIDATION)
+    return BundleChecks(validation.get("passed") is True, validation.get("loaded_by"))
 
 
 def _gate_tags(lines: list[Line]) -> dict[str, str]:
@@ -163,7 +163,7 @@ def _gate_tags(lines: list[Line]) -> dict[str, str]:
 
 
 def _history_tags(child: Origin | None) -> dict[str, str]:
-    """What it was made from, by digest, and with which code."""
+    """Tags with the digests of the child's sources and the code that made it."""
     if child is None:
         return {}
     tags = {f"moesaic.source.{name}": digest for name, digest in sources(child).items()}

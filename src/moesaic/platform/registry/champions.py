@@ -1,8 +1,8 @@
-"""Which version is the champion: a record of moves that has one order, read the same way by everyone.
+"""The record of promotions and rollbacks, from which every reader derives the same champion.
 
-A registry's aliases know no compare-and-set, so an alias alone cannot settle a race. The record can: moves are numbered
-1, 2, 3, ... in the order in which they were written, each names the last move that its author knew, and it counts only
-if no other has counted in between. Of moves made at the same time, the first one written counts and the others do not.
+A registry's aliases have no compare-and-set, so an alias alone cannot settle a race. The record can. Its moves are
+numbered 1, 2, 3, ... in the order in which they were written. Each names the last move that its author knew. A move
+counts only if no other move has counted in between, so of moves made at the same time only the first one counts.
 
 A promotion puts a version on top of the champions before it, a rollback takes the topmost away.
 """
@@ -21,24 +21,24 @@ class Move:
     """One entry of the record."""
 
     number: int
-    """Its place in the order, from 1."""
+    """Position in the record, from 1."""
     kind: Kind
-    version: int
-    """What becomes the champion by it."""
+    champion: int
+    """The number of the version that becomes the champion."""
     after: int
-    """The last move that counted, as its author knew it; 0 for none."""
+    """The number of the last counted move that the author knew; 0 for none."""
     before: int | None
-    """The champion that its author knew."""
+    """The champion that the author knew; None for none."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What the record says."""
+    """The counted moves of the record, and the champions that follow from them."""
 
     moves: tuple[Move, ...]
-    """Those that count."""
+    """The moves that count."""
     champions: tuple[int, ...]
-    """The champion, last, and those that a rollback goes back to."""
+    """Numbers of versions: the champion last, before it those that a rollback returns to."""
 
     @property
     def last(self) -> int:
@@ -47,31 +47,31 @@ class History:
 
     @property
     def champion(self) -> int | None:
-        """The version that is the champion now."""
+        """The number of the present champion; None for none."""
         return self.champions[-1] if self.champions else None
 
     @property
     def previous(self) -> int | None:
-        """The champion before it."""
+        """The number of the champion that a rollback returns to; None for none."""
         return self.champions[-2] if len(self.champions) > 1 else None
 
-    def has_promoted(self, version: int) -> bool:
-        """Whether the version was made champion at some time."""
-        return any(move.kind == "promote" and move.version == version for move in self.moves)
+    def has_promoted(self, number: int) -> bool:
+        """Whether a promotion has made this version champion."""
+        return any(move.kind == "promote" and move.champion == number for move in self.moves)
 
 
 def replay(moves: Iterable[Move]) -> History:
-    """Read the record from its start.
+    """Derive the history from all moves of the record.
 
     Raises:
-        ArtifactError: if an entry is missing, so that what came after it means nothing.
+        ArtifactError: if a move is missing, so that the later ones cannot be interpreted.
     """
     counted: list[Move] = []
     champions: list[int] = []
-    for place, move in enumerate(sorted(moves, key=lambda move: move.number), 1):
-        if move.number != place:
+    for number, move in enumerate(sorted(moves, key=lambda move: move.number), 1):
+        if move.number != number:
             raise ArtifactError(
-                f"move {place} is missing from the record of promotions, so the champion cannot be told; "
+                f"move {number} is missing from the record of promotions, so the champion cannot be told; "
                 "delete the whole record to begin a new one with the alias as it is"
             )
         if move.after != (counted[-1].number if counted else 0):
@@ -79,9 +79,9 @@ def replay(moves: Iterable[Move]) -> History:
         if not counted and move.before is not None:
             champions.append(move.before)
         if move.kind == "promote":
-            champions.append(move.version)
+            champions.append(move.champion)
         else:
             champions.pop()
-            assert champions and champions[-1] == move.version, "a rollback goes to the champion before"
+            assert champions and champions[-1] == move.champion, "a rollback goes to the champion before"
         counted.append(move)
     return History(tuple(counted), tuple(champions))

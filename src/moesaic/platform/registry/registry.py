@@ -3,10 +3,10 @@
 A version stands for one child: its source is the child's manifest in the store, and weights never pass through MLflow.
 
 MLflow can set an alias but not only if it still is what one saw. What it can do is number the versions of a model, one
-after the other, whatever the database behind it. So each promotion and rollback is a version of a second registered
-model, ``<name>.promotions``: the record that :mod:`moesaic.platform.registry.champions` reads. The alias only follows
-it. Whoever moves it reads the record again afterwards, so that the last one to look leaves it right; a command that was
-killed in between leaves an alias that the next command puts right.
+after the other, whatever the database behind it. So each promotion and rollback is an entry of a second registered
+model, ``<name>.promotions``: the record that :mod:`moesaic.platform.registry.champions` reads. The alias follows the
+record. A command that moves the alias reads the record again afterwards and corrects the alias if it must. If a command
+is killed in between, the next command corrects the alias.
 """
 
 import logging
@@ -26,7 +26,8 @@ _KIND, _VERSION, _AFTER, _BEFORE = (f"{_OURS}move.{name}" for name in ("kind", "
 _PAGE = 1000
 
 Outcome = Literal["promoted", "already", "superseded", "overtaken"]
-"""Of a promotion: made champion now, champion before, once champion but replaced since, or another one came first."""
+"""The result of a promotion: the version became champion, is champion already, was champion and has been replaced, or
+another version became champion first."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RegistryAddress:
 
 @dataclass(frozen=True)
 class Version:
-    """One registered version."""
+    """One version of the registered model."""
 
     number: int
     source: str
@@ -69,15 +70,15 @@ class Registry:
             self._client = MlflowClient(tracking_uri=address.uri, registry_uri=address.uri)
 
     def create(self) -> None:
-        """Make the registered model and its record, where they are not there yet."""
+        """Create the registered model and its record, unless they exist."""
         for name in (self.model, self._record):
             if not self._exists(name):
                 self._create(name)
 
     def register(self, manifest_id: str, source: str, tags: Mapping[str, str], description: str) -> Version:
-        """The version of this child: the one that there is, with these tags, or a new one.
+        """Return the version of this child with these tags; it is created if there is none.
 
-        Of two made at the same time the first one stays, and both writers see it.
+        If two writers create one at the same time, the first one stays, and both get it.
         """
         tags = {**tags, MANIFEST_TAG: manifest_id}
         with self._explained():
@@ -96,9 +97,9 @@ class Registry:
             self._update(kept, tags, description)
         return self.version(str(kept.number))
 
-    def challenge(self, version: int) -> None:
-        """Point ``challenger`` at a version."""
-        self._point(CHALLENGER, version)
+    def challenge(self, number: int) -> None:
+        """Point the alias ``challenger`` at a version."""
+        self._point(CHALLENGER, number)
 
     def version(self, which: str) -> Version:
         """The version of this number or alias.
@@ -115,18 +116,18 @@ class Registry:
             return _read_version(self._client.get_model_version(self.model, number), aliases)
 
     def history(self) -> History:
-        """The record of the champions; before its first move, the alias as somebody set it."""
+        """The record of the champions; while it has no moves, the champion is the one that the alias names."""
         moves = self._moves()
         if not moves:
-            given = self._aliases().get(CHAMPION)
-            return History((), () if given is None else (given,))
+            aliased = self._aliases().get(CHAMPION)
+            return History((), () if aliased is None else (aliased,))
         return replay(moves)
 
     def promote(self, version: Version, known: History, *, again: bool = False) -> Outcome:
         """Make a version the champion, if no other has become it since ``known`` was read.
 
-        A promotion that succeeded once is not repeated when its command is: a version that was champion before and was
-        replaced or rolled back returns only if it is to ``again``.
+        A version that was champion before and was replaced or rolled back becomes champion again only with ``again``.
+        So a promotion is not repeated when its command is repeated.
         """
         if known.champion == version.number:
             self.settle()
@@ -137,9 +138,9 @@ class Registry:
         return "promoted" if self.settle() == version.number else "overtaken"
 
     def roll_back(self, expected: int | None = None) -> tuple[int | None, int]:
-        """Make the champion before the present one champion again; the numbers of both.
+        """Make the previous champion champion again; returns the numbers of the old and the new one.
 
-        A rollback that was interrupted is finished, and goes no further. ``expected`` is the version to go back from.
+        If a rollback was interrupted, this finishes it and does nothing else. ``expected`` is the version to replace.
 
         Raises:
             ArtifactError: if there is none before it, or another than ``expected`` is champion.
@@ -160,24 +161,24 @@ class Registry:
         return known.champion, champion
 
     def settle(self) -> int | None:
-        """Point ``champion`` at what the record says, and look again until both agree. The champion."""
+        """Point the alias ``champion`` at the record's champion until both agree; returns the champion."""
         while True:
             champion = self.history().champion
             if champion is None or self._aliases().get(CHAMPION) == champion:
                 return champion
             self._point(CHAMPION, champion)
 
-    def _point(self, alias: str, version: int) -> None:
-        """Set an alias. MLflow refuses one of two processes that make the same alias at once; then it is there."""
+    def _point(self, alias: str, number: int) -> None:
+        """Set an alias. If two processes create it at once, MLflow refuses one; its second attempt succeeds."""
         from mlflow.exceptions import MlflowException
 
         with self._explained():
             try:
-                self._client.set_registered_model_alias(self.model, alias, str(version))
+                self._client.set_registered_model_alias(self.model, alias, str(number))
             except MlflowException as failure:
                 if failure.error_code != "BAD_REQUEST":
                     raise
-                self._client.set_registered_model_alias(self.model, alias, str(version))
+                self._client.set_registered_model_alias(self.model, alias, str(number))
 
     def _move(self, kind: Kind, version: Version, known: History) -> None:
         tags = {_KIND: kind, _VERSION: str(version.number), _AFTER: str(known.last), _BEFORE: str(known.champion or 0)}
@@ -190,25 +191,25 @@ class Registry:
 
     def _aliases(self) -> dict[str, int]:
         with self._explained():
-            found = self._client.get_registered_model(self.model).aliases
-        return {alias: int(version) for alias, version in found.items()}
+            aliases = self._client.get_registered_model(self.model).aliases
+        return {alias: int(number) for alias, number in aliases.items()}
 
     def _versions_of(self, manifest_id: str) -> list[Version]:
-        """The first one made first."""
-        found = self._search(self.model, f" and tags.`{MANIFEST_TAG}` = '{manifest_id}'")
-        return sorted((_read_version(entry, {}) for entry in found), key=lambda version: version.number)
+        """The versions of one manifest, oldest first."""
+        entries = self._search(self.model, f" and tags.`{MANIFEST_TAG}` = '{manifest_id}'")
+        return sorted((_read_version(entry, {}) for entry in entries), key=lambda version: version.number)
 
     def _search(self, model: str, condition: str = "") -> list[Any]:
-        found: list[Any] = []
+        entries: list[Any] = []
         token = None
         while True:
             page = self._client.search_model_versions(f"name = '{model}'{condition}", _PAGE, page_token=token)
-            found += page
+            entries += page
             if not (token := page.token):
-                return found
+                return entries
 
     def _update(self, version: Version, tags: Mapping[str, str], description: str) -> None:
-        """Say what the tags say; those of ours that say nothing any more are emptied."""
+        """Set the tags and the description; tags of ours that are no longer given become empty."""
         number = str(version.number)
         stale = {name: "" for name in version.tags if name.startswith(_OURS) and name not in tags}
         for name, value in {**stale, **tags}.items():
@@ -217,7 +218,7 @@ class Registry:
         self._client.update_model_version(self.model, number, description)
 
     def _delete(self, double: Version) -> None:
-        with _accepted("RESOURCE_DOES_NOT_EXIST"):  # The other one of two writers has deleted it.
+        with _accepted("RESOURCE_DOES_NOT_EXIST"):  # Another writer has deleted it.
             self._client.delete_model_version(self.model, str(double.number))
 
     def _exists(self, name: str) -> bool:
@@ -255,7 +256,7 @@ class Registry:
 
 @contextmanager
 def _accepted(error_code: str) -> Iterator[None]:
-    """Take this answer for what was asked: somebody else has done the same."""
+    """Ignore this error code: another writer has already done the same."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -267,11 +268,11 @@ def _accepted(error_code: str) -> Iterator[None]:
 
 def _read_version(entry: Any, aliases: Mapping[str, int]) -> Version:
     number = int(entry.version)
-    named = tuple(sorted(alias for alias, version in aliases.items() if version == number))
-    return Version(number, entry.source, dict(entry.tags), named)
+    own_aliases = tuple(sorted(alias for alias, target in aliases.items() if target == number))
+    return Version(number, entry.source, dict(entry.tags), own_aliases)
 
 
 def _read_move(entry: Any) -> Move:
     kind: Kind = "rollback" if entry.tags[_KIND] == "rollback" else "promote"
-    version, after, before = (int(entry.tags[name]) for name in (_VERSION, _AFTER, _BEFORE))
-    return Move(int(entry.version), kind, version, after, before or None)
+    champion, after, before = (int(entry.tags[name]) for name in (_VERSION, _AFTER, _BEFORE))
+    return Move(int(entry.version), kind, champion, after, before or None)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Running stages and pipelines, and recording each run: records, lineage, MLflow."""

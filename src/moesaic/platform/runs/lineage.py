@@ -1,8 +1,7 @@
-"""Where something comes from: each stage's record names the records of its inputs, back to what a run started from.
+"""The lineage of an output: each stage's record names the records of its inputs, back to the sources of the run.
 
 The store keeps the record of every stage under its *origin*, see :attr:`moesaic.platform.runs.records.Record.origin`.
-An input is known if its record is in the store; what a run started from (the outputs of ``ingest``) must also lie there
-itself.
+An input is known if its record is in the store. A source of the run (an output of ``ingest``) must itself be there too.
 """
 
 import json
@@ -14,23 +13,23 @@ from moesaic.platform.runs.records import Record
 from moesaic.platform.store import Store
 
 SOURCE = "ingest"
-"""The stage that brings in what a run starts from."""
+"""The stage whose outputs are the sources of a run."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """Something a stage was given."""
+    """An input of a stage."""
 
     name: str
     digest: str
-    """Of its content."""
+    """Digest of its content."""
     origin: "Origin | None"
-    """How it was made; None if no record of that is in the store."""
+    """The origin of its content; None if its record is not in the store."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How something was made, and from what."""
+    """How an output was made: its record and its inputs."""
 
     id: str
     record: Record = field(repr=False)
@@ -38,16 +37,16 @@ class Origin:
 
     @property
     def stage(self) -> str:
-        """The stage that made it."""
+        """The stage that made the output."""
         return self.record.stage
 
     def given(self, name: str) -> "tuple[Origin, ...]":
-        """The origins of the input of this name: several of a list, none if it was not given or is not known."""
-        return tuple(found.origin for found in self.inputs if found.name == name and found.origin)
+        """The origins of the inputs of this name; empty if it was not given or is unknown."""
+        return tuple(each.origin for each in self.inputs if each.name == name and each.origin)
 
 
 def keep_record(store: Store, record: Record) -> None:
-    """Put a record into the store; the first of several attempts at the same thing stays."""
+    """Put a record into the store, unless it has one of the same origin."""
     if store.root.size(_key(record.origin)) is None:
         store.root.write(_key(record.origin), record.to_json().encode())
 
@@ -58,16 +57,16 @@ def trace(store: Store, origin: str) -> Origin:
     Raises:
         ArtifactError: if its own record is missing or was changed.
     """
-    found = _Tracer(store).origin(origin)
-    if found is None:
+    traced = _Tracer(store).origin(origin)
+    if traced is None:
         raise ArtifactError(
             f"the store at {store.root.address} holds no record {origin}; name the store that the run used"
         )
-    return found
+    return traced
 
 
 def walk(origin: Origin) -> Iterator[Input]:
-    """Every input of every stage, each once."""
+    """All inputs of all stages, each once."""
     seen: set[tuple[str, str, str]] = set()
 
     def inputs(of: Origin) -> Iterator[Input]:
@@ -83,24 +82,23 @@ def walk(origin: Origin) -> Iterator[Input]:
 
 
 def origins(origin: Origin) -> dict[str, Origin]:
-    """It and all it was made from, by id."""
+    """The origin and those of all its inputs, by id."""
     return {origin.id: origin} | {given.origin.id: given.origin for given in walk(origin) if given.origin}
 
 
 def sources(origin: Origin) -> dict[str, str]:
-    """What the run started from: content digests by name, the parent's and the data sets'."""
-    found = ((given.origin, given.digest) for given in walk(origin))
-    named = {made.record.subject: digest for made, digest in found if made and made.stage == SOURCE}
-    return dict(sorted(named.items()))
+    """Content digests of the sources of the run, the parent and the data sets, by name."""
+    digests = {each.origin.record.subject: each.digest for each in walk(origin) if each.origin and is_source(each)}
+    return dict(sorted(digests.items()))
 
 
 def is_source(given: Input) -> bool:
-    """Whether it is what a run started from."""
+    """Whether the input is a source of the run."""
     return given.origin is not None and given.origin.stage == SOURCE
 
 
 def unknown_inputs(store: Store, origin: Origin) -> list[Input]:
-    """The inputs that nothing is known of, and what the run started from where the store no longer holds it."""
+    """The inputs without a record, and the sources that the store no longer holds."""
     return [
         given
         for given in walk(origin)
@@ -109,7 +107,7 @@ def unknown_inputs(store: Store, origin: Origin) -> list[Input]:
 
 
 def find_digest(origin: Origin, digest: str) -> Origin | None:
-    """How the input of this content was made, of whichever stage it is an input; None if it is of none."""
+    """The origin of the input with this content; None if no stage had such an input."""
     return next((given.origin for given in walk(origin) if given.digest == digest and given.origin), None)
 
 
@@ -122,7 +120,7 @@ def _is_held(store: Store, manifest_id: str) -> bool:
 
 
 class _Tracer:
-    """Reads each record once."""
+    """Reads the records of a history, each once."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -1,6 +1,6 @@
 """Run a compiled pipeline on this machine, through Kubeflow's own local runner and with its cache kept.
 
-The runner prints much and says little: its output goes to ``kubeflow.log``, what the stages say goes to the user.
+The runner's output goes to ``kubeflow.log``; the lines of the stages are shown to the user.
 """
 
 import contextlib
@@ -21,12 +21,13 @@ from rich.console import Console
 
 from moesaic.core.errors import ConfigError, MoesaicError, StageError
 from moesaic.core.redaction import redact
-from moesaic.platform.runs.runtime import FAILURE, Place
+from moesaic.platform.runs.run_context import RunContext
+from moesaic.platform.runs.runtime import FAILURE
 
 LOG = "kubeflow.log"
 _INPUT_BEGINS, _INPUT_ENDS = "Got executor_input:", "}"
 """The runner prints every task's input as JSON between these lines."""
-_RUNNERS_OWN = re.compile(r"\s*(\[KFP Executor|\d\d:\d\d:\d\d\.\d{3} - |-{20,}|\x1b\[)")
+_RUNNER_LINE = re.compile(r"\s*(\[KFP Executor|\d\d:\d\d:\d\d\.\d{3} - |-{20,}|\x1b\[)")
 _CACHE_HIT = re.compile(r"Task (\S+) cache hit")
 
 
@@ -36,7 +37,9 @@ def parameters_of(manifest: Path) -> list[str]:
     return list(specification["root"]["inputDefinitions"]["parameters"])
 
 
-def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, console: Console) -> dict[str, Path]:
+def run_compiled(
+    manifest: Path, arguments: Mapping[str, Any], context: RunContext, console: Console
+) -> dict[str, Path]:
     """Run the pipeline; finished tasks of earlier runs in the same directory are reused.
 
     Returns:
@@ -47,8 +50,8 @@ def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, con
     """
     from kfp import components, local
 
-    assert place.run_directory is not None, "a local run has a directory"
-    directory = place.run_directory
+    assert context.run_directory is not None, "a local run has a directory"
+    directory = context.run_directory
     (directory / FAILURE).unlink(missing_ok=True)
     warnings.filterwarnings("ignore", module="kfp")
     local.init(
@@ -58,7 +61,7 @@ def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, con
         cache_root=str(directory / "cache"),
     )
     pipeline = components.load_component_from_file(str(manifest))
-    with _environment(place), _shown_stages(directory / LOG, console):
+    with _task_variables(context), _shown_stages(directory / LOG, console):
         try:
             finished = pipeline(**arguments)
         except RuntimeError as failure:
@@ -67,23 +70,23 @@ def run_compiled(manifest: Path, arguments: Mapping[str, Any], place: Place, con
 
 
 def _explain(directory: Path) -> MoesaicError:
-    """The error of the stage that failed, as it left it."""
+    """The error that the failed stage wrote into the run's directory."""
     try:
-        word = json.loads((directory / FAILURE).read_text())
+        failure = json.loads((directory / FAILURE).read_text())
     except FileNotFoundError:
         return StageError(f"a task was lost without a word; read {directory / LOG}")
-    error = ConfigError if word["exit_code"] == ConfigError.exit_code else StageError
-    return error(f"{word['stage']}: {word['message']}\nThe whole log is in {directory / LOG}")
+    error = ConfigError if failure["exit_code"] == ConfigError.exit_code else StageError
+    return error(f"{failure['stage']}: {failure['message']}\nThe whole log is in {directory / LOG}")
 
 
 @contextlib.contextmanager
-def _environment(place: Place) -> Iterator[None]:
-    """Tell the tasks where they are. One thread each: more of them slow small models on a CPU down."""
+def _task_variables(context: RunContext) -> Iterator[None]:
+    """Set the tasks' environment variables. Each task gets one thread: more slow small models on a CPU down."""
     before = dict(os.environ)
     os.environ.update(
         {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
         | before
-        | place.as_environment()
+        | context.as_environment()
     )
     try:
         yield
@@ -109,7 +112,7 @@ def _shown_stages(log: Path, console: Console) -> Iterator[None]:
 
 
 class _StageLines(io.TextIOBase):
-    """Takes all that the runner prints, but for secrets; logs it, and shows the stages' own lines with the time."""
+    """Receives the runner's output: logs it without secrets, and shows the stages' own lines with the time."""
 
     def __init__(self, log: TextIO, console: Console) -> None:
         self._log, self._console = log, console
@@ -122,17 +125,17 @@ class _StageLines(io.TextIOBase):
             shown = redact(text, os.environ)
             self._log.write(shown)
             self._log.flush()
-            if not self._is_the_runners(shown):
+            if not self._is_from_runner(shown):
                 for line in filter(str.strip, shown.splitlines()):
                     self.show(line)
         return len(text)
 
-    def _is_the_runners(self, text: str) -> bool:
+    def _is_from_runner(self, text: str) -> bool:
         if self._inside_input:
             self._inside_input = text.rstrip("\n") != _INPUT_ENDS
             return True
         self._inside_input = _INPUT_BEGINS in text
-        return _RUNNERS_OWN.match(text) is not None
+        return _RUNNER_LINE.match(text) is not None
 
     def show(self, line: str) -> None:
         elapsed = time.monotonic() - self._start
@@ -140,7 +143,7 @@ class _StageLines(io.TextIOBase):
 
 
 class _CacheHits(logging.Handler):
-    """Says which tasks the runner takes from its cache."""
+    """Shows which tasks the runner takes from its cache."""
 
     def __init__(self, lines: _StageLines) -> None:
         super().__init__(logging.INFO)

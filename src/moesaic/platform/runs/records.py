@@ -1,4 +1,4 @@
-"""The record beside every payload: what was made, from what, by what, where, and how long it took."""
+"""The record beside every payload: the stage, its config and inputs, the code, the hardware, the time it took."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Record:
-    """One run of one stage."""
+    """The record of one run of one stage."""
 
     stage: str
     subject: str
@@ -50,7 +50,7 @@ class Record:
     seed: int | None
     metrics: Mapping[str, float]
     started: str
-    """UTC, ISO 8601."""
+    """The time of the start: UTC, ISO 8601."""
     duration_s: float
     peak_memory_mib: float
     origins: Mapping[str, Any] = field(default_factory=dict)
@@ -58,16 +58,16 @@ class Record:
 
     @property
     def origin(self) -> str:
-        """Digest of how this was made: stage, subject, config, code, and the digests and origins of the inputs.
+        """Digest of stage, subject, config, code, and the digests and origins of the inputs.
 
-        It stands for the whole history, and tells apart two ways to the same content, which a content digest does not.
+        It covers the whole history. Two ways to the same content have different origins but one content digest.
         """
         inputs = dict(self.inputs), dict(self.origins)
         decisive = [self.stage, self.subject, self.config_digest, self.code_digest, *inputs]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """What ``record.json`` holds."""
+        """The content of ``record.json``."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     def write(self, directory: Path) -> None:
@@ -76,7 +76,7 @@ class Record:
 
     @classmethod
     def read(cls, directory: Path) -> "Record":
-        """The record in an output directory."""
+        """Read the record in an output directory."""
         path = directory / RECORD
         try:
             return cls(**json.loads(path.read_text()))
@@ -109,13 +109,13 @@ def content_digest(path: Path) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Versions of Moesaic, Python and the packages whose numbers may differ between releases."""
-    found = {"moesaic": __version__, "python": platform.python_version()}
+    versions = {"moesaic": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def describe_hardware() -> dict[str, Any]:

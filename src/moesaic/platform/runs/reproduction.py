@@ -38,7 +38,7 @@ def recipe_values(report: Origin, *others: Origin) -> Values:
 
 
 def pipeline_of(report: Origin) -> str:
-    """Which pipeline it was: ``compress`` recovers its child, ``search`` does not."""
+    """The name of the pipeline: ``compress`` recovers its child, ``search`` does not."""
     return "compress" if report.given("recovery") else "search"
 
 
@@ -48,7 +48,7 @@ def _unambiguous(*roots: Origin) -> Values:
     for root in roots:
         for origin in origins(root).values():
             configs.setdefault(origin.stage, {})[origin.record.config_digest] = origin.record.config
-    return {stage: next(iter(found.values())) for stage, found in configs.items() if len(found) == 1}
+    return {stage: next(iter(by_digest.values())) for stage, by_digest in configs.items() if len(by_digest) == 1}
 
 
 def _of_rounds(pruned: Origin) -> Values:
@@ -66,7 +66,7 @@ def _of_rounds(pruned: Origin) -> Values:
     return values | {"earlier_search_architecture": earlier.record.config, "rounds": rounds}
 
 
-def _one(found: tuple[Origin, ...], what: str) -> Origin:
-    if len(found) != 1:
+def _one(matches: tuple[Origin, ...], what: str) -> Origin:
+    if len(matches) != 1:
         raise ArtifactError(f"the recipe cannot be told: the record of {what} is not in the store")
-    return found[0]
+    return matches[0]

@@ -1,8 +1,7 @@
-"""Runs one stage where it is told to: what Kubeflow components call, and ``moesaic stage`` without Kubeflow.
+"""Runs one stage: Kubeflow components call it through ``run_stage``, ``moesaic stage`` through ``perform``.
 
-A stage sees plain directories. Around it this module resolves inputs, keeps a scratch directory that survives a killed
-run, moves the finished output into place, writes the record and logs to MLflow. *Where* things are comes from the
-environment, and only :meth:`Place.from_environment` reads it; how to reach a bucket is read where one is opened.
+A stage sees plain directories. This module resolves its inputs, keeps a scratch directory that survives a killed run,
+moves the finished output into place, writes the record and logs to MLflow.
 """
 
 import fcntl
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,13 +30,14 @@ from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.redaction import redact
 from moesaic.core.stage import Stage
-from moesaic.platform.cluster.jobs import JOB_VARIABLE, ClusterJob, JobPlace
+from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
 from moesaic.platform.registry.registry import RegistryAddress
 from moesaic.platform.runs import records
 from moesaic.platform.runs.lineage import keep_record
 from moesaic.platform.runs.records import RECORD, Record
+from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.runs.tracking import Tracker
-from moesaic.platform.store import Address, Manifest, Store, parse_address
+from moesaic.platform.store import Address, Manifest, Store
 from moesaic.platform.store.manifest import MANIFEST
 from moesaic.platform.store.root import explained_disk_full
 from moesaic.recover.reinforce.stage import ReinforceConfig
@@ -44,13 +45,13 @@ from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import find_stage
 
 FAILURE = "failure.json"
-"""Written into the run's directory by a stage that failed; the command line reads it."""
+"""The file that a failed stage writes into the run's directory; the command line reads it."""
 
 _DONE = ".done"
-"""Ends the name of a finished stage's scratch on its way out."""
+"""Suffix of the scratch directory of a finished stage while it is removed."""
 
-_COLLECTOR = (100_000, 50, 50)
-"""When a task's process looks for garbage: at Python's own thresholds a quarter of what imports take goes into it."""
+_GC_THRESHOLDS = (100_000, 50, 50)
+"""Thresholds of the garbage collector; at Python's defaults it takes a quarter of the time of the imports."""
 
 Result = TypeVar("Result")
 Given = Mapping[str, Path | list[Path]]
@@ -58,83 +59,15 @@ Given = Mapping[str, Path | list[Path]]
 
 
 class ArtifactPath(Protocol):
-    """What is used of a Kubeflow artifact."""
+    """The part of a Kubeflow artifact that is used here."""
 
     @property
     def path(self) -> str:
-        """Where it lies in this container."""
+        """Its path in this container."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage runs; never part of a config."""
-
-    store: Address
-    tracking_uri: str | None = None
-    run_id: str | None = None
-    """The MLflow run that a scheduler opened for this very task."""
-    parent_run_id: str | None = None
-    """The MLflow run of the pipeline."""
-    run_directory: Path | None = None
-    """Where to leave word of a failure."""
-    driver_pid: int | None = None
-    """The process without which there is no point in going on."""
-    job: JobPlace | None = None
-    """Nodes that the cluster gives this very stage, for what it cannot do alone."""
-
-    @classmethod
-    def from_environment(cls) -> "Place":
-        """Read ``MOESAIC_STORE``, MLflow's own variables, and what a cluster or ``moesaic run`` sets for its tasks."""
-        read = os.environ.get
-        if not (store := read("MOESAIC_STORE")):
-            raise ConfigError("MOESAIC_STORE is not set; set it to the directory or the s3:// address of the store")
-        directory, pid, job = read("MOESAIC_RUN_DIRECTORY"), read("MOESAIC_DRIVER_PID"), read(JOB_VARIABLE)
-        return cls(
-            store=parse_address(store),
-            tracking_uri=read("MLFLOW_TRACKING_URI") or None,
-            run_id=read("MLFLOW_RUN_ID"),
-            parent_run_id=read("MOESAIC_PARENT_RUN_ID"),
-            run_directory=Path(directory) if directory else None,
-            driver_pid=int(pid) if pid else None,
-            job=JobPlace.parse(job) if job else None,
-        )
-
-    @classmethod
-    def for_local_run(cls, run_directory: Path, store: Address | None) -> "Place":
-        """Everything under one directory, unless the store or ``MLFLOW_TRACKING_URI`` points elsewhere."""
-        directory = run_directory.absolute()
-        return cls(
-            store=store.absolute() if isinstance(store, Path) else store or directory / "store",
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}",
-            run_directory=directory,
-            driver_pid=os.getpid(),
-        )
-
-    @property
-    def registry(self) -> RegistryAddress | None:
-        """The model registry, which is where the runs are."""
-        return RegistryAddress(self.tracking_uri, self.parent_run_id or self.run_id) if self.tracking_uri else None
-
-    def inside(self, parent_run_id: str) -> "Place":
-        """The same place for the stages of one pipeline run."""
-        return replace(self, parent_run_id=parent_run_id)
-
-    def as_environment(self) -> dict[str, str]:
-        """The variables from which :meth:`from_environment` reads the same place."""
-        variables = {
-            "MOESAIC_STORE": self.store,
-            "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "MLFLOW_RUN_ID": self.run_id,
-            "MOESAIC_PARENT_RUN_ID": self.parent_run_id,
-            "MOESAIC_RUN_DIRECTORY": self.run_directory,
-            "MOESAIC_DRIVER_PID": self.driver_pid,
-            JOB_VARIABLE: self.job.to_variable() if self.job else None,
-        }
-        return {name: str(value) for name, value in variables.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Task:
+class StageRun:
     """One stage with its config and checked inputs, ready to run."""
 
     stage: Stage
@@ -165,28 +98,30 @@ def run_stage(
     Raises:
         SystemExit: with the error's exit code, if it failed; all that is printed of it is free of secrets.
     """
-    gc.set_threshold(*_COLLECTOR)
-    place = Place.from_environment()
-    if place.driver_pid:
-        end_with(place.driver_pid)
-    if place.run_directory and (place.run_directory / FAILURE).exists():
+    gc.set_threshold(*_GC_THRESHOLDS)
+    context = RunContext.from_environment()
+    if context.driver_pid:
+        end_with(context.driver_pid)
+    if context.run_directory and (context.run_directory / FAILURE).exists():
         raise SystemExit(MoesaicError.exit_code)  # Another stage of this run has failed.
     try:
         given = {key: _paths(value) for key, value in inputs.items() if value is not None}
-        task = plan_task(name, config, given, Store.at(place.store))
-        record = _run_task(place, task, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"})
+        run = plan_stage(name, config, given, Store.at(context.store))
+        record = _run_in_store(
+            context, run, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"}
+        )
     except MoesaicError as failure:
-        _leave_word(place, name, str(failure), failure.exit_code)
+        _write_failure(context, name, str(failure), failure.exit_code)
         raise SystemExit(failure.exit_code) from failure
     except Exception as failure:
         print(redact(traceback.format_exc(), os.environ), file=sys.stderr, end="")
-        _leave_word(place, name, f"{type(failure).__name__}: {failure}", MoesaicError.exit_code)
+        _write_failure(context, name, f"{type(failure).__name__}: {failure}", MoesaicError.exit_code)
         raise SystemExit(MoesaicError.exit_code) from failure
     if "metrics" in outputs:
-        _hand_on_metrics(record.metrics, outputs["metrics"])
+        _write_metrics(record.metrics, outputs["metrics"])
 
 
-def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task:
+def plan_stage(name: str, config: str, given: Given, store: Store | None) -> StageRun:
     """Check a stage's name, config and inputs before anything is run.
 
     Raises:
@@ -200,54 +135,61 @@ def plan_task(name: str, config: str, given: Given, store: Store | None) -> Task
     if missing or unknown:
         allowed = f"{list(stage.required)}" + (f" and may take {list(stage.optional)}" if stage.optional else "")
         raise ConfigError(f"{name} takes the inputs {allowed}; missing: {missing}, unknown: {unknown}")
-    return Task(
+    return StageRun(
         stage=stage,
         config=parsed,
-        inputs={key: _resolved(key, value, stage, store) for key, value in given.items()},
+        inputs={
+            key: _each(partial(_resolve, store=store, by_manifest=key in stage.by_manifest), value)
+            for key, value in given.items()
+        },
         digests={key: _each(records.content_digest, value) for key, value in given.items()},
         origins={key: _each(records.origin_of, value) for key, value in given.items()},
-        parents=tuple(sorted({Manifest.read(path).id for path in _all_paths(given) if _is_manifest(path)})),
+        parents=tuple(
+            sorted(
+                {Manifest.read(path).id for value in given.values() for path in _listed(value) if _is_manifest(path)}
+            )
+        ),
         subject=_subject(stage, parsed, given),
     )
 
 
 def perform(
-    task: Task,
+    run: StageRun,
     output: Path,
     scratch: Path,
     store: Address | None = None,
     registry: RegistryAddress | None = None,
-    job: JobPlace | None = None,
+    job: JobSettings | None = None,
 ) -> Record:
     """Run a planned stage's function on directories and write the record beside its payload."""
-    extra = _places(task.stage, store, registry)
+    extra = _services(run.stage, store, registry)
     if job:
-        extra |= {"nodes": ClusterJob(job, task.key)}
+        extra |= {"nodes": ClusterJob(job, run.key)}
     started, clock = datetime.now(UTC), time.monotonic()
     with explained_disk_full(output):
-        metrics = task.stage.run(task.config, **task.inputs, **extra, output=output, scratch=scratch)
+        metrics = run.stage.run(run.config, **run.inputs, **extra, output=output, scratch=scratch)
         record = Record(
-            stage=task.stage.name,
-            subject=task.subject,
-            config=task.config.model_dump(mode="json"),
-            config_digest=task.config.digest,
-            inputs=task.digests,
+            stage=run.stage.name,
+            subject=run.subject,
+            config=run.config.model_dump(mode="json"),
+            config_digest=run.config.digest,
+            inputs=run.digests,
             versions=records.installed_versions(),
             code_digest=code.code_digest(),
             hardware=records.describe_hardware(),
-            seed=getattr(task.config, "seed", None),
+            seed=getattr(run.config, "seed", None),
             metrics=metrics,
             started=started.isoformat(timespec="seconds"),
             duration_s=round(time.monotonic() - clock, 3),
             peak_memory_mib=round(records.peak_memory_mib(), 1),
-            origins=task.origins,
+            origins=run.origins,
         )
         record.write(output)
     return record
 
 
-def _places(stage: Stage, store: Address | None, registry: RegistryAddress | None) -> dict[str, Any]:
-    """What a stage reaches beside its inputs."""
+def _services(stage: Stage, store: Address | None, registry: RegistryAddress | None) -> dict[str, Any]:
+    """The store and the registry, for a stage that uses them."""
     if stage.reads_store and store is None:
         raise ConfigError(f"{stage.name} reads the store; name it with --store or MOESAIC_STORE")
     if stage.reads_registry and registry is None:
@@ -257,47 +199,42 @@ def _places(stage: Stage, store: Address | None, registry: RegistryAddress | Non
 
 def baselines_of(architecture: str) -> list[str]:
     """Configs of ``prune_model`` for every candidate in an architecture.json that is not the search's own."""
-    found = json.loads((Path(architecture) / "architecture.json").read_text())["candidates"]
-    return [PruneModelConfig(candidate=name).to_json() for name in found if not name.startswith("puzzle")]
+    candidates = json.loads((Path(architecture) / "architecture.json").read_text())["candidates"]
+    return [PruneModelConfig(candidate=name).to_json() for name in candidates if not name.startswith("puzzle")]
 
 
-def _run_task(place: Place, task: Task, targets: Mapping[str, Path]) -> Record:
+def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path]) -> Record:
     """Run in a scratch directory of the store's local part, log, and move the result to where the artifacts lie."""
-    store = Store.at(place.store)
+    store = Store.at(context.store)
     started_ms, clock = time.time_ns() // 10**6, time.monotonic()
-    _say(task, "started")
-    with _workspace(store.directory / "scratch" / task.key) as workspace:
+    _say(run, "started")
+    with _workspace(store.directory / "scratch" / run.key) as workspace:
         output = workspace / "output"
         tracker = Tracker(
-            place.tracking_uri, place.parent_run_id, place.run_id, store, _attempt(place, task, workspace)
+            context.tracking_uri, context.parent_run_id, context.run_id, store, _attempt(context, run, workspace)
         )
-        if task.stage.trains:
-            tracker = tracker.begin(task.stage.name, task.subject, started_ms)
-            _show_run_to_engines(tracker.live_run_id)
+        if run.stage.trains:
+            tracker = tracker.begin(run.stage.name, run.subject, started_ms)
+            if tracker.live_run_id:
+                os.environ["MLFLOW_RUN_ID"] = tracker.live_run_id  # Training engines log their curves into this run.
         try:
-            record = perform(task, output, workspace / "scratch", place.store, place.registry, place.job)
+            record = perform(run, output, workspace / "scratch", context.store, context.registry, context.job)
         except Exception as failure:
-            tracker.log_failure(task.stage.name, task.subject, started_ms, task.config.model_dump(mode="json"), failure)
+            tracker.log_failure(run.stage.name, run.subject, started_ms, run.config.model_dump(mode="json"), failure)
             raise
-        if task.stage.makes_weights:
-            _exchange_for_manifest(store, task, output)
+        if run.stage.makes_weights:
+            _exchange_for_manifest(store, run, output)
         tracker.log_stage(record, started_ms, [path for path in output.iterdir() if path.is_file()])
-        _hand_on(task.stage, record, output, targets, store)
-    _say(task, f"done in {time.monotonic() - clock:.1f} s")
+        _move_outputs(run.stage, record, output, targets, store)
+    _say(run, f"done in {time.monotonic() - clock:.1f} s")
     return record
-
-
-def _show_run_to_engines(run_id: str | None) -> None:
-    """Training engines log their curves into the run that MLflow's own variable names."""
-    if run_id:
-        os.environ["MLFLOW_RUN_ID"] = run_id
 
 
 @contextmanager
 def _workspace(directory: Path) -> Iterator[Path]:
-    """A directory with an empty ``output`` and a kept ``scratch``; held by one process, removed after success.
+    """A directory with an empty ``output`` and a kept ``scratch``, locked by one process and removed after success.
 
-    It is removed under another name: half of a scratch must never be taken for the scratch of a killed run.
+    It is renamed before it is removed, so that a half-removed scratch is never taken for that of a killed run.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with directory.with_suffix(".lock").open("w") as lock:
@@ -311,17 +248,17 @@ def _workspace(directory: Path) -> Iterator[Path]:
         shutil.rmtree(directory.rename(directory.with_suffix(f".{uuid.uuid4().hex}{_DONE}")), ignore_errors=True)
 
 
-def _attempt(place: Place, task: Task, workspace: Path) -> str:
-    """What names the stage's run in MLflow: each task of a pipeline run has one; elsewhere each success ends one."""
-    if place.parent_run_id:
-        return hashlib.sha256(f"{place.parent_run_id} {task.key}".encode()).hexdigest()
+def _attempt(context: RunContext, run: StageRun, workspace: Path) -> str:
+    """The id of the attempt: one for each task of a pipeline run; without a pipeline, one until a success."""
+    if context.parent_run_id:
+        return hashlib.sha256(f"{context.parent_run_id} {run.key}".encode()).hexdigest()
     note = workspace / "attempt"
     if not note.is_file():
         write_text_atomically(note, uuid.uuid4().hex)
     return note.read_text()
 
 
-def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
+def _exchange_for_manifest(store: Store, run: StageRun, output: Path) -> None:
     """Move the weights into the store and leave their manifest, with the record, in their place."""
     record = (output / RECORD).read_bytes()
     (output / RECORD).unlink()
@@ -329,9 +266,9 @@ def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
         output,
         "model",
         format="safetensors",
-        producer=task.stage.name,
-        parents=task.parents,
-        config_digest=task.config.digest,
+        producer=run.stage.name,
+        parents=run.parents,
+        config_digest=run.config.digest,
         move=True,
     )
     shutil.rmtree(output)
@@ -340,21 +277,21 @@ def _exchange_for_manifest(store: Store, task: Task, output: Path) -> None:
     (output / RECORD).write_bytes(record)
 
 
-def _hand_on(stage: Stage, record: Record, output: Path, targets: Mapping[str, Path], store: Store) -> None:
-    """Move the payload to each artifact's place; with several, each is a folder of the output and its own subject.
+def _move_outputs(stage: Stage, record: Record, output: Path, targets: Mapping[str, Path], store: Store) -> None:
+    """Move the payload to the artifacts' paths, and keep each record in the store before that.
 
-    The store keeps the record before anything else can refer to it.
+    With several outputs, each is a folder of the output directory and a subject of its own.
     """
     for name in stage.output_names:
         source, target = (output / name, targets[name]) if len(stage.output_names) > 1 else (output, targets[name])
         made = replace(record, subject=name) if len(stage.output_names) > 1 else record
         made.write(source)
         keep_record(store, made)
-        _put_in_place(source, target)
+        _move_whole(source, target)
 
 
-def _put_in_place(source: Path, target: Path) -> None:
-    """Move a directory, from another disk too, so that at its place there is nothing or the whole."""
+def _move_whole(source: Path, target: Path) -> None:
+    """Move a directory, also across disks, so that ``target`` is absent or complete at any time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     arriving, leaving = (target.with_name(f".{target.name}.{word}") for word in ("arriving", "leaving"))
     for left in (arriving, leaving):
@@ -366,18 +303,13 @@ def _put_in_place(source: Path, target: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _hand_on_metrics(values: Mapping[str, float], metrics: Any) -> None:
-    """Show the metrics in Kubeflow, and leave a file: a Metrics artifact without one is never reused from the cache."""
+def _write_metrics(values: Mapping[str, float], metrics: Any) -> None:
+    """Log the metrics to Kubeflow and write a file: Kubeflow's cache never reuses a Metrics artifact without one."""
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     for name, value in finite.items():
         metrics.log_metric(name, value)
     Path(metrics.path).parent.mkdir(parents=True, exist_ok=True)
     Path(metrics.path).write_text(json.dumps(finite, indent=1, sort_keys=True) + "\n")
-
-
-def _all_paths(given: Given) -> Iterator[Path]:
-    for value in given.values():
-        yield from _listed(value)
 
 
 def _listed(value: Path | list[Path]) -> list[Path]:
@@ -390,10 +322,6 @@ def _is_manifest(path: Path) -> bool:
 
 def _paths(value: ArtifactPath | list[Any]) -> Path | list[Path]:
     return [Path(one.path) for one in value] if isinstance(value, list) else Path(value.path)
-
-
-def _resolved(name: str, value: Path | list[Path], stage: Stage, store: Store | None) -> Path | list[Path]:
-    return _each(lambda path: _resolve(path, store, name in stage.by_manifest), value)
 
 
 def _resolve(path: Path, store: Store | None, by_manifest: bool) -> Path:
@@ -412,7 +340,7 @@ def _each(function: Callable[[Path], Result], value: Path | list[Path]) -> Resul
 
 
 def _subject(stage: Stage, config: Config, given: Given) -> str:
-    """What a stage is about: ``puzzle`` for the candidate itself, ``puzzle/distill`` once that has been done to it."""
+    """The subject of a stage: ``puzzle`` for the pruned candidate, ``puzzle/distill`` after ``distill``."""
     if isinstance(config, PruneModelConfig):
         return config.candidate
     models = [path for name in ("model", "child", "policies") if name in given for path in _listed(given[name])]
@@ -423,15 +351,15 @@ def _subject(stage: Stage, config: Config, given: Given) -> str:
     return f"{before.split('/')[0]}/{done}"
 
 
-def _say(task: Task, what: str) -> None:
-    about = f" ({task.subject})" if task.subject else ""
-    print(f"{task.stage.name}{about}: {what}", file=sys.stderr, flush=True)
+def _say(run: StageRun, what: str) -> None:
+    about = f" ({run.subject})" if run.subject else ""
+    print(f"{run.stage.name}{about}: {what}", file=sys.stderr, flush=True)
 
 
-def _leave_word(place: Place, stage: str, message: str, exit_code: int) -> None:
-    """Kubeflow's local runner names a failed task but not why: say it here, and where the command line looks."""
+def _write_failure(context: RunContext, stage: str, message: str, exit_code: int) -> None:
+    """Print why a stage failed and write it for the command line; Kubeflow's local runner does not tell it."""
     message = redact(message, os.environ)
     print(f"error: {stage}: {message}", file=sys.stderr, flush=True)
-    if place.run_directory:
-        word = {"stage": stage, "message": message, "exit_code": exit_code}
-        (place.run_directory / FAILURE).write_text(json.dumps(word, indent=1) + "\n")
+    if context.run_directory:
+        failure = {"stage": stage, "message": message, "exit_code": exit_code}
+        (context.run_directory / FAILURE).write_text(json.dumps(failure, indent=1) + "\n")

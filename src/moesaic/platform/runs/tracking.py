@@ -38,22 +38,22 @@ _FILES = {".json", ".html", ".png"}
 _FILE_BYTES = 8 * 2**20
 _WAITING = "unlogged"
 _SENDING_S = 60.0
-"""A stage spends no more on what others could not log."""
+"""The longest that a stage spends on sending the waiting logs of others."""
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""MLflow's own, where nobody has set them: a server that is down costs seconds, one that hangs a minute."""
+"""Defaults for MLflow's own variables: a server that is down costs seconds, one that hangs a minute."""
 
 
 @dataclass(frozen=True)
 class StageLog:
-    """What MLflow is told of one run of one stage."""
+    """One run of one stage, as MLflow logs it."""
 
     attempt: str
-    """Tells the run from all others, so that it is the same one however often it is sent."""
+    """Identifies the run, so that sending the log again updates the same run."""
     stage: str
     subject: str
     started_ms: int
@@ -63,29 +63,29 @@ class StageLog:
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     files: Mapping[str, str]
-    """Content in base64 by name."""
+    """Contents of files in base64, by name."""
     parent_run_id: str | None
     run_id: str | None
     """The run that a scheduler opened for the task."""
 
     def to_json(self) -> str:
-        """What waits in the store."""
+        """The file that waits in the store."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """Where a stage's run is logged; nowhere without ``uri``. A server that fails costs a warning, never a result."""
+    """Logs a stage's run to MLflow; without ``uri`` it does nothing. If the server fails, it only warns."""
 
     uri: str | None = None
     parent_run_id: str | None = None
-    """Nest a new run in this one."""
+    """The run in which a new run is nested."""
     run_id: str | None = None
-    """Log into this run, which a scheduler opened for the very task."""
+    """The run that a scheduler opened for the task; the stage logs into it."""
     store: Store | None = None
-    """Where a log waits that the server does not take."""
+    """The store in which a log waits while the server cannot take it."""
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Names the run beyond a killed process: whoever logs the same attempt logs into the same run."""
+    """Identifies the run even after a killed process: the same attempt logs into the same run."""
     begun_id: str | None = None
     """The run that :meth:`begin` opened."""
 
@@ -129,17 +129,17 @@ class Tracker:
         self._log(replace(log, params=flatten(config), tags={_ERROR_TAG: error}))
 
     def send_waiting(self, limit_s: float = _SENDING_S) -> tuple[int, int]:
-        """Send what this server could not be told before; how much was sent, and how much still waits.
+        """Send the logs that wait for this server; returns how many were sent and how many still wait.
 
-        Nothing new is begun after ``limit_s``. What another process has sent meanwhile counts as neither.
+        No new one is begun after ``limit_s``. Logs that another process has sent meanwhile are not counted.
         """
         if self.uri is None or self.store is None:
             return 0, 0
         sent = kept = 0
         deadline = time.monotonic() + limit_s
         for item in list(self.store.root.items(f"{_WAITING}/{_digest(self.uri)}/")):
-            found = self._send(item) if time.monotonic() < deadline else False
-            sent, kept = sent + (found is True), kept + (found is False)
+            was_sent = self._send(item) if time.monotonic() < deadline else False
+            sent, kept = sent + (was_sent is True), kept + (was_sent is False)
         return sent, kept
 
     def _describe(self, stage: str, subject: str, started_ms: int, status: str) -> StageLog:
@@ -150,14 +150,14 @@ class Tracker:
         if self.uri is None:
             return
         try:
-            _tell(self.uri, log)
+            _write(self.uri, log)
         except Exception as lost:
             _warn(log.stage, f"not logged to MLflow: {type(lost).__name__}{self._keep(log)}")
             return
         self._send_waiting_too(log.stage)
 
     def _keep(self, log: StageLog) -> str:
-        """Let it wait in the store; the status keeps a success from being taken for the failure before it."""
+        """Put a log into the store to wait. The key has its status: a success and an earlier failure differ."""
         if self.uri is None or self.store is None:
             return ""
         key = f"{_WAITING}/{_digest(self.uri)}/{log.attempt}-{log.status}.json"
@@ -177,14 +177,14 @@ class Tracker:
             print(f"{stage}: logged {sent} earlier runs to MLflow, {kept} still wait", file=sys.stderr, flush=True)
 
     def _send(self, item: Item) -> bool | None:
-        """Whether it was; None if it is gone."""
+        """Send a waiting log; returns whether it was sent, or None if it no longer waits."""
         assert self.uri is not None and self.store is not None, "something waits"
         try:
             log = StageLog(**json.loads(self.store.root.read(item.key)))
         except FileNotFoundError:
             return None
         try:
-            _tell(self.uri, log)
+            _write(self.uri, log)
         except Exception as lost:
             _warn(log.stage, f"still not logged to MLflow: {type(lost).__name__}")
             return False
@@ -193,7 +193,7 @@ class Tracker:
 
 
 def count_waiting(store: Store) -> int:
-    """How many logs wait in a store, for whichever server."""
+    """The number of logs that wait in a store, for all servers."""
     return sum(1 for _ in store.root.items(f"{_WAITING}/"))
 
 
@@ -234,8 +234,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _tell(uri: str, log: StageLog) -> None:
-    """Bring MLflow up to date; telling it twice changes nothing."""
+def _write(uri: str, log: StageLog) -> None:
+    """Write a log to MLflow; writing it again changes nothing."""
     client, experiment_id = _connect(uri)
     run_id = log.run_id or _find_or_open(client, experiment_id, log)
     _log_values(client, run_id, log.params, log.metrics, log.tags, log.ended_ms)
@@ -248,9 +248,9 @@ def _tell(uri: str, log: StageLog) -> None:
 
 
 def _find_or_open(client: Any, experiment_id: str, log: StageLog) -> str:
-    found = client.search_runs([experiment_id], f"tags.`{_ATTEMPT_TAG}` = '{log.attempt}'", max_results=1)
-    if found:
-        return str(found[0].info.run_id)
+    runs = client.search_runs([experiment_id], f"tags.`{_ATTEMPT_TAG}` = '{log.attempt}'", max_results=1)
+    if runs:
+        return str(runs[0].info.run_id)
     name = f"{log.stage} ({log.subject})" if log.subject else log.stage
     tags = {"moesaic.stage": log.stage, "moesaic.subject": log.subject, _ATTEMPT_TAG: log.attempt}
     if log.parent_run_id:
@@ -261,9 +261,9 @@ def _find_or_open(client: Any, experiment_id: str, log: StageLog) -> str:
 def _find_or_open_parent(
     client: Any, experiment_id: str, name: str, arguments: Mapping[str, Any], arguments_digest: str
 ) -> str:
-    found = client.search_runs([experiment_id], f"tags.`{_ARGUMENTS_TAG}` = '{arguments_digest}'", max_results=1)
-    if found:
-        run_id = str(found[0].info.run_id)
+    runs = client.search_runs([experiment_id], f"tags.`{_ARGUMENTS_TAG}` = '{arguments_digest}'", max_results=1)
+    if runs:
+        run_id = str(runs[0].info.run_id)
         client.update_run(run_id, status="RUNNING")
         return run_id
     tags = {_ARGUMENTS_TAG: arguments_digest}
@@ -297,7 +297,7 @@ def _log_values(
     tags: Mapping[str, str] = MappingProxyType({}),
     timestamp_ms: int = 0,
 ) -> None:
-    """With the time, the latest of several attempts is what MLflow shows."""
+    """Log values; of several attempts MLflow shows the one with the latest time."""
     from mlflow.entities import Metric, Param, RunTag
 
     client.log_batch(
@@ -315,7 +315,7 @@ def _log_file(client: Any, run_id: str, name: str, content: bytes) -> None:
 
 
 def _digest(uri: str) -> str:
-    """Stands for a server; its address may hold a password."""
+    """A digest instead of the server's address, which may hold a password."""
     return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 

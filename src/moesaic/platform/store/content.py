@@ -1,4 +1,4 @@
-"""The store itself: add files, commit a manifest, give a manifest's files back under their names."""
+"""The store: add files, commit a manifest, and lay out a manifest's files under their names."""
 
 import hashlib
 import os
@@ -14,11 +14,11 @@ from moesaic.platform.store.root import DirectoryRoot, Root, describe_problem, e
 from moesaic.platform.store.s3_options import SCHEME, S3Options
 
 Address = Path | str
-"""Where a store is: a directory, or ``s3://bucket/prefix``."""
+"""The address of a store: a directory, or ``s3://bucket/prefix``."""
 
 
 def parse_address(text: str) -> Address:
-    """The address that a user gave as text; a directory becomes a path."""
+    """Parse an address; that of a directory becomes a path."""
     return text if text.startswith(SCHEME) else Path(text)
 
 
@@ -34,7 +34,7 @@ class Store:
     def at(cls, address: Address, options: S3Options | None = None) -> "Store":
         """The store in a directory or at ``s3://bucket/prefix``.
 
-        ``options`` concern S3 alone; by default the environment says how to reach the bucket (docs/store.md).
+        ``options`` concern S3 alone; by default they are read from environment variables (docs/store.md).
 
         Raises:
             ConfigError: if the address, the bucket or the credentials cannot be used.
@@ -91,9 +91,9 @@ class Store:
         return self.commit(Manifest(kind=kind, format=format, producer=producer, files=entries))
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Make a manifest visible, once all of its objects are here; returns the one that is visible then.
+        """Make a manifest visible, once all of its objects are stored; returns the visible one.
 
-        Of two writers that cut the same files into different parts, the first one's manifest stays.
+        If two writers cut the same files into different parts, the first one's manifest stays.
 
         Raises:
             ArtifactError: if an object is missing.
@@ -113,15 +113,15 @@ class Store:
             raise ArtifactError(
                 f"the store at {self.root.address} holds no manifest {manifest_id}; add it first"
             ) from missing
-        found = Manifest.parse(content, f"manifest {manifest_id}")
-        if found.id != manifest_id:
+        manifest = Manifest.parse(content, f"manifest {manifest_id}")
+        if manifest.id != manifest_id:
             raise ArtifactError(
                 f"manifest {manifest_id} in {self.root.address} was changed; remove it and add it again"
             )
-        return found
+        return manifest
 
     def manifests(self) -> Iterator[Manifest]:
-        """All that are committed, by id."""
+        """All committed manifests, in the order of their ids."""
         for item in self.root.items("manifests/"):
             yield self.manifest(item.key.removeprefix("manifests/").removesuffix(".json"))
 
@@ -156,9 +156,9 @@ class Store:
         try:
             with explained_disk_full(self.directory):
                 for entry in manifest.files:
-                    place = partial / entry.path
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    _link(files[entry.sha256], place)
+                    link = partial / entry.path
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    _link(files[entry.sha256], link)
                 _put_in_place(partial, tree, manifest, files)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -169,24 +169,24 @@ def _manifest_key(manifest_id: str) -> str:
 
 
 def _visible_files(directory: Path) -> list[Path]:
-    found = []
+    files: list[Path] = []
     for folder, folders, names in os.walk(directory):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder) / name for name in names if not name.startswith(".")]
-    return found
+        files += [Path(folder) / name for name in names if not name.startswith(".")]
+    return files
 
 
 def _is_complete(tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> bool:
-    """Whether it holds the very files; a damaged one that was fetched again has another inode."""
+    """Whether the tree links to exactly these files; a file that was fetched again has another inode."""
     pairs = [(tree / entry.path, files[entry.sha256]) for entry in manifest.files]
     return all(path.is_file() and path.samefile(file) for path, file in pairs)
 
 
-def _link(source: Path, place: Path) -> None:
+def _link(source: Path, link: Path) -> None:
     try:
-        os.link(source, place)
+        os.link(source, link)
     except OSError:
-        place.symlink_to(source.resolve())
+        link.symlink_to(source.resolve())
 
 
 def _put_in_place(partial: Path, tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:

@@ -43,14 +43,14 @@ class StoredObject:
     """An object of a bucket that holds a file or a part of it."""
 
     sha256: str
-    """Digest of its content, which names it."""
+    """Digest of its content; part of its key."""
     start: int
-    """Where its content begins in the file."""
+    """Offset in the file of its first byte."""
     size_bytes: int
 
     @property
     def stop(self) -> int:
-        """Where its content ends in the file."""
+        """Offset in the file of the byte after its last."""
         return self.start + self.size_bytes
 
 
@@ -92,15 +92,15 @@ class Manifest(_Frozen):
     kind: Kind
     """A model (a checkpoint directory) or a data set (one .jsonl)."""
     format: str
-    """Such as ``safetensors`` or ``jsonl``."""
+    """The file format, such as ``safetensors`` or ``jsonl``."""
     producer: str
-    """The stage that made it."""
+    """The stage that wrote the files."""
     parents: tuple[Sha256, ...] = ()
-    """Ids of the manifests it was made from."""
+    """Ids of the manifests of the inputs."""
     config_digest: Sha256 | None = None
-    """Digest of the config it was made with."""
+    """Digest of the stage's config."""
     files: tuple[FileEntry, ...]
-    """Sorted by path."""
+    """All files, sorted by path."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -125,8 +125,8 @@ class Manifest(_Frozen):
             return cls.model_validate_json(text)
         except ValidationError as invalid:
             first = invalid.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "(the whole)"
-            raise ArtifactError(f"{where} is not a manifest of Moesaic's store: {place}: {first['msg']}") from invalid
+            field = ".".join(str(part) for part in first["loc"]) or "(the whole)"
+            raise ArtifactError(f"{where} is not a manifest of Moesaic's store: {field}: {first['msg']}") from invalid
 
     @classmethod
     def read(cls, directory: Path) -> Self:

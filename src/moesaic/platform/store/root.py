@@ -1,4 +1,4 @@
-"""Where objects lie. A root keeps bytes under keys and knows nothing of manifests; object stores fit behind it too."""
+"""Roots: where a store keeps its objects, as bytes under keys. A root knows nothing of manifests."""
 
 import errno
 import os
@@ -16,13 +16,13 @@ from moesaic.core.files import file_digest
 from moesaic.platform.store.manifest import FileEntry
 
 _TOPS = ("objects/", "manifests/", "records/", "unlogged/")
-"""What keys start with."""
+"""The prefixes of all keys."""
 _VERIFIERS = 4
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that lies under a root: an object, or what an interrupted writer left of one."""
+    """An object under a root, or the part of one that an interrupted writer left."""
 
     key: str
     size_bytes: int
@@ -31,11 +31,11 @@ class Item:
 
 
 class Root(Protocol):
-    """Object operations. Objects never change: writing a key that exists with the same size may do nothing."""
+    """Operations on objects. Objects never change, so writing an existing key with the same size may do nothing."""
 
     @property
     def address(self) -> str:
-        """How a user names this root; shown in errors."""
+        """The address of this root, for messages."""
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, None if there is none."""
@@ -57,12 +57,12 @@ class Root(Protocol):
         """Store a small object, whole or not at all; where the key is taken, an object store keeps what it has."""
 
     def put_files(self, files: Mapping[str, Path], *, move: bool) -> tuple[FileEntry, ...]:
-        """Store files, given by the path that each has in its tree, as objects, but for those that are here.
+        """Store files as objects, except those that exist already. ``files`` has their paths in the tree as keys.
 
-        Each object appears whole or not at all. ``move`` allows to consume the files.
+        Each object appears whole or not at all. With ``move`` the files may be moved instead of copied.
 
         Raises:
-            ArtifactError: if a file is found to change meanwhile.
+            ArtifactError: if a file changes meanwhile.
         """
 
     def local_files(self, entries: Iterable[FileEntry], *, verify: bool = False) -> dict[str, Path]:
@@ -78,7 +78,7 @@ class Root(Protocol):
         """All objects whose keys start with ``prefix``."""
 
     def leftovers(self) -> Iterable[Item]:
-        """What interrupted writers left; a writer at work has such things too, so mind their age."""
+        """Files that interrupted writers left. A writer at work has such files too, so their age matters."""
 
     def delete(self, item: Item) -> None:
         """Remove an object or a leftover; it may be gone already."""
@@ -92,59 +92,59 @@ class DirectoryRoot:
 
     @property
     def address(self) -> str:
-        """See :class:`Root`."""
+        """The address of this root, for messages."""
         return str(self.directory)
 
     def size(self, key: str) -> int | None:
-        """See :class:`Root`."""
+        """The number of bytes of an object; None if there is none."""
         try:
             return self._path(key).stat().st_size
         except FileNotFoundError:
             return None
 
     def read(self, key: str) -> bytes:
-        """See :class:`Root`."""
+        """The content of a small object."""
         return self._path(key).read_bytes()
 
     def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
-        """See :class:`Root`."""
+        """Read a part of a file."""
         try:
             return file_range(self._path(object_key(entry.sha256)), start, length)
         except FileNotFoundError as missing:
             raise ArtifactError(describe_problem(entry, entry.sha256, self.address, "is missing")) from missing
 
     def problems(self, entries: Iterable[FileEntry], *, read: bool = False) -> list[str]:
-        """See :class:`Root`."""
+        """What is wrong with the objects of these files."""
         with ThreadPoolExecutor(_VERIFIERS) as pool:
-            found = pool.map(lambda entry: self._problem(entry, read), entries)
-            return [problem for problem in found if problem]
+            results = pool.map(lambda entry: self._problem(entry, read), entries)
+            return [problem for problem in results if problem]
 
     def write(self, key: str, content: bytes) -> None:
-        """See :class:`Root`."""
-        with self._arriving(key) as partial:
+        """Store a small object."""
+        with self._written_whole(key) as partial:
             partial.write_bytes(content)
 
     def put_files(self, files: Mapping[str, Path], *, move: bool) -> tuple[FileEntry, ...]:
-        """See :class:`Root`; an object that is here already becomes young again, for a writer relies on it."""
+        """Store files as objects. The time of an object that exists is renewed, so that gc keeps it for this writer."""
         return tuple(self._put_file(name, source, move) for name, source in files.items())
 
     def local_files(self, entries: Iterable[FileEntry], *, verify: bool = False) -> dict[str, Path]:
-        """See :class:`Root`."""
+        """Paths of local files with the content of these entries, by SHA-256."""
         by_digest = {entry.sha256: entry for entry in entries}
         for problem in self.problems(by_digest.values(), read=verify):
             raise ArtifactError(problem)
         return {sha256: self._path(object_key(sha256)) for sha256 in by_digest}
 
     def items(self, prefix: str) -> Iterator[Item]:
-        """See :class:`Root`."""
+        """All objects whose keys start with ``prefix``."""
         return (item for item in self._files(prefix) if not _is_hidden(item.key))
 
     def leftovers(self) -> Iterator[Item]:
-        """See :class:`Root`."""
+        """Files that interrupted writers left."""
         return (item for top in _TOPS for item in self._files(top) if _is_hidden(item.key))
 
     def delete(self, item: Item) -> None:
-        """See :class:`Root`."""
+        """Remove an object or a leftover."""
         self._path(item.key).unlink(missing_ok=True)
 
     def _problem(self, entry: FileEntry, read: bool) -> str | None:
@@ -160,7 +160,7 @@ class DirectoryRoot:
         if self.size(key) == entry.size_bytes:
             os.utime(self._path(key))
             return entry
-        with self._arriving(key) as partial:
+        with self._written_whole(key) as partial:
             if move:
                 shutil.move(source, partial)
                 return entry
@@ -175,15 +175,15 @@ class DirectoryRoot:
     def _files(self, prefix: str) -> Iterator[Item]:
         for path in sorted((self.directory / prefix).rglob("*")):
             try:
-                found = path.lstat()
+                status = path.lstat()
             except FileNotFoundError:
                 continue  # A writer has just moved it into place.
             if path.is_file():
-                yield Item(path.relative_to(self.directory).as_posix(), found.st_size, found.st_mtime)
+                yield Item(path.relative_to(self.directory).as_posix(), status.st_size, status.st_mtime)
 
     @contextmanager
-    def _arriving(self, key: str) -> Iterator[Path]:
-        """A private path whose file takes its place under ``key`` on success, and vanishes on failure."""
+    def _written_whole(self, key: str) -> Iterator[Path]:
+        """A temporary path; its file gets the name ``key`` on success and is removed on failure."""
         target = self._path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -219,14 +219,14 @@ OTHER_CONTENT = "has another content than its digest says"
 
 
 def problem_of_size(size: int | None, expected: int) -> str | None:
-    """What the size of an object tells: nothing wrong, missing, or another size than expected."""
+    """What is wrong with the size of an object: it is missing or has another size; None if nothing is."""
     if size is None:
         return "is missing"
     return None if size == expected else f"has {size} bytes instead of {expected}"
 
 
 def describe_problem(entry: FileEntry, sha256: str, address: str, problem: str) -> str:
-    """What is wrong with an object of a file, and what to do about it."""
+    """A message: what is wrong with an object of a file, and what to do."""
     where = f"object {object_key(sha256)} ({entry.path}) in {address}"
     return f"{where} {problem}; remove it and add its model or data set again"
 

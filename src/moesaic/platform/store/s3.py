@@ -53,25 +53,25 @@ class S3Root:
 
     @property
     def address(self) -> str:
-        """See :class:`Root`."""
+        """The address of this root, for messages."""
         return self._address
 
     def size(self, key: str) -> int | None:
-        """See :class:`Root`."""
+        """The number of bytes of an object; None if there is none."""
         with explained_failures(self.address):
             try:
-                return int(self.client.head_object(**self._place(key))["ContentLength"])
+                return int(self.client.head_object(**self._location(key))["ContentLength"])
             except ClientError as failure:
                 if status_of(failure) == 404:
                     return None
                 raise
 
     def read(self, key: str) -> bytes:
-        """See :class:`Root`."""
+        """The content of a small object."""
         return self._repeated(lambda: b"".join(self._chunks(key, FileNotFoundError(key))))
 
     def read_range(self, entry: FileEntry, start: int, length: int) -> bytes:
-        """See :class:`Root`."""
+        """Read a part of a file."""
         if (cached := self.cache.path(entry)).exists():
             return file_range(cached, start, length)
 
@@ -84,21 +84,21 @@ class S3Root:
             return b"".join(pool.map(read, wanted))
 
     def problems(self, entries: Iterable[FileEntry], *, read: bool = False) -> list[str]:
-        """See :class:`Root`."""
+        """What is wrong with the objects of these files."""
         parts = {part.sha256: (entry, part) for entry in entries for part in entry.objects}
         with _threads(self.options.connections) as pool:
-            found = pool.map(lambda one: self._problem(one[0], one[1], read), parts.values())
-            return [problem for problem in found if problem]
+            results = pool.map(lambda pair: self._problem(pair[0], pair[1], read), parts.values())
+            return [problem for problem in results if problem]
 
     def write(self, key: str, content: bytes) -> None:
-        """See :class:`Root`; of two writers at once the first one's content stays, where the server can tell."""
+        """Store a small object. Of two writers at once the first one's content stays, if the server can tell."""
         for _ in range(self.options.attempts):
             with explained_failures(self.address):
                 try:
                     return self._put(key, content, IfNoneMatch="*")
                 except ClientError as failure:
                     if status_of(failure) == 412:
-                        return None  # There is one.
+                        return None  # The object exists.
                     if status_of(failure) == 501:
                         return self._put(key, content)  # The server knows no conditions.
                     if status_of(failure) != 409:
@@ -107,7 +107,7 @@ class S3Root:
         raise StageError(f"writes of {key} to {self.address} were in conflict with others again and again; run again")
 
     def put_files(self, files: Mapping[str, Path], *, move: bool) -> tuple[FileEntry, ...]:
-        """See :class:`Root`; a moved file goes on into the cache, where the next stage finds it."""
+        """Store files as objects. A moved file goes into the cache, where the next stage finds it."""
         size_bytes = sum(path.stat().st_size for path in files.values())
         with count_bytes(size_bytes, f"to {self.address}") as moved, _threads(self.options.connections) as pool:
             sender = Sender(pool, self.options, partial(self._put_part, moved))
@@ -119,7 +119,7 @@ class S3Root:
         return entries
 
     def local_files(self, entries: Iterable[FileEntry], *, verify: bool = False) -> dict[str, Path]:
-        """See :class:`Root`; a damaged file in the cache is fetched again."""
+        """Paths of local files with the content of these entries; a damaged file in the cache is fetched again."""
         wanted = list({entry.sha256: entry for entry in entries}.values())
         with _threads(self.options.connections) as pool:
             list(pool.map(lambda entry: self.cache.drop_damaged(entry, verify=verify), wanted))
@@ -129,34 +129,34 @@ class S3Root:
         return {entry.sha256: self.cache.path(entry) for entry in wanted}
 
     def items(self, prefix: str) -> Iterator[Item]:
-        """See :class:`Root`."""
+        """All objects whose keys start with ``prefix``."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._full(prefix))
         with explained_failures(self.address):
             for page in pages:
-                for found in page.get("Contents", []):
-                    key = found["Key"].removeprefix(self._full(""))
-                    yield Item(key, found["Size"], found["LastModified"].timestamp())
+                for entry in page.get("Contents", []):
+                    key = entry["Key"].removeprefix(self._full(""))
+                    yield Item(key, entry["Size"], entry["LastModified"].timestamp())
 
     def leftovers(self) -> Iterator[Item]:
-        """See :class:`Root`: none, as the parts that an interrupted writer has sent are objects of no manifest."""
+        """Nothing: the parts that an interrupted writer has sent are objects of no manifest."""
         return iter(())
 
     def delete(self, item: Item) -> None:
-        """See :class:`Root`."""
+        """Remove an object or a leftover."""
         with explained_failures(self.address):
-            self.client.delete_object(**self._place(item.key))
+            self.client.delete_object(**self._location(item.key))
 
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
 
-    def _place(self, key: str) -> dict[str, Any]:
+    def _location(self, key: str) -> dict[str, Any]:
         return {"Bucket": self.bucket, "Key": self._full(key)}
 
     def _put(self, key: str, content: bytes, **condition: str) -> None:
         """Botocore signs the SHA-256 of the content, so that the server refuses other bytes than were sent."""
         # A file object is sent in small pieces, and the time limit holds for each of them, not for the whole.
         body = io.BytesIO(content)
-        self.client.put_object(Body=body, **self._place(key), **self.options.encryption, **condition)
+        self.client.put_object(Body=body, **self._location(key), **self.options.encryption, **condition)
 
     def _put_part(self, moved: Callable[[int], None], part: bytes) -> str:
         sha256 = hashlib.sha256(part).hexdigest()
@@ -167,7 +167,7 @@ class S3Root:
         return sha256
 
     def _fetch(self, entries: list[FileEntry]) -> None:
-        """Fetch the parts that the cache lacks, and give it each file once it has the digest that it should have."""
+        """Fetch the parts that the cache lacks, and finish each file once its digest is verified."""
         self.cache.begin(entries)
         size_bytes = sum(entry.size_bytes for entry in entries)
         with count_bytes(size_bytes, f"from {self.address}") as moved, _threads(self.options.connections) as pool:
@@ -227,7 +227,7 @@ class S3Root:
     def _chunks(self, key: str, missing: Exception, **limits: str) -> Iterator[bytes]:
         """The content of an object; raises ``missing`` if there is none."""
         try:
-            answer = self.client.get_object(**self._place(key), **limits)
+            answer = self.client.get_object(**self._location(key), **limits)
         except ClientError as failure:
             if error_code(failure) == "NoSuchKey":
                 raise missing from failure
@@ -236,7 +236,7 @@ class S3Root:
             yield from body.iter_chunks(_CHUNK_BYTES)
 
     def _repeated(self, action: Callable[[], Result]) -> Result:
-        """Do it again if an answer breaks off or is damaged: botocore repeats requests, not the reading of answers."""
+        """Repeat an action whose answer breaks off or is damaged; botocore repeats only requests."""
         with explained_failures(self.address):
             for attempt in range(self.options.attempts - 1):
                 try:
@@ -247,12 +247,12 @@ class S3Root:
 
 
 class _DamagedError(ArtifactError):
-    """An object has arrived with another content than its digest says; it may have been damaged on its way."""
+    """An object arrived with another content than its digest says; the transfer may have damaged it."""
 
 
 @contextmanager
 def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads; what has not begun is dropped when the block is left."""
+    """A pool of threads; work that has not begun is cancelled when the block ends."""
     pool = ThreadPoolExecutor(num_threads)
     try:
         yield pool
@@ -261,7 +261,7 @@ def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def connect(options: S3Options) -> Any:
-    """A client that asks nothing of a server that not all have: no checksums beside the signature."""
+    """A client for any S3 server; it sends no checksums beside the signature, which not all servers support."""
     config = Config(
         connect_timeout=min(10.0, options.timeout_s),
         read_timeout=options.timeout_s,

@@ -1,4 +1,4 @@
-"""The local files of what was fetched from a bucket: whole ones under their objects' keys, and those in progress.
+"""The cache of a bucket: complete files under the keys of their objects, and partial files while they are fetched.
 
 A file in progress needs no journal: a part of it is done if it has the digest that it should have.
 """
@@ -23,20 +23,20 @@ _CHUNK_BYTES = 2**18
 
 @dataclass(frozen=True)
 class Cache:
-    """A directory of such files."""
+    """The cache of one bucket, in a directory."""
 
     directory: Path
 
     def path(self, entry: FileEntry) -> Path:
-        """Where the whole file is once it has been fetched."""
+        """The path of the complete file."""
         return self.directory / object_key(entry.sha256)
 
     def partial(self, entry: FileEntry) -> Path:
-        """Where the file is while it is fetched."""
+        """The path of the file while it is fetched."""
         return self.path(entry).with_name(f".{entry.sha256}.partial")
 
     def missing(self, entries: Sequence[FileEntry]) -> list[FileEntry]:
-        """The entries whose files are not here."""
+        """The entries whose files are not in the cache."""
         return [entry for entry in entries if not self.path(entry).exists()]
 
     def drop_damaged(self, entry: FileEntry, *, verify: bool) -> None:
@@ -55,7 +55,7 @@ class Cache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Let one process at a time fetch into this directory; the others find its files when it is their turn."""
+        """Hold the lock of the directory, so that one process at a time fetches into it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / ".lock").open("w") as lock, explained_disk_full(self.directory):
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -80,12 +80,12 @@ class Cache:
             )
 
     def finish(self, entry: FileEntry) -> None:
-        """Give a partial file its name, read-only, once all of its parts are there."""
+        """Rename a partial file with all of its parts to its final path, read-only."""
         self.partial(entry).chmod(0o444)
         self.partial(entry).replace(self.path(entry))
 
     def keep(self, source: Path, entry: FileEntry) -> None:
-        """Take over a file that has been sent to the bucket."""
+        """Move a file that has been sent to the bucket into the cache."""
         self.path(entry).parent.mkdir(parents=True, exist_ok=True)
         source.chmod(0o444)
         try:

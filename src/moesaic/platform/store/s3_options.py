@@ -1,4 +1,4 @@
-"""How to reach an S3 bucket. The environment says so, never a config; credentials stay with botocore altogether."""
+"""Options of an S3 bucket, read from environment variables, never from a config. botocore finds the credentials."""
 
 import os
 from collections.abc import Mapping
@@ -31,19 +31,19 @@ class S3Options:
     retry_delay_s: float = 1.0
     """Before the second attempt at a download that broke off; it doubles every time, up to 20 s."""
     timeout_s: float = 60.0
-    """How long a server may stay silent."""
+    """The longest that a server may take to answer."""
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "S3Options":
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> "S3Options":
         """Read ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``, ``AWS_REGION`` and ``MOESAIC_S3_*`` (docs/store.md)."""
-        read = environment.get
+        read = variables.get
         return cls(
             endpoint_url=read("AWS_ENDPOINT_URL_S3") or read("AWS_ENDPOINT_URL") or None,
             region=read("AWS_REGION") or read("AWS_DEFAULT_REGION") or None,
-            path_style=_flag(environment, "MOESAIC_S3_PATH_STYLE"),
+            path_style=_flag(variables, "MOESAIC_S3_PATH_STYLE"),
             kms_key=read("MOESAIC_S3_KMS_KEY") or None,
-            part_bytes=_positive(environment, "MOESAIC_S3_PART_MIB", 64) * 2**20,
-            connections=_positive(environment, "MOESAIC_S3_CONNECTIONS", 8),
+            part_bytes=_positive(variables, "MOESAIC_S3_PART_MIB", 64) * 2**20,
+            connections=_positive(variables, "MOESAIC_S3_CONNECTIONS", 8),
         )
 
     @property
@@ -66,8 +66,8 @@ def split_address(address: str) -> tuple[str, str]:
     return parts.netloc, prefix
 
 
-def _flag(environment: Mapping[str, str], name: str) -> bool | None:
-    value = environment.get(name, "").lower()
+def _flag(variables: Mapping[str, str], name: str) -> bool | None:
+    value = variables.get(name, "").lower()
     if not value:
         return None
     if value not in _TRUE + _FALSE:
@@ -75,8 +75,8 @@ def _flag(environment: Mapping[str, str], name: str) -> bool | None:
     return value in _TRUE
 
 
-def _positive(environment: Mapping[str, str], name: str, default: int) -> int:
-    value = environment.get(name, str(default))
+def _positive(variables: Mapping[str, str], name: str, default: int) -> int:
+    value = variables.get(name, str(default))
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{name} = {value!r} is not a whole number of at least 1")
     return int(value)

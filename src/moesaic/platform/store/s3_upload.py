@@ -14,7 +14,7 @@ from moesaic.platform.store.s3_options import S3Options
 
 @dataclass(frozen=True)
 class SentFile:
-    """A file that has been read, and the digests of its parts, which may be on their way."""
+    """A file that has been read. Its parts may still be on their way; the futures give their digests."""
 
     name: str
     size_bytes: int
@@ -46,8 +46,8 @@ class Sender:
         """
         whole, digests = hashlib.sha256(), []
         with path.open("rb") as file:
-            found = path.stat()
-            for _ in range(0, max(found.st_size, 1), self._part_bytes):
+            before = path.stat()
+            for _ in range(0, max(before.st_size, 1), self._part_bytes):
                 self._free.acquire()
                 if self._failure:
                     raise self._failure
@@ -55,9 +55,9 @@ class Sender:
                 digests.append(self._pool.submit(self._store, part))
                 whole.update(part)
         after = path.stat()
-        if (after.st_size, after.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise changed_while_added(path)
-        return SentFile(name, found.st_size, whole.hexdigest(), self._part_bytes, tuple(digests))
+        return SentFile(name, before.st_size, whole.hexdigest(), self._part_bytes, tuple(digests))
 
     def _store(self, part: bytes) -> str:
         try:

@@ -1,4 +1,4 @@
-"""Read single tensors out of stored checkpoints: the header first, then the tensor's own bytes, and nothing else."""
+"""Read single tensors from stored checkpoints: the header, and then only the tensor's bytes."""
 
 import json
 from functools import partial
@@ -17,7 +17,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def read_tensor(store: Store, manifest: Manifest, name: str) -> Tensor:
-    """The tensor of that name from whichever safetensors file of the manifest holds it.
+    """Read one tensor from the safetensors files of a manifest.
 
     Only its own bytes are read, so the object's digest cannot be checked; materialize the manifest for that.
 
@@ -25,12 +25,12 @@ def read_tensor(store: Store, manifest: Manifest, name: str) -> Tensor:
         ArtifactError: if no file holds it, or its file is not safetensors.
     """
     for entry in _candidates(store, manifest, name):
-        found = find_tensors(partial(store.read_range, entry), entry.size_bytes, Path(entry.path))
-        if name in found:
-            ((start, count),) = found[name].runs
+        tensors = find_tensors(partial(store.read_range, entry), entry.size_bytes, Path(entry.path))
+        if name in tensors:
+            ((start, count),) = tensors[name].runs
             content = store.read_range(entry, start, count)
             try:
-                tensor: Tensor = load(header_of({name: found[name]}) + content)[name]
+                tensor: Tensor = load(header_of({name: tensors[name]}) + content)[name]
             except SafetensorError as broken:
                 raise ArtifactError(f"{entry.path}: {name} is broken: {broken}") from broken
             return tensor

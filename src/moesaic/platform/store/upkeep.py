@@ -1,4 +1,4 @@
-"""Look after a store: what is in it, whether it is sound, and what of it nobody needs any more."""
+"""Upkeep of a store: verify its objects, find the ones that no manifest references, and delete them."""
 
 import re
 import shutil
@@ -12,20 +12,20 @@ from moesaic.platform.store.manifest import Manifest
 from moesaic.platform.store.root import Item
 
 GRACE_HOURS = 24.0
-"""Whatever is younger may belong to a writer at work, who commits its manifest last."""
+"""Younger objects are kept: they may belong to a writer at work, who commits its manifest last."""
 _OBJECT = re.compile(r"objects/sha256/[0-9a-f]{2}/([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What may go."""
+    """Objects and files that may be deleted."""
 
     objects: tuple[Item, ...]
-    """Of no manifest."""
+    """Objects that no manifest references."""
     leftovers: tuple[Item, ...]
-    """Of writers that were interrupted."""
+    """Files that interrupted writers left."""
     trees: tuple[Path, ...]
-    """Local trees of no manifest; they hold on to the disk space of their files."""
+    """Local trees of no manifest; they keep the disk space of their files occupied."""
 
     @property
     def size_bytes(self) -> int:
@@ -34,18 +34,18 @@ class Garbage:
 
 
 def verify(store: Store, manifests: Iterable[Manifest]) -> list[str]:
-    """Read every object of the manifests, each once, and recompute its digest. Returns what is wrong, in words."""
+    """Read every object of the manifests once and recompute its digest; returns a message for each problem."""
     entries = {entry.sha256: entry for manifest in manifests for entry in manifest.files}
     return store.root.problems(entries.values(), read=True)
 
 
 def find_garbage(store: Store, grace_hours: float = GRACE_HOURS, now_s: float | None = None) -> Garbage:
-    """What no manifest references and nobody has touched for ``grace_hours``.
+    """Find what no manifest references and nobody has written for ``grace_hours``.
 
     Manifests are read after the objects were listed, so that one committed meanwhile keeps its objects.
 
     Raises:
-        ArtifactError: if a manifest cannot be read; what it needs cannot be told then, so nothing may go.
+        ArtifactError: if a manifest cannot be read; its objects are unknown then, so nothing may be deleted.
     """
     oldest_s = (time.time() if now_s is None else now_s) - grace_hours * 3600
     objects = [item for item in store.root.items("objects/") if item.modified_s < oldest_s]
@@ -61,7 +61,7 @@ def find_garbage(store: Store, grace_hours: float = GRACE_HOURS, now_s: float | 
 
 
 def delete(store: Store, garbage: Garbage) -> None:
-    """Delete it, but for objects that a manifest has come to reference since it was found."""
+    """Delete garbage, except objects that a manifest has come to reference meanwhile."""
     needed = _needed_digests(store.manifests())
     for item in garbage.objects:
         match = _OBJECT.fullmatch(item.key)

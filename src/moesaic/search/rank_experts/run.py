@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
-from moesaic.core.process_group import Shards, share
+from moesaic.core.process_group import BatchShare, share
 from moesaic.core.progress import track
 from moesaic.data.batches import Batch
 from moesaic.data.calibration import load_batches
@@ -39,17 +39,19 @@ def run(
     elif share(config, {"parent": parent, "calibration_short": calibration_short}, scratch, len(batches)):
         layers = [LayerRanking(**layer) for layer in json.loads((scratch / _SHARED).read_text())]
     else:
-        layers = list(_rank(config, checkpoint, batches, scratch, Shards()))
+        layers = list(_rank(config, checkpoint, batches, scratch, BatchShare()))
     content = {"criterion": config.criterion, "num_tokens": num_tokens, "layers": [asdict(layer) for layer in layers]}
     (output / "ranking.json").write_text(json.dumps(content, indent=1) + "\n")
     return {"num_tokens": float(num_tokens), "num_layers": float(len(layers))}
 
 
-def work(config: RankExpertsConfig, *, parent: Path, calibration_short: Path, scratch: Path, shards: Shards) -> None:
+def work(
+    config: RankExpertsConfig, *, parent: Path, calibration_short: Path, scratch: Path, batch_share: BatchShare
+) -> None:
     """Take part in ranking, as one of several processes; the first one saves."""
     checkpoint = Checkpoint.open(parent)
-    layers = list(_rank(config, checkpoint, _load_batches(config, checkpoint, calibration_short), scratch, shards))
-    if shards.rank == 0:
+    layers = list(_rank(config, checkpoint, _load_batches(config, checkpoint, calibration_short), scratch, batch_share))
+    if batch_share.rank == 0:
         (scratch / _SHARED).write_text(json.dumps([asdict(layer) for layer in layers]) + "\n")
 
 
@@ -64,21 +66,21 @@ def _load_batches(config: RankExpertsConfig, checkpoint: Checkpoint, data: Path)
 
 
 def _rank(
-    config: RankExpertsConfig, checkpoint: Checkpoint, batches: list[Batch], scratch: Path, shards: Shards
+    config: RankExpertsConfig, checkpoint: Checkpoint, batches: list[Batch], scratch: Path, batch_share: BatchShare
 ) -> Iterator[LayerRanking]:
     """Rank layer after layer from all processes' batches, of which this one takes its share; go on after a kill."""
     dtype, device = getattr(torch, config.precision), loading.choose_device()
     rotary = loading.rotary(checkpoint, max(batch.num_positions for batch in batches), dtype, device)
-    mine = shards.mine(batches)
-    offloader = StateOffloader(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
-    progress = RankingProgress(scratch, shards)
+    mine = batch_share.mine(batches)
+    offloader = StateOffloader(state_memory_bytes(batch_share.count), scratch / f"states-{batch_share.rank}", device)
+    progress = RankingProgress(scratch, batch_share)
     done = progress.layers()
     embedded = loading.embed_each(checkpoint, [batch.token_ids for batch in mine], dtype)
     states = [offloader.offload(hidden) for hidden in (progress.states(len(done)) if done else embedded)]
     reader, layers = LayerReader(checkpoint, dtype, device), range(len(done), checkpoint.num_layers)
     yield from done
     try:
-        for layer in track(layers, len(layers), "ranking layers") if shards.rank == 0 else layers:
+        for layer in track(layers, len(layers), "ranking layers") if batch_share.rank == 0 else layers:
             window = checkpoint.architecture.blocks[layer].window
             more = layer + 1 < checkpoint.num_layers
             module = reader.load(layer, then=layer + 1 if more else None)
@@ -87,7 +89,7 @@ def _rank(
                 for index in range(len(mine))
             ]
             del module
-            done.append(rank_tallies(config.criterion, shards.gather(tallies)))
+            done.append(rank_tallies(config.criterion, batch_share.gather(tallies)))
             if more:
                 progress.keep(done, states)
             yield done[-1]

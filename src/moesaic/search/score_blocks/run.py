@@ -11,7 +11,7 @@ import torch
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.files import write_text_atomically
-from moesaic.core.process_group import Shards, share
+from moesaic.core.process_group import BatchShare, share
 from moesaic.core.progress import count_steps
 from moesaic.data.calibration import load_batches
 from moesaic.models import loading
@@ -83,7 +83,7 @@ def run(
     inputs = dict(zip(_INPUTS, (parent, ranking, calibration_short, calibration_long), strict=True))
     job = _prepare(config, **inputs)
     if not all(_finished(job, scratch)) and not share(config, inputs, scratch, len(job.probes)):
-        _run_through(job, scratch, Shards())
+        _run_through(job, scratch, BatchShare())
     layers = range(job.checkpoint.num_layers)
     rows = [row for layer in layers for row in json.loads(_saved(scratch, layer).read_text())]
     content = {
@@ -110,10 +110,10 @@ def work(
     calibration_short: Path,
     calibration_long: Path,
     scratch: Path,
-    shards: Shards,
+    batch_share: BatchShare,
 ) -> None:
     """Take part in scoring, as one of several processes."""
-    _run_through(_prepare(config, parent, ranking, calibration_short, calibration_long), scratch, shards)
+    _run_through(_prepare(config, parent, ranking, calibration_short, calibration_long), scratch, batch_share)
 
 
 def _choose_variants(space: SearchSpace, checkpoint: Checkpoint, ranking: Path) -> list[list[Variant]]:
@@ -168,11 +168,11 @@ def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, first
     return probes
 
 
-def _run_through(job: _Job, scratch: Path, shards: Shards) -> None:
+def _run_through(job: _Job, scratch: Path, batch_share: BatchShare) -> None:
     """Score this process's share of the batches; the first process saves and shows how far all are."""
     device = loading.choose_device()
     reader = LayerReader(job.checkpoint, job.dtype, device)
-    offloader = StateOffloader(state_memory_bytes(shards.count), scratch / f"states-{shards.rank}", device)
+    offloader = StateOffloader(state_memory_bytes(batch_share.count), scratch / f"states-{batch_share.rank}", device)
     longest = max(probe.batch.num_positions for probe in job.probes)
     parent = Parent(
         job.checkpoint.architecture,
@@ -181,25 +181,25 @@ def _run_through(job: _Job, scratch: Path, shards: Shards) -> None:
         loading.rotary(job.checkpoint, longest, job.dtype, device),
         offloader.offload,
     )
-    shown = count_steps(job.num_steps, "scoring blocks") if shards.rank == 0 else nullcontext(lambda _: None)
+    shown = count_steps(job.num_steps, "scoring blocks") if batch_share.rank == 0 else nullcontext(lambda _: None)
     try:
         with shown as on_steps:
-            _score(job, parent, scratch, shards, on_steps)
+            _score(job, parent, scratch, batch_share, on_steps)
     finally:
         reader.close()
 
 
-def _score(job: _Job, parent: Parent, scratch: Path, shards: Shards, on_steps: OnSteps) -> None:
+def _score(job: _Job, parent: Parent, scratch: Path, batch_share: BatchShare, on_steps: OnSteps) -> None:
     """Score layer after layer and save each."""
-    finished, probes = _finished(job, scratch), shards.mine(job.probes)
+    finished, probes = _finished(job, scratch), batch_share.mine(job.probes)
     measurements = run_parent(parent, _embed(job, parent, probes), probes, on_steps)
     states = _embed(job, parent, probes)
     for layer, variants in enumerate(job.variants):
         if finished[layer]:
             on_steps(len(variants) * (len(job.variants) - layer))
         else:
-            rows = _score_layer(job, parent, layer, states, measurements, shards, on_steps)
-            if shards.rank == 0:
+            rows = _score_layer(job, parent, layer, states, measurements, batch_share, on_steps)
+            if batch_share.rank == 0:
                 write_text_atomically(_saved(scratch, layer), json.dumps(rows) + "\n")
         if layer < parent.last:
             states = advance(parent, layer, states)
@@ -217,13 +217,13 @@ def _score_layer(
     layer: int,
     states: list[Offloaded],
     measurements: list[Measurement],
-    shards: Shards,
+    batch_share: BatchShare,
     on_steps: OnSteps,
 ) -> list[Row]:
     """The rows of one layer, from the sums of all processes."""
     variants, size = job.variants[layer], job.config.variants_per_batch
-    mine = score_layer(parent, layer, states, measurements, variants, size, on_steps, prove=shards.rank == 0)
-    batches = shards.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
+    mine = score_layer(parent, layer, states, measurements, variants, size, on_steps, prove=batch_share.rank == 0)
+    batches = batch_share.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
     sums = [[batch[index] for batch in batches] for index in range(len(variants))]
     scores = [(total(parts[: len(job.short)]), total(parts[len(job.short) :])) for parts in sums]
     check_identity(layer, scores[0][0])

@@ -1,4 +1,4 @@
-"""AIPerf, NVIDIA's load client for inference servers, in an environment of its own: its pins are not ours."""
+"""AIPerf, NVIDIA's load client for inference servers, in a virtual environment of its own with its own pins."""
 
 from moesaic.measure.benchmark_serving.aiperf.client import Client, Load, find_client
 from moesaic.measure.benchmark_serving.aiperf.export import read_export

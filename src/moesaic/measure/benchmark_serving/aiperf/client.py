@@ -36,26 +36,26 @@ _TOKENIZER = {
     },
     "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
 }
-"""Files of a tokenizer that knows one word."""
+"""The files of a tokenizer with a vocabulary of one word."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a point asks of the client."""
+    """The requests that the client sends at a point."""
 
     point: LoadPoint
     requests: int
-    """To measure."""
+    """The number of measured requests."""
     warmup_requests: int
-    """Before them."""
+    """The number of requests before those, not measured."""
     vocab_size: int
-    """Prompts are drawn from all of it."""
+    """Prompts are random tokens of the whole vocabulary."""
     seed: int
 
 
 @dataclass(frozen=True)
 class Client:
-    """AIPerf, found and ready."""
+    """An installed AIPerf: its program and version."""
 
     program: Path
     version: str
@@ -80,7 +80,7 @@ class Client:
         for name, content in _TOKENIZER.items():
             (artifacts / name).write_text(json.dumps(content))
         command = [str(self.program), *_arguments(url, model, load, inputs, artifacts)]
-        with tethered(command, log, _environment(artifacts)) as process:
+        with tethered(command, log, _variables(artifacts)) as process:
             try:
                 status = process.wait(timeout_s)
             except subprocess.TimeoutExpired as late:
@@ -94,11 +94,11 @@ class Client:
 
 
 def find_client() -> Client:
-    """AIPerf and its version; its environment is made if need be.
+    """Find AIPerf; its virtual environment is created if it does not exist.
 
     Raises:
         ConfigError: if ``MOESAIC_AIPERF`` names no program.
-        StageError: if its environment cannot be made, or it does not start.
+        StageError: if the virtual environment cannot be created, or AIPerf does not start.
     """
     program = AIPERF.find_program()
     return Client(program, program_version(program, "--version"))
@@ -130,8 +130,8 @@ def _bodies(model: str, load: Load) -> Iterator[dict[str, Any]]:
         }
 
 
-def _environment(artifacts: Path) -> dict[str, str]:
-    """With AIPerf's files in one place, and none of them kept for another run."""
+def _variables(artifacts: Path) -> dict[str, str]:
+    """Environment variables of AIPerf: all of its files go to one directory, none are kept for another run."""
     return own_variables() | {
         "AIPERF_DATASET_MMAP_CACHE_ENABLED": "false",
         "AIPERF_DATASET_MMAP_BASE_PATH": str(artifacts.absolute()),

@@ -1,4 +1,4 @@
-"""Where AIPerf is: where ``MOESAIC_AIPERF`` says, or in an environment that is made once and kept."""
+"""AIPerf's virtual environment; ``MOESAIC_AIPERF`` may name an installed program instead."""
 
 from importlib.resources import files
 

@@ -9,7 +9,7 @@ from moesaic.core.errors import StageError
 from moesaic.measure.benchmark_serving.load_sweep import Counts, Latency, LoadRun
 
 EXPORT = "profile_export_aiperf.json"
-"""What AIPerf calls its summary."""
+"""The name of AIPerf's summary file."""
 
 
 def read_export(path: Path) -> LoadRun:

@@ -1,11 +1,11 @@
-"""Stages on more nodes than their own pod: a Kubernetes job is started, its log shown, its end waited for.
+"""Stages on several nodes: a Kubernetes job runs the stage's command while the task follows the job's log.
 
-A cluster profile says which stages get such jobs; placing puts the filled manifest into the task's environment
-(``place``, ``manifest``). In the task the runtime hands the stage a :class:`ClusterJob`, and the engine runs through it
-the command that it would have run in the pod (``follow``), over the Kubernetes API (``api``, ``status``).
+A cluster profile says which stages get a job. Placement fills the job's template (``job_template``) and puts the result
+(``settings``) into an environment variable of the task. In the task the runtime gives the stage a :class:`ClusterJob`.
+Through it the engine runs its command as a job (``follow``), over the Kubernetes API (``api``, ``status``).
 """
 
 from moesaic.platform.cluster.jobs.follow import ClusterJob
-from moesaic.platform.cluster.jobs.place import JOB_VARIABLE, JobPlace
+from moesaic.platform.cluster.jobs.settings import JOB_VARIABLE, JobSettings
 
-__all__ = ["JOB_VARIABLE", "ClusterJob", "JobPlace"]
+__all__ = ["JOB_VARIABLE", "ClusterJob", "JobSettings"]

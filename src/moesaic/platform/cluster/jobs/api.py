@@ -1,4 +1,4 @@
-"""The few requests to the Kubernetes API that a job needs, asked again while the server cannot answer.
+"""The requests to the Kubernetes API that a job needs, repeated while the server cannot answer.
 
 There are no watches: a training runs for hours, and asking every few seconds has nothing that expires or is cut off.
 """
@@ -12,12 +12,12 @@ from math import ceil
 from typing import Any, TypeVar
 
 from moesaic.core.errors import ConfigError, StageError
-from moesaic.platform.cluster.jobs.place import JobPlace
+from moesaic.platform.cluster.jobs.settings import JobSettings
 
 Object = dict[str, Any]
 Answer = TypeVar("Answer")
 _PASSES = frozenset({408, 410, 429, 500, 502, 503, 504})
-"""Answers that another attempt may better."""
+"""Statuses after which the same request is tried again."""
 _GONE, _TAKEN, _NOT_YET = 404, 409, 400
 _TIMEOUT_S = (10, 60)
 _AS_IT_IS = {"_preload_content": False, "_request_timeout": _TIMEOUT_S}
@@ -30,11 +30,11 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 class JobsApi:
     """Jobs of one kind in one namespace, their pods and logs."""
 
-    def __init__(self, place: JobPlace) -> None:
-        self._kind, self._container, self._patience_s = place.kind, place.container, place.patience_s
-        self._namespace = place.manifest["metadata"]["namespace"]
-        group, _, version = place.manifest["apiVersion"].partition("/")
-        self._resource = (group, version, self._namespace, f"{place.kind.lower()}s")
+    def __init__(self, settings: JobSettings) -> None:
+        self._kind, self._container, self._patience_s = settings.kind, settings.container, settings.patience_s
+        self._namespace = settings.template["metadata"]["namespace"]
+        group, _, version = settings.template["apiVersion"].partition("/")
+        self._resource = (group, version, self._namespace, f"{settings.kind.lower()}s")
         try:
             from kubernetes import client
         except ImportError as missing:
@@ -45,19 +45,19 @@ class JobsApi:
     def jobs(self, selector: str) -> list[Object]:
         """All jobs with these labels."""
         ask = self._custom.list_namespaced_custom_object
-        found = self._ask("list", lambda: ask(*self._resource, label_selector=selector, _request_timeout=_TIMEOUT_S))
-        return [{"kind": self._kind} | one for one in found["items"]]
+        answer = self._ask("list", lambda: ask(*self._resource, label_selector=selector, _request_timeout=_TIMEOUT_S))
+        return [{"kind": self._kind} | one for one in answer["items"]]
 
     def job(self, name: str) -> Object | None:
         """One job; None if there is none of this name."""
         ask = self._custom.get_namespaced_custom_object
-        found = self._ask("get", lambda: ask(*self._resource, name, _request_timeout=_TIMEOUT_S), (_GONE,))
-        return None if found is None else {"kind": self._kind} | found
+        job = self._ask("get", lambda: ask(*self._resource, name, _request_timeout=_TIMEOUT_S), (_GONE,))
+        return None if job is None else {"kind": self._kind} | job
 
-    def create(self, manifest: Object) -> None:
-        """Make a job. One of its name that is there is it: an answer to an earlier request was lost."""
+    def create(self, job: Object) -> None:
+        """Create a job. If one of its name exists, it is this one: the answer to an earlier request was lost."""
         ask = self._custom.create_namespaced_custom_object
-        self._ask("create", lambda: ask(*self._resource, manifest, _request_timeout=_TIMEOUT_S), absent=(_TAKEN,))
+        self._ask("create", lambda: ask(*self._resource, job, _request_timeout=_TIMEOUT_S), absent=(_TAKEN,))
 
     def delete(self, name: str) -> None:
         """Delete a job with all that it started; it may be gone already."""
@@ -69,8 +69,8 @@ class JobsApi:
         """All pods with these labels."""
         ask, options = self._core.list_namespaced_pod, {"label_selector": selector, **_AS_IT_IS}
         answer = self._ask("list pods", lambda: ask(self._namespace, **options).data)
-        found: list[Object] = json.loads(answer)["items"]
-        return found
+        pods: list[Object] = json.loads(answer)["items"]
+        return pods
 
     def log(self, pod: str, since_s: float | None = None, last_lines: int | None = None) -> str:
         """A pod's log with a time before each line, or its last lines without; empty where it has none or is gone.
@@ -87,8 +87,8 @@ class JobsApi:
             back = {} if since_s is None else {"since_seconds": ceil(time.monotonic() - since_s) + _OVERLAP_S}
             return bytes(self._core.read_namespaced_pod_log(pod, self._namespace, **options, **back).data)
 
-        found = self._ask("read a pod's log", ask, absent=(_GONE, _NOT_YET))
-        return "" if found is None else found.decode(errors="replace")
+        content = self._ask("read a pod's log", ask, absent=(_GONE, _NOT_YET))
+        return "" if content is None else content.decode(errors="replace")
 
     def _ask(self, what: str, request: Callable[[], Answer], absent: tuple[int, ...] = ()) -> Answer | Any:
         """Ask until there is an answer; None for a status in ``absent``."""
@@ -136,7 +136,7 @@ def _configuration() -> Any:
 
 
 def _said(answer: Any) -> str:
-    """What the server explains, else its status line."""
+    """The message in the server's answer, else its status line."""
     with suppress(ValueError, TypeError, KeyError):
         return str(json.loads(answer.body)["message"])
     return str(answer.reason)

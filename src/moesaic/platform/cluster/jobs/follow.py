@@ -20,8 +20,8 @@ from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.nodes import Work
 from moesaic.platform.cluster.jobs.api import JobsApi, Object
-from moesaic.platform.cluster.jobs.manifest import JOB_LABEL, name_job
-from moesaic.platform.cluster.jobs.place import JobPlace
+from moesaic.platform.cluster.jobs.job_template import JOB_LABEL, render_job
+from moesaic.platform.cluster.jobs.settings import JobSettings
 from moesaic.platform.cluster.jobs.status import describe_nodes, first_failure, first_node, pod_selector, state_of
 from moesaic.platform.cluster.profile import QUEUE_LABEL
 
@@ -29,47 +29,47 @@ _SHOWN_LINES = 20
 
 
 class _Terminated(StageError):
-    """The stage was told to end."""
+    """The stage received SIGTERM."""
 
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """The job of one task, with which a stage runs its processes on nodes of their own."""
+    """A Kubernetes job on whose nodes a stage runs its processes."""
 
-    place: JobPlace
+    settings: JobSettings
     key: str
-    """Digest of all that decides the stage's result: names the job."""
+    """The key of the stage run, see ``StageRun.key``; the job is named after it."""
 
     @property
     def num_nodes(self) -> int:
-        """How many nodes it has."""
-        return self.place.num_nodes
+        """The number of nodes."""
+        return self.settings.num_nodes
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs of each; 0 for nodes without."""
-        return self.place.gpus_per_node
+        """The number of GPUs of each node; 0 for nodes without GPUs."""
+        return self.settings.gpus_per_node
 
     @property
     def processes_per_node(self) -> int:
-        """One for each GPU, one where there is none."""
-        return self.place.processes_per_node
+        """One process for each GPU; one process on a node without GPUs."""
+        return self.settings.processes_per_node
 
     def visible(self, name: str, path: Path, scratch: Path) -> Path:
-        """An input where all nodes see it: itself, or a copy in ``scratch``.
+        """Return a path of an input that all nodes see: its own, or that of a copy in ``scratch``.
 
         Raises:
             ConfigError: if the nodes do not see ``scratch`` either.
         """
-        if not self.place.sees(scratch):
+        if not self.settings.sees(scratch):
             raise ConfigError(
-                f"the nodes of a job do not see {scratch}, only what lies below {', '.join(self.place.shared)}; let "
+                f"the nodes of a job do not see {scratch}, only what lies below {', '.join(self.settings.shared)}; let "
                 "MOESAIC_STORE or, with a store in a bucket, MOESAIC_CACHE name a directory there"
             )
-        return path if self.place.sees(path) else _copied(path, scratch / "inputs" / name)
+        return path if self.settings.sees(path) else _copied(path, scratch / "inputs" / name)
 
     def run(self, work: Work, *, prepare: Callable[[], None], show: Callable[[str], None]) -> None:
-        """Run it to its end.
+        """Run a command on the nodes and wait until it ends.
 
         Args:
             work: the command.
@@ -79,66 +79,66 @@ class ClusterJob:
         Raises:
             StageError: if the job fails, saying why; if it was deleted; if this process was told to end.
         """
-        api, task = JobsApi(self.place), self.key[:40]
+        api, task = JobsApi(self.settings), self.key[:40]
         attempts = {_attempt(job): job for job in api.jobs(f"{JOB_LABEL}={task}")}
-        unfinished = [number for number, job in attempts.items() if _goes_on(job)]
+        unfinished = [number for number, job in attempts.items() if _is_unfinished(job)]
         number = max(unfinished) if unfinished else 1 + max(attempts, default=0)
-        name = f"{self.place.manifest['metadata']['name']}-{self.key[:12]}-{number}"
+        name = f"{self.settings.template['metadata']['name']}-{self.key[:12]}-{number}"
         try:
-            with _told_by_signal():
+            with _raise_on_sigterm():
                 if unfinished:
-                    _say(f"{self.place.kind} {name} is there already; following it")
+                    _say(f"{self.settings.kind} {name} is there already; following it")
                 else:
                     prepare()
                     work.log.unlink(missing_ok=True)
-                    api.create(name_job(self.place, name, task, work.command, work.environment, work.log))
-                    _say(f"{self.place.kind} {name} is created")
-                _Following(api, self.place, name, work.log, show).to_the_end()
+                    api.create(render_job(self.settings, name, task, work.command, work.environment, work.log))
+                    _say(f"{self.settings.kind} {name} is created")
+                _Follower(api, self.settings, name, work.log, show).wait()
         except (_Terminated, KeyboardInterrupt):
             api.delete(name)
-            _say(f"{self.place.kind} {name} is deleted")
+            _say(f"{self.settings.kind} {name} is deleted")
             raise
 
 
-class _Following:
-    """One job while it is followed."""
+class _Follower:
+    """Follows one job: shows its log and its state until it ends."""
 
-    def __init__(self, api: JobsApi, place: JobPlace, name: str, log: Path, show: Callable[[str], None]) -> None:
-        self._api, self._place, self._name, self._log = api, place, name, log
+    def __init__(self, api: JobsApi, settings: JobSettings, name: str, log: Path, show: Callable[[str], None]) -> None:
+        self._api, self._settings, self._name, self._log = api, settings, name, log
         self._show, self._said, self._pod = show, "", ""
         self._lines: _PodLines | _FileLines | None = None
-        if place.kind == "RayJob":
+        if settings.kind == "RayJob":
             self._lines = _FileLines(log)
         else:
-            log.write_text("")  # the pod has it from its first line on
+            log.write_text("")  # the pod has every line of it
 
-    def to_the_end(self) -> None:
-        """Until the job is complete; StageError if it fails or disappears."""
+    def wait(self) -> None:
+        """Wait until the job is complete; StageError if it fails or disappears."""
         while True:
             job = self._api.job(self._name)
             if job is None:
-                raise StageError(f"{self._place.kind} {self._name} was deleted by someone else before it had ended")
+                raise StageError(f"{self._settings.kind} {self._name} was deleted by someone else before it had ended")
             state, selector = state_of(job), pod_selector(job)
             pods = self._api.pods(selector) if selector and state.phase != "queued" else []
-            self._pass_on(pods)
+            self._show_new_lines(pods)
             if state.phase == "complete":
                 return
             if state.phase == "failed":
                 raise StageError(self._explain(state.message, pods))
-            self._report(self._queue() if state.phase == "queued" else describe_nodes(pods, self._place.num_nodes))
-            time.sleep(self._place.poll_s)
+            self._report(self._queue() if state.phase == "queued" else describe_nodes(pods, self._settings.num_nodes))
+            time.sleep(self._settings.poll_s)
 
     def _queue(self) -> str:
-        queue = self._place.manifest["metadata"]["labels"].get(QUEUE_LABEL)
+        queue = self._settings.template["metadata"]["labels"].get(QUEUE_LABEL)
         return f"waits in the queue {queue}" if queue else "is suspended"
 
     def _report(self, what: str) -> None:
         if what != self._said:
             self._said = what
-            _say(f"{self._place.kind} {self._name}: {what}")
+            _say(f"{self._settings.kind} {self._name}: {what}")
 
-    def _pass_on(self, pods: Sequence[Object]) -> None:
-        """New lines of the log. A job that was suspended goes on in other pods."""
+    def _show_new_lines(self, pods: Sequence[Object]) -> None:
+        """Show the new lines of the log. A job that was suspended continues in other pods."""
         pod = first_node(pods)
         if pod and pod != self._pod:
             self._pod, self._lines = pod, _PodLines(self._api, pod, self._log)
@@ -146,7 +146,7 @@ class _Following:
             self._show(line)
 
     def _explain(self, why: str, pods: Sequence[Object]) -> str:
-        message = f"{self._place.kind} {self._name} failed: {why}"
+        message = f"{self._settings.kind} {self._name} failed: {why}"
         if ended := first_failure(pods):
             last = self._api.log(ended.pod, last_lines=_SHOWN_LINES).splitlines()
             message += f"\n{ended.message}; its log ends with:"
@@ -157,34 +157,34 @@ class _Following:
 
 
 class _PodLines:
-    """A pod's log as it grows, kept in a file too. Every line comes once, although some are asked for twice."""
+    """The lines of a pod's log as it grows, also copied to a file. Each line is returned once, even if read twice."""
 
     def __init__(self, api: JobsApi, pod: str, copy: Path) -> None:
         self._api, self._pod, self._copy = api, pod, copy
         self._last, self._asked_s = "", 0.0
 
     def new(self) -> list[str]:
-        """Lines since the last call."""
+        """The lines since the last call."""
         now_s = time.monotonic()
         lines = self._api.log(self._pod, self._asked_s if self._last else None).split("\n")[:-1]
         self._asked_s = now_s
         if self._last in lines:
             lines = lines[len(lines) - lines[::-1].index(self._last) :]
         self._last = lines[-1] if lines else self._last
-        found = [line.partition(" ")[2] for line in lines]
+        texts = [line.partition(" ")[2] for line in lines]
         with self._copy.open("a") as copy:
-            copy.writelines(f"{line}\n" for line in found)
-        return found
+            copy.writelines(f"{line}\n" for line in texts)
+        return texts
 
 
 class _FileLines:
-    """A file as it grows."""
+    """The lines of a file as it grows."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
     def new(self) -> list[str]:
-        """Whole lines since the last call."""
+        """The complete lines since the last call."""
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
@@ -196,16 +196,16 @@ class _FileLines:
 
 
 @contextmanager
-def _told_by_signal() -> Iterator[None]:
-    """SIGTERM raises; Kubernetes sends it before it kills a pod."""
+def _raise_on_sigterm() -> Iterator[None]:
+    """Raise an error when SIGTERM arrives; Kubernetes sends it before it kills a pod."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def tell(_number: int, _frame: FrameType | None) -> None:
+    def end(_number: int, _frame: FrameType | None) -> None:
         raise _Terminated("the stage was told to end (SIGTERM); its job is deleted")
 
-    before = signal.signal(signal.SIGTERM, tell)
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
@@ -216,12 +216,12 @@ def _attempt(job: Object) -> int:
     return int(job["metadata"]["name"].rpartition("-")[2])
 
 
-def _goes_on(job: Object) -> bool:
+def _is_unfinished(job: Object) -> bool:
     return state_of(job).phase in ("queued", "active") and "deletionTimestamp" not in job["metadata"]
 
 
 def _copied(path: Path, target: Path) -> Path:
-    """A copy that appears when it is whole."""
+    """Copy a directory to ``target``, which appears only when it is complete."""
     if not target.exists():
         with written_atomically(target) as partial:
             shutil.copytree(path, partial)

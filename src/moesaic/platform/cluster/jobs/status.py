@@ -1,4 +1,4 @@
-"""Read what Kubernetes says of a job and of its pods; objects are as the API gives them."""
+"""The state of a job and of its pods, read from the objects of the Kubernetes API."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ _ON_THE_WAY = ("ContainerCreating", "PodInitializing")
 
 @dataclass(frozen=True)
 class State:
-    """How far a job is."""
+    """The phase of a job."""
 
     phase: Phase
     message: str = ""
-    """Why it failed."""
+    """The reason of a failure; else empty."""
 
 
 @dataclass(frozen=True)
-class Ended:
+class FailedNode:
     """A node that failed."""
 
     pod: str
     message: str
-    """Which it was, where it ran, and why it ended."""
+    """Which node failed, on which machine, and why."""
 
 
 def state_of(job: Object) -> State:
@@ -51,23 +51,23 @@ def first_node(pods: Sequence[Object]) -> str | None:
 
 
 def describe_nodes(pods: Sequence[Object], num_nodes: int) -> str:
-    """How many nodes run, and what keeps others from it."""
+    """The number of running nodes, and why the others wait."""
     running = sum(pod.get("status", {}).get("phase") == "Running" for pod in pods)
     waiting = sorted({reason for pod in pods if (reason := _waits_for(pod))})
     return "; ".join([f"{running} of {num_nodes} nodes run", *waiting])
 
 
-def first_failure(pods: Sequence[Object]) -> Ended | None:
+def first_failure(pods: Sequence[Object]) -> FailedNode | None:
     """The node that failed first: the others fail because of it."""
-    found = [(str(end.get("finishedAt", "")), pod, end) for pod in pods if (end := _failure(pod))]
-    if not found:
+    failures = [(str(end.get("finishedAt", "")), pod, end) for pod in pods if (end := _failure(pod))]
+    if not failures:
         return None
-    _, pod, end = min(found, key=lambda one: one[0])
+    _, pod, end = min(failures, key=lambda one: one[0])
     code = f", exit code {end['exitCode']}" if "exitCode" in end else ""
     where = pod.get("spec", {}).get("nodeName", "no machine yet")
     why = f"{end.get('reason', 'Error')}{code}" + (f": {end['message']}" if end.get("message") else "")
     name = pod["metadata"]["name"]
-    return Ended(name, f"node {_node(pod)} (pod {name} on {where}) failed first: {why}")
+    return FailedNode(name, f"node {_node(pod)} (pod {name} on {where}) failed first: {why}")
 
 
 def _trainjob_state(job: Object) -> State:
@@ -102,7 +102,7 @@ def _node(pod: Object) -> str:
 
 
 def _waits_for(pod: Object) -> str | None:
-    """What keeps a pod from running, if it is not just on its way."""
+    """Why a pod waits; None if it runs or is just starting."""
     status = pod.get("status", {})
     for container in status.get("containerStatuses", []):
         waiting = container.get("state", {}).get("waiting") or {}

@@ -1,4 +1,4 @@
-"""Fill the template of a job: first with what the cluster profile says, then with what one run of a stage needs.
+"""Kubernetes jobs from templates: filled first from the cluster profile, then for one run of a stage.
 
 Fields are those of Kubeflow Trainer 2.2 (``TrainJob``) and KubeRay 1.5 (``RayJob``). Volumes are the template's own, or
 those of the TrainingRuntime that it names.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moesaic.platform.cluster.jobs.place import NODE, JobPlace
+from moesaic.platform.cluster.jobs.settings import NODE, JobSettings
 from moesaic.platform.cluster.profile import QUEUE_LABEL, STAGE_LABEL, ClusterProfile, Node
 
 JOB_LABEL = "moesaic/job"
@@ -19,8 +19,8 @@ _PATCHER = "moesaic/profile"
 Object = dict[str, Any]
 
 
-def place_job(profile: ClusterProfile, stage: str, image: str) -> JobPlace:
-    """The job of a stage on this cluster; all but its name and command is set.
+def job_settings(profile: ClusterProfile, stage: str, image: str) -> JobSettings:
+    """Fill a stage's job template with the values of a cluster; the job's name and command are still open.
 
     Args:
         profile: of the cluster; it must have a job for the stage.
@@ -29,43 +29,43 @@ def place_job(profile: ClusterProfile, stage: str, image: str) -> JobPlace:
     """
     asked = profile.jobs[stage]
     node = profile.nodes[asked.node]
-    manifest = copy.deepcopy(asked.template)
-    metadata, spec = manifest["metadata"], manifest["spec"]
+    template = copy.deepcopy(asked.template)
+    metadata, spec = template["metadata"], template["spec"]
     labels = {name: value for name, value in metadata.get("labels", {}).items() if name != QUEUE_LABEL}
     queue = {QUEUE_LABEL: profile.queue} if profile.queue else {}
     metadata |= {"namespace": profile.namespace, "labels": labels | queue | {STAGE_LABEL: stage}}
     spec["suspend"] = bool(profile.queue)  # Kueue resumes it; without a queue nobody would
-    fill = _fill_trainjob if manifest["kind"] == "TrainJob" else _fill_rayjob
+    fill = _fill_trainjob if template["kind"] == "TrainJob" else _fill_rayjob
     fill(spec, profile, node, image, asked.num_nodes)
     shared = tuple(claim.path for claim in profile.claims)
-    return JobPlace(manifest=manifest, num_nodes=asked.num_nodes, gpus_per_node=node.accelerators, shared=shared)
+    return JobSettings(template=template, num_nodes=asked.num_nodes, gpus_per_node=node.accelerators, shared=shared)
 
 
-def name_job(
-    place: JobPlace, name: str, task: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+def render_job(
+    settings: JobSettings, name: str, task: str, command: Sequence[str], environment: Mapping[str, str], log: Path
 ) -> Object:
-    """The job as it is created.
+    """Complete the template to the job that is created.
 
     Args:
-        place: where it runs.
+        settings: of the job.
         name: of this attempt.
         task: value of ``JOB_LABEL``.
         command: what every node of a TrainJob runs, or the head of a Ray cluster.
         environment: variables beside those of the profile.
         log: where a RayJob's output goes; Kubernetes has that of a TrainJob.
     """
-    manifest = copy.deepcopy(place.manifest)
-    manifest["metadata"] |= {"name": name, "labels": manifest["metadata"]["labels"] | {JOB_LABEL: task}}
+    job = copy.deepcopy(settings.template)
+    job["metadata"] |= {"name": name, "labels": job["metadata"]["labels"] | {JOB_LABEL: task}}
     added = [{"name": key, "value": value} for key, value in sorted(environment.items())]
-    spec = manifest["spec"]
-    if place.kind == "TrainJob":
+    spec = job["spec"]
+    if settings.kind == "TrainJob":
         spec["trainer"] |= {"command": [command[0]], "args": list(command[1:])}
         spec["trainer"]["env"] = _merged(spec["trainer"]["env"], added)
     else:
         spec["entrypoint"] = _logged(command, log)
         for pod in _ray_pods(spec):
             pod["containers"][0]["env"] = _merged(pod["containers"][0]["env"], added)
-    return manifest
+    return job
 
 
 def _fill_trainjob(spec: Object, profile: ClusterProfile, node: Node, image: str, num_nodes: int) -> None:
@@ -114,12 +114,12 @@ def _resources(node: Node) -> Object:
 
 
 def _placement(profile: ClusterProfile, node: Node) -> Object:
-    found: Object = {
+    fields: Object = {
         "nodeSelector": dict(node.selector),
         "tolerations": [one.model_dump(exclude_none=True) for one in node.tolerations],
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
     }
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in fields.items() if value}
 
 
 def _environment(profile: ClusterProfile) -> list[Object]:
