@@ -63,6 +63,10 @@ class Stage:
     """Whether it also takes the store's directory, as ``store``."""
     reads_registry: bool = False
     """Whether it also takes the address of the model registry, as ``registry``."""
+    model_field: str = ""
+    """The config field that names the model it makes, for a stage that begins a new one; empty for every other."""
+    step_field: str = ""
+    """The config field that tells it from other runs of the stage on one model; empty where the stage's name does."""
     returns: str = ""
     """A function of the runtime that makes a list for a loop out of its first output's path; empty for none."""
 

@@ -40,7 +40,6 @@ from moesaic.platform.runs.tracking import Tracker
 from moesaic.platform.store import Address, Manifest, Store
 from moesaic.platform.store.manifest import MANIFEST
 from moesaic.platform.store.root import explained_disk_full
-from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import find_stage
 
@@ -341,13 +340,13 @@ def _each(function: Callable[[Path], Result], value: Path | list[Path]) -> Resul
 
 def _subject(stage: Stage, config: Config, given: Given) -> str:
     """The subject of a stage: ``puzzle`` for the pruned candidate, ``puzzle/distill`` after ``distill``."""
-    if isinstance(config, PruneModelConfig):
-        return config.candidate
+    if stage.model_field:
+        return str(getattr(config, stage.model_field))
     models = [path for name in ("model", "child", "policies") if name in given for path in _listed(given[name])]
     before = records.subject_of(models[0]) if models else ""
     if not stage.makes_weights:
         return before
-    done = config.name if isinstance(config, ReinforceConfig) else stage.name
+    done = getattr(config, stage.step_field) if stage.step_field else stage.name
     return f"{before.split('/')[0]}/{done}"
 
 

@@ -84,5 +84,6 @@ STAGE = Stage(
     ),
     outputs=(model("policy", "manifest of the policy's checkpoint, with `training.jsonl`"),),
     makes_weights=True,
+    step_field="name",
     trains=True,
 )

@@ -25,4 +25,5 @@ STAGE = Stage(
     ),
     outputs=(model("child", "manifest of the child's checkpoint"),),
     makes_weights=True,
+    model_field="candidate",
 )
