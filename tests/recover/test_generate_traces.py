@@ -73,6 +73,11 @@ def test_rows_and_figures(tiny_parent: Path, prompts: Path, tmp_path: Path) -> N
         found = [trace for trace in traces if trace.effort == effort]
         assert summary[effort]["tokens_per_request"] == pytest.approx(fmean(len(one.reply_ids) for one in found))
         assert summary[effort]["truncated"] == pytest.approx(fmean(one.truncated for one in found))
+        tasks = summary[effort]["tasks"]
+        assert set(tasks) == {trace.task for trace in found}
+        for task, figures in tasks.items():
+            lengths = [len(one.reply_ids) for one in found if one.task == task]
+            assert figures["tokens_per_request"] == pytest.approx(fmean(lengths))
         assert summary[effort]["traces"] == metrics[f"traces_{effort}"] == 12
     assert metrics["tokens"] == sum(len(trace.token_ids) for trace in traces)
     assert (metrics["traces"], metrics["traces_held_out"]) == (24, 8)

@@ -216,7 +216,7 @@ def make_grader(tiny_parent: Path, curve: Path, first_step: int = 0) -> Grader:
     ("text", "reference_tokens", "parts", "correct", "num_tokens", "truncated"),
     [
         (RIGHT, 6.0, (1.0, 0.25, 0.0), True, 5, False),  # no longer than the parent's: nothing to pay
-        (RIGHT, 2.0, (1.0, 0.25, -0.75), True, 5, False),  # 0.5 * (5 / 2 - 1)
+        (RIGHT, 2.0, (1.0, 0.25, -0.3), True, 5, False),  # 0.5 * (1 - 2 / 5)
         (RIGHT.replace("w3", "w4"), 2.0, (0.0, 0.25, 0.0), False, 5, False),
         (RIGHT.removesuffix(" <|return|>"), 2.0, (0.0, 0.0, 0.0), False, 4, True),
         ("", 2.0, (0.0, 0.0, 0.0), False, 0, True),
@@ -246,7 +246,7 @@ def test_a_step_is_one_line_of_the_curve(tiny_parent: Path, tmp_path: Path) -> N
     asked = [(RIGHT, "low"), (wrong, "low"), (RIGHT, "high")]
     conversations = [[prompt, {"role": "assistant", "content": text}] for text, _ in asked]
     rows = [prompt_row(PROBLEM, effort, 2.5) for _, effort in asked]
-    assert grader.step(conversations, rows) == pytest.approx([0.75, 0.25, 0.75])
+    assert grader.step(conversations, rows) == pytest.approx([1.0, 0.25, 1.0])
     grader.step(conversations[:1], rows[:1])
     first, second = [json.loads(line) for line in curve.read_text().splitlines()]
     assert (first["step"], second["step"]) == (8, 9)
@@ -300,7 +300,7 @@ def test_preparing_writes_what_the_driver_reads(
     (tmp_path / "checkpoints" / "step_4").mkdir(parents=True)
     (tmp_path / "checkpoints" / "tmp_step_6").mkdir()
     (tmp_path / "training.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"st')
-    lengths = {"low": 10.0, "high": 20.0}
+    lengths = {("copy", "low"): 10.0, ("copy", "high"): 20.0}
     run = launch.prepare(CONFIG, tiny_parent, QUESTIONS, lengths, tmp_path, Placement(gpus_per_node=2))
     rows = [json.loads(line) for line in run.prompts.read_text().splitlines()]
     assert [(row["effort"], row["reference_tokens"]) for row in rows] == [("low", 10.0), ("high", 20.0)]
@@ -348,7 +348,7 @@ def test_the_trained_tensors_come_back_by_name(tiny_parent: Path, tmp_path: Path
 
 def test_without_nemo_rl_the_image_is_named_at_once(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nemo-rl:v0\.7\.0.*or choose engine 'trl'"):
-        launch.train(CONFIG, tiny_parent, QUESTIONS, {"low": 1.0, "high": 1.0}, tmp_path)
+        launch.train(CONFIG, tiny_parent, QUESTIONS, {("copy", "low"): 1.0, ("copy", "high"): 1.0}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

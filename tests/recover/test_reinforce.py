@@ -16,7 +16,6 @@ from moesaic.data.problems import Problem, read_problems, render_prompt
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint, read_recovery
 from moesaic.models.gpt_oss_puzzle import load_model
-from moesaic.recover.generate_traces.traces import Trace
 from moesaic.recover.reinforce import run as reinforce
 from moesaic.recover.reinforce.stage import ReinforceConfig, RewardConfig
 from moesaic.recover.reinforce.trl import grpo
@@ -38,7 +37,12 @@ CONFIG = ReinforceConfig(
     checkpoint_every_steps=2,
     precision="float32",
 )
-SUMMARY = {"efforts": {"low": {"tokens_per_request": 4.0}, "high": {"tokens_per_request": 8.0}}}
+SUMMARY = {
+    "efforts": {
+        effort: {"tasks": {task: {"accuracy": 0.5, "tokens_per_request": tokens} for task in ("t0", "t1")}}
+        for effort, tokens in (("low", 4.0), ("high", 8.0))
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +183,11 @@ def test_no_steps_hand_the_model_on(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"efforts": ("low", "medium")}, ArtifactError, "has traces of effort low, high, the policy also needs medium"),
+        (
+            {"efforts": ("low", "medium")},
+            ArtifactError,
+            r"task t0 at medium effort \(its efforts: low, high\)",
+        ),
         ({"replies_per_forward": 5}, ConfigError, "replies_per_forward = 5 does not divide the 16 replies"),
         ({"max_new_tokens": 510}, ConfigError, "does not fit the model's 512 positions"),
     ],
@@ -216,7 +224,7 @@ def test_prompts_are_those_of_an_evaluation_and_efforts_have_equal_parts(
     tiny_parent: Path, prompts: Path, tmp_path: Path
 ) -> None:
     problems, tokenizer = read_problems(prompts), load_tokenizer(tiny_parent)
-    questions = reinforce.choose_questions(CONFIG, problems, tmp_path)
+    questions = reinforce.all_questions(CONFIG, problems)
     rows = grpo.render_rows(questions, tokenizer)
     for row in rows:
         problem, effort = questions[row["question"]]
@@ -230,37 +238,38 @@ def test_prompts_are_those_of_an_evaluation_and_efforts_have_equal_parts(
 
 def test_tasks_that_the_parent_solves_too_rarely_or_too_often_are_left_out(prompts: Path, tmp_path: Path) -> None:
     """Task t0 is solved 3 of 4 times at low effort and always at high, t1 1 of 2 times at low and never at high."""
-    verdicts = {("t0", "low"): "1101", ("t0", "high"): "11", ("t1", "low"): "10", ("t1", "high"): "0"}
-    traces = [
-        Trace(f"{task}-{index}", task, effort, (1,), (2,), verdict == "1", False, False)
-        for (task, effort), all_verdicts in verdicts.items()
-        for index, verdict in enumerate(all_verdicts)
-    ]
-    (tmp_path / "traces.jsonl").write_text("".join(trace.to_json() + "\n" for trace in traces))
-    problems = read_problems(prompts)
+    solved = {"low": {"t0": 0.75, "t1": 0.5}, "high": {"t0": 1.0, "t1": 0.0}}
+    summary = {
+        effort: {"tasks": {task: {"accuracy": share, "tokens_per_request": 4.0} for task, share in tasks.items()}}
+        for effort, tasks in solved.items()
+    }
+    (tmp_path / "summary.json").write_text(json.dumps({"efforts": summary}))
+    asked = reinforce.all_questions(CONFIG, read_problems(prompts))
+    replies = reinforce.read_parent_replies(tmp_path / "summary.json", asked)
 
     def chosen(least: float, most: float) -> set[tuple[str, str]]:
         config = CONFIG.model_copy(update={"min_parent_accuracy": least, "max_parent_accuracy": most})
-        questions = reinforce.choose_questions(config, problems, tmp_path)
+        questions = reinforce.choose_questions(config, asked, replies)
         assert len(questions) == 3 * len({(problem.task, effort) for problem, effort in questions})
         return {(problem.task, effort) for problem, effort in questions}
 
     assert chosen(0.5, 1) == {("t0", "low"), ("t0", "high"), ("t1", "low")}
     assert chosen(0.75, 1) == {("t0", "low"), ("t0", "high")}
     assert chosen(0, 0.75) == {("t0", "low"), ("t1", "low"), ("t1", "high")}
-    assert len(reinforce.choose_questions(CONFIG, problems, tmp_path)) == 12
+    assert reinforce.choose_questions(CONFIG, asked, replies) == asked
     with pytest.raises(ArtifactError, match=r"between min_parent_accuracy 0\.8 and max_parent_accuracy 0\.9 .*widen"):
         chosen(0.8, 0.9)
-    (tmp_path / "traces.jsonl").write_text(traces[2].to_json() + "\n")
-    with pytest.raises(ArtifactError, match="has no trace of task t1 at low effort"):
-        chosen(0.5, 1)
+    del summary["high"]["tasks"]["t1"]
+    (tmp_path / "summary.json").write_text(json.dumps({"efforts": summary}))
+    with pytest.raises(ArtifactError, match="no reply to task t1 at high effort"):
+        reinforce.read_parent_replies(tmp_path / "summary.json", asked)
 
 
 @pytest.fixture
 def trainer(tiny_parent: Path, prompts: Path, tmp_path: Path) -> PolicyTrainer:
     config = CONFIG.model_copy(update={"temperature": 0.7})
     tokenizer = load_tokenizer(tiny_parent)
-    questions = reinforce.choose_questions(config, read_problems(prompts), tmp_path)
+    questions = reinforce.all_questions(config, read_problems(prompts))
     rows = grpo.render_rows(questions, tokenizer)
     reward = grpo.reward_function(questions, tokenizer, {"low": 4.0, "high": 8.0}, config)
     policy = grpo._load(Checkpoint.open(tiny_parent), config)

@@ -21,8 +21,8 @@ def reward(text: str, num_tokens: int = 10, truncated: bool = False, config: Rew
 def test_parts_by_hand() -> None:
     assert reward(RIGHT) == Reward(correct=1.0, format=0.25, length=0.0)
     assert reward(RIGHT, num_tokens=5) == Reward(1.0, 0.25, 0.0), "shorter than the parent earns no more"
-    assert reward(RIGHT, num_tokens=14) == Reward(1.0, 0.25, pytest.approx(-0.2))
-    assert reward(RIGHT, num_tokens=14).total == pytest.approx(1.05)
+    assert reward(RIGHT, num_tokens=20) == Reward(1.0, 0.25, pytest.approx(-0.25))
+    assert reward(RIGHT, num_tokens=40).total == pytest.approx(1 + 0.25 - 0.375)
     assert reward(WRONG, num_tokens=14) == Reward(0.0, 0.25, 0.0)
     assert reward("<|message|>4<|return|>") == Reward(0.0, 0.0, 0.0)
     assert reward("4") == Reward(0.0, 0.0, 0.0)
@@ -57,7 +57,15 @@ def test_the_form_of_a_reply(text: str, expected: bool) -> None:
 
 texts = st.sampled_from([RIGHT, WRONG, "4", ""])
 lengths = st.integers(1, 10_000)
-configs = st.builds(RewardConfig, correct=st.floats(0, 4), format=st.floats(0, 4), length=st.floats(0, 4))
+
+
+@st.composite
+def allowed_configs(draw: st.DrawFn) -> RewardConfig:
+    correct, length = draw(st.floats(0.125, 4)), draw(st.floats(0, 0.9375))
+    return RewardConfig(correct=correct, length=length, format=draw(st.floats(0, correct * (1 - length))))
+
+
+configs = allowed_configs()
 
 
 @given(text=texts, num_tokens=lengths, config=configs)
@@ -76,4 +84,36 @@ def test_bounds(text: str, num_tokens: int, config: RewardConfig) -> None:
     assert found.length <= 0 <= found.correct
     assert found.total <= config.correct + config.format
     if not found.correct:
-        assert found.length == 0 or config.correct == 0
+        assert found.length == 0
+
+
+@given(right=lengths, wrong=lengths, config=configs)
+def test_a_right_reply_always_earns_more_than_a_wrong_one(right: int, wrong: int, config: RewardConfig) -> None:
+    """However long it is, and even if it is malformed and the wrong one is not."""
+    malformed = reward("noise " + WRONG.replace("5", "4"), right, config=config)
+    assert malformed.total > reward(WRONG, wrong, config=config).total or malformed.total == pytest.approx(
+        config.format
+    )
+    assert reward(RIGHT, right, config=config).total > reward(WRONG, wrong, config=config).total
+
+
+def test_at_four_times_the_parents_length_a_right_reply_is_still_preferred() -> None:
+    """Advantages of a group of one right and long reply and three wrong ones: 1.5 / sqrt(3) and -0.5 / sqrt(3) here."""
+    config = RewardConfig(length=0.5)
+    group = [reward(RIGHT, 40, config=config).total, *[reward(WRONG, 10, config=config).total] * 3]
+    mean = sum(group) / 4
+    assert group[0] - mean > 0 > group[1] - mean
+    assert group[0] == pytest.approx(1 - 0.5 * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"length": 1.0}, "less than 1"),
+        ({"format": 0.6, "length": 0.5}, "lower format or length"),
+        ({"correct": 0}, "0"),
+    ],
+)
+def test_rewards_that_could_prefer_a_wrong_reply_are_refused(values: dict[str, float], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        RewardConfig.model_validate(values)

@@ -35,7 +35,7 @@ from moesaic.recover.generate_traces.traces import Trace, read_traces
 TRACES = "traces.jsonl"
 """The replies to learn from, see ``moesaic.recover.generate_traces.traces``."""
 SUMMARY = "summary.json"
-"""Per effort, what the parent did on all prompts, replies that are not handed on included."""
+"""Per effort, and there per task, what the parent did on all prompts, replies that are not handed on included."""
 
 
 @dataclass(frozen=True)
@@ -179,16 +179,29 @@ def _check_split(kept: Sequence[Trace]) -> None:
 def _summarize(effort: str, replies: Sequence[Trace], kept: Sequence[Trace]) -> dict[str, Any]:
     """Means over all replies of one effort, and how many of them are handed on."""
     rows = [trace for trace in replies if trace.effort == effort]
+    tasks = {task: [trace for trace in rows if trace.task == task] for task in sorted({trace.task for trace in rows})}
     return {
-        "accuracy": fmean(trace.correct for trace in rows),
-        "tokens_per_request": fmean(len(trace.reply_ids) for trace in rows),
-        "truncated": fmean(trace.truncated for trace in rows),
+        **_means(rows),
         "traces": sum(trace.effort == effort for trace in kept),
+        "tasks": {task: _means(members) for task, members in tasks.items()},
+    }
+
+
+def _means(replies: Sequence[Trace]) -> dict[str, float]:
+    return {
+        "accuracy": fmean(trace.correct for trace in replies),
+        "tokens_per_request": fmean(len(trace.reply_ids) for trace in replies),
+        "truncated": fmean(trace.truncated for trace in replies),
     }
 
 
 def _metrics(summary: Mapping[str, Mapping[str, Any]], kept: Sequence[Trace]) -> dict[str, float]:
-    metrics = {f"{key}_{effort}": float(value) for effort, figures in summary.items() for key, value in figures.items()}
+    metrics = {
+        f"{key}_{effort}": float(value)
+        for effort, figures in summary.items()
+        for key, value in figures.items()
+        if key != "tasks"
+    }
     return metrics | {
         "traces": float(len(kept)),
         "traces_held_out": float(sum(trace.held_out for trace in kept)),

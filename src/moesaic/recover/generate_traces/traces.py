@@ -133,14 +133,6 @@ def _are_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int and token >= 0 for token in value)
 
 
-def accuracy_by_task(traces: Iterable[Trace]) -> dict[tuple[str, str], float]:
-    """The share of right replies of every task at every effort."""
-    verdicts: dict[tuple[str, str], list[bool]] = {}
-    for trace in traces:
-        verdicts.setdefault((trace.task, trace.effort), []).append(trace.correct)
-    return {asked: sum(correct) / len(correct) for asked, correct in verdicts.items()}
-
-
 def pack_traces(traces: Sequence[Trace], sequence_tokens: int, seed: int) -> list[PackedRow]:
     """Fill rows of ``sequence_tokens`` places, longest traces first, each into the fullest row that has room for it.
 

@@ -3,16 +3,22 @@
 Paper A trains two policies from the distilled checkpoint, one at high effort and one at mixed efforts with length
 regularisation, and averages them. Its reward is not known; this one is our choice::
 
-    r = correct * [the answer is right]
+    r = correct * [the answer is right] * (1 - length * p),    p = max(0, 1 - L_ref / L)
       + format  * [the reply is well formed]
-      - length  * [the answer is right] * max(0, L / L_ref - 1)
 
-L is the reply's length in tokens, its stop token included; L_ref the mean length of the parent's replies at the same
-effort, truncated ones included. A reply that is no longer than the parent's pays nothing, and a wrong one pays nothing
-for its length, so that no policy learns to be wrong briefly. A truncated reply earns 0 in every part.
+L is the reply's length in tokens, its stop token included; L_ref the mean length of the parent's replies to the same
+task at the same effort, truncated ones included: one mean over all tasks would price a task for being a long one. A
+reply that is no longer than the parent's pays nothing, and a wrong one pays nothing for its length, so that no policy
+learns to be wrong briefly. A truncated reply earns 0 in every part.
+
+A right reply always earns more than a wrong one, however long it is: p < 1, so a right reply earns more than
+``correct * (1 - length)``, and a wrong one at most ``format``, which the config keeps at or below that. At L = L_ref
+the price per token is ``correct * length / L_ref``; it falls from there on, and all of it never exceeds
+``correct * length``.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moesaic.recover.reinforce.stage import RewardConfig
@@ -34,6 +40,10 @@ _FINAL = rf"\s*<\|channel\|>\s*final\s*<\|message\|>{_TEXT}"
 _WELL_FORMED = re.compile(
     rf"(?:{_MESSAGE}<\|end\|>\s*<\|start\|>\s*assistant)*{_FINAL}<\|(?:return|end)\|>\s*", re.DOTALL
 )
+
+
+ReferenceTokens = Mapping[tuple[str, str], float]
+"""Mean length of the parent's replies by task and effort."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,14 @@ def grade_reply(
         num_tokens: its length, the stop token included.
         truncated: whether the token limit came before a stop token.
         correct: whether its answer is right; no truncated reply is.
-        reference_tokens: the parent's mean length at the reply's effort.
+        reference_tokens: the parent's mean length on the reply's task at its effort.
         config: what each part is worth.
     """
-    excess = max(0.0, num_tokens / reference_tokens - 1)
+    excess = max(0.0, 1 - reference_tokens / num_tokens) if num_tokens else 0.0
     reward = Reward(
         correct=config.correct if correct else 0.0,
         format=config.format if not truncated and is_well_formed(text) else 0.0,
-        length=-config.length * excess if correct else 0.0,
+        length=-config.correct * config.length * excess if correct else 0.0,
     )
     return GradedReply(reward, correct, num_tokens, truncated)
 

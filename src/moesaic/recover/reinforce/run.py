@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,10 +15,22 @@ from moesaic.data.problems import Problem, Question, read_problems, spread_over_
 from moesaic.models.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
 from moesaic.models.stage_outputs import read_json
 from moesaic.recover.generate_traces.run import SUMMARY
-from moesaic.recover.generate_traces.traces import accuracy_by_task, read_traces
+from moesaic.recover.reinforce.rewards import ReferenceTokens
 from moesaic.recover.reinforce.stage import ReinforceConfig
 
 _FIGURES = ("accuracy_", "tokens_per_request_", "truncated_")
+
+
+@dataclass(frozen=True)
+class TaskReplies:
+    """What the parent did on one task at one effort, in all its replies, truncated ones included."""
+
+    accuracy: float
+    tokens_per_request: float
+
+
+ParentReplies = Mapping[tuple[str, str], TaskReplies]
+"""By task and effort."""
 
 
 def run(
@@ -36,8 +49,10 @@ def run(
     """
     checkpoint = Checkpoint.open(model)
     problems = spread_over_tasks(read_problems(prompts), config.max_prompts)
-    reference_tokens = read_reference_tokens(traces / SUMMARY, config)
-    questions = choose_questions(config, problems, traces)
+    asked = all_questions(config, problems)
+    replies = read_parent_replies(traces / SUMMARY, asked)
+    questions = choose_questions(config, asked, replies)
+    reference_tokens = {question: one.tokens_per_request for question, one in replies.items()}
     learned = _train(config, model, questions, reference_tokens, scratch, nodes) if config.steps else {}
     curve = scratch / CURVE
     curve.touch()
@@ -46,42 +61,42 @@ def run(
     return _metrics([json.loads(line) for line in curve.read_text().splitlines()])
 
 
-def read_reference_tokens(summary: Path, config: ReinforceConfig) -> dict[str, float]:
-    """The parent's mean reply length at each effort of the config.
+def all_questions(config: ReinforceConfig, problems: Sequence[Problem]) -> list[Question]:
+    """Every problem at every effort of the config."""
+    return [(problem, effort) for effort in config.efforts for problem in problems]
+
+
+def read_parent_replies(summary: Path, questions: Sequence[Question]) -> ParentReplies:
+    """What the parent did on the task and at the effort of every question.
 
     Raises:
-        ArtifactError: if the summary of the traces does not have one of them.
+        ArtifactError: if the summary of the traces does not know one of them.
     """
     efforts: Mapping[str, Any] = read_json(summary).get("efforts", {})
-    missing = [effort for effort in config.efforts if effort not in efforts]
-    if missing:
-        raise ArtifactError(
-            f"{summary} has traces of effort {', '.join(efforts) or 'none'}, the policy also needs "
-            f"{', '.join(missing)}; add it to the efforts of generate_traces"
-        )
-    return {effort: float(efforts[effort]["tokens_per_request"]) for effort in config.efforts}
+    known = {
+        (task, effort): TaskReplies(figures["accuracy"], figures["tokens_per_request"])
+        for effort, entry in efforts.items()
+        for task, figures in entry.get("tasks", {}).items()
+    }
+    for problem, effort in questions:
+        if (problem.task, effort) not in known:
+            raise ArtifactError(
+                f"{summary} has no reply to task {problem.task} at {effort} effort (its efforts: "
+                f"{', '.join(efforts) or 'none'}), so what the parent does there is not known; generate traces of it"
+            )
+    return known
 
 
-def choose_questions(config: ReinforceConfig, problems: Sequence[Problem], traces: Path) -> list[Question]:
-    """Every problem at every effort, but for tasks that the parent solves too rarely or too often at an effort.
+def choose_questions(config: ReinforceConfig, asked: Sequence[Question], replies: ParentReplies) -> list[Question]:
+    """The questions of tasks that the parent solves neither too rarely nor too often at their effort.
 
     Raises:
-        ArtifactError: if the config asks for the parent's accuracy and the traces do not know it, or none is left.
+        ArtifactError: if none is left.
     """
-    asked: list[Question] = [(problem, effort) for effort in config.efforts for problem in problems]
     least, most = config.min_parent_accuracy, config.max_parent_accuracy
-    if (least, most) == (0, 1):
-        return asked
-    accuracy = accuracy_by_task(read_traces(traces))
-    for problem, effort in asked:
-        if (problem.task, effort) not in accuracy:
-            raise ArtifactError(
-                f"{traces} has no trace of task {problem.task} at {effort} effort, so that what the parent solves of "
-                "it is not known; make traces of it, or leave out min_parent_accuracy and max_parent_accuracy"
-            )
-    chosen = [(problem, effort) for problem, effort in asked if least <= accuracy[problem.task, effort] <= most]
+    chosen = [(one, effort) for one, effort in asked if least <= replies[one.task, effort].accuracy <= most]
     if not chosen:
-        solved = ", ".join(f"{task} at {effort} {share:.3f}" for (task, effort), share in accuracy.items())
+        solved = ", ".join(f"{task} at {effort} {one.accuracy:.3f}" for (task, effort), one in replies.items())
         raise ArtifactError(
             f"of no task at effort {', '.join(dict.fromkeys(config.efforts))} the parent solves a share between "
             f"min_parent_accuracy {least} and max_parent_accuracy {most} (it solves {solved}); widen them"
@@ -93,7 +108,7 @@ def _train(
     config: ReinforceConfig,
     model: Path,
     questions: Sequence[Question],
-    reference_tokens: Mapping[str, float],
+    reference_tokens: ReferenceTokens,
     scratch: Path,
     nodes: Nodes | None,
 ) -> dict[str, Tensor]:

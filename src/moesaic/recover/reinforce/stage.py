@@ -3,9 +3,9 @@
 Rewards: verified answer, format, length against the parent's mean at the same effort.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moesaic.core.config import Amount, Config, Efforts, Positive, Precision
 from moesaic.core.stage import Stage, dataset, model
@@ -15,12 +15,22 @@ from moesaic.recover.training import OptimizerConfig, Trainable
 class RewardConfig(Config):
     """What a reply earns, see ``rewards.py``."""
 
-    correct: float = 1.0
+    correct: Annotated[float, Field(gt=0)] = 1.0
     """For an answer that its verifier accepts."""
-    format: float = 0.0
+    format: Annotated[float, Field(ge=0)] = 0.0
     """For a reply that ends its reasoning and gives a final answer, right or wrong."""
-    length: Annotated[float, Field(ge=0)] = 0.0
-    """Subtracted from a correct reply's reward for every time its length exceeds the parent's mean at that effort."""
+    length: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of ``correct`` that an endlessly long right reply loses; at twice the parent's mean length it is half."""
+
+    @model_validator(mode="after")
+    def _right_is_worth_more(self) -> Self:
+        least = self.correct * (1 - self.length)
+        if self.format > least:
+            raise ValueError(
+                f"format {self.format} is more than correct * (1 - length) = {least:g}: a wrong reply could earn more "
+                "than a right one; lower format or length"
+            )
+        return self
 
 
 class ReinforceConfig(Config):

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from moesaic.recover.distill.automodel.expert_parallel import check_expert_paral
 from moesaic.recover.reinforce.nemo_rl.config import Placement, Run, render
 from moesaic.recover.reinforce.nemo_rl.processor import prompt_row
 from moesaic.recover.reinforce.nemo_rl.surface import CONVERTER, IMAGE
+from moesaic.recover.reinforce.rewards import ReferenceTokens
 from moesaic.recover.reinforce.stage import ReinforceConfig
 
 CONFIG = "nemo_rl.yaml"
@@ -43,7 +44,7 @@ def train(
     config: ReinforceConfig,
     model: Path,
     questions: Sequence[Question],
-    reference_tokens: Mapping[str, float],
+    reference_tokens: ReferenceTokens,
     scratch: Path,
     nodes: Nodes | None = None,
 ) -> dict[str, Tensor]:
@@ -53,7 +54,7 @@ def train(
         config: what to train.
         model: the checkpoint to begin with.
         questions: what is asked.
-        reference_tokens: the parent's mean reply length at each effort.
+        reference_tokens: the parent's mean reply length by task and effort.
         scratch: where checkpoints and ``training.jsonl`` are kept.
         nodes: of a Ray cluster to train on; None: on this node's GPUs.
 
@@ -80,7 +81,7 @@ def prepare(
     config: ReinforceConfig,
     model: Path,
     questions: Sequence[Question],
-    reference_tokens: Mapping[str, float],
+    reference_tokens: ReferenceTokens,
     scratch: Path,
     placement: Placement,
 ) -> Run:
@@ -122,11 +123,11 @@ def _write(
     run: Run,
     config: ReinforceConfig,
     questions: Sequence[Question],
-    reference_tokens: Mapping[str, float],
+    reference_tokens: ReferenceTokens,
     placement: Placement,
 ) -> None:
     checkpoint = Checkpoint.open(run.model)
-    rows = (prompt_row(problem, effort, reference_tokens[effort]) for problem, effort in questions)
+    rows = (prompt_row(problem, effort, reference_tokens[problem.task, effort]) for problem, effort in questions)
     run.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     learns = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable)
     run.trainable.write_text(json.dumps(learns))

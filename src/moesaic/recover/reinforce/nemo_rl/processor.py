@@ -19,7 +19,7 @@ def prompt_row(problem: Problem, effort: str, reference_tokens: float) -> dict[s
     Args:
         problem: what is asked.
         effort: the reasoning effort to ask for.
-        reference_tokens: the parent's mean reply length at that effort.
+        reference_tokens: the parent's mean reply length on that task at that effort.
     """
     return {
         "messages": [{"role": message.role, "content": message.content} for message in problem.prompt],

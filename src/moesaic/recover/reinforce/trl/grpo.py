@@ -33,7 +33,7 @@ from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import CURVE, Checkpoint
 from moesaic.models.generation import Sampling, check_lengths, stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model
-from moesaic.recover.reinforce.rewards import grade_reply
+from moesaic.recover.reinforce.rewards import ReferenceTokens, grade_reply
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.recover.reinforce.trl.curve import Curve, LiveCurve
 from moesaic.recover.reinforce.trl.policy_trainer import WEIGHTS, PolicyTrainer, Rollouts
@@ -43,7 +43,7 @@ def train(
     config: ReinforceConfig,
     model: Path,
     questions: Sequence[Question],
-    reference_tokens: Mapping[str, float],
+    reference_tokens: ReferenceTokens,
     scratch: Path,
 ) -> dict[str, Tensor]:
     """Train, or go on where a killed run left off, and return the weights that learned, by checkpoint name.
@@ -52,7 +52,7 @@ def train(
         config: what to train.
         model: the checkpoint to begin with.
         questions: what is asked.
-        reference_tokens: the parent's mean reply length at each effort.
+        reference_tokens: the parent's mean reply length by task and effort.
         scratch: where checkpoints and ``training.jsonl`` are kept.
     """
     checkpoint = Checkpoint.open(model)
@@ -90,7 +90,7 @@ def row_order(num_rows: int, config: ReinforceConfig) -> list[int]:
 def reward_function(
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
-    reference_tokens: Mapping[str, float],
+    reference_tokens: ReferenceTokens,
     config: ReinforceConfig,
 ) -> Callable[..., list[float]]:
     """TRL's reward function: takes the replies of a step and the columns of their rows, logs figures per effort."""
@@ -106,8 +106,9 @@ def reward_function(
         rewards = []
         for ids, is_cut, index, level in zip(completion_ids, truncated, question, effort, strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=False))
-            correct = questions[index][0].is_solved_by_reply(text, is_cut)
-            reply = grade_reply(text, len(ids), is_cut, correct, reference_tokens[level], config.rewards)
+            asked = questions[index][0]
+            correct = asked.is_solved_by_reply(text, is_cut)
+            reply = grade_reply(text, len(ids), is_cut, correct, reference_tokens[asked.task, level], config.rewards)
             for name, figure in reply.figures.items():
                 log_metric(f"{name}_{level}", figure)
             rewards.append(reply.reward.total)
