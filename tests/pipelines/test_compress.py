@@ -17,7 +17,7 @@ from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import find_recipe
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.runs.local import run_compiled
-from moesaic.platform.runs.runtime import Place
+from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.store import Manifest, Store
 from pipelines.assembly import AssemblyConfigs, assemble
 
@@ -31,7 +31,7 @@ def recipe() -> Recipe:
         measure_costs={"source": "model", "hardware": "h100"},
         search_architecture={"limits": {}, "frontier_points": 2},
         generate_traces={"max_prompts": 24, "max_new_tokens": 32, "keep_truncated": True},
-        distill={"steps": 2},
+        distill={"steps": 0},
         policies=tuple(one.but(steps=0) for one in find_recipe("tiny_cpu_fast").policies),
         calibrate_kv={"max_sequences": 8},
         evaluate={"problems_per_task": 1, "efforts": ("low",)},
@@ -65,8 +65,8 @@ def run_pipeline(recipe: Recipe, directory: Path) -> Manifest:
     """The child that the compiled pipeline makes."""
     directory.mkdir()
     compiler.Compiler().compile(only_search, str(directory / "only-search.yaml"))
-    place = Place(store=directory / "store", run_directory=directory)
-    store = Store.at(place.store)
+    context = RunContext(store=directory / "store", run_directory=directory)
+    store = Store.at(context.store)
     sets = {
         name: store.add_file(path, "dataset", format="jsonl", producer="test").id
         for name, path in DATA.by_name().items()
@@ -78,7 +78,7 @@ def run_pipeline(recipe: Recipe, directory: Path) -> Manifest:
     ]
     parameters += ["search_architecture_config", "prune_model_config"]
     arguments = recipe.arguments(IngestConfig(parent=model, **sets), "1", parameters)
-    (child,) = run_compiled(directory / "only-search.yaml", arguments, place, Console(file=io.StringIO())).values()
+    (child,) = run_compiled(directory / "only-search.yaml", arguments, context, Console(file=io.StringIO())).values()
     return Manifest.read(child)
 
 

@@ -36,6 +36,7 @@ from tests.recover import nemo_rl_schema
 PACKAGE = Path(moesaic.recover.reinforce.nemo_rl.__file__).parent
 PROBLEM = Problem("p1", "copy", (Message("user", "w1 w2"),), "w3", "exact_match")
 QUESTIONS = [(PROBLEM, "low"), (PROBLEM, "high")]
+LENGTHS = {("copy", "low"): 1.0, ("copy", "high"): 1.0}
 RIGHT = "<|channel|> final <|message|> w3 <|return|>"
 CONFIG = ReinforceConfig(
     engine="nemo_rl",
@@ -250,9 +251,9 @@ def test_a_step_is_one_line_of_the_curve(tiny_parent: Path, tmp_path: Path) -> N
     grader.step(conversations[:1], rows[:1])
     first, second = [json.loads(line) for line in curve.read_text().splitlines()]
     assert (first["step"], second["step"]) == (8, 9)
-    assert first["reward"] == pytest.approx(1.75 / 3)
+    assert first["reward"] == pytest.approx(2.25 / 3)
     assert (first["accuracy_low"], first["accuracy_high"], first["tokens_per_request_low"]) == (0.5, 1.0, 5.0)
-    assert (first["reward_length_low"], first["reward_length_high"]) == (-0.25, -0.5)
+    assert (first["reward_length_low"], first["reward_length_high"]) == (-0.125, -0.25)
     assert "accuracy_high" not in second
 
 
@@ -322,16 +323,14 @@ def test_preparing_writes_what_the_driver_reads(
 def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_parent: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_new_tokens": 10_000})
     with pytest.raises(ConfigError, match="does not fit the model's 512 positions"):
-        launch.prepare(config, tiny_parent, [*QUESTIONS, *QUESTIONS], {"low": 1.0, "high": 1.0}, tmp_path, Placement())
+        launch.prepare(config, tiny_parent, [*QUESTIONS, *QUESTIONS], LENGTHS, tmp_path, Placement())
     with pytest.raises(ConfigError, match="layer 0 has 8 experts, which 16"):
-        launch.prepare(
-            CONFIG, tiny_parent, QUESTIONS, {"low": 1.0, "high": 1.0}, tmp_path, Placement(expert_parallel_size=16)
-        )
+        launch.prepare(CONFIG, tiny_parent, QUESTIONS, LENGTHS, tmp_path, Placement(expert_parallel_size=16))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_trained_tensors_come_back_by_name(tiny_parent: Path, tmp_path: Path) -> None:
-    lengths = {"low": 1.0, "high": 1.0}
+    lengths = LENGTHS
     run = launch.prepare(CONFIG, tiny_parent, QUESTIONS, lengths, tmp_path, Placement(gpus_per_node=2))
     tensors = {name: value for path in tiny_parent.glob("*.safetensors") for name, value in load_file(path).items()}
     weights = tmp_path / "pytorch_model.bin"
@@ -348,7 +347,7 @@ def test_the_trained_tensors_come_back_by_name(tiny_parent: Path, tmp_path: Path
 
 def test_without_nemo_rl_the_image_is_named_at_once(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nemo-rl:v0\.7\.0.*or choose engine 'trl'"):
-        launch.train(CONFIG, tiny_parent, QUESTIONS, {("copy", "low"): 1.0, ("copy", "high"): 1.0}, tmp_path)
+        launch.train(CONFIG, tiny_parent, QUESTIONS, LENGTHS, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -419,7 +418,7 @@ def test_the_environment_actor_returns_what_nemo_rl_unpacks(
 ) -> None:
     actor = importlib.import_module("moesaic.recover.reinforce.nemo_rl.environment_actor").VerifiedReplies
     run = launch.prepare(
-        CONFIG, tiny_parent, QUESTIONS, {"low": 10.0, "high": 10.0}, tmp_path, Placement(gpus_per_node=2)
+        CONFIG, tiny_parent, QUESTIONS, {question: 10.0 for question in LENGTHS}, tmp_path, Placement(gpus_per_node=2)
     )
     rows = [json.loads(line) for line in run.prompts.read_text().splitlines()]
     settings = yaml.safe_load((tmp_path / launch.CONFIG).read_text())["env"][nemo_config.ENVIRONMENT]
