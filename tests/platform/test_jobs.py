@@ -349,7 +349,9 @@ def test_nemo_rl_is_driven_on_all_nodes_of_a_rayjob(
     config = config.model_copy(update={"generations_per_prompt": 12, "replies_per_forward": 1})
     monkeypatch.setattr(launch, "_nemo_rl_root", lambda: tmp_path)
     api.runs_commands = True
-    train = partial(launch.train, config, tiny_parent, questions, {"low": 10.0}, tmp_path, job(tmp_path, "reinforce"))
+    train = partial(
+        launch.train, config, tiny_parent, questions, {("copy", "low"): 10.0}, tmp_path, job(tmp_path, "reinforce")
+    )
     with pytest.raises(
         StageError, match=r"(?s)RayJob moesaic-reinforce-0123456789ab-1 failed: .*No module named 'nemo_"
     ):

@@ -188,6 +188,7 @@ def reinforce(parent: Path, place: Path) -> str:
     ]
     (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "traces").mkdir()
-    (place / "traces" / "summary.json").write_text(json.dumps({"efforts": {"low": {"tokens_per_request": 4.0}}}))
+    replies = {"accuracy": 0.5, "tokens_per_request": 4.0}
+    (place / "traces" / "summary.json").write_text(json.dumps({"efforts": {"low": {"tasks": {"t": replies}}}}))
     inputs = {"model": str(parent), "prompts": str(place / "prompts.jsonl"), "traces": str(place / "traces")}
     return json.dumps(["reinforce", POLICY.to_json(), inputs, {"policy": str(place / "policy")}])
