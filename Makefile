@@ -8,13 +8,13 @@ STAMP := $(VENV)/.installed
 TOOLS := build/tools
 
 .DEFAULT_GOAL := help
-.PHONY: setup check test demo parent compile build-images test-images sbom audit pins check-pins help
+.PHONY: setup check test test-engine demo parent compile build-images test-images sbom audit pins check-pins help
 
 setup: $(STAMP) ## make .venv with the pinned packages, once; PYTHON=python3.12, TORCH=cpu|cuda choose
 
-$(STAMP): pyproject.toml constraints.txt constraints-cpu.txt images/environment.py
+$(STAMP): pyproject.toml constraints.txt constraints-cpu.txt images/environment.py src/moesaic/core/virtual_environment.py
 	@test -n "$(PYTHON)" || { echo "error: set-up: no Python 3.11, 3.12 or 3.13 is on the PATH; install one, or name it: make setup PYTHON=/path/to/python" >&2; exit 2; }
-	@$(PYTHON) -m images.environment $(VENV) $(if $(TORCH),--torch $(TORCH))
+	@PYTHONPATH=src $(PYTHON) -m images.environment $(VENV) $(if $(TORCH),--torch $(TORCH))
 
 check: $(STAMP) ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -23,8 +23,11 @@ check: $(STAMP) ## style, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --quiet tests/core/test_imports.py
 
-test: $(STAMP) ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu"
+test: $(STAMP) ## all tests that need neither a GPU nor an engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu and not engine"
+
+test-engine: $(STAMP) ## vLLM loads and serves bundles, in an environment of its own that is made once (3 GB)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/deploy
 
 demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: a short form); run again to go on after an interruption
 	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) --output runs/demo$(if $(FAST),-fast)

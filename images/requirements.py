@@ -16,7 +16,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from images.environment import PINS, ROOT, pins_for
+from images.environment import PINS, ROOT
+from moesaic.core.virtual_environment import pins_for
 
 FOLDER = Path(__file__).parent
 GPU_ONLY = (
@@ -114,7 +115,7 @@ def constraints() -> dict[str, str]:
 
 def pins_in(path: Path) -> list[str]:
     """``name==version`` of a file's lines that hold in the images."""
-    return pins_for(path, "linux", tuple(map(int, PYTHON.split("."))))
+    return pins_for(path, "linux", "x86_64", tuple(map(int, PYTHON.split("."))))
 
 
 def path_of(name: str) -> Path:

@@ -25,7 +25,7 @@ from pipelines.assembly import Assembly, AssemblyConfigs, assemble, evaluate_riv
 from pipelines.deployment import DeploymentConfigs, deploy, put_forward
 from pipelines.recovery import Material, RecoveryConfigs, learn, recover
 
-VERSION = "0.4.0"
+VERSION = "0.5.0"
 ROUNDS = (1, 2)
 """Numbers of rounds that are compiled and committed."""
 
@@ -35,6 +35,7 @@ class Outputs(NamedTuple):
 
     child: dsl.Model
     bundle: dsl.Model
+    verdict: dsl.Artifact
     report: dsl.Artifact
     promotion: dsl.Artifact
 
@@ -68,6 +69,7 @@ def compress(rounds: int) -> Any:
         gather_recovery_config: str,
         benchmark_config: str,
         export_engine_config: str,
+        validate_bundle_config: str,
         benchmark_serving_config: str,
         report_config: str,
         promote_config: str,
@@ -106,7 +108,7 @@ class _Tasks:
             model=self._parent,
             calibration=self._inputs["calibration_short"],
         ).outputs["calibrated"]
-        deployed = deploy(self._deployment(), scaled_parent, child.child)
+        deployed = deploy(self._deployment(), scaled_parent, child.child, self._inputs["prompts"])
         page = report(
             config=given.report_config,
             version=self._version,
@@ -124,8 +126,10 @@ class _Tasks:
             measurements_baseline=self._benchmark(uniform),
             serving=deployed.serving,
         ).outputs["report"]
-        promotion = put_forward(self._deployment(), child.child, page, deployed.bundle)
-        return Outputs(child=child.child, bundle=deployed.bundle, report=page, promotion=promotion)
+        promotion = put_forward(self._deployment(), child.child, page, deployed)
+        return Outputs(
+            child=child.child, bundle=deployed.bundle, verdict=deployed.verdict, report=page, promotion=promotion
+        )
 
     def _material(self) -> Material:
         prompts = self._inputs["prompts"]
@@ -176,6 +180,7 @@ class _Tasks:
         return DeploymentConfigs(
             version=self._version,
             export_engine=given.export_engine_config,
+            validate_bundle=given.validate_bundle_config,
             benchmark_serving=given.benchmark_serving_config,
             promote=given.promote_config,
         )

@@ -15,6 +15,7 @@ def promote(
     promotion: Output[Artifact],
     metrics: Output[Metrics],
     bundle: Input[Artifact] | None = None,
+    verdict: Input[Artifact] | None = None,
 ):
     """Registers a child in MLflow's model registry, holds it against the gate, and makes it the champion if
     every line is met.
@@ -28,6 +29,7 @@ def promote(
             "child": child,
             "report": report,
             "bundle": bundle,
+            "verdict": verdict,
         },
         outputs={
             "promotion": promotion,

@@ -193,8 +193,6 @@ def test_what_cannot_be_asked_is_refused_before_anything_starts(
         run_evaluate(tmp_path, problems, engine="moesaic", kv_cache="fp8")
     with pytest.raises(ConfigError, match="does not fit the model's 4096 positions"):
         run_evaluate(tmp_path, problems, engine="moesaic", max_new_tokens=4096)
-    (tmp_path / "vllm").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ArtifactError, match=r"holds no serve.args; .* give a bundle of export_engine"):
         run_traces(tmp_path, engine="vllm")
     monkeypatch.setattr("moesaic.deploy.engines.completions.find_spec", lambda _: None)

@@ -93,17 +93,12 @@ def test_a_running_server_that_is_none_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_bundle_brings_its_engines_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "serve.args").write_text("--kv-cache-dtype fp8\n--max-model-len 4096  # enough\n")
-    assert adapters.command("vllm", spec(tmp_path), 8001) == [
-        *("vllm", "serve", str(tmp_path), "--host", "127.0.0.1", "--port", "8001"),
-        *("--kv-cache-dtype", "fp8", "--max-model-len", "4096", "--served-model-name", "child"),
-    ]
     command = adapters.command("tensorrt_llm", spec(tmp_path), 8001)
     assert command[:2] == ["trtllm-serve", str(tmp_path)]
     assert adapters.model_name("tensorrt_llm", spec(tmp_path)) == tmp_path.name
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     assert adapters.environment("tensorrt_llm", spec(tmp_path))["PYTHONPATH"] == f"{tmp_path}:/theirs"
-    assert adapters.environment("vllm", spec(tmp_path))["PYTHONPATH"] == "/theirs"
+    assert adapters.environment("vllm", spec(tmp_path))["PYTHONPATH"] == str(tmp_path / "vllm_plugin")
     assert command[command.index("--config") + 1] == str(tmp_path / "serve.yaml")
     assert command[command.index("--custom_module_dirs") + 1] == str(tmp_path / "trtllm")
 

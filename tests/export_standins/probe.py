@@ -1,7 +1,7 @@
 """Builds a bundle's model out of its engine module, against a stand-in of the engine, in a process of its own.
 
-The module is imported the way the engine does it: a package of ``--custom_module_dirs``, or a plugin's entry point. The
-process sees the bundle's config through transformers, and its tensors as shapes; only scales are read.
+The module is imported the way TensorRT-LLM does it, as a package of ``--custom_module_dirs``. The process sees the
+bundle's config through transformers, and its tensors as shapes.
 
 Run by ``built``: python -m tests.export_standins.probe BUNDLE
 """
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import ArtifactError
-from moesaic.deploy.export_engine import tensorrt_llm, vllm
+from moesaic.deploy.export_engine import tensorrt_llm
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
+from tests.export_standins import tensorrt_llm as engine
 
 _ANSWER = "built: "
 _ROOT = Path(__file__).parents[2]
 
 
 def built(bundle: Path) -> list[dict[str, Any]]:
-    """What each layer would be in the engine: experts, experts loaded, window, RoPE and scales.
+    """What each layer would be in the engine: experts, experts loaded, window and RoPE.
 
     Raises:
         ArtifactError: if the module cannot be imported, the model not built or not loaded.
@@ -43,19 +44,18 @@ def built(bundle: Path) -> list[dict[str, Any]]:
 
 
 def check_built(bundle: Path) -> None:
-    """Check that every layer would be built and loaded with its own experts, window, RoPE and scales.
+    """Check that every layer would be built and loaded with its own experts, window and RoPE.
 
     Raises:
         ArtifactError: at the first layer that would not.
     """
-    checkpoint, manifest = Checkpoint.open(bundle), BundleManifest.read(bundle)
+    checkpoint = Checkpoint.open(bundle)
     layers = built(bundle)
     if len(layers) != checkpoint.num_layers:
         raise ArtifactError(f"{bundle}: the engine module builds {len(layers)} layers of {checkpoint.num_layers}")
     rope = checkpoint.config["rope_parameters"]
     turns = [rope[key] for key in ("rope_theta", "factor", "original_max_position_embeddings")]
     turns += [rope["beta_fast"], rope["beta_slow"]]
-    scales = [[layer.key_scale, layer.value_scale] for layer in manifest.layers]
     for index, (found, block) in enumerate(zip(layers, checkpoint.architecture.blocks, strict=True)):
         expected: dict[str, Any] = {
             "num_experts": block.num_experts,
@@ -63,8 +63,6 @@ def check_built(bundle: Path) -> None:
             "window": block.window,
             "rope": turns,
         }
-        if manifest.config.target == "vllm" and manifest.config.kv_cache == "fp8":
-            expected["scales"] = scales[index]
         for what, value in expected.items():
             if found[what] != value:
                 raise ArtifactError(
@@ -75,19 +73,9 @@ def check_built(bundle: Path) -> None:
 def main(bundle: Path) -> None:
     """Answer for one bundle."""
     manifest = BundleManifest.read(bundle)
-    if manifest.config.target == "tensorrt_llm":
-        from tests.export_standins import tensorrt_llm as engine
-
-        engine.enter()
-        sys.path.insert(0, str(bundle))
-        importlib.import_module(tensorrt_llm.MODULES)
-    else:
-        from tests.export_standins import vllm as engine
-
-        engine.enter()
-        sys.path.insert(0, str(bundle / vllm.PLUGIN))
-        module, function = vllm.entry_point(bundle).split(":")
-        getattr(importlib.import_module(module), function)()
+    engine.enter()
+    sys.path.insert(0, str(bundle))
+    importlib.import_module(tensorrt_llm.MODULES)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(bundle, trust_remote_code=False, local_files_only=True)

@@ -1,5 +1,6 @@
 """The local environment: what is refused and pinned where, what a failure says, and that a half-made one is mended."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,11 @@ import pytest
 from packaging.requirements import Requirement
 
 from images import environment, pins
-from images.environment import Environment, SetupError, pins_for, refuse_unsupported
+from images.environment import refuse_unsupported
 from images.requirements import GPU_ONLY
+from moesaic.core import virtual_environment
+from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.virtual_environment import VirtualEnvironment, pins_for
 
 
 @pytest.mark.parametrize(
@@ -22,7 +26,7 @@ from images.requirements import GPU_ONLY
     ],
 )
 def test_what_has_no_pins_is_refused_at_once(version: tuple[int, ...], system: str, machine: str, word: str) -> None:
-    with pytest.raises(SetupError, match=word):
+    with pytest.raises(ConfigError, match=word):
         refuse_unsupported(version, system, machine)
 
 
@@ -40,24 +44,32 @@ def test_pins_hold_where_their_marker_does(tmp_path: Path) -> None:
     path = tmp_path / "pins.txt"
     path.write_text("# why\na==1\nb==2 ; sys_platform == 'linux'\nc==3 ; sys_platform == 'darwin'\n")
     path.write_text(path.read_text() + "d==4 ; sys_platform == 'linux' and python_version >= '3.12'\n")
-    assert pins_for(path, "linux", (3, 11)) == ["a==1", "b==2"]
-    assert pins_for(path, "linux", (3, 13)) == ["a==1", "b==2", "d==4"]
-    assert pins_for(path, "darwin", (3, 13)) == ["a==1", "c==3"]
+    assert pins_for(path, "linux", "x86_64", (3, 11)) == ["a==1", "b==2"]
+    assert pins_for(path, "linux", "x86_64", (3, 13)) == ["a==1", "b==2", "d==4"]
+    assert pins_for(path, "darwin", "arm64", (3, 13)) == ["a==1", "c==3"]
     path.write_text("e==5 ; platform_machine == 'x86_64'\n")
-    with pytest.raises(SetupError, match="platform_machine"):
-        pins_for(path, "linux", (3, 11))
+    assert pins_for(path, "linux", "x86_64", (3, 11)) == ["e==5"]
+    assert pins_for(path, "linux", "aarch64", (3, 11)) == []
+    path.write_text("f==6 ; implementation_name == 'pypy'\n")
+    with pytest.raises(StageError, match="implementation_name"):
+        pins_for(path, "linux", "x86_64", (3, 11))
 
 
 def test_the_bare_interpreter_and_the_resolver_read_the_pins_alike() -> None:
-    for target in pins.TARGETS:
-        path, python = environment.PINS[target.build], tuple(map(int, target.python.split(".")))
-        read = pins_for(path, target.system, python)
-        assert {name: version for name, _, version in (pin.partition("==") for pin in read)} == pins.pins_on(target)
+    for pinned in pins.PINNED:
+        for target in pinned.targets:
+            python = tuple(map(int, target.python.split(".")))
+            read = pins_for(pinned.pins, target.system, target.machine, python)
+            versions = {name: version for name, _, version in (pin.partition("==") for pin in read)}
+            assert versions == pins.pins_on(pinned.pins, target)
 
 
 def test_the_cpu_pins_are_those_of_cuda_without_what_only_gpu_code_needs() -> None:
     linux = [target for target in pins.TARGETS if target.system == "linux"]
-    cpu, cuda = (pins.pins_on(next(one for one in linux if one.build == build)) for build in ("cpu", "cuda"))
+    cpu, cuda = (
+        pins.pins_on(environment.PINS[build], next(one for one in linux if one.build == build))
+        for build in ("cpu", "cuda")
+    )
     assert cpu.items() < cuda.items()
     assert not set(GPU_ONLY) & set(cpu)
     assert set(GPU_ONLY) <= set(cuda)
@@ -72,7 +84,7 @@ def test_the_cpu_pins_are_those_of_cuda_without_what_only_gpu_code_needs() -> No
     ],
 )
 def test_markers_are_as_short_as_they_can_be(marker: str, short: str) -> None:
-    assert pins._with_short_marker(Requirement(f"a==1 ; {marker}")) == short
+    assert pins._with_short_marker(Requirement(f"a==1 ; {marker}"), pins.TARGETS) == short
 
 
 def test_the_check_sees_nothing_of_this_machines_own() -> None:
@@ -88,7 +100,7 @@ def test_a_half_made_environment_is_made_anew_and_a_whole_one_is_kept(tmp_path: 
     folder = tmp_path / "venv"
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to("/nonexistent/python")
-    made = Environment(folder, None)
+    made = VirtualEnvironment(folder)
     made.make()
     assert made.differences(["pip==0"])[0].startswith("pip is 2")
     kept = folder / "kept"
@@ -111,10 +123,13 @@ def failing(program: Path, said: str) -> None:
         ("No matching distribution found for torch==2.13.0", "make check-pins"),
     ],
 )
-def test_a_failed_installation_says_what_was_said_and_what_to_do(said: str, advice: str, tmp_path: Path) -> None:
+def test_a_failed_installation_says_what_was_said_and_what_to_do(
+    said: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing(tmp_path / "uv", said)
-    with pytest.raises(SetupError) as failure:
-        Environment(tmp_path, str(tmp_path / "uv")).install("torch")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(StageError) as failure:
+        VirtualEnvironment(tmp_path).install("torch")
     assert said in str(failure.value)
     assert advice in str(failure.value)
     assert "Run it again" in str(failure.value)
@@ -127,8 +142,8 @@ def test_the_mark_is_gone_while_it_is_not_whole(
     folder.mkdir()
     (folder / environment.MARK).touch()
     failing(tmp_path / "uv", "Connection refused")
-    monkeypatch.setattr(Environment, "make", lambda self: None)
-    monkeypatch.setattr(environment, "why_unreachable", lambda url: "no such host")
+    monkeypatch.setattr(VirtualEnvironment, "make", lambda self: None)
+    monkeypatch.setattr(virtual_environment, "why_unreachable", lambda url: "no such host")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.main([str(folder)]) == 2
     assert not (folder / environment.MARK).exists()
@@ -144,16 +159,16 @@ def test_the_pins_follow_the_build_that_was_to_be_had(
 ) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def install(self: Environment, *arguments: object, from_cpu_index: bool = False) -> None:
+    def install(self: VirtualEnvironment, *arguments: object, from_cpu_index: bool = False) -> None:
         asked.append((*arguments, from_cpu_index))
         version = self.folder / "lib/python3/site-packages/torch/version.py"
         version.parent.mkdir(parents=True, exist_ok=True)
         version.write_text(f"cuda: Optional[str] = {installed}\n")
 
-    monkeypatch.setattr(Environment, "make", lambda self: None)
-    monkeypatch.setattr(Environment, "install", install)
-    monkeypatch.setattr(Environment, "differences", lambda self, wanted: [])
-    monkeypatch.setattr(environment, "why_unreachable", lambda url: None if reached else "no such host")
+    monkeypatch.setattr(VirtualEnvironment, "make", lambda self: None)
+    monkeypatch.setattr(VirtualEnvironment, "install", install)
+    monkeypatch.setattr(VirtualEnvironment, "differences", lambda self, wanted: [])
+    monkeypatch.setattr(virtual_environment, "why_unreachable", lambda url: None if reached else "no such host")
     monkeypatch.setattr(sys, "platform", "linux")
     said: list[str] = []
     say: Callable[[str], None] = said.append

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.deploy.export_engine.verdict import BundleChecks
+from moesaic.deploy.export_engine.verdict import Verdict
 from moesaic.measure.report.evidence import read_evidence
 from moesaic.measure.report.findings import summarize
 from moesaic.measure.report.recovery import read_recovery, summarize_recovery
@@ -23,7 +23,7 @@ CONFIG = PromoteConfig(
 )
 FIGURES = Figures({"low": 1.0, "high": 0.98}, {"low": 1.2, "high": 1.5}, 0.02)
 COMPLETE = Provenance(known=12, unknown=(), evidence_is_its_own=True)
-CHECKED = BundleChecks(passed=True)
+CHECKED = Verdict(passed=True)
 
 
 def summary() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_every_line_holds_at_its_bar_exactly() -> None:
         (FIGURES, None, COMPLETE, "export_checked", "no bundle"),
         (
             FIGURES,
-            BundleChecks(passed=False),
+            Verdict(passed=False),
             COMPLETE,
             "export_checked",
             "unverified: a check of files and layout failed",
@@ -108,7 +108,7 @@ def test_every_line_holds_at_its_bar_exactly() -> None:
     ],
 )
 def test_one_line_that_does_not_hold_is_enough(
-    figures: Figures, bundle: BundleChecks | None, provenance: Provenance, failed: str, figure: float | str | None
+    figures: Figures, bundle: Verdict | None, provenance: Provenance, failed: str, figure: float | str | None
 ) -> None:
     lines = judge(CONFIG, figures, bundle, provenance)
     (line,) = [line for line in lines if not line.met]
@@ -136,9 +136,16 @@ def test_the_table_shows_figure_and_bar() -> None:
 
 def test_only_an_engine_that_loaded_it_makes_a_bundle_more_than_unverified() -> None:
     assert CHECKED.words == "unverified: files and layout checked; no engine has loaded it"
-    assert BundleChecks(True, "vLLM 0.33.0").words == "files and layout checked; vLLM 0.33.0 has loaded it"
-    (line,) = [line for line in judge(CONFIG, FIGURES, CHECKED, COMPLETE) if line.name == "export_checked"]
-    assert (line.figure, line.asked, line.met) == (CHECKED.words, "files and layout checked", True)
+    loaded = Verdict(True, "vLLM 0.33.0 (CPU)", replies={"low": {"replies": 100, "agreeing": 99}})
+    assert loaded.words == "verified by vLLM 0.33.0 (CPU), 99 of 100 replies are the reference's but for near ties"
+    assert (
+        Verdict(False, "vLLM 0.33.0 (CPU)", problems=("layer 3: no",)).words
+        == "wrong by vLLM 0.33.0 (CPU): layer 3: no"
+    )
+    strict = CONFIG.but(require_engine=True)
+    for config, verdict, met in ((CONFIG, CHECKED, True), (strict, CHECKED, False), (strict, loaded, True)):
+        (line,) = [line for line in judge(config, FIGURES, verdict, COMPLETE) if line.name == "export_checked"]
+        assert (line.figure, line.met) == (verdict.words, met)
 
 
 @pytest.mark.parametrize("text", ['{"model": "a/b"}', '{"model": "it\'s"}', '{"min_retention": {"huge": 1}}'])

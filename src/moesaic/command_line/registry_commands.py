@@ -81,9 +81,10 @@ def _promote(options: argparse.Namespace) -> None:
     if not child.is_dir() or not report.is_dir():
         raise ArtifactError(f"{options.run} holds no finished run; give the directory that `moesaic run` was given")
     store = Store.at(options.store or _from_environment("MOESAIC_STORE") or options.run / "store")
-    exported = options.run / ARTIFACTS / "bundle"
-    bundle = options.bundle or (exported if exported.is_dir() else None)
-    challenger = examine(config, child=child.resolve().name, report=report, bundle=bundle, store=store)
+    bundle, verdict = (options.run / ARTIFACTS / name for name in ("bundle", "verdict"))
+    evidence = {"report": report, "bundle": options.bundle or bundle} | ({} if options.bundle else {"verdict": verdict})
+    given = {name: path for name, path in evidence.items() if path.is_dir()}
+    challenger = examine(config, child.resolve().name, given, store)
     Console().print(gate_table(challenger.lines))
     if options.dry_run:
         print("dry run: nothing was changed")

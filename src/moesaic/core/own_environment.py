@@ -15,11 +15,10 @@ from pathlib import Path
 
 from moesaic.core.cache import cache_directory
 from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.virtual_environment import VirtualEnvironment, clean_variables, pins_here
 
 _MARK = ".complete"
-_FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PIP_CONSTRAINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-_MAKE_WITHIN_S = 3600.0
-_SHOWN_LINES = 12
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -28,23 +27,23 @@ class OwnEnvironment:
 
     title: str
     """The program's name in messages."""
-    packages: tuple[str, ...]
-    """The packages that pip installs."""
     program: str
-    """The command that the packages provide."""
+    """The command that the packages provide, or ``python`` where it is its modules that are run."""
     variable: str
     """The environment variable that may name an installed program to use instead, as images do."""
-    pins: str
-    """Exact versions of all packages, as a constraints file."""
+    pins: Path
+    """Exact versions of all its packages."""
+    torch: str | None = None
+    """The build of PyTorch that it needs: ``cpu`` or ``cuda``; None if it needs none."""
 
     @property
     def directory(self) -> Path:
         """The directory of the virtual environment for these pins and this version of Python."""
-        decisive = f"{sys.version_info[:2]}\n{self.pins}"
-        return cache_directory(os.environ) / self.program / hashlib.sha256(decisive.encode()).hexdigest()[:16]
+        decisive = f"{sys.version_info[:2]}\n{self.torch}\n{self.pins.read_text()}"
+        return cache_directory(os.environ) / self.title.lower() / hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
     def find_program(self) -> Path:
-        """The path of the program; its virtual environment is created by pip if it does not exist.
+        """The path of the program; its virtual environment is created if it does not exist.
 
         Raises:
             ConfigError: if the variable names no program.
@@ -65,42 +64,36 @@ class OwnEnvironment:
         return home / "bin" / self.program
 
     def _make(self, home: Path) -> None:
-        print(
-            f"{self.program}: making its environment in {home}, once; this takes minutes", file=sys.stderr, flush=True
-        )
-        shutil.rmtree(home, ignore_errors=True)
-        self.call([sys.executable, "-m", "venv", str(home)])
-        constraints = home / "constraints.txt"
-        constraints.write_text(self.pins)
-        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        self.call([*pip, "--constraint", str(constraints), *self.packages])
-        (home / _MARK).touch()
+        def say(line: str) -> None:
+            print(f"{self.title}'s environment, made once: {line}", file=sys.stderr, flush=True)
 
-    def call(self, command: list[str]) -> None:
-        """Run one step of the installation; StageError, with its output, if it fails."""
+        pins = pins_here(self.pins)
+        shutil.rmtree(home, ignore_errors=True)
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=own_variables(), timeout=_MAKE_WITHIN_S, check=False
-            )
-        except subprocess.TimeoutExpired as late:
+            environment = VirtualEnvironment(home)
+            environment.make()
+            if self.torch is not None:
+                (torch,) = (pin for pin in pins if pin.startswith("torch=="))
+                if (build := environment.install_torch(torch, self.torch, say)) != self.torch:
+                    raise StageError(f"it needs PyTorch's {self.torch} build, and only the {build} build could be had")
+            say(f"{len(pins)} packages into {home}; this takes minutes")
+            environment.install("--requirement", self.pins)
+            if wrong := environment.differences(pins):
+                raise StageError(f"it is not as pinned: {'; '.join(wrong)}")
+        except StageError as failure:
             raise StageError(
-                f"{self.title}'s environment was not made within {_MAKE_WITHIN_S:g} s ({' '.join(command)})"
-            ) from late
-        if done.returncode:
-            lines = (done.stdout + done.stderr).strip().splitlines()[-_SHOWN_LINES:]
-            raise StageError(
-                f"{self.title}'s environment cannot be made; it needs a package index, once. Without one, let "
-                f"{self.variable} name an {self.program} that is installed. {' '.join(command)} said:\n"
-                + "\n".join(f"  {line}" for line in lines)
-            )
+                f"{self.title}'s environment cannot be made: {failure}\nIt needs a package index, once; without one, "
+                f"let {self.variable} name {self.program} of an environment that has it"
+            ) from failure
+        (home / _MARK).touch()
 
 
 def own_variables() -> dict[str, str]:
-    """This process's environment variables without those that would make the program use other packages than its own.
+    """This process's environment variables for a program with packages of its own.
 
     Told to be offline, AIPerf would look for a tokenizer in a cache alone, and not where the tokenizer is.
     """
-    return {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+    return {name: value for name, value in clean_variables().items() if name not in _OFFLINE}
 
 
 def program_version(program: Path, *arguments: str) -> str:

@@ -31,6 +31,8 @@ from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
 
 E4M3 = torch.float8_e4m3fn
+_BFLOAT16_BITS = 8
+"""Of a number's digits, the leading one included."""
 LARGEST = torch.finfo(E4M3).max
 """448."""
 SHARD = "model-kv-scales"
@@ -49,8 +51,8 @@ class KvScales:
 
     @classmethod
     def of_amax(cls, key: float, value: float, power_of_two: bool = False) -> "KvScales":
-        """Scales under which the largest magnitudes are just representable."""
-        round_up = next_power_of_two if power_of_two else float
+        """Scales under which the largest magnitudes are just representable, in BF16, as engines hold them."""
+        round_up = next_power_of_two if power_of_two else next_bfloat16
         return cls(round_up(scale_of(key)), round_up(scale_of(value)))
 
 
@@ -62,15 +64,31 @@ def scale_of(amax: float) -> float:
     return amax / LARGEST if amax else 1.0
 
 
+def next_bfloat16(scale: float) -> float:
+    """The smallest number that BF16 represents and that is not below a positive scale."""
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(math.ceil(mantissa * 2**_BFLOAT16_BITS), exponent - _BFLOAT16_BITS)
+
+
 def next_power_of_two(scale: float) -> float:
     """The smallest power of two that is not below a positive scale: rounding up, nothing saturates."""
     mantissa, exponent = math.frexp(scale)
     return math.ldexp(1.0, exponent - (mantissa == 0.5))
 
 
-def quantize(states: Float[Tensor, "*axes"], scale: float) -> Float[Tensor, "*axes"]:
-    """What an FP8 cache gives back; computed in float32, returned in the dtype that came. Again: no further change."""
-    stored = (states.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3)
+def quantize(states: Float[Tensor, "*axes"], scale: float, toward_zero: bool = False) -> Float[Tensor, "*axes"]:
+    """What an FP8 cache gives back; computed in float32, returned in the dtype that came. Again: no further change.
+
+    Args:
+        states: K or V.
+        scale: what one unit of a stored element stands for.
+        toward_zero: round so, as vLLM 0.32 does on CPUs; else to the nearest, as GPUs do.
+    """
+    exact = (states.float() / scale).clamp(-LARGEST, LARGEST)
+    stored = exact.to(E4M3)
+    if toward_zero:
+        bits = stored.view(torch.uint8)
+        stored = torch.where(stored.float().abs() > exact.abs(), bits - 1, bits).view(E4M3)
     return (stored.float() * scale).to(states.dtype)
 
 
@@ -151,16 +169,16 @@ def fold_checkpoint(checkpoint: Checkpoint, scales: Sequence[KvScales]) -> dict[
     return folded
 
 
-def roundings(kind: str, scales: Sequence[KvScales]) -> list[tuple[Rounding, Rounding]]:
-    """Per layer what ``EmulatedCache`` means for K and for V."""
+def roundings(kind: str, scales: Sequence[KvScales], toward_zero: bool = False) -> list[tuple[Rounding, Rounding]]:
+    """Per layer what ``EmulatedCache`` means for K and for V; ``toward_zero`` as for :func:`quantize`."""
     if kind == "bf16":
         return [(to_bfloat16, to_bfloat16)] * len(scales)
     used = scales if kind == "fp8" else [UNIT] * len(scales)
-    return [(_fp8(layer.key), _fp8(layer.value)) for layer in used]
+    return [(_fp8(layer.key, toward_zero), _fp8(layer.value, toward_zero)) for layer in used]
 
 
-def _fp8(scale: float) -> Rounding:
-    return lambda states: quantize(states, scale)
+def _fp8(scale: float, toward_zero: bool) -> Rounding:
+    return lambda states: quantize(states, scale, toward_zero)
 
 
 def emulate(model: PreTrainedModel, layers: Sequence[tuple[Rounding, Rounding]]) -> list[RemovableHandle]:

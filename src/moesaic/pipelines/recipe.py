@@ -5,6 +5,7 @@ from typing import Self
 
 from moesaic.core.config import Config
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 from moesaic.measure.benchmark.stage import BenchmarkConfig
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
 from moesaic.measure.evaluate.stage import EvaluateConfig
@@ -55,6 +56,7 @@ class Recipe(Config):
     gather_recovery: GatherRecoveryConfig = GatherRecoveryConfig()
     export_engine: ExportEngineConfig = ExportEngineConfig(target="tensorrt_llm")
     """Of parent and child alike."""
+    validate_bundle: ValidateBundleConfig = ValidateBundleConfig()
     promote: PromoteConfig = PromoteConfig()
     rounds: int = 1
     """Rounds of pruning and distillation before the child is recovered whole."""

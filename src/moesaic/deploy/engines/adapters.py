@@ -1,7 +1,6 @@
 """What differs between servers: the command that starts one, and where and how it counts."""
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 from moesaic.core.config import EmulatedCache, Precision, ServingEngine
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.deploy.engines.vllm import engine as vllm
+from moesaic.deploy.engines.vllm.environment import vllm_environment
 
 URL_VARIABLE = "MOESAIC_SERVER_URL_{role}"
 """Environment variable of a running server of the ``PARENT`` or the ``CHILD``, or where there is one, the ``MODEL``."""
@@ -67,7 +68,6 @@ TOKEN_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 """What puts all token ids of the reply into a completion, as ``token_ids`` of its choice; by who owns the model in
 ``/v1/models``."""
 
-_PROGRAMS = {"tensorrt_llm": "trtllm-serve", "vllm": "vllm"}
 _BUNDLED = {"tensorrt_llm": "serve.yaml", "vllm": "serve.args"}
 
 
@@ -76,17 +76,20 @@ def check_available(engine: ServingEngine, spec: ServerSpec) -> None:
 
     Raises:
         ConfigError: if the program is not installed, or no running server is named.
+        StageError: if vLLM's environment cannot be made.
         ArtifactError: if the directory is no bundle of this engine.
     """
     if engine == "running":
         running_url(spec.role)
-    elif engine in _PROGRAMS:
-        if shutil.which(_PROGRAMS[engine]) is None:
-            raise ConfigError(f"engine {engine!r} needs {_PROGRAMS[engine]}, which is not on the PATH; use its image")
+    elif engine in _BUNDLED:
+        if engine == "tensorrt_llm" and shutil.which("trtllm-serve") is None:
+            raise ConfigError(f"engine {engine!r} needs trtllm-serve, which is not on the PATH; use its image")
         if not (spec.directory / _BUNDLED[engine]).is_file():
             raise ArtifactError(
                 f"{spec.directory} holds no {_BUNDLED[engine]}; for engine {engine!r} give a bundle of export_engine"
             )
+        if engine == "vllm":
+            vllm_environment().find_program()
 
 
 def running_url(role: str) -> str:
@@ -107,7 +110,9 @@ def model_name(engine: ServingEngine, spec: ServerSpec) -> str:
 
 
 def environment(engine: ServingEngine, spec: ServerSpec) -> dict[str, str]:
-    """The server's environment: TensorRT-LLM's worker processes import the bundle's model module by themselves."""
+    """The server's environment: the engines' worker processes import the bundle's model module by themselves."""
+    if engine == "vllm":
+        return vllm.variables(spec.directory)
     paths = [str(spec.directory), os.environ.get("PYTHONPATH", "")] if engine == "tensorrt_llm" else []
     return {**os.environ, **({"PYTHONPATH": os.pathsep.join(filter(None, paths))} if paths else {})}
 
@@ -120,8 +125,8 @@ def command(engine: ServingEngine, spec: ServerSpec, port: int) -> list[str]:
         options = ["--backend", "pytorch", "--config", str(spec.directory / "serve.yaml")]
         return ["trtllm-serve", bundle, *address, *options, "--custom_module_dirs", str(spec.directory / "trtllm")]
     if engine == "vllm":
-        options = shlex.split((spec.directory / "serve.args").read_text(), comments=True)
-        return ["vllm", "serve", bundle, *address, *options, "--served-model-name", spec.role]
+        server = vllm.server_command(spec.directory, spec.max_cache_tokens)
+        return [*server, *address, "--served-model-name", spec.role]
     options = ["--kv-cache-dtype", spec.kv_cache, "--precision", spec.precision]
     options += ["--max-batch", str(spec.max_requests), "--max-cache-tokens", str(spec.max_cache_tokens)]
     return [

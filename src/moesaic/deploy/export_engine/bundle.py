@@ -146,8 +146,8 @@ def _write_engine_files(output: Path, manifest: BundleManifest, packed: bool) ->
         shutil.copyfile(MODELLING / _CONFIG_CLASS, output / tensorrt_llm.MODULES / _CONFIG_CLASS)
         texts = tensorrt_llm.files(manifest, packed)
     else:
-        _copy_tree(BUNDLED / vllm.PLUGIN, output / vllm.PLUGIN)
-        (package,) = (output / vllm.PLUGIN).glob("*/")
+        package = output / vllm.PLUGIN / vllm.PACKAGE
+        _copy_tree(BUNDLED / vllm.PLUGIN / vllm.PACKAGE, package)
         shutil.copyfile(MODELLING / _CONFIG_CLASS, package / _CONFIG_CLASS)
         texts = vllm.files(manifest)
     write_files(output, {**texts, "README.md": _readme(manifest)})

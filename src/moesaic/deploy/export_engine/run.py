@@ -1,7 +1,6 @@
 """Export a child as a deployment bundle for one serving engine, and check its files and layout. No engine loads it."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from moesaic.core.errors import ArtifactError, StageError
@@ -10,7 +9,7 @@ from moesaic.deploy.export_engine.bundle import write_bundle
 from moesaic.deploy.export_engine.bundle_manifest import VALIDATION
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.export_engine.validation import validate
-from moesaic.deploy.export_engine.verdict import BundleChecks
+from moesaic.deploy.export_engine.verdict import Verdict
 from moesaic.models.checkpoint import Checkpoint
 
 
@@ -22,8 +21,7 @@ def run(config: ExportEngineConfig, *, child: Path, output: Path, scratch: Path)
         checks = list(track(validate(output, compared), 5 if compared is None else 6, "checking the bundle"))
     except ArtifactError as wrong:
         raise StageError(f"the bundle that was written failed a check: {wrong}") from wrong
-    checked = BundleChecks(passed=True)
-    verdict = {"verdict": checked.words, **asdict(checked), "checks": checks}
+    verdict = {"verdict": Verdict(passed=True).words, "passed": True, "checks": checks}
     (output / VALIDATION).write_text(json.dumps(verdict, indent=1) + "\n")
     folded = [scale for layer in manifest.layers for scale in (layer.key_scale, layer.value_scale) if scale]
     return {

@@ -1,24 +1,38 @@
-"""What may be said of a bundle: what was checked, and which engine has loaded it."""
+"""What may be said of a bundle: what was checked, which engine has loaded it, and what that engine found."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+VERDICT = "verdict.json"
+"""Where ``validate_bundle`` writes it."""
 _CHECKED = "files and layout checked"
 
 
 @dataclass(frozen=True)
-class BundleChecks:
+class Verdict:
     """What is known of an exported bundle."""
 
     passed: bool
-    """Whether its files and layout passed every check."""
+    """Whether it passed every check that was made."""
     loaded_by: str | None = None
-    """The engine that loaded it; None if none has, so that the bundle is unverified."""
+    """The engine that was given it: name, version and device; None if none was, so that the bundle is unverified."""
+    why_unverified: str = "no engine has loaded it"
+    """Why there is no engine's word."""
+    problems: tuple[str, ...] = ()
+    """What the engine refused, or does otherwise than the reference."""
+    replies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By effort, how its replies compare with the reference."""
 
     @property
     def words(self) -> str:
-        """The verdict."""
-        if not self.passed:
-            return "unverified: a check of files and layout failed"
+        """The verdict in one line."""
         if self.loaded_by is None:
-            return f"unverified: {_CHECKED}; no engine has loaded it"
-        return f"{_CHECKED}; {self.loaded_by} has loaded it"
+            checked = f"{_CHECKED}; {self.why_unverified}" if self.passed else "a check of files and layout failed"
+            return f"unverified: {checked}"
+        if not self.passed:
+            return f"wrong by {self.loaded_by}: {self.problems[0]}"
+        compared = sum(one["replies"] for one in self.replies.values())
+        agreeing = sum(one["agreeing"] for one in self.replies.values())
+        agrees = f", {agreeing} of {compared} replies are the reference's but for near ties" if compared else ""
+        return f"verified by {self.loaded_by}{agrees}"

@@ -6,22 +6,28 @@ The engine reads the scales of an FP8 cache from the checkpoint, through the plu
 
 import argparse
 import shlex
-import tomllib
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 
-VERSIONS = ">=0.33,<0.34"
+VERSIONS = ">=0.32,<0.34"
 PLUGIN = "vllm_plugin"
+"""The folder of the plugin; with it on ``PYTHONPATH`` the engine finds it, and nothing is installed."""
+PACKAGE = "gpt_oss_puzzle_vllm"
 ARGUMENTS = "serve.args"
-ENTRY_POINTS = "vllm.general_plugins"
+_INSTALLED = f"{PLUGIN}/{PACKAGE}-1.0.dist-info"
+"""What an installer would write: by it the engine's processes find the entry point."""
 
 
 def files(manifest: BundleManifest) -> dict[str, str]:
-    """The engine's files by name: the arguments, one a line."""
-    return {ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest))}
+    """The engine's files by name: the arguments, one a line, and what makes the plugin an installed one."""
+    return {
+        ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest)),
+        f"{_INSTALLED}/METADATA": "Metadata-Version: 2.1\nName: gpt-oss-puzzle-vllm\nVersion: 1.0\n",
+        f"{_INSTALLED}/entry_points.txt": f"[vllm.general_plugins]\ngpt_oss_puzzle = {PACKAGE}:register\n",
+    }
 
 
 def _lines(manifest: BundleManifest) -> list[str]:
@@ -69,19 +75,7 @@ def check(bundle: Path, manifest: BundleManifest) -> None:
     for name, value in expected.items():
         if given[name] != value:
             raise ArtifactError(f"{path}: {name} is {given[name]}; the bundle was exported for {value}")
-    entry_point(bundle)
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     return vars(_Arguments(path).parse_args(shlex.split(text, comments=True)))
-
-
-def entry_point(bundle: Path) -> str:
-    """What vLLM calls once the plugin is installed, as ``module:function``."""
-    path = bundle / PLUGIN / "pyproject.toml"
-    try:
-        project: dict[str, Any] = tomllib.loads(path.read_text())["project"]
-        (entry,) = project["entry-points"][ENTRY_POINTS].values()
-    except (tomllib.TOMLDecodeError, KeyError, ValueError) as broken:
-        raise ArtifactError(f"{path} has no single entry point {ENTRY_POINTS!r} ({broken!r})") from broken
-    return str(entry)

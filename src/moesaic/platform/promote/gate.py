@@ -5,9 +5,9 @@
                                  as deployed, where the report has that; else in process, KV cache in BF16
     kv_accuracy_loss           = largest, over efforts, of accuracy(KV in BF16) - accuracy(KV in FP8), calibrated scales
 
-All three are the report's figures. Three lines more ask whether they can be trusted: files and layout of the exported
-bundle were checked, every input is known by digest, and report and bundle are of this very child. The paper has no such
-gate.
+All three are the report's figures. Three lines more ask whether they can be trusted: what is known of the exported
+bundle, by its files or by an engine that loaded it; that every input is known by digest; and that report and bundle are
+of this very child. The paper has no such gate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,10 @@ from rich.table import Table
 
 from moesaic.core.config import Effort
 from moesaic.core.errors import ArtifactError
-from moesaic.deploy.export_engine.verdict import BundleChecks
+from moesaic.deploy.export_engine.verdict import Verdict
 from moesaic.platform.promote.stage import PromoteConfig
 
 _NOT_MEASURED = "not measured"
-_CHECKED = "files and layout checked"
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,13 @@ def read_figures(summary: Mapping[str, Any]) -> Figures:
         raise ArtifactError(f"summary.json of the report cannot be read ({broken!r}); run report again") from broken
 
 
-def judge(config: PromoteConfig, figures: Figures, bundle: BundleChecks | None, provenance: Provenance) -> list[Line]:
+def judge(config: PromoteConfig, figures: Figures, bundle: Verdict | None, provenance: Provenance) -> list[Line]:
     """Every line of the gate; the child may become champion if all are met.
 
     Args:
         config: the thresholds; what it does not ask for has no line.
         figures: of the report.
-        bundle: what was checked of the exported bundle; None if there is none.
+        bundle: what is known of the exported bundle; None if there is none.
         provenance: of child and report.
     """
     lines = _by_effort("retention", figures.retention, config.min_retention)
@@ -94,7 +93,9 @@ def judge(config: PromoteConfig, figures: Figures, bundle: BundleChecks | None, 
         lines.append(_at_most("kv_accuracy_loss", figures.kv_accuracy_loss, config.max_kv_accuracy_loss))
     if config.require_export:
         figure = "no bundle" if bundle is None else bundle.words
-        lines.append(Line("export_checked", figure, _CHECKED, bundle is not None and bundle.passed))
+        verified = bundle is not None and (bundle.loaded_by is not None or not config.require_engine)
+        asked = "verified by an engine" if config.require_engine else "no check failed"
+        lines.append(Line("export_checked", figure, asked, bundle is not None and bundle.passed and verified))
     return [*lines, *_provenance_lines(provenance)]
 
 

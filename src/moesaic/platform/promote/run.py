@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.bundle_manifest import VALIDATION
-from moesaic.deploy.export_engine.verdict import BundleChecks
+from moesaic.deploy.export_engine.verdict import VERDICT, Verdict
 from moesaic.models.stage_outputs import read_json
 from moesaic.platform.promote.gate import Line, Provenance, gate_table, is_met, judge, read_figures, shown
 from moesaic.platform.promote.stage import PromoteConfig
@@ -51,13 +51,15 @@ def run(
     child: Path,
     report: Path,
     bundle: Path | None = None,
+    verdict: Path | None = None,
     store: Address,
     registry: RegistryAddress,
     output: Path,
     scratch: Path,
 ) -> dict[str, float]:
     """Write ``promotion.json``: the version, the outcome, and the gate's lines. A refusal is a result, not an error."""
-    challenger = examine(config, child=Manifest.read(child).id, report=report, bundle=bundle, store=Store.at(store))
+    evidence = {name: path for name, path in (("bundle", bundle), ("verdict", verdict)) if path is not None}
+    challenger = examine(config, Manifest.read(child).id, {"report": report, **evidence}, Store.at(store))
     Console(file=sys.stderr, width=120).print(gate_table(challenger.lines))
     promotion = register_challenger(config, challenger, registry)
     (output / PROMOTION).write_text(json.dumps(promotion, indent=1) + "\n")
@@ -65,25 +67,24 @@ def run(
     return figures | {"version": promotion["version"], "champion": float(promotion["champion"] == promotion["version"])}
 
 
-def examine(config: PromoteConfig, *, child: str, report: Path, bundle: Path | None, store: Store) -> Challenger:
-    """Judge a child, its report and its exported bundle, if there is one, by the gate. Nothing is changed.
+def examine(config: PromoteConfig, child: str, given: Mapping[str, Path], store: Store) -> Challenger:
+    """Judge a child by the gate. Nothing is changed.
 
     Args:
         config: the thresholds.
         child: id of its manifest in the store.
-        report: directory of the report and its record, from which the child's own history is known.
-        bundle: directory of the exported bundle.
+        given: directories of the evidence by name: ``report`` with its record, from which the child's own history is
+            known; ``bundle`` and ``verdict`` if there are.
         store: where manifests and records are.
 
     Raises:
         ArtifactError: if an input is not what its stage writes, or the child is not in the store.
     """
     manifest = store.manifest(child)
-    figures = read_figures(read_json(report / SUMMARY))
-    given = {"report": report} | ({} if bundle is None else {"bundle": bundle})
+    figures = read_figures(read_json(given["report"] / SUMMARY))
     evidence = {name: _trace(store, path) for name, path in given.items()}
     history = find_digest(evidence["report"], child) if evidence["report"] else None
-    lines = judge(config, figures, _bundle_checks(bundle, store), _provenance(store, evidence, history))
+    lines = judge(config, figures, _verdict(given, store), _provenance(store, evidence, history))
     tags = {f"moesaic.{name}": content_digest(path) for name, path in given.items()}
     tags |= {f"{ORIGIN_TAG}.{name}": origin.id for name, origin in ({"child": history} | evidence).items() if origin}
     tags |= {CONFIG_TAG: config.to_json()} | _gate_tags(lines) | _history_tags(history)
@@ -145,16 +146,26 @@ def _words(given: Input) -> str:
     return f"{given.name} {given.digest[:12]}"
 
 
-def _bundle_checks(bundle: Path | None, store: Store) -> BundleChecks | None:
-    """The checks that the export recorded in its bundle; None if there is no bundle."""
-    if bundle is None:
+def _verdict(given: Mapping[str, Path], store: Store) -> Verdict | None:
+    """What is known of the bundle: by an engine, else by the checks of the export; None if there is no bundle."""
+    if "bundle" not in given:
         return None
+    if "verdict" in given:
+        said = read_json(given["verdict"] / VERDICT)
+        return Verdict(
+            passed=said.get("passed") is True,
+            loaded_by=said.get("loaded_by"),
+            why_unverified=said.get("why_unverified", ""),
+            problems=tuple(said.get("problems", ())),
+            replies=said.get("replies", {}),
+        )
+    bundle = given["bundle"]
     if (bundle / MANIFEST).is_file():
         entries = [entry for entry in Manifest.read(bundle).files if entry.path == VALIDATION]
         validation = json.loads(store.read_range(entries[0], 0, entries[0].size_bytes)) if entries else {}
     else:
         validation = read_json(bundle / VALIDATION)
-    return BundleChecks(validation.get("passed") is True, validation.get("loaded_by"))
+    return Verdict(passed=validation.get("passed") is True)
 
 
 def _gate_tags(lines: list[Line]) -> dict[str, str]:

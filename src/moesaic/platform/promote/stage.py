@@ -25,7 +25,9 @@ class PromoteConfig(Config):
     max_kv_accuracy_loss: Annotated[float, Field(ge=0)] | None = 0.02
     """Accuracy that the FP8 KV cache may cost, of 1, at the effort where it costs most. None: not asked."""
     require_export: bool = True
-    """Whether there must be an exported bundle whose files and layout passed every check."""
+    """Whether there must be an exported bundle that no check found wrong."""
+    require_engine: bool = False
+    """Whether an engine must have loaded it and agreed; where none can be had, a bundle is unverified."""
     pipeline: str = ""
     """Name and version of the pipeline that made the child, for the version's tags."""
     recipe: str = ""
@@ -40,6 +42,7 @@ STAGE = Stage(
         model("child", "manifest of the child; its weights stay in the store", by_manifest=True),
         artifact("report", "the report of this child: `summary.json`"),
         artifact("bundle", "the exported bundle: `validation.json`", optional=True, by_manifest=True),
+        artifact("verdict", "an engine's word on that bundle: `verdict.json`", optional=True),
     ),
     outputs=(artifact("promotion", "`promotion.json`: version, outcome, and the gate's lines"),),
     reads_store=True,

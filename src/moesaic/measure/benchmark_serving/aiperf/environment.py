@@ -1,13 +1,12 @@
 """AIPerf's virtual environment; ``MOESAIC_AIPERF`` may name an installed program instead."""
 
-from importlib.resources import files
+from pathlib import Path
 
 from moesaic.core.own_environment import OwnEnvironment
 
 AIPERF = OwnEnvironment(
     title="AIPerf",
-    packages=("aiperf",),
     program="aiperf",
     variable="MOESAIC_AIPERF",
-    pins=(files(__package__) / "constraints.txt").read_text(),
+    pins=Path(__file__).with_name("constraints.txt"),
 )

@@ -1,11 +1,12 @@
 """A gpt-oss child in vLLM: the engine's own gpt-oss layers, each built from its own block.
 
-Four things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number of experts, its
+Five things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number of experts, its
 attention has its own window instead of one on every even layer, its weights are loaded with its own number of experts,
-and the scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word.
+the scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word, and
+weights that are missing or of another shape are refused, which the engine would leave at zero or fill in part.
 
-Written to vLLM 0.33.0 (``vllm.model_executor.models.gpt_oss``). vLLM 0.33.0 itself built and loaded it on a CPU, with
-the choice of expert kernels overridden, since it has none for MXFP4 there; it was never run on a GPU.
+Written to ``vllm.model_executor.models.gpt_oss`` of vLLM 0.32 and 0.33. vLLM 0.32 for CPUs serves with it; it was never
+run on a GPU.
 """
 
 import copy
@@ -21,10 +22,17 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM, GptOssModel, OAIAttention, TransformerBlock
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index, maybe_prefix
 from vllm.v1.attention.backend import AttentionType
+
+from .unpacked_experts import UnpackedExpertsConfig, has_no_kernel
+
+_SCALES = (".k_scale", ".v_scale")
+_NOT_STORED = (".q_scale", ".prob_scale")
+"""Parameters that the engine makes for itself."""
 
 
 class KvScales(QuantizationConfig):
@@ -87,6 +95,8 @@ class GptOssPuzzleBlock(TransformerBlock):
         view.model_config = copy.copy(vllm_config.model_config)
         whole = vllm_config.model_config.hf_config
         view.model_config.hf_config = whole.get_gpt_oss_config_for_layer(extract_layer_index(prefix))
+        if isinstance(view.quant_config, GptOssMxfp4Config) and has_no_kernel():
+            view.quant_config = UnpackedExpertsConfig()
         super().__init__(view, quant_config, prefix)
 
 
@@ -96,16 +106,61 @@ class GptOssPuzzleModel(GptOssModel):
     block_cls = GptOssPuzzleBlock
     config: Any
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seen: set[str] = set()
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load layer by layer: the engine's loader reads the number of experts from ``self.config``."""
+        """Load layer by layer: the engine's loader reads the number of experts from ``self.config``.
+
+        Raises:
+            ValueError: if a weight has another shape than its layer.
+        """
         whole, loaded = self.config, set[str]()
         try:
             for layer, part in groupby(weights, key=lambda named: _layer_of(named[0])):
                 self.config = whole if layer is None else whole.get_gpt_oss_config_for_layer(layer)
-                loaded |= super().load_weights(part)
+                loaded |= super().load_weights(_of_right_shape(part, self.config, self._seen))
         finally:
             self.config = whole
         return loaded
+
+    def check_names(self) -> None:
+        """The engine leaves what is missing as it was made, and passes over what it does not know: both are refused.
+
+        Raises:
+            ValueError: if a weight is missing, or is not of this model.
+        """
+        expected = set()
+        for name, _ in self.named_parameters():
+            name = name.replace(".routed_experts.", ".")
+            if not name.endswith(_NOT_STORED) and (self._reads_scales or not name.endswith(_SCALES)):
+                expected |= {name.replace("qkv_proj", f"{part}_proj") for part in "qkv"}
+        if missing := sorted(expected - self._seen):
+            raise ValueError(f"the checkpoint has no weights for {missing[0]}")
+        here = range(self.start_layer, self.end_layer)
+        strange = (name for name in self._seen - expected if not name.endswith(_SCALES))
+        if unknown := sorted(name for name in strange if (layer := _layer_of(name)) is None or layer in here):
+            raise ValueError(f"the checkpoint has weights that this model has not: {unknown[0]}")
+
+    @property
+    def _reads_scales(self) -> bool:
+        return str(self.layers[self.start_layer].attn.attn.kv_cache_dtype).startswith("fp8")
+
+
+def _of_right_shape(weights: Iterable[tuple[str, Tensor]], config: Any, seen: set[str]) -> Iterable[tuple[str, Tensor]]:
+    """The same, noting names; where the engine would copy a part of a weight, its shape must be right."""
+    shapes = {
+        "w13": (config.num_local_experts, 2 * config.intermediate_size),
+        "w2": (config.num_local_experts, config.hidden_size),
+        "sinks": (config.num_attention_heads,),
+    }
+    for name, weight in weights:
+        shape = shapes.get(name.rsplit(".", 1)[-1].split("_")[0])
+        if shape is not None and weight.shape[: len(shape)] != shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, its layer's config asks for {shape}")
+        seen.add(name)
+        yield name, weight
 
 
 def _layer_of(name: str) -> int | None:
@@ -131,6 +186,12 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load all of them; ValueError unless they are this model's, each and every one."""
+        loaded: set[str] = super().load_weights(weights)
+        self.model.check_names()
+        return loaded
 
 
 def _check(config: Any, parallel: Any) -> None:

@@ -9,9 +9,9 @@ from kfp import compiler, dsl
 from rich.console import Console
 
 from components.ingest.component import ingest
-from moesaic.compress import compress, search
 from moesaic.core.files import file_digest
 from moesaic.data.sets import DataSets
+from moesaic.method import compress, search
 from moesaic.pipelines import example
 from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import find_recipe

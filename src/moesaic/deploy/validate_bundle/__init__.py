@@ -1,0 +1,1 @@
+"""The stage ``validate_bundle``."""

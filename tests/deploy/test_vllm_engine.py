@@ -1,0 +1,290 @@
+"""vLLM itself loads and serves bundles of the tiny reasoner and of a child of it whose layers differ.
+
+Nothing is replaced: the engine is the one of `moesaic.deploy.engines.vllm`, in its own environment. The wrong bundles
+show that the checks can fail: each is refused by the engine, or found to answer otherwise.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesaic.data.calibration import load_batches
+from moesaic.data.chat import load_tokenizer
+from moesaic.data.problems import read_problems, render_prompt, spread_over_tasks
+from moesaic.deploy.engines import ServerSpec, check_available, started_server
+from moesaic.deploy.engines.completions import Completion, RequestSettings, complete
+from moesaic.deploy.engines.vllm.engine import load
+from moesaic.deploy.engines.vllm.environment import why_unsupported
+from moesaic.deploy.export_engine.bundle import write_bundle
+from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.deploy.export_engine.verdict import Verdict
+from moesaic.deploy.validate_bundle.conformance import judge
+from moesaic.deploy.validate_bundle.run import validate_by_engine
+from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
+from moesaic.models import gpt_oss, kv_cache
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models.generation import read_stop_ids
+from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.pipelines import example
+from moesaic.recover.calibrate_kv import run as calibrate_kv
+from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
+from moesaic.search.rank_experts import run as rank_experts
+from moesaic.search.rank_experts.stage import RankExpertsConfig
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(why_unsupported()), reason=f"no vLLM here: {why_unsupported()}"),
+]
+without_fp8 = pytest.mark.skipif(bool(why_unsupported(fp8_cache=True)), reason=f"{why_unsupported(fp8_cache=True)}")
+
+PROMPTS = example() / "data" / "prompts.jsonl"
+BLOCKS = Architecture.of(
+    [Block(16, 32), Block(14, 256), Block(15, 32), Block(12), Block(16, 64), Block(13, 256), Block(15, 32), Block(14)]
+)
+"""A gentle child: what it says is nearly what the reasoner says, so that rounding changes few of its tokens."""
+ASKED = ValidateBundleConfig(prompts_per_effort=60)
+BRIEFLY = ASKED.but(efforts=("high",), prompts_per_effort=40)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The reasoner and the child, both with calibrated scales."""
+    root, data = tmp_path_factory.mktemp("engine"), example() / "data"
+    parent = Checkpoint.open(example() / "parent")
+    for name in ("ranking", "scratch", "calibrated-parent", "calibrated-child"):
+        (root / name).mkdir()
+    short = data / "calibration_short.jsonl"
+    config = RankExpertsConfig(max_sequences=16, max_tokens=512)
+    rank_experts.run(
+        config, parent=parent.directory, calibration_short=short, output=root / "ranking", scratch=root / "scratch"
+    )
+    orders = [layer["order"] for layer in json.loads((root / "ranking" / "ranking.json").read_text())["layers"]]
+    write_child(parent, root / "child", orders)
+    for name, model in (("parent", parent.directory), ("child", root / "child")):
+        calibrate_kv.run(
+            CalibrateKvConfig(max_sequences=16, max_tokens=512, precision="float32"),
+            model=model,
+            calibration=short,
+            output=root / f"calibrated-{name}",
+            scratch=root / "scratch",
+        )
+    return {name: root / f"calibrated-{name}" for name in ("parent", "child")}
+
+
+def write_child(parent: Checkpoint, directory: Path, orders: list[list[int]]) -> None:
+    def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
+        for layer, block in enumerate(BLOCKS.blocks):
+            kept = sorted(orders[layer][: block.num_experts])
+            tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
+            yield from layer_shards(
+                layer, {name: own[kept] if gpt_oss.is_expert_indexed(name) else own for name, own in tensors.items()}
+            )
+
+    kept_files = [path for path in parent.directory.iterdir() if path.name.startswith(("tokenizer", "chat", "gener"))]
+    write_checkpoint(directory, gpt_oss.child_config(parent.config, BLOCKS), shards(), kept_files)
+
+
+@pytest.fixture(scope="session")
+def bundle_of(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a bundle of a model, once for the same settings."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, **settings: Any) -> Path:
+        config = ExportEngineConfig(target="vllm", compare_outputs=False, max_batch_size=64).but(**settings)
+        key = f"{name} {config.digest}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("bundles") / name
+            write_bundle(Checkpoint.open(models[name]), made[key], config)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("parent", "bf16"),
+        ("child", "bf16"),
+        pytest.param("parent", "fp8", marks=without_fp8),
+        pytest.param("child", "fp8", marks=without_fp8),
+        pytest.param("child", "fp8_unit", marks=without_fp8),
+    ],
+)
+def test_the_engine_replies_as_transformers_does_at_every_effort(
+    name: str, cache: str, bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    verdict = validate_by_engine(ASKED, bundle_of(name, kv_cache=cache), PROMPTS, tmp_path)
+    assert verdict.passed, verdict.problems
+    assert verdict.loaded_by is not None
+    assert verdict.words.startswith("verified by vLLM")
+    assert all(agreement["equal"] >= 0.9 * agreement["replies"] for agreement in verdict.replies.values())
+
+
+def test_long_prompts_in_chunks_and_from_the_prefix_cache(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Beyond every window, 256 tokens of a step, each prompt twice: the second time its start is in the cache."""
+    bundle = bundle_of("child", kv_cache="bf16", max_batch_size=8, max_num_tokens=256, prefix_reuse=True)
+    calibration = example() / "data" / "calibration_long.jsonl"
+    batches = load_batches(calibration, bundle, max_sequences=4, max_tokens=1500, batch_tokens=1500)
+    prompts = [
+        row[kept].tolist() for batch in batches for row, kept in zip(batch.token_ids, batch.is_token, strict=True)
+    ]
+    assert min(map(len, prompts)) > 2 * max(block.window or 0 for block in BLOCKS.blocks)
+    found = load(bundle, prompts * 2, sorted(read_stop_ids(bundle)), 24, tmp_path, 600)
+    model = load_model(bundle)
+    kv_cache.emulate(model, kv_cache.roundings("bf16", [kv_cache.UNIT] * len(BLOCKS.blocks)))
+    for prompt, reply in zip(prompts * 2, found.replies, strict=True):
+        judged = judge(model, prompt, reply.token_ids, reply.logprobs)
+        assert max(judged.gaps) <= ASKED.near_tie
+        assert sum(judged.logprob_differences) / len(reply.token_ids) <= ASKED.max_logprob_difference
+
+
+def test_a_server_answers_64_requests_at_once_and_again_after_a_restart(
+    bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    bundle = bundle_of("child", kv_cache="bf16")
+    spec = ServerSpec("model", bundle, "bf16", "bfloat16", max_requests=64, max_cache_tokens=64 * 256)
+    check_available("vllm", spec)
+    tokenizer, effort = load_tokenizer(bundle), "high"
+    problems = spread_over_tasks(read_problems(PROMPTS), 64)
+    prompts = [tuple(render_prompt(problem, tokenizer, effort)) for problem in problems]
+    wanted = [Completion(problem.id, prompt, 64, 0.0, 0) for problem, prompt in zip(problems, prompts, strict=True)]
+    settings = RequestSettings(read_stop_ids(bundle), 64, 300.0)
+    model = load_model(bundle)
+    agreeing = []
+    for start in ("first", "second"):
+        with started_server("vllm", spec, tmp_path / f"{start}.log", 600.0) as server:
+            before = server.counts()
+            replies = dict(complete(server, wanted, settings))
+            after = server.counts()
+        assert after["requests"] - before["requests"] == 64
+        assert after["output_tokens"] - before["output_tokens"] == sum(reply.num_tokens for reply in replies.values())
+        gaps = [
+            max(judge(model, prompts[index], reply.token_ids, [0.0] * reply.num_tokens).gaps)
+            for index, reply in replies.items()
+        ]
+        agreeing.append(sum(gap <= ASKED.near_tie for gap in gaps))
+    assert min(agreeing) >= 63
+
+
+def edit_config(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((bundle / "config.json").read_text())
+    change(content)
+    (bundle / "config.json").unlink()
+    (bundle / "config.json").write_text(json.dumps(content))
+
+
+def edit_shard(bundle: Path, name: str, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(bundle / name)
+    change(tensors)
+    (bundle / name).unlink()
+    save_file(tensors, bundle / name)
+    index = json.loads((bundle / "model.safetensors.index.json").read_text())
+    places = {tensor: file for tensor, file in index["weight_map"].items() if file != name}
+    index["weight_map"] = places | dict.fromkeys(tensors, name)
+    (bundle / "model.safetensors.index.json").unlink()
+    (bundle / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def edit_layer(part: str, tensor: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    """Changes one tensor of layer 1, which has 14 experts and a window of 256."""
+    name = f"model.layers.1.{tensor}"
+    return lambda bundle: edit_shard(
+        bundle,
+        f"model-layer-001-{part}.safetensors",
+        lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}),
+    )
+
+
+def remove(part: str, tensor: str) -> Callable[[Path], None]:
+    return lambda bundle: edit_shard(
+        bundle, f"model-layer-001-{part}.safetensors", lambda tensors: tensors.pop(f"model.layers.1.{tensor}")
+    )
+
+
+def rope_factor(config: dict[str, Any]) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        config[key]["factor"] = 2.0
+
+
+REFUSED = {
+    "a missing weight": (remove("rest", "self_attn.k_proj.weight"), "no weights for layers.1.attn.k_proj.weight"),
+    "missing experts": (remove("experts", "mlp.experts.down_proj_scales"), "no weights for layers.1.mlp.experts"),
+    "a weight too many": (
+        lambda bundle: edit_shard(
+            bundle,
+            "model-layer-001-rest.safetensors",
+            lambda tensors: tensors.update({"model.layers.1.self_attn.q_norm.weight": torch.ones(32)}),
+        ),
+        "this model has not",
+    ),
+    "experts that the config does not count": (
+        lambda bundle: edit_config(bundle, lambda config: config["block_configs"][1].update(num_local_experts=12)),
+        "asks for",
+    ),
+    "an argument that it does not know": (
+        lambda bundle: (bundle / "serve.args").write_text((bundle / "serve.args").read_text() + "--windows 256\n"),
+        "unrecognized arguments",
+    ),
+}
+OTHERWISE = {
+    "a window": lambda bundle: edit_config(bundle, lambda config: config["block_configs"][1].update(sliding_window=8)),
+    "experts out of order": edit_layer("experts", "mlp.experts.down_proj_blocks", lambda own: own.flip(0)),
+    "a router out of order": edit_layer("rest", "mlp.router.weight", lambda own: own.flip(0)),
+    "scales of MXFP4": edit_layer("experts", "mlp.experts.gate_up_proj_scales", lambda own: own + 1),
+    "no sinks": edit_layer("rest", "self_attn.sinks", lambda own: own - 30),
+    "RoPE": lambda bundle: edit_config(bundle, rope_factor),
+}
+
+
+def damaged(bundle: Path, tmp_path: Path, damage: Callable[[Path], object]) -> Path:
+    """A copy with one thing wrong; the digests are not looked at here, so it need not be sealed again."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    damage(copy)
+    return copy
+
+
+def asked_of(wrong: Path, right: Path, tmp_path: Path) -> Verdict:
+    """What the engine says of a wrong bundle, held against the right one."""
+    return validate_by_engine(BRIEFLY, wrong, PROMPTS, tmp_path, reference=right)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_wrong_bundle_is_refused_by_the_engine(kind: str, bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    damage, reason = REFUSED[kind]
+    bundle = bundle_of("child", kv_cache="bf16")
+    verdict = asked_of(damaged(bundle, tmp_path, damage), bundle, tmp_path)
+    assert not verdict.passed
+    assert reason in verdict.problems[0]
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_a_wrong_bundle_answers_otherwise(kind: str, bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = bundle_of("child", kv_cache="bf16")
+    verdict = asked_of(damaged(bundle, tmp_path, OTHERWISE[kind]), bundle, tmp_path)
+    assert not verdict.passed
+    assert "near ties" in verdict.problems[-2]
+
+
+@without_fp8
+def test_scales_that_are_missing_are_refused_and_wrong_ones_are_named(
+    bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    bundle, name = bundle_of("child", kv_cache="fp8"), "model.layers.1.self_attn.v_scale"
+    shard = "model-kv-scales.safetensors"
+    missing = damaged(bundle, tmp_path / "a", lambda copy: edit_shard(copy, shard, lambda tensors: tensors.pop(name)))
+    assert "no weights for layers.1.attn.attn.v_scale" in asked_of(missing, bundle, tmp_path).problems[0]
+    wrong = damaged(
+        bundle, tmp_path / "b", lambda copy: edit_shard(copy, shard, lambda tensors: tensors[name].mul_(64))
+    )
+    assert "layer 1: value_scale is" in asked_of(wrong, bundle, tmp_path).problems[0]
