@@ -29,8 +29,9 @@ test: $(STAMP) ## all tests that need neither a GPU nor an engine
 test-engine: $(STAMP) ## vLLM loads and serves bundles, in an environment of its own that is made once (3 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/deploy
 
-demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: a short form); run again to go on after an interruption
-	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) --output runs/demo$(if $(FAST),-fast)
+demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: short; ENGINE=moesaic: without vLLM); run again to go on
+	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) $(if $(ENGINE),--engine $(ENGINE)) \
+		--output runs/demo$(if $(FAST),-fast)
 
 parent: $(STAMP) ## train the tiny reasoner anew (about 80 minutes on one core; resumes) and measure it
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.tiny_reasoner.train --out runs/parent

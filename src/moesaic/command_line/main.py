@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, default=Path("runs/compress"), help="directory of the run (%(default)s)")
     run.add_argument("--store", type=parse_address, help="directory or s3://bucket/prefix of the store (OUTPUT/store)")
 
+    run.add_argument(
+        "--engine",
+        choices=["vllm", "moesaic"],
+        help="server to measure through (the recipe's; moesaic where vLLM cannot be installed)",
+    )
+
     stage = commands.add_parser("stage", help="run one stage on directories, without Kubeflow")
     stage.set_defaults(command=_stage)
     stage.add_argument("name", help="name of a stage, such as rank_experts")
@@ -129,6 +135,7 @@ def _run(options: argparse.Namespace) -> None:
 
     manifest, recipe, name = _choose(options)
     console = Console(stderr=True)
+    recipe = _served(recipe, options.engine, console)
     options.output.mkdir(parents=True, exist_ok=True)
     context = RunContext.for_local_run(options.output, options.store)
     arguments = _prepare(options, manifest, recipe, context.store)
@@ -140,6 +147,16 @@ def _run(options: argparse.Namespace) -> None:
     _link_outputs(options.output, context.store, outputs)
     _show_outcome(options.output)
     print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {context.tracking_uri}")
+
+
+def _served(recipe: Any, engine: str | None, console: Console) -> Any:
+    """The recipe with the server that was asked for; with our own where the recipe's cannot be installed."""
+    from moesaic.deploy.engines.vllm.environment import why_unsupported
+
+    if engine is None and recipe.benchmark_serving.engine == "vllm" and (why := why_unsupported()):
+        console.print(f"vLLM cannot be installed here ({why}): moesaic serve is measured instead", highlight=False)
+        engine = "moesaic"
+    return recipe if engine is None else recipe.served_by(engine)
 
 
 def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Self
 
-from moesaic.core.config import Config
+from moesaic.core.config import Config, ServingEngine
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 from moesaic.measure.benchmark.stage import BenchmarkConfig
@@ -70,6 +70,10 @@ class Recipe(Config):
             earlier_distill={"seed": self.earlier_distill.seed + shift},
             policies=tuple(policy.but(seed=policy.seed + shift) for policy in self.policies),
         )
+
+    def served_by(self, engine: ServingEngine) -> Self:
+        """The same, measured through another server; only vLLM can also be asked about the bundle."""
+        return self.but(benchmark_serving={"engine": engine}, validate_bundle={"ask_engine": engine == "vllm"})
 
     def labelled(self, pipeline: str, recipe: str) -> Self:
         """The same, with what a model version made by it is to say of itself."""

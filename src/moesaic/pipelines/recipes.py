@@ -6,6 +6,7 @@ from pathlib import Path
 from moesaic.core.errors import ConfigError
 from moesaic.costs.workload import Workload
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 from moesaic.measure.benchmark.stage import BenchmarkConfig
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig, SweptWorkload
 from moesaic.measure.evaluate.stage import EvaluateConfig
@@ -59,9 +60,12 @@ def tiny_cpu() -> Recipe:
                 SweptWorkload(name="long", input_tokens=2048, output_tokens=64, concurrencies=(1, 4)),
                 SweptWorkload(name="short", input_tokens=128, output_tokens=128, concurrencies=(1, 4)),
             ),
+            engine="vllm",
             requests_per_user=3,
             repeats=2,
         ),
+        export_engine=ExportEngineConfig(target="vllm", kv_cache="bf16", max_batch_size=16, max_num_tokens=2048),
+        validate_bundle=ValidateBundleConfig(prompts_per_effort=50),
         report=ReportConfig(title="The tiny reasoner, compressed on a CPU"),
         promote=PromoteConfig(model="tiny-reasoner"),
     )
@@ -117,12 +121,14 @@ def tiny_cpu_full() -> Recipe:
         policies=(high, mixed.but(steps=60)),
         evaluate={"problems_per_task": 150},
         search_architecture={"random_seeds": (0, 1, 2)},
+        benchmark_serving={"repeats": 3},
+        validate_bundle={"prompts_per_effort": 500},
     )
 
 
 def tiny_cpu_fast() -> Recipe:
-    """The same with less of everything, to see that it works."""
-    demo = tiny_cpu()
+    """The same with less of everything, to see that it works; served by ``moesaic serve``, which is up at once."""
+    demo = tiny_cpu().served_by("moesaic")
     few_steps = {"steps": 6, "optimizer": {"warmup_steps": 2}}
     long_contexts = demo.benchmark_serving.workloads[0]
     return demo.but(

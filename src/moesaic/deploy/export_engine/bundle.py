@@ -36,6 +36,7 @@ MODELLING = Path(__file__).parents[2] / "models" / "gpt_oss_puzzle"
 """The child's own classes, which travel with it."""
 _CONFIG_CLASS = "configuration_gpt_oss_puzzle.py"
 _PRUNING = "pruning.json"
+_TOKENIZER = "tokenizer_config.json"
 
 
 def write_bundle(child: Checkpoint, output: Path, config: ExportEngineConfig) -> BundleManifest:
@@ -108,6 +109,15 @@ def _write_weights(
         added_shard=kv_cache.SHARD,
         extra=sorted(MODELLING.glob("*_gpt_oss_puzzle.py")),
     )
+    _name_special_tokens(output / _TOKENIZER)
+
+
+def _name_special_tokens(path: Path) -> None:
+    """Spell the tokenizer's special tokens as every engine's transformers reads them: 4.57 refuses 5's own spelling."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+        path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _describe(

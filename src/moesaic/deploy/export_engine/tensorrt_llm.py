@@ -1,11 +1,14 @@
 """TensorRT-LLM's share of a bundle: what its PyTorch backend reads beside the checkpoint, and what it would get wrong.
 
 The engine loads a Hugging Face directory; nothing is built ahead. What it must be told, because it would guess wrongly
-for a model class it does not know (read in the source of 1.2 and of 1.3's release candidates, not run):
+for a model class it does not know (read in the source of 1.2.1, not run):
 
 - ``moe_config.backend``: AUTO goes by the class name, and so misses the kernels of gpt-oss;
 - ``hf_quant_config.json`` names the weights' format: a null format there loses what it says of the KV cache;
 - ``kv_cache_config.dtype``: FP8 is asked for here as well, so that it holds whatever becomes of that file;
+- ``enable_chunked_prefill``: off by default, and then a prompt longer than ``max_num_tokens`` is refused
+  (``tensorrt_llm/llmapi/llm.py``, ``LLM._check_arguments``);
+- ``return_perf_metrics``: off by default, and then the server counts neither requests nor tokens;
 - ``kv_cache_config.max_attention_window``: one entry for every layer, the longest request where it is full; a shorter
   list is repeated without a word;
 - scales of an FP8 cache are ignored where attention is BF16, as here: they are folded into the weights instead.
@@ -22,7 +25,8 @@ from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 
-VERSIONS = ">=1.2,<1.4"
+VERSIONS = "1.2.1"
+"""What was read; whether another one takes the files is not known."""
 MODULES = "trtllm"
 """The folder for ``--custom_module_dirs``; the engine imports it as a package of that name."""
 QUANT_CONFIG = "hf_quant_config.json"
@@ -38,6 +42,8 @@ _KEYS: dict[str, Any] = {
     "max_batch_size": int,
     "max_num_tokens": int,
     "max_seq_len": int,
+    "enable_chunked_prefill": bool,
+    "return_perf_metrics": bool,
     "trust_remote_code": bool,
     "cuda_graph_config": {"enable_padding": bool, "max_batch_size": int},
     "moe_config": {"backend": str},
@@ -54,7 +60,7 @@ _KEYS: dict[str, Any] = {
 """What the engine takes, of which unknown keys are refused, and the type of each value."""
 
 _REQUIRED = {
-    "": ("max_seq_len", "moe_config", "kv_cache_config"),
+    "": ("max_seq_len", "enable_chunked_prefill", "moe_config", "kv_cache_config"),
     "moe_config.": ("backend",),
     "kv_cache_config.": ("dtype", "max_attention_window"),
     "cuda_graph_config.": (),
@@ -86,6 +92,8 @@ def _settings(manifest: BundleManifest, prefix_reuse: bool) -> dict[str, Any]:
         "max_batch_size": config.max_batch_size,
         "max_num_tokens": config.max_num_tokens,
         "max_seq_len": manifest.max_seq_len,
+        "enable_chunked_prefill": True,
+        "return_perf_metrics": True,
         "trust_remote_code": False,
         "cuda_graph_config": {"enable_padding": True, "max_batch_size": config.max_batch_size},
         "moe_config": {"backend": _KERNELS[config.gpu][0]},

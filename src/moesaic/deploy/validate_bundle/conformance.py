@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def judge(
     """
     token_ids = torch.tensor([[*prompt, *reply]], device=model.device)
     with torch.inference_mode():
-        logits = model(token_ids[:, :-1], past_key_values=DynamicCache(config=model.config), use_cache=True).logits[0]
+        logits = model(token_ids[:, :-1], use_cache=True).logits[0]
     return compare(logits[len(prompt) - 1 :].float().cpu(), torch.tensor(reply), torch.tensor(logprobs))
 
 

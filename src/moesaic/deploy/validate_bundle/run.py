@@ -59,7 +59,7 @@ def validate_by_engine(
         StageError: if the engine's environment cannot be made, or it takes too long.
     """
     manifest = BundleManifest.read(bundle)
-    if why := _why_unloaded(manifest):
+    if why := _why_unloaded(config, manifest):
         return Verdict(passed=True, why_unverified=why)
     asked = _render(config, bundle, prompts)
     everything = [prompt for of_effort in asked.values() for prompt in of_effort]
@@ -85,7 +85,9 @@ def validate_by_engine(
     )
 
 
-def _why_unloaded(manifest: BundleManifest) -> str | None:
+def _why_unloaded(config: ValidateBundleConfig, manifest: BundleManifest) -> str | None:
+    if not config.ask_engine:
+        return "no engine was to be asked"
     if manifest.config.target != "vllm":
         return "TensorRT-LLM was not asked: it runs on NVIDIA GPUs alone"
     why = why_unsupported(fp8_cache=manifest.kv_cache.kind != "bf16")

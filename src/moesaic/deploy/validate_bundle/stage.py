@@ -16,6 +16,8 @@ from moesaic.core.stage import Stage, artifact, dataset, model
 class ValidateBundleConfig(Config):
     """What an engine that has loaded a bundle is asked, and how much its replies may differ from the reference."""
 
+    ask_engine: bool = True
+    """Whether the engine is asked; its environment is made on the first time. False: the bundle stays unverified."""
     efforts: Efforts = ("low", "medium", "high")
     """Each prompt is asked at each of them."""
     prompts_per_effort: Positive = 100

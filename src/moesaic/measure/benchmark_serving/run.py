@@ -2,8 +2,9 @@
 
 Every repeat starts a fresh server of the parent, sweeps over all points, stops it, and does the same with the child
 (parent, child, parent, child, ...), so that a machine that slows down slows both. A run that contradicts itself, its
-request or its server stops the stage, see :mod:`moesaic.measure.benchmark_serving.load_sweep`. A point that is done is
-a file in scratch, and a killed stage goes on with the next one.
+request or its server stops the stage, see :mod:`moesaic.measure.benchmark_serving.load_sweep`. Points at which the
+parent does not agree with itself are measured again. A point that is done is a file in scratch, and a killed stage goes
+on with the next one.
 """
 
 import json
@@ -76,25 +77,18 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
     vocab_size = min(_check_model(spec.directory, points) for spec in specs)
     for spec in specs:
         check_available(config.engine, spec)
-    client = find_client()
-    server_runs = [ServerRun(spec, repeat) for repeat in range(config.repeats) for spec in specs]
-    with count_steps(len(server_runs) * len(points), "benchmark_serving") as advance:
-        for server_run in server_runs:
-            _measure_missing(config, server_run, points, client, vocab_size, scratch, advance)
-    measured = {
-        role: {
-            point: [Measured.read(one.file(scratch, point)) for one in server_runs if one.spec.role == role]
-            for point in points
-        }
-        for role in ROLES
-    }
-    sweeps = {
-        role: {point: [one.run for one in repeats] for point, repeats in by_point.items()}
-        for role, by_point in measured.items()
-    }
+    sweeping = Sweeping(config, find_client(), vocab_size, scratch)
+    sweeping.measure(specs, range(config.repeats), points)
+    measured = sweeping.read(specs, points)
+    for repeat in range(config.repeats, config.repeats + config.more_repeats):
+        if not (unsettled := _unsettled(measured)):
+            break
+        sweeping.measure(specs, [repeat], unsettled)
+        measured = sweeping.read(specs, points)
+    sweeps = {role: _runs(by_point) for role, by_point in measured.items()}
     content = {
         "engine": config.engine,
-        "client": {"name": "aiperf", "version": client.version},
+        "client": {"name": "aiperf", "version": sweeping.client.version},
         "kv_cache": {spec.role: spec.kv_cache for spec in specs},
         "repeats": config.repeats,
         "counted_by_server": sorted(measured["parent"][points[0]][0].server),
@@ -102,6 +96,16 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
     }
     (output / PAYLOAD).write_text(json.dumps(content, indent=1) + "\n")
     return _metrics(content)
+
+
+def _runs(measured: Mapping[LoadPoint, Sequence[Measured]]) -> Sweep:
+    return {point: [one.run for one in repeats] for point, repeats in measured.items()}
+
+
+def _unsettled(measured: Mapping[str, Mapping[LoadPoint, Sequence[Measured]]]) -> list[LoadPoint]:
+    """The points at which the parent differs from itself by more than what repeats differ by."""
+    parent, child = (_runs(measured[role]) for role in ROLES)
+    return [half.point for half in compare_halves(parent, child.values()) if not half.agrees]
 
 
 def list_points(config: BenchmarkServingConfig) -> list[LoadPoint]:
@@ -136,35 +140,58 @@ def _check_model(directory: Path, points: Sequence[LoadPoint]) -> int:
     return shape.vocab_size
 
 
-def _measure_missing(
-    config: BenchmarkServingConfig,
-    server_run: ServerRun,
-    points: Sequence[LoadPoint],
-    client: Client,
-    vocab_size: int,
-    scratch: Path,
-    advance: Callable[[int], None],
-) -> None:
-    """Measure the points that have no file yet, and report every point to ``advance``."""
-    files = {point: server_run.file(scratch, point) for point in points}
-    missing = [point for point in points if not files[point].is_file()]
-    advance(len(points) - len(missing))
-    if not missing:
-        return
-    log = scratch / f"server-{server_run.spec.role}-{server_run.repeat}.log"
-    with started_server(config.engine, server_run.spec, log, config.startup_timeout_s) as server:
-        for point in missing:
-            users = point.concurrency
-            load = Load(
-                point=point,
-                requests=users * config.requests_per_user,
-                warmup_requests=users * config.warmup_requests_per_user,
-                vocab_size=vocab_size,
-                seed=config.seed,
-            )
-            artifacts = files[point].with_suffix("")
-            _measure(client, server, load, artifacts, config.point_timeout_s).write(files[point])
-            advance(1)
+@dataclass(frozen=True)
+class Sweeping:
+    """What all server runs of a stage share."""
+
+    config: BenchmarkServingConfig
+    client: Client
+    vocab_size: int
+    scratch: Path
+
+    def measure(self, specs: Sequence[ServerSpec], repeats: Sequence[int], points: Sequence[LoadPoint]) -> None:
+        """Measure what has no file yet: every point, on a fresh server of each model in turns."""
+        server_runs = [ServerRun(spec, repeat) for repeat in repeats for spec in specs]
+        with count_steps(len(server_runs) * len(points), "benchmark_serving") as advance:
+            for server_run in server_runs:
+                self._measure_missing(server_run, points, advance)
+
+    def read(
+        self, specs: Sequence[ServerSpec], points: Sequence[LoadPoint]
+    ) -> dict[str, dict[LoadPoint, list[Measured]]]:
+        """By role and point, in the order of time, the repeats that were measured with every model."""
+        measured: dict[str, dict[LoadPoint, list[Measured]]] = {spec.role: {p: [] for p in points} for spec in specs}
+        for point in points:
+            for repeat in range(self.config.repeats + self.config.more_repeats):
+                files = {spec.role: ServerRun(spec, repeat).file(self.scratch, point) for spec in specs}
+                if all(file.is_file() for file in files.values()):
+                    for role, file in files.items():
+                        measured[role][point].append(Measured.read(file))
+        return measured
+
+    def _measure_missing(
+        self, server_run: ServerRun, points: Sequence[LoadPoint], advance: Callable[[int], None]
+    ) -> None:
+        """Measure the points that have no file yet, and report every point to ``advance``."""
+        config, files = self.config, {point: server_run.file(self.scratch, point) for point in points}
+        missing = [point for point in points if not files[point].is_file()]
+        advance(len(points) - len(missing))
+        if not missing:
+            return
+        log = self.scratch / f"server-{server_run.spec.role}-{server_run.repeat}.log"
+        with started_server(config.engine, server_run.spec, log, config.startup_timeout_s) as server:
+            for point in missing:
+                users = point.concurrency
+                load = Load(
+                    point=point,
+                    requests=users * config.requests_per_user,
+                    warmup_requests=users * config.warmup_requests_per_user,
+                    vocab_size=self.vocab_size,
+                    seed=config.seed,
+                )
+                artifacts = files[point].with_suffix("")
+                _measure(self.client, server, load, artifacts, config.point_timeout_s).write(files[point])
+                advance(1)
 
 
 def _measure(client: Client, server: Server, load: Load, artifacts: Path, timeout_s: float) -> Measured:

@@ -39,6 +39,8 @@ class BenchmarkServingConfig(Config):
     """Before those, unmeasured."""
     repeats: Annotated[int, Field(ge=2)] = 3
     """Sweeps of each model, each on a fresh server, in turns: parent, child, parent, child."""
+    more_repeats: Annotated[int, Field(ge=0)] = 2
+    """Further sweeps, of those points alone at which the parent differs from itself by more than its spread."""
     parent_kv_cache: EmulatedCache = "bf16"
     """What the parent's KV cache holds: ``moesaic`` emulates it; any other server must have been set up so."""
     child_kv_cache: EmulatedCache = "bf16"
