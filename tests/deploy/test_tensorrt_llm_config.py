@@ -3,9 +3,13 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from moesaic.core.errors import ConfigError
+from moesaic.deploy.export_engine import tensorrt_llm
+from moesaic.deploy.export_engine.bundle_manifest import BundleManifest, KvPolicy, Layer, Source
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.pipelines.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,39 @@ def test_what_cannot_be_served_is_refused(changes: str, reason: str) -> None:
 )
 def test_what_can_be_served_is_taken(changes: dict[str, Any]) -> None:
     assert ExportEngineConfig(**changes).max_batch_size == 256
+
+
+def refused_by_the_engine(settings: dict[str, Any], prompt_tokens: int, new_tokens: int) -> bool:
+    """The engine's own rules for one request: ``LLM._check_arguments`` in ``tensorrt_llm/llmapi/llm.py`` of 1.2.1.
+
+    Chunked prefill is off unless it is asked for, and then a prompt must fit one step; prompt and reply together must
+    fit the longest sequence.
+    """
+    chunked = settings.get("enable_chunked_prefill", False)
+    too_long_for_a_step = not chunked and prompt_tokens > settings["max_num_tokens"]
+    return too_long_for_a_step or prompt_tokens + new_tokens > settings["max_seq_len"]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("gpt_oss")])
+def test_the_engine_answers_every_request_of_the_recipes(name: str) -> None:
+    recipe = RECIPES[name]()
+    manifest = manifest_of(recipe.export_engine)
+    settings = yaml.safe_load(tensorrt_llm.files(manifest, packed=True)["serve.yaml"])
+    longest = max(recipe.benchmark_serving.workloads, key=lambda load: load.input_tokens)
+    assert longest.input_tokens > settings["max_num_tokens"], "or the rule is not met here"
+    assert not refused_by_the_engine(settings, longest.input_tokens, longest.output_tokens)
+    assert refused_by_the_engine(settings | {"enable_chunked_prefill": False}, longest.input_tokens, 1)
+    assert settings["return_perf_metrics"] is True, "or the server counts nothing, and the counts are not compared"
+
+
+def manifest_of(config: ExportEngineConfig) -> BundleManifest:
+    """Of a model like gpt-oss-120b."""
+    return BundleManifest(
+        moesaic="0",
+        engine=tensorrt_llm.VERSIONS,
+        config=config,
+        max_seq_len=config.max_seq_len or 131_072,
+        kv_cache=KvPolicy(kind=config.kv_cache, scales="folded"),
+        layers=tuple(Layer(num_local_experts=128, sliding_window=None if n % 2 else 128) for n in range(36)),
+        source=Source(digest="0", steps=(), pruning=None),
+    )

@@ -138,7 +138,7 @@ def test_long_prompts_in_chunks_and_from_the_prefix_cache(bundle_of: Callable[..
     prompts = [
         row[kept].tolist() for batch in batches for row, kept in zip(batch.token_ids, batch.is_token, strict=True)
     ]
-    assert min(map(len, prompts)) > 2 * max(block.window or 0 for block in BLOCKS.blocks)
+    assert min(map(len, prompts)) > max(block.window or 0 for block in BLOCKS.blocks)
     found = load(bundle, prompts * 2, sorted(read_stop_ids(bundle)), 24, tmp_path, 600)
     model = load_model(bundle)
     kv_cache.emulate(model, kv_cache.roundings("bf16", [kv_cache.UNIT] * len(BLOCKS.blocks)))
@@ -273,7 +273,7 @@ def test_a_wrong_bundle_answers_otherwise(kind: str, bundle_of: Callable[..., Pa
     bundle = bundle_of("child", kv_cache="bf16")
     verdict = asked_of(damaged(bundle, tmp_path, OTHERWISE[kind]), bundle, tmp_path)
     assert not verdict.passed
-    assert "near ties" in verdict.problems[-2]
+    assert any("near ties" in problem or "log-probabilities" in problem for problem in verdict.problems)
 
 
 @without_fp8

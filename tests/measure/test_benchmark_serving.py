@@ -21,7 +21,9 @@ from tests.deploy.test_server import LIMITS, Running
 from tests.measure.aiperf_export import export
 
 TINY = SweptWorkload(name="tiny", input_tokens=24, output_tokens=24, concurrencies=(2,))
-CONFIG = BenchmarkServingConfig(workloads=(TINY,), requests_per_user=3, repeats=2, child_kv_cache="fp8_unit")
+CONFIG = BenchmarkServingConfig(
+    workloads=(TINY,), requests_per_user=3, repeats=2, more_repeats=0, child_kv_cache="fp8_unit"
+)
 BLOCKS = Architecture.of([Block(8, 8), Block(5, 16), Block(2, 8), Block(8)]).blocks
 
 

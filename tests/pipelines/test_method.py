@@ -19,6 +19,7 @@ from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.runs.local import run_compiled
 from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.store import Manifest, Store
+from moesaic.search.space import SearchSpace
 from pipelines.assembly import AssemblyConfigs, assemble
 
 PARENT, DATA = example() / "parent", DataSets.at(example() / "data")
@@ -27,8 +28,11 @@ PARENT, DATA = example() / "parent", DataSets.at(example() / "data")
 @pytest.fixture
 def recipe() -> Recipe:
     """The short demo's, with costs out of a table: measured ones differ from run to run, and so may the child."""
+    space = SearchSpace(expert_counts=(16, 10, 4), windows=(64,))
     return find_recipe("tiny_cpu_fast").but(
-        measure_costs={"source": "model", "hardware": "h100"},
+        rank_experts={"max_sequences": 8},
+        score_blocks={"space": space, "max_sequences": 2},
+        measure_costs={"source": "model", "hardware": "h100", "space": space},
         search_architecture={"limits": {}, "frontier_points": 2},
         generate_traces={"max_prompts": 24, "max_new_tokens": 32, "keep_truncated": True},
         distill={"steps": 0},

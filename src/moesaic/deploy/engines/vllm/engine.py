@@ -14,7 +14,7 @@ from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.own_environment import own_variables
 from moesaic.deploy.engines.vllm.environment import vllm_environment
 from moesaic.deploy.export_engine.vllm import ARGUMENTS, PLUGIN
-from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.checkpoint import CONFIG
 
 _LOADED_MODEL = Path(__file__).with_name("loaded_model.py")
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
@@ -141,8 +141,8 @@ def _arguments(bundle: Path, cache_tokens: int) -> list[str]:
     arguments = ["--model", str(bundle), *shlex.split((bundle / ARGUMENTS).read_text(), comments=True)]
     if vllm_environment().torch == "cuda":
         return arguments
-    model = Checkpoint.open(bundle)
+    config = json.loads((bundle / CONFIG).read_text())
     longest = int(arguments[arguments.index("--max-model-len") + 1])
-    values = model.num_layers * model.shape.kv_elements
+    values = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"]
     size = _CACHE_ROOM * _BFLOAT16_BYTES * values * max(cache_tokens, longest)
     return [*arguments, "--kv-cache-memory-bytes", str(size)]
