@@ -173,11 +173,13 @@ def _check_inputs(parent: Path, data: Path) -> None:
 
 
 def _add_inputs(store: Address, parent: Path, data: Path) -> Any:
+    from moesaic.models.checkpoint import Checkpoint
     from moesaic.platform.ingest.stage import IngestConfig
     from moesaic.platform.store import Store
 
     contents = Store.at(store)
-    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest")
+    parts = Checkpoint.open(parent).parts
+    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest", only=parts)
     sets = {
         name: contents.add_file(file, "dataset", format="jsonl", producer="ingest").id
         for name, file in DataSets.at(data).by_name().items()
@@ -305,6 +307,8 @@ def _inspect(options: argparse.Namespace) -> None:
     )
     sizes.add_row("KV cache", f"{', '.join(caches)}, of one request of {tokens:,} tokens")
     sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
+    if unused := checkpoint.unused:
+        sizes.add_row("not used", f"{len(unused)} tensors, the first is {unused[0]}; a child does not have them")
     console.print(sizes)
     layers = Table("layer", "experts", "window", box=None)
     for layer, block in enumerate(architecture.blocks):

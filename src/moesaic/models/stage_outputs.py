@@ -1,10 +1,10 @@
 """Readers of stage outputs. Their errors name the file, and the stage whose output should be given or made again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import read_json_object
 from moesaic.models.architecture import Architecture
 
 
@@ -18,11 +18,7 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a stage's output file; an ArtifactError if it is missing or broken."""
-    try:
-        content: dict[str, Any] = json.loads(read_text(path))
-    except ValueError as broken:
-        raise ArtifactError(f"{path} is not valid JSON: {broken}") from broken
-    return content
+    return read_json_object(path, f"{path} does not exist; give its stage's output")
 
 
 def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
@@ -32,9 +28,10 @@ def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
         ArtifactError: if it is no ranking, or not one of all the parent's experts.
     """
     try:
-        orders = [layer["order"] for layer in json.loads(path.read_text())["layers"]]
-    except (OSError, ValueError, KeyError, TypeError) as broken:
+        orders = [list(layer["order"]) for layer in read_json(path)["layers"]]
+        whole = [sorted(order) == list(range(len(order))) for order in orders]
+    except (KeyError, TypeError) as broken:
         raise ArtifactError(f"{path} is not a ranking ({broken!r}); give the output of rank_experts") from broken
-    if [sorted(order) for order in orders] != [list(range(block.num_experts)) for block in parent.blocks]:
+    if not all(whole) or [len(order) for order in orders] != [block.num_experts for block in parent.blocks]:
         raise ArtifactError(f"{path} is not of the parent given; run rank_experts on this parent")
     return orders

@@ -5,6 +5,7 @@ from pathlib import Path
 from moesaic.core.errors import ArtifactError
 from moesaic.data.datasets import read_rows
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.loading import check_weights
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.store import Address, Kind, Manifest, Store
 from moesaic.platform.store.manifest import MANIFEST
@@ -26,9 +27,15 @@ def run(config: IngestConfig, *, store: Address, output: Path, scratch: Path) ->
 
 
 def check_model(directory: Path) -> dict[str, float]:
-    """Open a checkpoint by its headers; an ArtifactError says what is wrong with it."""
+    """Look at a parent whole: layout, config, and that its numbers are finite; an ArtifactError says what is wrong."""
     checkpoint = Checkpoint.open(directory)
-    return {"parent_layers": checkpoint.num_layers, "parent_experts": checkpoint.architecture.num_experts}
+    checkpoint.check_prunable()
+    check_weights(checkpoint)
+    return {
+        "parent_layers": checkpoint.num_layers,
+        "parent_experts": checkpoint.architecture.num_experts,
+        "parent_unused_tensors": len(checkpoint.unused),
+    }
 
 
 def _write(manifest: Manifest, directory: Path) -> None:
