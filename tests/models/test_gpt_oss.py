@@ -1,10 +1,7 @@
 """The gpt-oss family from shapes alone: nothing is allocated."""
 
-import json
-
 import pytest
 
-from moesaic.core.errors import ArtifactError
 from moesaic.costs.block_costs import request_kv_bytes
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block

@@ -57,7 +57,7 @@ def test_the_originals_sizes_and_the_released_child_come_back() -> None:
         {"rope_parameters": {**YARN, "rope_theta": 150_000}},
         {"rope_parameters": YARN, "rope_theta": 150_000},
         {"rope_scaling": {("type" if key == "rope_type" else key): value for key, value in YARN.items()}},
-        {"rope_parameters": dict.fromkeys(gpt_oss.LAYER_TYPES, {**YARN, "rope_theta": 150_000})},
+        {"rope_parameters": {kind: {**YARN, "rope_theta": 150_000} for kind in gpt_oss.LAYER_TYPES}},
     ],
 )
 def test_one_rope_in_every_spelling(spelling: dict[str, Any]) -> None:

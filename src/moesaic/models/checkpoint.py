@@ -106,8 +106,8 @@ class Checkpoint:
         """Raise an ArtifactError if it brings what no child can have: scales of a KV cache that is not the child's."""
         if self.kv_scales:
             raise ArtifactError(
-                f"{self.directory} has {self.kv_scales[0]} of a calibrated KV cache, which do not hold for a child; give "
-                "the checkpoint without them, and calibrate the child"
+                f"{self.directory} has {self.kv_scales[0]} of a calibrated KV cache, which do not hold for a child; "
+                "give the checkpoint without them, and calibrate the child"
             )
 
     def tensor(self, name: str) -> Tensor:

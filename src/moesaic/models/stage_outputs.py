@@ -27,8 +27,9 @@ def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
     Raises:
         ArtifactError: if it is no ranking, or not one of all the parent's experts.
     """
+    content = read_json_object(path, f"{path} is not a ranking: it does not exist; give the output of rank_experts")
     try:
-        orders = [list(layer["order"]) for layer in read_json(path)["layers"]]
+        orders = [list(layer["order"]) for layer in content["layers"]]
         whole = [sorted(order) == list(range(len(order))) for order in orders]
     except (KeyError, TypeError) as broken:
         raise ArtifactError(f"{path} is not a ranking ({broken!r}); give the output of rank_experts") from broken
