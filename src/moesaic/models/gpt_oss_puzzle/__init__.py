@@ -31,7 +31,7 @@ def register() -> None:
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a parent or a child for inference: transformers' class, and the weights that our own reader finds.
 
-    Experts are unpacked to ``dtype``; norms stay in float32, as in transformers.
+    All weights are in ``dtype``, to which experts are unpacked.
 
     Raises:
         ArtifactError: if the checkpoint is missing, damaged or of another family.
@@ -47,11 +47,10 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
         )
     for layer in range(checkpoint.num_layers):
         stored = {name: checkpoint.stored(name).read() for name in checkpoint.layer_names(layer)}
-        model.model.layers[layer].load_state_dict(loading.unpacked_layer(layer, stored, dtype), assign=True)
-    outer = {}
-    for name in gpt_oss.outer_specs(checkpoint.shape):
-        tensor = loading.check_finite(name, checkpoint.stored(name).read())
-        outer[name] = tensor.to(torch.float32 if name == gpt_oss.FINAL_NORM else dtype)
+        state = loading.unpacked_layer(layer, stored, dtype)
+        model.model.layers[layer].load_state_dict({key: each.to(dtype) for key, each in state.items()}, assign=True)
+    names = gpt_oss.outer_specs(checkpoint.shape)
+    outer = {name: loading.check_finite(name, checkpoint.stored(name).read()).to(dtype) for name in names}
     model.load_state_dict(outer, assign=True, strict=False)
     model.model.rotary_emb = GptOssRotaryEmbedding(config)
     model.generation_config = read_generation_config(checkpoint)
