@@ -132,6 +132,7 @@ def test_whole_models_are_those_of_transformers(tiny_parent: Path, dtype: torch.
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
         experts = ".mlp.experts." in name  # which transformers unpacks to bfloat16, whatever it is asked for
         assert experts or tensor.dtype == expected[name].dtype, name
+    assert all(parameter.is_contiguous() and parameter.requires_grad for parameter in own.parameters())
     for name, buffer in theirs.named_buffers():
         assert torch.equal(own.get_buffer(name), buffer), name
     assert (

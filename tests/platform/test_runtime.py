@@ -88,6 +88,7 @@ def test_ingest_hands_on_manifests_with_records(
     assert record.metrics == {
         "parent_layers": 4,
         "parent_experts": 32,
+        "parent_unused_tensors": 0,
         "calibration_short_rows": 2,
         "calibration_long_rows": 2,
         "prompts_rows": 2,

@@ -12,7 +12,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 
 from moesaic.core.errors import ArtifactError
-from moesaic.core.progress import track
 from moesaic.models import attention, gpt_oss, mxfp4
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
@@ -112,8 +111,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     Raises:
         ArtifactError: that names the first tensor with one that is not.
     """
-    names = gpt_oss.tensor_specs(checkpoint.shape, checkpoint.architecture, checkpoint.packed)
-    for name in track(names, len(names), "checking weights"):
+    for name in gpt_oss.tensor_specs(checkpoint.shape, checkpoint.architecture, checkpoint.packed):
         if not name.endswith("_blocks"):
             check_finite(name, checkpoint.stored(name).read())
 

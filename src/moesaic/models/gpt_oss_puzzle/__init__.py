@@ -47,8 +47,9 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
         )
     for layer in range(checkpoint.num_layers):
         stored = {name: checkpoint.stored(name).read() for name in checkpoint.layer_names(layer)}
-        state = loading.unpacked_layer(layer, stored, dtype)
-        model.model.layers[layer].load_state_dict({key: each.to(dtype) for key, each in state.items()}, assign=True)
+        unpacked = loading.unpacked_layer(layer, stored, dtype)
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in unpacked.items()}  # FSDP takes no others
+        model.model.layers[layer].load_state_dict(state, assign=True)
     names = gpt_oss.outer_specs(checkpoint.shape)
     outer = {name: loading.check_finite(name, checkpoint.stored(name).read()).to(dtype) for name in names}
     model.load_state_dict(outer, assign=True, strict=False)
