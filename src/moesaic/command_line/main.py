@@ -22,6 +22,7 @@ from moesaic.command_line.store_commands import add_store_commands
 from moesaic.command_line.submit_commands import add_submit_commands
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.core.files import write_text_atomically
+from moesaic.core.json_text import read_text
 from moesaic.core.redaction import redact
 from moesaic.core.version import __version__
 from moesaic.data.sets import FILES, DataSets
@@ -277,7 +278,7 @@ def _prompts(options: argparse.Namespace) -> None:
     conversion = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
     if not conversion.problems:
         raise ArtifactError(f"no row of {options.source} can be verified here: {conversion.left_out}")
-    before = options.output.read_text() if options.output.is_file() else ""
+    before = read_text(options.output) if options.output.is_file() else ""
     write_text_atomically(
         options.output, before + "".join(json.dumps(problem) + "\n" for problem in conversion.problems)
     )

@@ -1,4 +1,4 @@
-"""JSON that comes from outside: read strictly, and what is wrong with it said in one line."""
+"""Text and JSON that come from outside: read strictly, and what is wrong with them said in one line."""
 
 import json
 import math
@@ -36,15 +36,13 @@ def parse_json(content: bytes, place: object) -> Any:
     Raises:
         ArtifactError: if it is not UTF-8 or not JSON, names a key twice, or has text or numbers that nothing can hold.
     """
+    text = _decode(content, place)
     try:
-        text = content.decode("utf-8-sig")
         value = json.loads(
             text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
         )
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as broken:
-        raise ArtifactError(f"{place} is not UTF-8 text ({broken.reason}); save it as UTF-8") from broken
     except UnicodeEncodeError as broken:
         raise ArtifactError(f"{place} holds half of a surrogate pair, which is no character; remove it") from broken
     except (ValueError, RecursionError) as broken:
@@ -62,24 +60,39 @@ def read_json_object(path: Path, missing: str = "") -> dict[str, Any]:
     Raises:
         ArtifactError: if it cannot be read, or holds anything else.
     """
-    content = read_bytes(path, missing)
-    if kind := foreign_kind(content):
-        raise ArtifactError(f"{path} is {kind}; it must hold a JSON object")
-    value = parse_json(content, path)
+    value = parse_json(read_text(path, missing).encode(), path)
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
 
 
-def read_bytes(path: Path, missing: str = "") -> bytes:
-    """The content of a file; an ArtifactError says why it cannot be read."""
+def read_text(path: Path, missing: str = "") -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        path: the file.
+        missing: what to say if there is none.
+
+    Raises:
+        ArtifactError: if it cannot be read, or is no text.
+    """
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as unreadable:
         if path.is_symlink() and isinstance(unreadable, FileNotFoundError):
             raise ArtifactError(f"{path} is a link to {path.readlink()}, which does not exist") from unreadable
         hint = missing if isinstance(unreadable, FileNotFoundError) and missing else f"{path}: {unreadable.strerror}"
         raise ArtifactError(hint) from unreadable
+    if kind := foreign_kind(content):
+        raise ArtifactError(f"{path} is {kind}; it must be text in UTF-8")
+    return _decode(content, path)
+
+
+def _decode(content: bytes, place: object) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as broken:
+        raise ArtifactError(f"{place} is not UTF-8 text ({broken.reason}); save it as UTF-8") from broken
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

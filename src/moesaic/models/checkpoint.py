@@ -188,16 +188,17 @@ def rewrite_checkpoint(
     _check_replaced(source, replaced)
     with appearing(output) as partial:
         stale = source.kv_scales if replaced or added else ()
-        files = {name: path.relative_to(source.directory) for name, path in source.files.items()}
-        weight_map = {name: path.as_posix() for name, path in files.items() if name not in stale}
+        places = _flat_names(source)
+        weight_map = {name: places[path] for name, path in source.files.items() if name not in stale}
         renamed = {name for name, tensor in source.tensors.items() if tensor.dtype == EXPONENTS}
+        changed = {*replaced, *renamed, *stale}
         _copy_companions(source, partial, extra)
-        for file in sorted(set(weight_map.values())):
-            names = [name for name, holder in weight_map.items() if holder == file]
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            if (replaced.keys() | renamed).isdisjoint(names):
-                _link_or_copy(source.directory / file, partial / file)
-            else:
+        for path, file in sorted(places.items()):
+            held = [name for name, holder in source.files.items() if holder == path]
+            names = [name for name in held if name in weight_map]
+            if changed.isdisjoint(held):
+                _link_or_copy(path, partial / file)
+            elif names:
                 tensors = {name: source.tensor(name) for name in names}
                 _save_shard(
                     partial / file, {n: replaced[n].to(t.dtype) if n in replaced else t for n, t in tensors.items()}
@@ -232,6 +233,14 @@ def _copy_companions(source: Checkpoint, partial: Path, extra: Iterable[Path]) -
     own = {CONFIG, RECOVERY, *_OF_ONE_STAGE}
     for path in (*(path for path in companions(source.directory) if path.name not in own), *extra):
         shutil.copyfile(path, partial / path.name)
+
+
+def _flat_names(source: Checkpoint) -> dict[Path, str]:
+    """What each shard is called in a copy, where none lies in a sub-folder: engines look for them beside the config."""
+    places = {path: "-".join(path.relative_to(source.directory).parts) for path in set(source.files.values())}
+    if len(set(places.values())) < len(places):
+        raise ArtifactError(f"{source.directory}: shards in sub-folders would have one name, once copied; rename one")
+    return places
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -289,7 +298,7 @@ def appearing(directory: Path) -> Iterator[Path]:
 
 
 def _sync(directory: Path) -> None:
-    for path in directory.rglob("*"):
+    for path in directory.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

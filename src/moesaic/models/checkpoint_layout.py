@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from moesaic.core.errors import ArtifactError
-from moesaic.core.json_text import read_json_object
+from moesaic.core.json_text import parse_json, read_text
 from moesaic.models import gpt_oss
 from moesaic.models.safetensors_files import StoredTensor, read_header
 
@@ -77,9 +77,7 @@ def _read_index(directory: Path) -> dict[str, str]:
     index = directory / INDEX
     if not index.exists():
         return {}
-    listed = read_json_object(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
-        raise ArtifactError(f"{index} has no weight_map from tensors to files; remove it if one file holds the model")
+    listed = read_weight_map(read_text(index).encode(), index)
     for file in set(listed.values()):
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise ArtifactError(f"{index} lists {file}, which is outside of the model's directory")
@@ -89,6 +87,19 @@ def _read_index(directory: Path) -> dict[str, str]:
         raise ArtifactError(
             f"{directory} holds {_WHOLE} and an index of other files; engines read the one or the other, so remove one"
         )
+    return listed
+
+
+def read_weight_map(content: bytes, place: object) -> dict[str, str]:
+    """File by tensor, as an index lists them.
+
+    Raises:
+        ArtifactError: if it does not.
+    """
+    index = parse_json(content, place)
+    listed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise ArtifactError(f"{place} has no weight_map from tensors to files; remove it if one file holds the model")
     return listed
 
 

@@ -3,22 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from moesaic.core import json_text
 from moesaic.core.errors import ArtifactError
-from moesaic.core.json_text import read_json_object
 from moesaic.models.architecture import Architecture
 
 
 def read_text(path: Path) -> str:
     """The text of a stage's output file; an ArtifactError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as missing:
-        raise ArtifactError(f"{path} cannot be read ({missing.strerror}); give its stage's output") from missing
+    return json_text.read_text(path, f"{path} does not exist; give its stage's output")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a stage's output file; an ArtifactError if it is missing or broken."""
-    return read_json_object(path, f"{path} does not exist; give its stage's output")
+    return json_text.read_json_object(path, f"{path} does not exist; give its stage's output")
 
 
 def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
@@ -27,7 +24,9 @@ def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
     Raises:
         ArtifactError: if it is no ranking, or not one of all the parent's experts.
     """
-    content = read_json_object(path, f"{path} is not a ranking: it does not exist; give the output of rank_experts")
+    content = json_text.read_json_object(
+        path, f"{path} is not a ranking: it does not exist; give the output of rank_experts"
+    )
     try:
         orders = [list(layer["order"]) for layer in content["layers"]]
         whole = [sorted(order) == list(range(len(order))) for order in orders]

@@ -6,7 +6,6 @@ vLLM they stay tensors of the checkpoint.
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.json_text import read_json_object
 from moesaic.core.version import __version__
 from moesaic.deploy.export_engine import tensorrt_llm, vllm
 from moesaic.deploy.export_engine.bundle_manifest import (
@@ -133,7 +133,7 @@ def _describe(
         source=Source(
             digest=digest,
             steps=tuple(read_recovery(child.directory)),
-            pruning=json.loads(pruning.read_text()) if pruning.is_file() else None,
+            pruning=read_json_object(pruning) if pruning.is_file() else None,
         ),
     )
 
