@@ -118,5 +118,5 @@ def test_a_missing_or_broken_curve_is_named(given: dict[str, Any], tmp_path: Pat
     with pytest.raises(ArtifactError, match=r"training\.jsonl, line 1 of the curve is not valid JSON"):
         gather(given, tmp_path)
     (given["distilled"] / "training.jsonl").unlink()
-    with pytest.raises(ArtifactError, match=r"training\.jsonl cannot be read"):
+    with pytest.raises(ArtifactError, match=r"training\.jsonl does not exist"):
         gather(given, tmp_path)

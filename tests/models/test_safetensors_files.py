@@ -1,13 +1,16 @@
 """Files put together out of ranges of others are, byte for byte, what safetensors writes."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moesaic.core.errors import ArtifactError
+from moesaic.core.errors import ArtifactError, MoesaicError
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.safetensors_files import StoredTensor, find_tensors, num_data_bytes, read_header, write_shard
 
@@ -117,3 +120,30 @@ def test_what_is_no_safetensors_file_is_told(tmp_path: Path, content: bytes) -> 
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ArtifactError, match="x is not a safetensors file: its header"):
         read_header(tmp_path / "x")
+
+
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "I64", "F8_E8M0", "F4", "Q9", 3]),
+        "shape": st.lists(st.integers(-1, 4), max_size=2),
+        "data_offsets": st.tuples(st.integers(-1, 16), st.integers(0, 24)).map(sorted),
+    }
+)
+HEADERS = st.dictionaries(st.sampled_from("abc"), ENTRIES | st.none() | st.just({"dtype": "U8"}), max_size=2)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(HEADERS.map(json.dumps) | st.text(alphabet='{}[]",:ab0 ', max_size=20), st.integers(0, 24), st.integers(-3, 3))
+def test_a_header_is_read_as_the_library_reads_it_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, text: str, num_bytes: int, more: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes((max(0, len(text) + more)).to_bytes(8, "little") + text.encode() + b"\0" * num_bytes)
+    try:
+        found = read_header(path)
+    except MoesaicError:
+        return
+    if all(tensor.dtype in ("F32", "BF16", "U8") for tensor in found.values()):
+        expected = load_file(path)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name].read(), tensor) for name, tensor in expected.items())
