@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import ArtifactError, MoesaicError
@@ -92,12 +92,13 @@ MESSAGES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=800, deadline=None, derandomize=True)
 @given(MESSAGES)
 def test_no_text_of_a_message_is_lost(message: dict[str, Any]) -> None:
     try:
         read = read_message(message, "here")
     except MoesaicError:
+        event("refused")
         return
     given_texts = {value for key, value in message.items() if key != "role" and value}
     assert {value for key, value in read.items() if key != "role" and value} == given_texts

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -386,7 +386,7 @@ WHERE = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(CHANGES), max_size=3), st.none() | WHERE)
 def test_any_layout_is_the_reference_or_refused(
     reference: dict[str, Tensor], changes: list[Callable[[Folder], object]], damage: tuple[str, int, bytes] | None
@@ -402,6 +402,7 @@ def test_any_layout_is_the_reference_or_refused(
         try:
             load_model(directory)
         except MoesaicError:
+            event("refused")
             return
         if damage is None:
             assert_is(directory, reference)

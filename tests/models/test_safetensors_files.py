@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -124,16 +124,20 @@ def test_what_is_no_safetensors_file_is_told(tmp_path: Path, content: bytes) -> 
 
 ENTRIES = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F32", "BF16", "U8", "I64", "F8_E8M0", "F4", "Q9", 3]),
-        "shape": st.lists(st.integers(-1, 4), max_size=2),
-        "data_offsets": st.tuples(st.integers(-1, 16), st.integers(0, 24)).map(sorted),
+        "dtype": st.sampled_from(["F32", "F32", "BF16", "U8", "I64", "F8_E8M0", "F4", "Q9", 3]),
+        "shape": st.sampled_from([[2], [2], [1, 2], [4], [], [0], [-2]]),
+        "data_offsets": st.sampled_from([[0, 8], [0, 8], [8, 16], [0, 4], [4, 8], [0, 2], [8, 0], [0, 0]]),
     }
 )
 HEADERS = st.dictionaries(st.sampled_from("abc"), ENTRIES | st.none() | st.just({"dtype": "U8"}), max_size=2)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(HEADERS.map(json.dumps) | st.text(alphabet='{}[]",:ab0 ', max_size=20), st.integers(0, 24), st.integers(-3, 3))
+@settings(max_examples=800, deadline=None, derandomize=True)
+@given(
+    HEADERS.map(json.dumps) | st.text(alphabet='{}[]",:ab0 ', max_size=20),
+    st.sampled_from([8, 8, 16, 4, 0]),
+    st.sampled_from([0, 0, 0, 1, -1]),
+)
 def test_a_header_is_read_as_the_library_reads_it_or_refused(
     tmp_path_factory: pytest.TempPathFactory, text: str, num_bytes: int, more: int
 ) -> None:
@@ -142,6 +146,7 @@ def test_a_header_is_read_as_the_library_reads_it_or_refused(
     try:
         found = read_header(path)
     except MoesaicError:
+        event("refused")
         return
     if all(tensor.dtype in ("F32", "BF16", "U8") for tensor in found.values()):
         expected = load_file(path)

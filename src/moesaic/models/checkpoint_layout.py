@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _ADAPTERS = ("adapter_config.json", "adapter_model.*", "adapters.safetensors")
-_COMPANIONS = ("", ".json", ".jsonl", ".jinja", ".txt", ".md", ".py", ".model", ".tiktoken", ".yaml")
+_COMPANIONS = ("", ".json", ".jsonl", ".jinja", ".txt", ".md", ".py", ".model", ".tiktoken", ".bpe", ".yaml")
 """The endings of files that describe weights, or come with them: tokenizer, template, licence, records."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BYTES = "U8"

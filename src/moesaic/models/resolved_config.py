@@ -154,9 +154,8 @@ def _spelt_rope(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def _check_angles(config: GptOssConfig) -> None:
     """Compute the angles: that is what shows a value that is missing, of the wrong type, or not finite."""
-    plain = copy.copy(config)
     try:
-        rotary = GptOssRotaryEmbedding(plain)
+        rotary = GptOssRotaryEmbedding(config)
         frequencies, scaling = rotary.inv_freq, torch.tensor(float(rotary.attention_scaling))
     except Exception as refused:  # the formulas check nothing
         raise ArtifactError(f"RoPE {config.rope_parameters} cannot be computed: {refused!r}") from refused
