@@ -97,5 +97,5 @@ def test_any_bytes_are_rows_or_refused(
     except MoesaicError:
         event("refused")
         return
-    lines = [line for line in content.decode("utf-8-sig").split("\n") if line.strip(" \t\r\ufeff")]
+    lines = [line for line in content.decode("utf-8-sig").split("\n") if line.strip(" \t\r")]
     assert found == [json.loads(line.encode()) for line in lines]

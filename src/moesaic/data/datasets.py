@@ -1,5 +1,6 @@
 """Data sets: JSON lines, one object a row. A data set is such a file, or a directory that holds exactly one."""
 
+from codecs import BOM_UTF8
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,6 @@ from typing import Any
 
 from moesaic.core.errors import ArtifactError
 from moesaic.core.json_text import foreign_kind, parse_json
-
-_BLANK = b" \t\r\xef\xbb\xbf"
-"""What a line that holds nothing may hold: JSON's white space, and a byte order mark."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ def read_rows(path: Path) -> list[Row]:
         raise ArtifactError(f"{unreadable.filename} cannot be read: {unreadable.strerror}") from unreadable
     if kind := foreign_kind(content):
         raise ArtifactError(f"{file} is {kind}; a data set is JSON lines in UTF-8: one JSON object on each line")
-    lines = enumerate(content.split(b"\n"), 1)
-    rows = [_read_row(line, f"{file}, line {number}") for number, line in lines if line.strip(_BLANK)]
+    lines = enumerate(content.removeprefix(BOM_UTF8).split(b"\n"), 1)
+    rows = [_read_row(line, f"{file}, line {number}") for number, line in lines if line.strip(b" \t\r")]
     if not rows:
         raise ArtifactError(f"{file} is empty; a data set needs at least one JSON object, each on a line of its own")
     return rows
