@@ -13,16 +13,12 @@ from moesaic.command_line.main import _add_inputs, main
 from moesaic.models.checkpoint_layout import INDEX
 from moesaic.platform.store import Store
 from tests.damaged_checkpoints import damaged_copy
-
-ROWS = '{"id": "a"}\n'
+from tests.data_sets import write_sets
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    (tmp_path / "data").mkdir()
-    for name in ("calibration_short", "calibration_long", "prompts", "test"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text(ROWS)
-    return tmp_path / "data"
+    return write_sets(tmp_path / "data")
 
 
 def _edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
@@ -85,12 +81,24 @@ def test_a_number_that_is_not_finite_ends_a_run_before_it_begins(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"PAR1", "is a Parquet file"), (b"\xff\xfe{", "is text in UTF-16"), (b'{"a": 1, "a": 2}', "'a' occurs twice")],
+    [
+        (b"PAR1", "is a Parquet file"),
+        (b"\xff\xfe{", "is text in UTF-16"),
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
+        (b'{"a": 1}', "line 1"),
+    ],
 )
+@pytest.mark.parametrize("name", ["calibration_long.jsonl", "test.jsonl"])
 def test_unusable_data_end_a_run_before_it_begins(
-    tiny_parent: Path, data: Path, tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+    tiny_parent: Path,
+    data: Path,
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (data / "prompts.jsonl").write_bytes(content)
+    (data / name).write_bytes(content)
     _refused_run(tiny_parent, data, tmp_path, message, capsys)
 
 

@@ -165,7 +165,7 @@ def _unpack(folder: Folder) -> None:
 
 def _in_other_floats(folder: Folder) -> None:
     _unpack(folder)
-    for name, tensor in folder.only().items():
+    for name, tensor in [pair for pair in folder.only().items() if pair[1].is_floating_point()]:
         folder.only()[name] = tensor.float() if "experts" in name else tensor.double()
 
 
@@ -282,6 +282,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Folder], object], str]] = {
     "adapter tensors": (
         lambda folder: folder.only().update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}),
         r"lora_A\.weight is of an adapter; merge it",
+    ),
+    "another quantization": (
+        lambda folder: folder.only().update({"model.layers.0.self_attn.k_proj.output_scale": torch.ones(1)}),
+        r"k_proj\.output_scale is of a quantization, or a KV cache, that Moesaic does not read",
     ),
     "more layers": (
         lambda folder: folder.only().update({"model.layers.2.input_layernorm.weight": torch.ones(32)}),

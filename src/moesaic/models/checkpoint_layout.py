@@ -19,6 +19,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _ADAPTERS = ("adapter_config.json", "adapter_model.*", "adapters.safetensors")
 _COMPANIONS = ("", ".json", ".jsonl", ".jinja", ".txt", ".md", ".py", ".model", ".tiktoken", ".bpe", ".yaml")
 """The endings of files that describe weights, or come with them: tokenizer, template, licence, records."""
+_QUANTIZED = ("_scale", "_scale_inv", "_scales", "zero_point", "qweight", "qzeros", "g_idx")
+"""How the names of tensors end that other tensors need to be understood."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BYTES = "U8"
 EXPONENTS = "F8_E8M0"
@@ -120,6 +122,7 @@ def check_tensors(
     Raises:
         ArtifactError: that names the first tensor that is missing, or of another shape or type.
     """
+    layers = int(str(config["num_hidden_layers"]))
     if missing := sorted(set(expected) - set(tensors)):
         raise ArtifactError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
     for name, spec in expected.items():
@@ -133,19 +136,20 @@ def check_tensors(
         if tensor.dtype not in allowed:
             types = ", ".join(allowed)
             raise ArtifactError(f"{tensor.file.name}: {name} is of type {tensor.dtype}; allowed are {types}")
-    for name in sorted(set(tensors) - set(expected)):
-        if contradiction := _contradicts(name, config):
+    for name in sorted(set(tensors) - set(expected) - set(gpt_oss.kv_scale_names(layers))):
+        if contradiction := _contradicts(name, layers):
             raise ArtifactError(f"{tensors[name].file.name}: {name} {contradiction}")
 
 
-def _contradicts(name: str, config: Mapping[str, object]) -> str | None:
+def _contradicts(name: str, layers: int) -> str | None:
     """Why a tensor that the layout does not have cannot be left out."""
-    layers = int(str(config["num_hidden_layers"]))
     number = name.removeprefix("model.layers.").split(".")[0]
     if name.startswith("model.layers.") and number.isdigit() and int(number) >= layers:
         return f"is of layer {number}; the config has layers 0 to {layers - 1}"
     if "lora_" in name:
         return "is of an adapter; merge it into the weights first"
+    if name.endswith(_QUANTIZED):
+        return "is of a quantization, or a KV cache, that Moesaic does not read under this name"
     if gpt_oss.is_expert_indexed(name):
         return "says once more what other tensors say of these experts; keep either packed or plain weights"
     return None

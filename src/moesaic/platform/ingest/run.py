@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moesaic.core.errors import ArtifactError
-from moesaic.data.datasets import read_rows
+from moesaic.data.sets import count_rows
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.loading import check_weights
 from moesaic.platform.ingest.stage import IngestConfig
@@ -21,7 +21,7 @@ def run(config: IngestConfig, *, store: Address, output: Path, scratch: Path) ->
         if manifest.kind != kind:
             raise ArtifactError(f"{name} = {manifest.id} is a {manifest.kind}, not a {kind}; give the id of a {kind}")
         tree = contents.materialize(manifest, verify=True)
-        metrics |= check_model(tree) if kind == "model" else {f"{name}_rows": float(len(read_rows(tree)))}
+        metrics |= check_model(tree) if kind == "model" else {f"{name}_rows": float(count_rows(name, tree))}
         _write(manifest, output / name)
     return metrics
 
