@@ -12,17 +12,12 @@ import moesaic
 from moesaic.command_line.main import main
 from moesaic.data.problems import read_problems
 from moesaic.platform.runs.records import Record
-
-ROWS = '{"id": "a"}\n'
+from tests.data_sets import write_sets
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    directory = tmp_path / "data"
-    directory.mkdir()
-    for name in ("calibration_short", "calibration_long", "prompts", "test"):
-        (directory / f"{name}.jsonl").write_text(ROWS)
-    return directory
+    return write_sets(tmp_path / "data")
 
 
 def run_search(parent: Path, data: Path, output: Path, *more: str) -> int:

@@ -13,6 +13,7 @@ import yaml
 from components import images
 from components.generate import files_of
 from moesaic.stages import STAGES
+from tests.data_sets import add_sets
 
 FOLDER = Path(__file__).parents[2] / "components"
 NAMES = list(STAGES)
@@ -103,13 +104,12 @@ def test_ingest_runs_as_kubeflow_would_call_it(
     from moesaic.platform.ingest.stage import IngestConfig
     from moesaic.platform.store import Manifest, Store
 
-    (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     store = Store.at(tmp_path / "store")
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="test").id
-    rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
+    sets = add_sets(store, tmp_path / "data")
     monkeypatch.setenv("MOESAIC_STORE", str(store.directory))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
+    config = IngestConfig(parent=model, **sets)
     outputs = {
         name: dsl.Artifact(name=name, uri=str(tmp_path / "out" / name)) for name in STAGES["ingest"].output_names
     }

@@ -15,6 +15,7 @@ from moesaic.platform.runs.tracking import EXPERIMENT
 from moesaic.platform.store import Store
 from moesaic.stages import find_stage
 from pipelines.compiling import compile_all
+from tests.data_sets import add_sets
 
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIA-nobody-shows-this",
@@ -104,10 +105,9 @@ def test_records_and_runs_of_a_stage_hold_nothing_of_the_environment(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     store = Store.at(tmp_path / "store")
-    (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
-    rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
+    sets = add_sets(store, tmp_path / "data")
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="test").id
-    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
+    config = IngestConfig(parent=model, **sets)
     monkeypatch.setenv("MOESAIC_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     run_stage("ingest", config.to_json(), {}, _artifacts(tmp_path / "out", *find_stage("ingest").output_names))

@@ -39,7 +39,12 @@ def test_reads_a_file_and_a_directory_with_one_file(tmp_path: Path) -> None:
         ("[1]", "line 2 must be a JSON object, found list"),
         (ENTRY | {"id": 7}, "line 2: 'id' must be text, found 7"),
         (ENTRY | {"prompt": []}, "line 2: 'prompt' must be a list"),
-        (ENTRY | {"prompt": [{"role": "user"}]}, "line 2: 'prompt' must be a list"),
+        (
+            ENTRY | {"prompt": [{"role": "user"}]},
+            "line 2: 'prompt': each message needs a text for role and for content",
+        ),
+        (ENTRY | {"prompt": [ENTRY["prompt"][0] | {"thinking": "w4"}]}, "nothing reads the key 'thinking'"),
+        (ENTRY | {"solution": "w3"}, "line 2: nothing reads the key 'solution'; allowed are answer, id, prompt, task"),
         (ENTRY | {"verifier": "vibes"}, "line 2: there is no verifier 'vibes'; choose one of exact_match"),
         (ENTRY, "the id 'a-0' appears more than once"),
     ],

@@ -254,10 +254,10 @@ def test_an_open_weight_format_is_refused(trtllm: Path, tmp_path: Path) -> None:
     ("change", "reason"),
     [
         (lambda c: c.pop("rope_scaling"), "must hold rope_parameters, rope_scaling and rope_theta"),
-        (lambda c: c.pop("rope_theta"), "must hold rope_parameters, rope_scaling and rope_theta"),
+        (lambda c: c.pop("rope_theta"), "rope_theta is 10000.0 in rope_parameters, and 150000.0"),
         (lambda c: c.pop("rope_parameters"), "must hold rope_parameters, rope_scaling and rope_theta"),
-        (lambda c: c["rope_scaling"].update(factor=32.0), "factor is 4.0 in rope_parameters, 32.0 in the older keys"),
-        (lambda c: c.update(rope_theta=150000.0), "rope_theta is 10000.0 in rope_parameters, 150000.0"),
+        (lambda c: c["rope_scaling"].update(factor=32.0), "factor is 4.0 in rope_parameters, and 32.0 by all"),
+        (lambda c: c.update(rope_theta=150000.0), "rope_theta is 10000.0 in rope_parameters, and 150000.0"),
         (lambda c: [c[key].pop("beta_fast") for key in ("rope_scaling", "rope_parameters")], "RoPE has no beta_fast"),
         (lambda c: c["block_configs"][2].update(num_local_experts=3), "router.weight has shape .2,.* asks for .3,"),
         (lambda c: c["block_configs"][3].update(sliding_window=6), "not the layers of the manifest"),

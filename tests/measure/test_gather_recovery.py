@@ -115,8 +115,8 @@ def test_policies_need_names_of_their_own(
 
 def test_a_missing_or_broken_curve_is_named(given: dict[str, Any], tmp_path: Path) -> None:
     (given["distilled"] / "training.jsonl").write_text("{")
-    with pytest.raises(ArtifactError, match=r"training\.jsonl is not a training curve"):
+    with pytest.raises(ArtifactError, match=r"training\.jsonl, line 1 of the curve is not valid JSON"):
         gather(given, tmp_path)
     (given["distilled"] / "training.jsonl").unlink()
-    with pytest.raises(ArtifactError, match=r"training\.jsonl cannot be read"):
+    with pytest.raises(ArtifactError, match=r"training\.jsonl does not exist"):
         gather(given, tmp_path)

@@ -130,7 +130,7 @@ def test_serving_is_reported_when_it_is_given(stages: dict[str, Path | list[Path
 def test_a_missing_or_broken_input_is_named(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ArtifactError, match=r"empty/evaluation\.json cannot be read"):
+    with pytest.raises(ArtifactError, match=r"empty/evaluation\.json does not exist"):
         report.run(ReportConfig(), **(stages | {"evaluation_child": empty}), output=empty, scratch=tmp_path)
     (empty / "scores.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"scores\.json is not valid JSON"):

@@ -1,6 +1,8 @@
 """Generation gives the tokens of transformers' own ``generate``, whatever the batches."""
 
+import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moesaic.core.errors import ConfigError
+from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.models import generation
 from moesaic.models.generation import Decoding, Generated, Sampling, generate, generate_batches, read_stop_ids, stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model
@@ -158,13 +160,19 @@ def test_stop_ids_come_from_the_checkpoint(parent: PreTrainedModel) -> None:
     parent.generation_config.eos_token_id = 5
 
 
-def test_stop_ids_of_a_checkpoint_that_is_not_loaded(tmp_path: Path) -> None:
+def test_stop_ids_of_a_checkpoint_that_is_not_loaded(tiny_parent: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_parent, tmp_path / "model"))
+    assert read_stop_ids(model) == {5}
+    (model / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    assert read_stop_ids(model) == stop_ids(load_model(model)) == {5, 7}
+    (model / "generation_config.json").write_text('{"eos_token_id": 64}')
+    with pytest.raises(ArtifactError, match="eos_token_id is 64; the vocabulary has ids 0 to 63"):
+        read_stop_ids(model)
+    (model / "generation_config.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     with pytest.raises(ConfigError, match=r"of .* names an eos_token_id: no reply would end"):
-        read_stop_ids(tmp_path)
-    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
-    assert read_stop_ids(tmp_path) == {5}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
-    assert read_stop_ids(tmp_path) == {5, 7}
+        read_stop_ids(model)
 
 
 def test_requests_that_share_a_prompt_read_it_once(tiny_parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:

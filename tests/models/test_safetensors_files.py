@@ -1,13 +1,16 @@
 """Files put together out of ranges of others are, byte for byte, what safetensors writes."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moesaic.core.errors import ArtifactError
+from moesaic.core.errors import ArtifactError, MoesaicError
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.safetensors_files import StoredTensor, find_tensors, num_data_bytes, read_header, write_shard
 
@@ -80,8 +83,9 @@ def test_a_file_cut_short_is_named(parent: Path, tmp_path: Path) -> None:
 
 def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
     save_file({"ids": torch.arange(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(ArtifactError, match="ids is of type I64; allowed are F64, F32"):
-        read_header(tmp_path / "x.safetensors")
+    ids = read_header(tmp_path / "x.safetensors")["ids"]
+    with pytest.raises(ArtifactError, match="a tensor of type I64; allowed are F64, F32"):
+        ids.read()
 
 
 def test_a_header_is_found_in_one_read_or_two_and_nothing_else_is_read(tmp_path: Path) -> None:
@@ -116,3 +120,35 @@ def test_what_is_no_safetensors_file_is_told(tmp_path: Path, content: bytes) -> 
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ArtifactError, match="x is not a safetensors file: its header"):
         read_header(tmp_path / "x")
+
+
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F32", "BF16", "U8", "I64", "F8_E8M0", "F4", "Q9", 3]),
+        "shape": st.sampled_from([[2], [2], [1, 2], [4], [], [0], [-2]]),
+        "data_offsets": st.sampled_from([[0, 8], [0, 8], [8, 16], [0, 4], [4, 8], [0, 2], [8, 0], [0, 0]]),
+    }
+)
+HEADERS = st.dictionaries(st.sampled_from("abc"), ENTRIES | st.none() | st.just({"dtype": "U8"}), max_size=2)
+
+
+@settings(max_examples=800, deadline=None, derandomize=True)
+@given(
+    HEADERS.map(json.dumps) | st.text(alphabet='{}[]",:ab0 ', max_size=20),
+    st.sampled_from([8, 8, 16, 4, 0]),
+    st.sampled_from([0, 0, 0, 1, -1]),
+)
+def test_a_header_is_read_as_the_library_reads_it_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, text: str, num_bytes: int, more: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes((max(0, len(text) + more)).to_bytes(8, "little") + text.encode() + b"\0" * num_bytes)
+    try:
+        found = read_header(path)
+    except MoesaicError:
+        event("refused")
+        return
+    if all(tensor.dtype in ("F32", "BF16", "U8") for tensor in found.values()):
+        expected = load_file(path)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name].read(), tensor) for name, tensor in expected.items())

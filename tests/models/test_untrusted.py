@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jinja2.exceptions import SecurityError
 
-from moesaic.core.errors import ConfigError
+from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.data.chat import load_tokenizer, render_conversation
 from moesaic.data.verifiers import math
 from moesaic.models.gpt_oss_puzzle import load_model
@@ -86,7 +85,7 @@ def test_code_that_comes_with_a_checkpoint_does_not_run(hostile: Path, tmp_path:
 
 def test_a_chat_template_cannot_reach_python(hostile: Path) -> None:
     (hostile / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(SecurityError):
+    with pytest.raises(ArtifactError, match=r"access to attribute '__class__' of .* is unsafe"):
         render_conversation([{"role": "user", "content": "x"}], load_tokenizer(hostile), "low")
 
 

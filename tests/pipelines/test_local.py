@@ -14,6 +14,7 @@ from moesaic.platform.runs.local import LOG, _StageLines, run_compiled
 from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.runs.runtime import FAILURE
 from moesaic.platform.store import Manifest, Store
+from tests.data_sets import add_sets
 
 
 @dsl.pipeline(name="only-ingest")
@@ -26,14 +27,13 @@ def test_runs_reuses_reruns_and_explains(tiny_parent: Path, tmp_path: Path, monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     manifest = tmp_path / "only-ingest.yaml"
     compiler.Compiler().compile(only_ingest, str(manifest))
-    (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     run = tmp_path / "run"
     run.mkdir()
     context = RunContext(store=tmp_path / "store", run_directory=run)
     store = Store.at(context.store)
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="test").id
-    rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
-    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
+    sets = add_sets(store, tmp_path / "data")
+    config = IngestConfig(parent=model, **sets)
 
     def shown(given: IngestConfig, version: str) -> list[str]:
         screen = io.StringIO()
@@ -50,7 +50,7 @@ def test_runs_reuses_reruns_and_explains(tiny_parent: Path, tmp_path: Path, monk
     assert shown(config, "1") == ["ingest: kept from an earlier run"]
     assert shown(config, "2")[0] == "ingest: started"
 
-    swapped = config.model_copy(update={"parent": rows})
+    swapped = config.model_copy(update={"parent": sets["tests"]})
     with pytest.raises(ConfigError, match=r"ingest: parent = \w+ is a dataset, not a model") as failure:
         shown(swapped, "2")
     assert failure.value.exit_code == 2

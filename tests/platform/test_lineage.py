@@ -18,6 +18,7 @@ from moesaic.platform.runs.runtime import run_stage
 from moesaic.platform.store import Store
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.space import SearchSpace
+from tests.data_sets import add_sets
 from tests.platform.played_run import PlayedRun, play
 
 
@@ -107,12 +108,11 @@ def test_stages_leave_their_records_in_the_store(
     tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store.at(tmp_path / "store")
-    (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="ingest").id
-    rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="ingest").id
+    sets = add_sets(store, tmp_path / "data")
     monkeypatch.setenv("MOESAIC_STORE", str(store.directory))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    given = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
+    given = IngestConfig(parent=model, **sets)
     names = ("parent", "calibration_short", "calibration_long", "prompts", "tests")
     artifacts = {name: SimpleNamespace(path=str(tmp_path / "out" / name)) for name in (*names, "costs")}
     workload = Workload(name="long", input_tokens=8, output_tokens=2, concurrency=1)

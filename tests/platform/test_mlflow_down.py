@@ -42,6 +42,7 @@ _STAGE = """
 import json, sys
 from types import SimpleNamespace
 from moesaic.platform.runs.runtime import run_stage
+from tests.data_sets import add_sets
 name, config, *groups = json.loads(sys.argv[1])
 run_stage(name, config, *({key: SimpleNamespace(path=path) for key, path in group.items()} for group in groups))
 """
@@ -68,10 +69,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ingest(parent: Path, place: Path, output: str) -> Record:
     """The quickest stage there is."""
     store = Store.at(place / "store")
-    (place / "rows.jsonl").write_text('{"id": "a"}\n')
-    rows = store.add_file(place / "rows.jsonl", "dataset", format="jsonl", producer="test").id
     model = store.add_directory(parent, "model", format="safetensors", producer="test").id
-    config = IngestConfig(parent=model, **dict.fromkeys(SETS, rows))
+    config = IngestConfig(parent=model, **add_sets(store, place / "data"))
     outputs: Any = {name: SimpleNamespace(path=str(place / output / name)) for name in ("parent", *SETS)}
     run_stage("ingest", config.to_json(), {}, outputs)
     return Record.read(place / output / "parent")

@@ -161,7 +161,7 @@ def test_lost_records_are_named(given: Given, registry: RegistryAddress, tmp_pat
 def test_what_cannot_be_promoted_is_refused_before_the_registry_is_touched(given: Given, tmp_path: Path) -> None:
     nowhere = RegistryAddress(f"sqlite:///{tmp_path / 'never.db'}")
     (given.paths["report"] / "summary.json").unlink()
-    with pytest.raises(ArtifactError, match=r"summary.json cannot be read"):
+    with pytest.raises(ArtifactError, match=r"summary\.json does not exist"):
         given.promote(nowhere, CONFIG, tmp_path / "one")
     (given.paths["child"] / MANIFEST).unlink()
     with pytest.raises(ArtifactError, match=r"holds no manifest.json"):

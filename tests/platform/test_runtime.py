@@ -15,6 +15,7 @@ from moesaic.platform.runs.records import Record, content_digest
 from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.runs.runtime import FAILURE, baselines_of, plan_stage, run_stage
 from moesaic.platform.store import Manifest, Store
+from tests.data_sets import add_sets
 
 SETS = ("calibration_short", "calibration_long", "prompts", "tests")
 
@@ -43,11 +44,8 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunContext:
 @pytest.fixture
 def ingest_config(context: RunContext, tiny_parent: Path, tmp_path: Path) -> IngestConfig:
     store = Store.at(context.store)
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"id": "a"}\n{"id": "b"}\n')
-    rows = store.add_file(data, "dataset", format="jsonl", producer="test").id
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="test").id
-    return IngestConfig(parent=model, **dict.fromkeys(SETS, rows))
+    return IngestConfig(parent=model, **add_sets(store, tmp_path / "data", num_rows=2))
 
 
 def artifacts(directory: Path, *names: str) -> dict[str, Artifact]:
@@ -88,6 +86,7 @@ def test_ingest_hands_on_manifests_with_records(
     assert record.metrics == {
         "parent_layers": 4,
         "parent_experts": 32,
+        "parent_unused_tensors": 0,
         "calibration_short_rows": 2,
         "calibration_long_rows": 2,
         "prompts_rows": 2,

@@ -20,6 +20,7 @@ from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.cluster import following, placed_text, read_profile
 from moesaic.platform.cluster.following import numbered
 from moesaic.stages import STAGES
+from tests.data_sets import write_sets
 from tests.platform.kubeflow_api import PREFIX, Fault, KubeflowApi, Step
 
 TOKEN = "ey.secret-of-this-test"
@@ -89,10 +90,7 @@ def profile(tmp_path: Path) -> Path:
 @pytest.fixture
 def submit(api: KubeflowApi, tiny_parent: Path, profile: Path, tmp_path: Path) -> list[str]:
     """A command line; the store's volume is mounted here."""
-    data = tmp_path / "data"
-    data.mkdir()
-    for name in ("calibration_short", "calibration_long", "prompts", "test"):
-        (data / f"{name}.jsonl").write_text('{"id": "a"}\n')
+    data = write_sets(tmp_path / "data")
     (tmp_path / "store").mkdir()
     given = ["--recipe", "tiny_cpu", "--parent", str(tiny_parent), "--data", str(data), "--host", api.url]
     return ["submit", "search", *given, "--profile", str(profile), "--store", str(tmp_path / "store")]

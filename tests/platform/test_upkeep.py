@@ -18,6 +18,7 @@ from moesaic.platform.runs.runtime import run_stage
 from moesaic.platform.store import FileEntry, Manifest, S3Options, Store
 from moesaic.platform.store.root import object_key
 from moesaic.platform.store.upkeep import delete, find_garbage, verify
+from tests.data_sets import add_sets
 
 from .conftest import PART_BYTES
 from .faulty_proxy import Fault, FaultyProxy
@@ -226,10 +227,9 @@ def test_stages_read_from_a_bucket_and_write_to_it(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", options.endpoint_url or "")
     assert RunContext.from_environment().as_environment()["MOESAIC_STORE"] == address
     store = Store.at(address, options)
-    (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
-    rows = store.add_file(tmp_path / "rows.jsonl", "dataset", format="jsonl", producer="test").id
+    sets = add_sets(store, tmp_path / "data")
     model = add(store, tiny_parent).id
-    config = IngestConfig(parent=model, calibration_short=rows, calibration_long=rows, prompts=rows, tests=rows)
+    config = IngestConfig(parent=model, **sets)
     names = ("parent", "calibration_short", "calibration_long", "prompts", "tests")
     outputs = {name: Artifact(str(tmp_path / "out" / name)) for name in names}
     run_stage("ingest", config.to_json(), {}, outputs)

@@ -1,6 +1,7 @@
 """The child is a standard checkpoint: exact where nothing was cut, loadable everywhere, consistent when it decodes."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -172,3 +173,28 @@ def test_a_ranking_of_another_model_is_refused(tiny_parent: Path, tmp_path: Path
 def test_a_child_larger_than_its_parent_is_refused(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer 3"):
         _prune(tiny_parent, MIXED.replace(3, Block(9)), tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [(), ("rope_theta", "rope_scaling"), ("rope_parameters",), ("rope_theta",), None])
+def test_child_computes_its_parents_function_however_rope_is_spelt(
+    kept: Sequence[str] | None, tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Both in plain transformers; None: every key is there, and null."""
+    parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
+    config = json.loads((parent / "config.json").read_text())
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        if kept is None:
+            config[key] = None if key != "rope_theta" else 150_000.0
+        elif key not in kept:
+            del config[key]
+    (parent / "config.json").write_text(json.dumps(config))
+    child = _prune(parent, tiny_checkpoint.architecture, tmp_path / "run")
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    models = [
+        AutoModelForCausalLM.from_pretrained(place, trust_remote_code=place is child, **options)
+        for place in (parent, child)
+    ]
+    tokens = _tokens(2, 40)
+    assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
+    assert torch.equal(load_model(parent)(tokens).logits, load_model(child)(tokens).logits)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from moesaic.core.errors import ArtifactError
+from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.process_group import BatchShare
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading, streaming
@@ -21,6 +21,7 @@ from moesaic.search.rank_experts import saved_progress as ranking_progress
 from moesaic.search.rank_experts.ranking import LayerRanking, rank_layer
 from moesaic.search.rank_experts.saved_progress import RankingProgress
 from moesaic.search.rank_experts.stage import RankExpertsConfig
+from tests.damaged_checkpoints import damaged_copy
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +191,23 @@ def test_missing_inputs_write_nothing(tiny_parent: Path, calibration: Path, tmp_
     with pytest.raises(ArtifactError, match="is empty"):
         rank(tiny_parent, empty, tmp_path / "b")
     assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
+
+
+@pytest.mark.parametrize("criterion", ["removal_difference", "ranked_choice", "reap", "frequency"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.router.bias", "model.layers.1.self_attn.sinks", "model.embed_tokens.weight"]
+)
+def test_a_weight_that_is_not_finite_stops_ranking_by_its_name(
+    criterion: str, name: str, tiny_parent: Path, calibration: Path, tmp_path: Path
+) -> None:
+    parent = damaged_copy(tiny_parent, tmp_path / "parent", name, float("nan"))
+    with pytest.raises(ArtifactError, match=f"{name} has numbers that are not finite"):
+        rank(parent, calibration, tmp_path / "out", criterion=criterion)
+    assert not (tmp_path / "out" / "ranking.json").exists()
+
+
+def test_states_that_overflow_stop_ranking_with_the_layer(tiny_parent: Path, calibration: Path, tmp_path: Path) -> None:
+    """Every weight is finite; the router's product with them is not."""
+    parent = damaged_copy(tiny_parent, tmp_path / "parent", "model.layers.2.mlp.router.weight", 3e38)
+    with pytest.raises(StageError, match="layer 2: the router's logits are not finite"):
+        rank(parent, calibration, tmp_path / "out")

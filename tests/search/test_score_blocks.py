@@ -14,6 +14,7 @@ from moesaic.search.rank_experts.stage import RankExpertsConfig
 from moesaic.search.score_blocks import run as score_blocks
 from moesaic.search.score_blocks import scoring
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
+from tests.damaged_checkpoints import damaged_copy
 
 SPACE = {"expert_counts": [4, 6], "windows": [4, 16]}
 WORDS = [f"w{index}" for index in range(40)]
@@ -167,3 +168,16 @@ def test_refuses_foreign_rankings_and_empty_sets(inputs: dict[str, Path], tmp_pa
     empty.write_text("\n")
     with pytest.raises(ArtifactError, match="is empty"):
         score({**inputs, "calibration_long": empty}, tmp_path / "c")
+
+
+def test_a_weight_that_is_not_finite_stops_scoring_by_its_name(inputs: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.experts.down_proj_bias"
+    parent = damaged_copy(inputs["parent"], tmp_path / "parent", name, float("inf"))
+    with pytest.raises(ArtifactError, match=f"{name} has numbers that are not finite"):
+        score({**inputs, "parent": parent}, tmp_path)
+
+
+def test_states_that_overflow_stop_scoring_with_the_layer(inputs: dict[str, Path], tmp_path: Path) -> None:
+    parent = damaged_copy(inputs["parent"], tmp_path / "parent", "model.layers.1.self_attn.o_proj.weight", 3e38)
+    with pytest.raises(StageError, match="layer 1: the parent's states are not finite"):
+        score({**inputs, "parent": parent}, tmp_path)

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from moesaic.core.errors import ConfigError
+from moesaic.core.json_text import read_text
 
 
 def read_config(given: str) -> str:
     """The JSON text of a config option."""
     if given.lstrip().startswith("{"):
         return given
-    if not Path(given).is_file():
-        raise ConfigError(f"config {given!r} is neither JSON nor a file that holds it; '{{}}' stands for the defaults")
-    return Path(given).read_text()
+    missing = f"config {given!r} is neither JSON nor a file that holds it; '{{}}' stands for the defaults"
+    return read_text(Path(given), missing)

@@ -22,6 +22,7 @@ from moesaic.command_line.store_commands import add_store_commands
 from moesaic.command_line.submit_commands import add_submit_commands
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.core.files import write_text_atomically
+from moesaic.core.json_text import read_text
 from moesaic.core.redaction import redact
 from moesaic.core.version import __version__
 from moesaic.data.sets import FILES, DataSets
@@ -190,11 +191,13 @@ def _check_inputs(parent: Path, data: Path) -> None:
 
 
 def _add_inputs(store: Address, parent: Path, data: Path) -> Any:
+    from moesaic.models.checkpoint import Checkpoint
     from moesaic.platform.ingest.stage import IngestConfig
     from moesaic.platform.store import Store
 
     contents = Store.at(store)
-    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest")
+    parts = Checkpoint.open(parent).parts
+    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest", only=parts)
     sets = {
         name: contents.add_file(file, "dataset", format="jsonl", producer="ingest").id
         for name, file in DataSets.at(data).by_name().items()
@@ -292,7 +295,7 @@ def _prompts(options: argparse.Namespace) -> None:
     conversion = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
     if not conversion.problems:
         raise ArtifactError(f"no row of {options.source} can be verified here: {conversion.left_out}")
-    before = options.output.read_text() if options.output.is_file() else ""
+    before = read_text(options.output) if options.output.is_file() else ""
     write_text_atomically(
         options.output, before + "".join(json.dumps(problem) + "\n" for problem in conversion.problems)
     )
@@ -322,6 +325,8 @@ def _inspect(options: argparse.Namespace) -> None:
     )
     sizes.add_row("KV cache", f"{', '.join(caches)}, of one request of {tokens:,} tokens")
     sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
+    if unused := checkpoint.unused:
+        sizes.add_row("not used", f"{len(unused)} tensors, the first is {unused[0]}; a child does not have them")
     console.print(sizes)
     layers = Table("layer", "experts", "window", box=None)
     for layer, block in enumerate(architecture.blocks):

@@ -139,7 +139,7 @@ class CostTable:
     def from_json(cls, text: str) -> "CostTable":
         """Read what :meth:`to_json` wrote."""
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_constant=_refuse)
             fixed = content["fixed"]
             runtimes = {name: Runtime(**runtime) for name, runtime in fixed["workloads"].items()}
             return cls(
@@ -152,6 +152,10 @@ class CostTable:
             )
         except (KeyError, TypeError, ValueError) as broken:
             raise ArtifactError(f"the cost table cannot be read ({broken!r}); run measure_costs again") from broken
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} cannot be summed")
 
 
 def _read_row(row: Mapping[str, Any]) -> tuple[Block, BlockCost]:

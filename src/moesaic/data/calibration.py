@@ -1,8 +1,9 @@
 """Calibration sets: conversations in, right-padded batches of tokens out, with the assistant's own tokens marked.
 
-A set is a JSON-lines file; a row is ``{"messages": [...], "effort": "low" | "medium" | "high"}``, and an assistant
-message may carry ``thinking``. Rows are rendered with the checkpoint's chat template. *Response tokens* are what the
-assistant generated: everything after the generation prompt (analysis, final answer, end token), not what it was given.
+A set is a JSON-lines file; a row is ``{"messages": [...], "effort": "low" | "medium" | "high"}``, and may have an
+``id`` and a ``task``; for messages see :mod:`moesaic.data.messages`. Rows are rendered with the checkpoint's chat
+template. *Response tokens* are what the assistant generated: everything after the generation prompt (analysis, final
+answer, end token), not what it was given.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from moesaic.core.errors import ArtifactError
 from moesaic.data.batches import Batch, TokenSequence, make_batches
 from moesaic.data.chat import PROMPT_DATE, load_tokenizer
-from moesaic.data.datasets import Row, read_rows
+from moesaic.data.datasets import Row, check_keys, read_rows
+from moesaic.data.messages import read_effort, read_message
+
+_KEYS = ("id", "task", "messages", "effort", "reasoning_effort")
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,16 @@ def _read_conversation(row: Row) -> Conversation:
     messages = row.values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ArtifactError(f"{row.place} has no conversation; a row needs messages, each with role and content")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ArtifactError(f"{row.place}: each message needs a text for role and for content, got {message!r}")
-    return Conversation(tuple(messages), row.values.get("effort"), row.place)
+    check_keys(row.values, _KEYS, row.place)
+    read = tuple(read_message(message, row.place) for message in messages)
+    return Conversation(read, read_effort(row.values, row.place), row.place)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: int) -> TokenSequence:
     """Render one conversation, mark its response tokens, cut it at ``max_tokens``."""
+    for key in ("thinking", "tool_calls"):
+        if any(message.get(key) for message in row.messages) and key not in str(tokenizer.chat_template):
+            raise ArtifactError(f"{row.place} has {key}, which the chat template never reads; use another template")
     text = _render(tokenizer, row, len(row.messages))
     spans = _response_spans(tokenizer, row, text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -16,11 +16,14 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     """Read ``tokenizer.json``; no code that comes with a checkpoint is run.
 
     Raises:
-        ArtifactError: if the checkpoint has no tokenizer, or the tokenizer no chat template.
+        ArtifactError: if the checkpoint has no tokenizer that can be read, or the tokenizer no chat template.
     """
     if not (model / "tokenizer.json").is_file():
         raise ArtifactError(f"{model} has no tokenizer.json; copy the tokenizer's files beside the weights")
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model)
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model)
+    except Exception as broken:  # of files that are damaged, which raises errors of many kinds
+        raise ArtifactError(f"the tokenizer of {model} cannot be read: {broken}; copy its files again") from broken
     if not tokenizer.chat_template:
         raise ArtifactError(f"{model} has no chat template; add its chat_template.jinja to the checkpoint")
     return tokenizer
@@ -29,13 +32,20 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
 def render_conversation(
     messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, effort: str
 ) -> list[int]:
-    """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins."""
-    ids = tokenizer.apply_chat_template(
-        list(messages),
-        reasoning_effort=effort,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        strftime_now=PROMPT_DATE.strftime,
-    )
+    """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins.
+
+    Raises:
+        ArtifactError: if the template refuses them.
+    """
+    try:
+        ids = tokenizer.apply_chat_template(
+            list(messages),
+            reasoning_effort=effort,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            strftime_now=PROMPT_DATE.strftime,
+        )
+    except Exception as refused:  # the template is the user's program and may raise anything
+        raise ArtifactError(f"the chat template refuses {messages!r:.200}: {refused}") from refused
     return [int(token) for token in ids]

@@ -1,12 +1,13 @@
 """Data sets: JSON lines, one object a row. A data set is such a file, or a directory that holds exactly one."""
 
-import json
-from collections.abc import Mapping
+from codecs import BOM_UTF8
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import foreign_kind, parse_json
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,36 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a data set; blank lines do not count.
+    """All rows of a data set; a row ends at a line feed and nowhere else, blank lines do not count.
 
     Raises:
-        ArtifactError: if it is missing, ambiguous, empty, or a line is not a JSON object; the message names the line.
+        ArtifactError: if it is missing, ambiguous, empty, in another format, or a line is not a JSON object; the
+            message names the line.
     """
-    file = _find_file(path)
-    lines = file.read_text(encoding="utf-8").splitlines()
-    rows = [_read_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    try:
+        file = _find_file(path)
+        content = file.read_bytes()
+    except OSError as unreadable:
+        raise ArtifactError(f"{unreadable.filename} cannot be read: {unreadable.strerror}") from unreadable
+    if kind := foreign_kind(content):
+        raise ArtifactError(f"{file} is {kind}; a data set is JSON lines in UTF-8: one JSON object on each line")
+    lines = enumerate(content.removeprefix(BOM_UTF8).split(b"\n"), 1)
+    rows = [_read_row(line, f"{file}, line {number}") for number, line in lines if line.strip(b" \t\r")]
     if not rows:
         raise ArtifactError(f"{file} is empty; a data set needs at least one JSON object, each on a line of its own")
     return rows
+
+
+def check_keys(values: Mapping[str, Any], understood: Collection[str], place: str) -> None:
+    """Refuse what would be dropped: keys that nothing reads, unless they are null.
+
+    Raises:
+        ArtifactError: that names the first.
+    """
+    for key, value in values.items():
+        if key not in understood and value is not None:
+            allowed = ", ".join(sorted(understood))
+            raise ArtifactError(f"{place}: nothing reads the key {key!r}; allowed are {allowed}; rename or remove it")
 
 
 def _find_file(path: Path) -> Path:
@@ -41,11 +61,8 @@ def _find_file(path: Path) -> Path:
     return files[0]
 
 
-def _read_row(line: str, place: str) -> Row:
-    try:
-        values = json.loads(line)
-    except ValueError as broken:
-        raise ArtifactError(f"{place} is not valid JSON: {broken}") from broken
+def _read_row(line: bytes, place: str) -> Row:
+    values = parse_json(line, place)
     if not isinstance(values, dict):
         raise ArtifactError(f"{place} must be a JSON object, found {type(values).__name__}")
     return Row(values, place)

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.data.chat import render_conversation
-from moesaic.data.datasets import Row, read_rows
+from moesaic.data.datasets import Row, check_keys, read_rows
+from moesaic.data.messages import read_message
 from moesaic.data.verifiers import get_verifier, split_reply
 
 _TEXT_KEYS = ("id", "task", "answer", "verifier")
@@ -96,16 +96,16 @@ def _parse_problem(row: Row) -> Problem:
     for key in _TEXT_KEYS:
         if not isinstance(entry.get(key), str):
             raise ArtifactError(f"{row.place}: {key!r} must be text, found {entry.get(key)!r}")
+    check_keys(entry, (*_TEXT_KEYS, "prompt"), row.place)
     prompt = entry.get("prompt")
-    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+    if not isinstance(prompt, list) or not prompt:
         raise ArtifactError(f"{row.place}: 'prompt' must be a list of {{'role', 'content'}} objects, found {prompt!r}")
+    asked = [read_message(message, f"{row.place}: 'prompt'") for message in prompt]
+    for message in asked:
+        check_keys(message, ("role", "content"), f"{row.place}: a message to be answered")
     try:
         get_verifier(entry["verifier"])
     except ConfigError as unknown:
         raise ArtifactError(f"{row.place}: {unknown}") from unknown
-    messages = tuple(Message(message["role"], message["content"]) for message in prompt)
+    messages = tuple(Message(message["role"], message["content"]) for message in asked)
     return Problem(entry["id"], entry["task"], messages, entry["answer"], entry["verifier"])
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -4,7 +4,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moesaic.core.errors import ArtifactError
-from moesaic.data.datasets import read_rows
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,28 @@ class DataSets:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def check(self) -> None:
-        """Read every row.
+        """Read every row as what it is for.
 
         Raises:
-            ArtifactError: if a file is missing, or is not JSON lines.
+            ArtifactError: if a file is missing, not JSON lines, or a row is not of its set.
         """
-        for path in self.by_name().values():
+        for name, path in self.by_name().items():
             if not path.is_file():
                 names = ", ".join(FILES.values())
                 raise ArtifactError(f"{path.parent} holds no {path.name}; a data directory holds {names}")
-            read_rows(path)
+            count_rows(name, path)
+
+
+def count_rows(name: str, path: Path) -> int:
+    """Read every row of the set of this name, and count them.
+
+    Raises:
+        ArtifactError: for a row that is not of that set.
+    """
+    from moesaic.data.calibration import read_conversations  # these load transformers, which the names above do not
+    from moesaic.data.problems import read_problems
+
+    return len(read_conversations(path) if name.startswith("calibration") else read_problems(path))
 
 
 FILES = {

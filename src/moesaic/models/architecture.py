@@ -41,9 +41,12 @@ class Block:
     def from_config(cls, entry: Mapping[str, Any]) -> "Block":
         """Read one entry of ``block_configs``."""
         try:
-            return cls(num_experts=entry["num_local_experts"], window=entry["sliding_window"])
-        except KeyError as missing:
-            raise ArtifactError(f"block_configs entry {dict(entry)} has no key {missing}") from missing
+            experts, window = entry["num_local_experts"], entry["sliding_window"]
+        except (KeyError, TypeError) as missing:
+            raise ArtifactError(f"block_configs entry {entry} has no key {missing}") from missing
+        if type(experts) is not int or type(window) not in (int, type(None)):
+            raise ArtifactError(f"block_configs entry {entry} must have whole numbers, or null for a full window")
+        return cls(experts, window)
 
     def narrows(self, other: "Block") -> bool:
         """Whether this block can be cut out of ``other``: no more experts, no longer view."""

@@ -11,32 +11,33 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.core.errors import ArtifactError, StageError
+from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.json_text import parse_json
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture
-from moesaic.models.safetensors_files import StoredTensor, num_data_bytes, read_header, write_shard
+from moesaic.models.checkpoint_layout import EXPONENTS, INDEX, check_tensors, companions, is_packed, locate_tensors
+from moesaic.models.resolved_config import CONFIG, read_config_file
+from moesaic.models.safetensors_files import StoredTensor, num_data_bytes, write_shard
 
 Stored = TypeVar("Stored", Tensor, StoredTensor)
 """A tensor, in memory or still in its file."""
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 RECOVERY = "recovery.json"
 """The file in a checkpoint that lists what was done to it since it was pruned."""
 CURVE = "training.jsonl"
 """The file beside trained weights with their training curve, a line per step."""
 _OF_ONE_STAGE = ("record.json", CURVE)
 """Files beside weights that say how these very weights came about; a rewritten checkpoint has its own."""
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -45,45 +46,83 @@ class Checkpoint:
 
     directory: Path
     config: Mapping[str, Any]
+    """As the model's own class resolves it (:mod:`moesaic.models.resolved_config`)."""
     shape: gpt_oss.ModelShape
     architecture: Architecture
     packed: bool
-    files: Mapping[str, Path]
-    """For every tensor name the shard that holds it."""
+    tensors: Mapping[str, StoredTensor]
+    """Where every tensor lies, those that nothing uses included."""
 
     @classmethod
     def open(cls, directory: Path) -> "Checkpoint":
-        """Open and check a checkpoint by its headers; no weight is read.
+        """Decide what a checkpoint is, by its config and its headers; no weight is read.
 
         Raises:
-            ArtifactError: if something is missing, truncated, of another shape than the config says, or pickled.
+            ArtifactError: if something is missing, truncated, pickled, or contradicts something else.
         """
-        config = _read_json(directory / CONFIG)
-        shape, architecture = gpt_oss.read_config(config)
-        files = _locate_tensors(directory)
-        packed = any(name.endswith("_blocks") for name in files)
-        checkpoint = cls(directory, config, shape, architecture, packed, files)
-        checkpoint._check_headers()
-        return checkpoint
+        try:
+            config = read_config_file(directory)
+            shape, architecture = gpt_oss.read_config(config)
+            tensors = locate_tensors(directory)
+        except OSError as unreadable:
+            raise ArtifactError(f"{unreadable.filename} cannot be read: {unreadable.strerror}") from unreadable
+        except ConfigError as wrong:
+            raise ArtifactError(f"{directory / CONFIG}: {wrong}") from wrong
+        try:
+            packed = is_packed(config, tensors)
+            check_tensors(config, gpt_oss.tensor_specs(shape, architecture, packed), tensors)
+        except ArtifactError as wrong:
+            raise ArtifactError(f"{directory}: {wrong}") from wrong
+        return cls(directory, config, shape, architecture, packed, tensors)
 
     @property
     def num_layers(self) -> int:
         """How many layers the model has."""
         return self.architecture.num_layers
 
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """For every tensor name the shard that holds it."""
+        return {name: tensor.file for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def unused(self) -> list[str]:
+        """Tensors that neither the model nor its KV cache uses; a child does not have them."""
+        used = {*gpt_oss.tensor_specs(self.shape, self.architecture, self.packed), *self.kv_scales}
+        return sorted(set(self.tensors) - used)
+
+    @cached_property
+    def kv_scales(self) -> list[str]:
+        """The scales of an FP8 KV cache that it brings along."""
+        return [name for name in gpt_oss.kv_scale_names(self.num_layers) if name in self.tensors]
+
+    @property
+    def parts(self) -> list[Path]:
+        """The files that it is made of."""
+        index = self.directory / INDEX
+        return [*sorted(set(self.files.values())), *([index] if index.exists() else []), *companions(self.directory)]
+
+    def check_prunable(self) -> None:
+        """Raise an ArtifactError if it brings what no child can have: scales of a KV cache that is not the child's."""
+        if self.kv_scales:
+            raise ArtifactError(
+                f"{self.directory} has {self.kv_scales[0]} of a calibrated KV cache, which do not hold for a child; "
+                "give the checkpoint without them, and calibrate the child"
+            )
+
     def tensor(self, name: str) -> Tensor:
-        """One tensor as it is on disk."""
+        """One tensor as it is on disk; exponents as bytes, whatever their type is called."""
         tensor: Tensor = self._handles[self.files[name]].get_tensor(name)
-        return tensor
+        return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
 
     def stored(self, name: str) -> StoredTensor:
         """Where one tensor lies; nothing of it is read, and nothing stays mapped."""
-        return self._headers[self.files[name]][name]
+        stored = self.tensors[name]
+        return replace(stored, dtype="U8") if stored.dtype == EXPONENTS else stored
 
     def shape_of(self, name: str) -> list[int]:
         """The shape of one tensor, from its header."""
-        shape: list[int] = self._handles[self.files[name]].get_slice(name).get_shape()
-        return shape
+        return list(self.tensors[name].shape)
 
     def layer_names(self, layer: int) -> list[str]:
         """The names of one layer's tensors, in the order of the layout table."""
@@ -92,63 +131,6 @@ class Checkpoint:
     @cached_property
     def _handles(self) -> dict[Path, Any]:
         return {path: safe_open(path, framework="pt") for path in set(self.files.values())}
-
-    @cached_property
-    def _headers(self) -> dict[Path, dict[str, StoredTensor]]:
-        return {path: read_header(path) for path in set(self.files.values())}
-
-    def _check_headers(self) -> None:
-        expected = gpt_oss.tensor_specs(self.shape, self.architecture, self.packed)
-        missing = sorted(set(expected) - set(self.files))
-        if missing:
-            raise ArtifactError(f"{self.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
-        for name, spec in expected.items():
-            shape = tuple(self.shape_of(name))
-            if shape != spec.shape:
-                raise ArtifactError(
-                    f"{self.files[name].name}: {name} has shape {shape}, "
-                    f"the config asks for {spec.shape}; config and weights are not of the same model"
-                )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist; a model is a directory with {CONFIG} and safetensors files")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as broken:
-        raise ArtifactError(f"{path} is not valid JSON: {broken}") from broken
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _locate_tensors(directory: Path) -> dict[str, Path]:
-    if (directory / INDEX).is_file():
-        listed = _read_json(directory / INDEX)["weight_map"]
-        files = sorted(set(listed.values()))
-        shards = [directory / file for file in files]
-        if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
-            raise ArtifactError(f"{directory / INDEX} lists {outside[0]}, which is outside of the model's directory")
-    else:
-        listed, shards = None, sorted(directory.glob("*.safetensors"))
-    if not shards:
-        pickles = [path.name for pattern in _PICKLES for path in directory.glob(pattern)]
-        hint = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
-        raise ArtifactError(f"{directory} holds no safetensors files{hint}")
-    located = {name: path for path in shards for name in _tensor_names(path)}
-    absent = sorted(set(listed or ()) - set(located))
-    if absent:
-        raise ArtifactError(f"{directory / INDEX} lists {absent[0]}, which its shard does not hold")
-    return located
-
-
-def _tensor_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            return list(shard.keys())
-    except (SafetensorError, OSError) as broken:
-        raise ArtifactError(f"{path} cannot be read as safetensors ({broken}); copy or download it again") from broken
 
 
 def write_checkpoint(
@@ -205,14 +187,18 @@ def rewrite_checkpoint(
     """
     _check_replaced(source, replaced)
     with appearing(output) as partial:
-        stale = gpt_oss.kv_scale_names(source.num_layers) if replaced or added else ()
-        weight_map = {name: path.name for name, path in source.files.items() if name not in stale}
+        stale = source.kv_scales if replaced or added else ()
+        places = _flat_names(source)
+        weight_map = {name: places[path] for name, path in source.files.items() if name not in stale}
+        renamed = {name for name, tensor in source.tensors.items() if tensor.dtype == EXPONENTS}
+        changed = {*replaced, *renamed, *stale}
         _copy_companions(source, partial, extra)
-        for file in sorted(set(weight_map.values())):
-            names = [name for name, holder in weight_map.items() if holder == file]
-            if replaced.keys().isdisjoint(names):
-                _link_or_copy(source.directory / file, partial / file)
-            else:
+        for path, file in sorted(places.items()):
+            held = [name for name, holder in source.files.items() if holder == path]
+            names = [name for name in held if name in weight_map]
+            if changed.isdisjoint(held):
+                _link_or_copy(path, partial / file)
+            elif names:
                 tensors = {name: source.tensor(name) for name in names}
                 _save_shard(
                     partial / file, {n: replaced[n].to(t.dtype) if n in replaced else t for n, t in tensors.items()}
@@ -228,7 +214,7 @@ def rewrite_checkpoint(
 def read_recovery(directory: Path) -> list[dict[str, Any]]:
     """What was done to a checkpoint since it was pruned, first step first."""
     path = directory / RECOVERY
-    steps: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    steps: list[dict[str, Any]] = parse_json(path.read_bytes(), path) if path.is_file() else []
     return steps
 
 
@@ -244,10 +230,17 @@ def _check_replaced(source: Checkpoint, replaced: Mapping[str, Tensor]) -> None:
 
 
 def _copy_companions(source: Checkpoint, partial: Path, extra: Iterable[Path]) -> None:
-    own = {path.name for path in source.files.values()} | {INDEX, CONFIG, RECOVERY, *_OF_ONE_STAGE}
-    companions = [path for path in sorted(source.directory.iterdir()) if path.is_file() and path.name not in own]
-    for path in (*companions, *extra):
+    own = {CONFIG, RECOVERY, *_OF_ONE_STAGE}
+    for path in (*(path for path in companions(source.directory) if path.name not in own), *extra):
         shutil.copyfile(path, partial / path.name)
+
+
+def _flat_names(source: Checkpoint) -> dict[Path, str]:
+    """What each shard is called in a copy, where none lies in a sub-folder: engines look for them beside the config."""
+    places = {path: "-".join(path.relative_to(source.directory).parts) for path in set(source.files.values())}
+    if len(set(places.values())) < len(places):
+        raise ArtifactError(f"{source.directory}: shards in sub-folders would have one name, once copied; rename one")
+    return places
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

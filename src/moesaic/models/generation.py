@@ -17,16 +17,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from moesaic.core.errors import ConfigError
+from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.json_text import read_json_object
+from moesaic.models.checkpoint import Checkpoint
 
 PREFILL_TOKENS = 4096
 """Padded prompt tokens that go through the model at once."""
 COMPACT_BELOW = 0.75
 """Finished rows are dropped when at most this share of the batch is still generating."""
 _SPARE_TOKENS = 64
+_GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,35 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
 
 def read_stop_ids(directory: Path) -> frozenset[int]:
     """The tokens that end a reply, read from a checkpoint's files without loading the model."""
-    paths = (directory / name for name in ("generation_config.json", "config.json"))
-    named = (json.loads(path.read_text()).get("eos_token_id") for path in paths if path.is_file())
+    checkpoint = Checkpoint.open(directory)
+    named = (read_generation_config(checkpoint).eos_token_id, checkpoint.config["eos_token_id"])
     return _first_named(named, directory)
+
+
+def read_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """How a checkpoint says that replies are made: its ``generation_config.json``, or what its config says of it.
+
+    Raises:
+        ArtifactError: if transformers refuses it, or an id is not of the vocabulary.
+    """
+    path, ids = checkpoint.directory / _GENERATION_CONFIG, ("eos_token_id", "bos_token_id", "pad_token_id")
+    given = read_json_object(path) if path.is_file() else {key: checkpoint.config[key] for key in ids}
+    for key in ids:
+        value = given.get(key)
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(token) is not int or not 0 <= token < checkpoint.shape.vocab_size:
+                raise ArtifactError(
+                    f"{path}: {key} is {token!r}; the vocabulary has ids 0 to {checkpoint.shape.vocab_size - 1}"
+                )
+    try:
+        return GenerationConfig.from_dict(given)
+    except Exception as refused:  # transformers checks values by errors of many kinds
+        raise ArtifactError(f"{path}: transformers does not take it: {refused}") from refused
 
 
 def _first_named(candidates: Iterable[int | Sequence[int] | None], model: object) -> frozenset[int]:
     for named in candidates:
-        if named is not None:
+        if named is not None and named != []:
             return frozenset([named] if isinstance(named, int) else named)
     raise ConfigError(
         f"neither generation_config.json nor config.json of {model} names an eos_token_id: no reply would end; set it "

@@ -24,6 +24,7 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 PACKED_PROJECTIONS = ("gate_up_proj", "down_proj")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -74,31 +75,22 @@ GPT_OSS_PUZZLE_88B_BLOCKS = Architecture.of(
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[ModelShape, Architecture]:
-    """Sizes and layout out of a ``config.json`` of type ``gpt_oss`` or ``gpt_oss_puzzle``.
+    """Sizes and layout out of a resolved config (:mod:`moesaic.models.resolved_config`).
 
     Raises:
-        ArtifactError: for another model type, a missing key or a layer list of the wrong length.
+        ArtifactError: for a block that the family cannot have.
     """
-    kind = config.get("model_type")
-    if kind not in (PARENT_TYPE, CHILD_TYPE):
-        raise ArtifactError(f"model_type is {kind!r}; Moesaic reads {PARENT_TYPE!r} and {CHILD_TYPE!r} checkpoints")
-    try:
-        shape = ModelShape(
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            vocab_size=config["vocab_size"],
-            experts_per_token=config["num_experts_per_tok"],
-            max_positions=config["max_position_embeddings"],
-        )
-        blocks = _read_blocks(config)
-        num_layers = config["num_hidden_layers"]
-    except KeyError as missing:
-        raise ArtifactError(f"config.json has no key {missing}") from missing
-    if blocks.num_layers != num_layers:
-        raise ArtifactError(f"config.json says {num_layers} layers but lists {blocks.num_layers} blocks")
+    shape = ModelShape(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        vocab_size=config["vocab_size"],
+        experts_per_token=config["num_experts_per_tok"],
+        max_positions=config["max_position_embeddings"],
+    )
+    blocks = _read_blocks(config)
     for layer, block in enumerate(blocks.blocks):
         if block.num_experts < shape.experts_per_token:
             raise ArtifactError(
@@ -110,42 +102,33 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelShape, Architecture]:
 def _read_blocks(config: Mapping[str, Any]) -> Architecture:
     if config["model_type"] == CHILD_TYPE:
         return Architecture.of(Block.from_config(entry) for entry in config["block_configs"])
-    kinds = config.get("layer_types") or [
-        "full_attention" if layer % 2 else "sliding_attention" for layer in range(config["num_hidden_layers"])
-    ]
-    window = config["sliding_window"]
+    window, sliding = config["sliding_window"], "sliding_attention"
+    if window is None and sliding in config["layer_types"]:
+        raise ArtifactError(f"layer_types has {sliding}, but sliding_window is null; it must be at least 2 tokens")
     return Architecture.of(
-        Block(config["num_local_experts"], window if kind == "sliding_attention" else None) for kind in kinds
+        Block(config["num_local_experts"], window if kind == sliding else None) for kind in config["layer_types"]
     )
 
 
 def child_config(parent: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The ``config.json`` of a child: the parent's, with ``block_configs`` and the class that reads them.
+    """The ``config.json`` of a child: its parent's resolved one, with ``block_configs`` and the class that reads them.
 
-    RoPE is written in both spellings: engines of transformers 4's age read ``rope_theta`` and ``rope_scaling`` only and
-    fall back to wrong defaults without a word.
+    RoPE stands there in both spellings: engines of transformers 4's age read ``rope_theta`` and ``rope_scaling`` only
+    and fall back to wrong defaults without a word.
     """
-    config = dict(parent)
-    rope = dict(config.get("rope_parameters") or {})
-    rope.update(config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta"))
     kinds = ["full_attention" if block.window is None else "sliding_attention" for block in architecture.blocks]
-    config.update(
-        model_type=CHILD_TYPE,
-        architectures=[CHILD_CLASS],
-        auto_map={
+    return dict(parent) | {
+        "model_type": CHILD_TYPE,
+        "architectures": [CHILD_CLASS],
+        "auto_map": {
             "AutoConfig": "configuration_gpt_oss_puzzle.GptOssPuzzleConfig",
             "AutoModelForCausalLM": f"modeling_gpt_oss_puzzle.{CHILD_CLASS}",
         },
-        block_configs=[block.as_config() for block in architecture.blocks],
-        layer_types=kinds,
-        num_hidden_layers=architecture.num_layers,
-        num_local_experts=max(block.num_experts for block in architecture.blocks),
-        rope_theta=theta,
-        rope_scaling=rope,
-        rope_parameters={**rope, "rope_theta": theta},
-    )
-    return config
+        "block_configs": [block.as_config() for block in architecture.blocks],
+        "layer_types": kinds,
+        "num_hidden_layers": architecture.num_layers,
+        "num_local_experts": max(block.num_experts for block in architecture.blocks),
+    }
 
 
 def layer_prefix(layer: int) -> str:

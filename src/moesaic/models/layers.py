@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssExperts
 
+from moesaic.core.errors import StageError
 from moesaic.models import gpt_oss
 
 Rotary = tuple[Float[Tensor, "1 position half"], Float[Tensor, "1 position half"]]
@@ -62,6 +63,21 @@ class Routing:
     def mixture(self) -> Float[Tensor, "token hidden"]:
         """The output of the layer's mixture of experts."""
         return torch.einsum("ts,tsh->th", self.weights(), self.outputs[:, : self.top_k])
+
+
+def check_finite(layer: int, what: str, states: Tensor) -> Tensor:
+    """The states, all of which are finite.
+
+    Raises:
+        StageError: otherwise; it names the layer.
+    """
+    low, high = states.aminmax()
+    if not bool(low.isfinite() & high.isfinite()):
+        raise StageError(
+            f"layer {layer}: {what} are not finite, so nothing can be sorted or summed by them; "
+            "use precision float32, or another checkpoint"
+        )
+    return states
 
 
 def attend(

@@ -11,6 +11,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
+from moesaic.core.errors import ArtifactError
 from moesaic.models import attention, gpt_oss, mxfp4
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
@@ -62,18 +63,57 @@ def build_block(
     config._experts_implementation = "eager" if torch.device(device).type == "cpu" else "grouped_mm"
     with torch.device("meta"):
         block = GptOssDecoderLayer(config, layer_idx=0)
+    block.load_state_dict(unpacked_layer(layer, stored, dtype, device), assign=True)
+    return block.eval().requires_grad_(False)
+
+
+def unpacked_layer(
+    layer: int, stored: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """A layer's tensors as transformers' own layer names and holds them; ``stored`` is emptied on the way.
+
+    Raises:
+        ArtifactError: if one has a number that is not finite.
+    """
     state = {}
     for name in sorted(stored):
         short = name.removeprefix(gpt_oss.layer_prefix(layer))
         if short.endswith("_blocks"):
-            packed, scales = stored.pop(name), stored.pop(f"{name.removesuffix('_blocks')}_scales")
-            rows = mxfp4.dequantize(packed.to(device), scales.to(device), dtype)
+            scales_name = f"{name.removesuffix('_blocks')}_scales"
+            packed, scales = stored.pop(name), check_finite(scales_name, stored.pop(scales_name).to(device))
+            rows = mxfp4.dequantize(packed.to(device), scales, dtype)
             state[short.removesuffix("_blocks")] = rows.transpose(-1, -2)  # in memory the columns are outputs
         elif name in stored:
             kept = torch.float32 if "layernorm" in short else dtype
-            state[short] = stored.pop(name).to(device, kept)
-    block.load_state_dict(state, assign=True)
-    return block.eval().requires_grad_(False)
+            state[short] = check_finite(name, stored.pop(name).to(device)).to(kept)
+    return state
+
+
+def check_finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, of which every number is finite; of scales of MXFP4, everything that they are multiplied with.
+
+    Raises:
+        ArtifactError: that names it otherwise; its name says the layer.
+    """
+    if tensor.dtype == torch.uint8:
+        finite = not name.endswith("_scales") or int(tensor.max()) <= mxfp4.LARGEST_SCALE
+    else:
+        low, high = tensor.aminmax()
+        finite = bool(low.isfinite() & high.isfinite())
+    if not finite:
+        raise ArtifactError(f"{name} has numbers that are not finite; the weights are damaged: download them again")
+    return tensor
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Read all of a checkpoint's numbers that could fail to be finite.
+
+    Raises:
+        ArtifactError: that names the first tensor with one that is not.
+    """
+    for name in gpt_oss.tensor_specs(checkpoint.shape, checkpoint.architecture, checkpoint.packed):
+        if not name.endswith("_blocks"):
+            check_finite(name, checkpoint.stored(name).read())
 
 
 def embed(checkpoint: Checkpoint, token_ids: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -85,7 +125,7 @@ def embed_each(
     checkpoint: Checkpoint, token_ids: Iterable[Tensor], dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
     """Yield the states in which each batch of token ids enters the first layer, one batch at a time."""
-    table = checkpoint.tensor(gpt_oss.EMBEDDING)
+    table = check_finite(gpt_oss.EMBEDDING, checkpoint.tensor(gpt_oss.EMBEDDING))
     for batch in token_ids:
         yield table[batch].to(dtype)
 
@@ -94,8 +134,10 @@ def load_head(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device
     """The final norm, in float32, and the output head."""
     epsilon = layer_config(checkpoint, checkpoint.architecture.blocks[0]).rms_norm_eps
     norm = GptOssRMSNorm(checkpoint.shape.hidden_size, eps=epsilon)
-    norm.load_state_dict({"weight": checkpoint.tensor(gpt_oss.FINAL_NORM).float()}, assign=True)
-    return Head(norm.to(device).requires_grad_(False), checkpoint.tensor(gpt_oss.HEAD).to(device, dtype))
+    scale = check_finite(gpt_oss.FINAL_NORM, checkpoint.tensor(gpt_oss.FINAL_NORM)).float()
+    norm.load_state_dict({"weight": scale}, assign=True)
+    weight = check_finite(gpt_oss.HEAD, checkpoint.tensor(gpt_oss.HEAD)).to(device, dtype)
+    return Head(norm.to(device).requires_grad_(False), weight)
 
 
 def rotary(

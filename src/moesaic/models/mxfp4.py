@@ -22,6 +22,8 @@ from torch import Tensor
 BLOCK = 32
 """Values that share one scale."""
 
+LARGEST_SCALE = 252
+"""With a larger one the largest code is beyond float32; 255 is the format's NaN."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
 _MANTISSA_BITS = 23

@@ -6,6 +6,7 @@ some of its rows is a few ranges of the file, which are copied as they are: none
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import foreign_kind, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -30,7 +32,16 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-"""By the names of the format, in the order in which its library stores them."""
+"""What Moesaic reads, by the names of the format, in the order in which its library stores them."""
+_BITS = {
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F32", "U32", "I32"), 32),
+    **dict.fromkeys(("BF16", "F16", "U16", "I16"), 16),
+    **dict.fromkeys(("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Of one value of every type that the format has."""
 _LENGTH = struct.Struct("<Q")
 _FIRST_READ_BYTES = 64 * 2**10
 """Read at once: enough for the header of most files."""
@@ -73,6 +84,8 @@ class StoredTensor:
 
     def read(self, into: Tensor | None = None) -> Tensor:
         """Its values: in memory of their own, or in ``into``, as many bytes of uint8."""
+        if self.dtype not in _DTYPES:
+            raise ArtifactError(f"{self.file}: a tensor of type {self.dtype}; allowed are {', '.join(_DTYPES)}")
         room = torch.empty(self.num_bytes, dtype=torch.uint8) if into is None else into
         left = room.numpy().data
         with self.file.open("rb", buffering=0) as file:
@@ -90,7 +103,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a safetensors file.
 
     Raises:
-        ArtifactError: if it is none, or for a tensor of a dtype that Moesaic does not read.
+        ArtifactError: if it is none, or ends before or after its header says.
     """
     with path.open("rb") as file:
 
@@ -113,6 +126,8 @@ def find_tensors(read: Callable[[int, int], bytes], size_bytes: int, path: Path)
         ArtifactError: as :func:`read_header`.
     """
     first = read(0, min(_FIRST_READ_BYTES, size_bytes))
+    if kind := foreign_kind(first):
+        raise ArtifactError(f"{path} is not a safetensors file: it is {kind}")
     length = _LENGTH.unpack_from(first)[0] if len(first) >= _LENGTH.size else size_bytes
     data = _LENGTH.size + length
     if data > size_bytes or length > _LONGEST_HEADER_BYTES:
@@ -120,20 +135,35 @@ def find_tensors(read: Callable[[int, int], bytes], size_bytes: int, path: Path)
     text = first[_LENGTH.size : data]
     text += read(len(first), data - len(first)) if data > len(first) else b""
     try:
-        header: dict[str, Any] = json.loads(text)
+        header: dict[str, Any] = parse_json(text, "the header")
         header.pop("__metadata__", None)
-        return {name: _stored(path, name, entry, data) for name, entry in header.items()}
-    except ArtifactError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as broken:
-        raise ArtifactError(f"{path} is not a safetensors file: its header is broken") from broken
+        tensors = {name: _stored(path, entry, data) for name, entry in header.items()}
+    except (ArtifactError, AttributeError, KeyError, TypeError, ValueError) as broken:
+        raise ArtifactError(f"{path} is not a safetensors file: its header is broken ({broken})") from broken
+    _check_ranges(path, tensors, data, size_bytes)
+    return tensors
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
-    if entry["dtype"] not in _DTYPES:
-        raise ArtifactError(f"{path}: {name} is of type {entry['dtype']}; allowed are {', '.join(_DTYPES)}")
-    start, end = entry["data_offsets"]
-    return StoredTensor(path, entry["dtype"], tuple(entry["shape"]), ((data + start, end - start),))
+def _stored(path: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    (start, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ValueError(f"{entry} does not give its place in numbers of bytes")
+    if dtype in _BITS and (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"{entry} has not the bytes of its shape")
+    return StoredTensor(path, str(dtype), shape, ((data + start, end - start),))
+
+
+def _check_ranges(path: Path, tensors: Mapping[str, StoredTensor], data: int, size_bytes: int) -> None:
+    """Tensors follow one another without a gap, from the header to the end of the file."""
+    end = data
+    for start, count in sorted(run for tensor in tensors.values() for run in tensor.runs):
+        if start != end:
+            raise ArtifactError(f"{path} is not a safetensors file: its header is broken (tensors overlap or gape)")
+        end = start + count
+    if end > size_bytes:
+        raise _cut_short(path)
+    if end < size_bytes:
+        raise ArtifactError(f"{path} goes on after its header says that it ends; copy or download it again")
 
 
 def write_shard(path: Path, tensors: Mapping[str, StoredTensor]) -> None:

@@ -1,28 +1,21 @@
 """Readers of stage outputs. Their errors name the file, and the stage whose output should be given or made again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from moesaic.core import json_text
 from moesaic.core.errors import ArtifactError
 from moesaic.models.architecture import Architecture
 
 
 def read_text(path: Path) -> str:
     """The text of a stage's output file; an ArtifactError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as missing:
-        raise ArtifactError(f"{path} cannot be read ({missing.strerror}); give its stage's output") from missing
+    return json_text.read_text(path, f"{path} does not exist; give its stage's output")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a stage's output file; an ArtifactError if it is missing or broken."""
-    try:
-        content: dict[str, Any] = json.loads(read_text(path))
-    except ValueError as broken:
-        raise ArtifactError(f"{path} is not valid JSON: {broken}") from broken
-    return content
+    return json_text.read_json_object(path, f"{path} does not exist; give its stage's output")
 
 
 def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
@@ -31,10 +24,14 @@ def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
     Raises:
         ArtifactError: if it is no ranking, or not one of all the parent's experts.
     """
+    content = json_text.read_json_object(
+        path, f"{path} is not a ranking: it does not exist; give the output of rank_experts"
+    )
     try:
-        orders = [layer["order"] for layer in json.loads(path.read_text())["layers"]]
-    except (OSError, ValueError, KeyError, TypeError) as broken:
+        orders = [list(layer["order"]) for layer in content["layers"]]
+        whole = [sorted(order) == list(range(len(order))) for order in orders]
+    except (KeyError, TypeError) as broken:
         raise ArtifactError(f"{path} is not a ranking ({broken!r}); give the output of rank_experts") from broken
-    if [sorted(order) for order in orders] != [list(range(block.num_experts)) for block in parent.blocks]:
+    if not all(whole) or [len(order) for order in orders] != [block.num_experts for block in parent.blocks]:
         raise ArtifactError(f"{path} is not of the parent given; run rank_experts on this parent")
     return orders

@@ -24,8 +24,9 @@ from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.progress import track
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.checkpoint import CONFIG, appearing, write_index
+from moesaic.models.checkpoint import appearing, write_index
 from moesaic.models.gpt_oss import MXFP4_BLOCK, ModelShape, TensorSpec
+from moesaic.models.resolved_config import CONFIG
 from moesaic.models.safetensors_files import header_of
 
 _PIECE = 2**22

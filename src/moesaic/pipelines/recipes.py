@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moesaic.core.errors import ConfigError
+from moesaic.core.json_text import read_text
 from moesaic.costs.workload import Workload
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
@@ -371,7 +372,7 @@ def find_recipe(name: str) -> Recipe:
         ConfigError: if there is none, naming those there are; for a file that is no recipe.
     """
     if Path(name).is_file():
-        return Recipe.parse(Path(name).read_text())
+        return Recipe.parse(read_text(Path(name)))
     if name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}, or give a file")
     return RECIPES[name]()

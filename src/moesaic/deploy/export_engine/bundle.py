@@ -6,7 +6,6 @@ vLLM they stay tensors of the checkpoint.
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.json_text import read_json_object
 from moesaic.core.version import __version__
 from moesaic.deploy.export_engine import tensorrt_llm, vllm
 from moesaic.deploy.export_engine.bundle_manifest import (
@@ -83,10 +83,8 @@ def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
         raise ConfigError(
             f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {child.shape.num_heads} heads"
         )
-    fixed = {"swiglu_limit": 7.0} | ({"rms_norm_eps": 1e-5} if config.target == "vllm" else {})
-    for key, value in fixed.items():
-        if (constant := child.config.get(key, value)) != value:
-            raise ArtifactError(f"{child.directory}: {key} is {constant}; {config.target} computes with {value} always")
+    if config.target == "vllm" and (epsilon := child.config["rms_norm_eps"]) != 1e-5:
+        raise ArtifactError(f"{child.directory}: rms_norm_eps is {epsilon}; vllm computes with 1e-05 always")
 
 
 def _powers_of_two(scales: Iterable[KvScales]) -> list[KvScales]:
@@ -145,7 +143,7 @@ def _describe(
         source=Source(
             digest=digest,
             steps=tuple(read_recovery(child.directory)),
-            pruning=json.loads(pruning.read_text()) if pruning.is_file() else None,
+            pruning=read_json_object(pruning) if pruning.is_file() else None,
         ),
     )
 

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import read_json_object, read_text
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 
@@ -131,14 +132,14 @@ def check(bundle: Path, manifest: BundleManifest, packed: bool) -> None:
     """
     for name in YAMLS:
         _check_yaml(bundle / name, manifest)
-    written = json.loads((bundle / QUANT_CONFIG).read_text())
+    written = read_json_object(bundle / QUANT_CONFIG)
     if written.get("quantization") != (expected := _quant_config(manifest, packed)["quantization"]):
         raise ArtifactError(f"{bundle / QUANT_CONFIG} says {written.get('quantization')}; it must say {expected}")
 
 
 def _check_yaml(path: Path, manifest: BundleManifest) -> None:
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(read_text(path))
     except yaml.YAMLError as broken:
         raise ArtifactError(f"{path} is not valid YAML: {broken}") from broken
     _check_keys(path, settings, _KEYS)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import read_json_object
 from moesaic.deploy.export_engine import tensorrt_llm, vllm
 from moesaic.deploy.export_engine.bundle import check_servable
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest, check_files
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.resolved_config import CONFIG
 
 _ROPE_KEYS = ("rope_theta", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 """What engines read."""
@@ -39,7 +41,7 @@ def validate(bundle: Path, child: Path | None = None) -> Iterator[str]:
     checkpoint = Checkpoint.open(bundle)
     _check_blocks(checkpoint, manifest)
     yield f"tensors of {checkpoint.num_layers} layers have the shapes of block_configs"
-    check_rope(checkpoint.config, bundle)
+    check_rope(read_json_object(bundle / CONFIG), bundle)
     yield "RoPE is spelt both ways, and the same"
     check_servable(checkpoint, manifest.config)
     _check_scales(checkpoint, manifest)
@@ -60,32 +62,24 @@ def _check_blocks(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
     listed = Architecture.of(Block(layer.num_local_experts, layer.sliding_window) for layer in manifest.layers)
     if listed != checkpoint.architecture:
         raise ArtifactError(f"{checkpoint.directory}: block_configs are not the layers of the manifest")
-    packed = "quantization_config" in checkpoint.config
-    if packed != checkpoint.packed:
-        raise ArtifactError(f"{checkpoint.directory}: quantization_config and the experts' format do not agree")
 
 
 def check_rope(config: Mapping[str, Any], where: object) -> None:
     """Check that RoPE stands in ``config.json`` in both spellings: engines read the one or the other.
 
     Raises:
-        ArtifactError: if one is missing or incomplete, or they differ.
+        ArtifactError: if one is missing or incomplete; that they do not differ, opening the checkpoint has shown.
     """
-    parameters, scaling = config.get("rope_parameters"), config.get("rope_scaling")
-    if not isinstance(parameters, dict) or not isinstance(scaling, dict) or "rope_theta" not in config:
+    scaling = config.get("rope_scaling")
+    if not config.get("rope_parameters") or not scaling or "rope_theta" not in config:
         raise ArtifactError(
             f"{where}: config.json must hold rope_parameters, rope_scaling and rope_theta; "
             "an engine that reads the missing one would take a default without a word"
         )
     old = {**scaling, "rope_theta": config["rope_theta"]}
-    if different := sorted(key for key in old.keys() | parameters if old.get(key) != parameters.get(key)):
-        key = different[0]
-        raise ArtifactError(
-            f"{where}: RoPE is spelt in two ways that differ: {key} is {parameters.get(key)} in rope_parameters, "
-            f"{old.get(key)} in the older keys"
-        )
-    if absent := [key for key in _ROPE_KEYS if key not in old]:
-        raise ArtifactError(f"{where}: RoPE has no {absent[0]}; engines read {', '.join(_ROPE_KEYS)}")
+    for key in _ROPE_KEYS:
+        if key not in old or key not in config["rope_parameters"]:
+            raise ArtifactError(f"{where}: RoPE has no {key}; engines read {', '.join(_ROPE_KEYS)}")
     if old["rope_type"] != "yarn":
         raise ArtifactError(f"{where}: rope_type is {old['rope_type']!r}; the engines' gpt-oss is always 'yarn'")
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.core.config import Effort
 from moesaic.core.files import write_text_atomically
+from moesaic.core.json_text import read_json_object
 from moesaic.core.progress import track
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Problem, first_of_each_task, read_problems, render_prompt
@@ -243,7 +244,7 @@ def _metrics(efforts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def _candidate(model: Path) -> str:
     """The name a pruned checkpoint carries in its ``pruning.json``."""
     record = model / PRUNING
-    return str(json.loads(record.read_text())["candidate"]) if record.is_file() else "parent"
+    return str(read_json_object(record).get("candidate")) if record.is_file() else "parent"
 
 
 def _write_samples(path: Path, samples: Iterable[Sample]) -> None:
@@ -251,4 +252,4 @@ def _write_samples(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def _read_samples(path: Path) -> list[Sample]:
-    return [Sample(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]

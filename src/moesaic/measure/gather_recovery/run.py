@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import parse_json
 from moesaic.measure.gather_recovery.stage import GatherRecoveryConfig
 from moesaic.models.checkpoint import CURVE
 from moesaic.models.stage_outputs import read_json, read_text
@@ -87,10 +88,8 @@ def _check(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def _read_curve(path: Path) -> list[dict[str, float]]:
-    try:
-        return [json.loads(line) for line in read_text(path).splitlines()]
-    except ValueError as broken:
-        raise ArtifactError(f"{path} is not a training curve: {broken}; give the output of distill") from broken
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [parse_json(line.encode(), f"{path}, line {number} of the curve") for number, line in lines if line]
 
 
 def _metrics(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, float]:

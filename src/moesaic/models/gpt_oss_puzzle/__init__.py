@@ -8,14 +8,18 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.utils import logging as transformers_logging
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from moesaic.models import attention
+from moesaic.models import attention, gpt_oss, loading
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.generation import read_generation_config
+from moesaic.models.resolved_config import as_class
 
 from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from .modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
+
+_OF_FILES = ("quantization_config", "auto_map")
+"""Keys that say how the weights and the classes lie in files."""
 
 
 def register() -> None:
@@ -25,22 +29,30 @@ def register() -> None:
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a parent or a child for inference, experts unpacked to ``dtype``.
+    """Load a parent or a child for inference: transformers' class, and the weights that our own reader finds.
+
+    All weights are in ``dtype``, to which experts are unpacked.
 
     Raises:
         ArtifactError: if the checkpoint is missing, damaged or of another family.
     """
-    Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory)
     register()
     attention.register()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it warns that MXFP4 is unpacked, which is what is meant to happen
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, local_files_only=True
-    )
-    for module in model.modules():
-        if isinstance(module, GptOssExperts):
-            module.to(
-                dtype
-            )  # transformers unpacks MXFP4 to bfloat16 whatever it is asked for; the values are exact in it
+    config = as_class({key: value for key, value in checkpoint.config.items() if key not in _OF_FILES})
+    config.name_or_path = str(directory)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False
+        )
+    for layer in range(checkpoint.num_layers):
+        stored = {name: checkpoint.stored(name).read() for name in checkpoint.layer_names(layer)}
+        unpacked = loading.unpacked_layer(layer, stored, dtype)
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in unpacked.items()}  # FSDP takes no others
+        model.model.layers[layer].load_state_dict(state, assign=True)
+    names = gpt_oss.outer_specs(checkpoint.shape)
+    outer = {name: loading.check_finite(name, checkpoint.stored(name).read()).to(dtype) for name in names}
+    model.load_state_dict(outer, assign=True, strict=False)
+    model.model.rotary_emb = GptOssRotaryEmbedding(config)
+    model.generation_config = read_generation_config(checkpoint)
     return model.eval()

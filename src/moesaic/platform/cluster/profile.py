@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moesaic.core.config import Config, Positive
-from moesaic.core.errors import ConfigError
+from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.json_text import read_text
 from moesaic.core.redaction import holds_password, names_secret
 
 Quantity = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[KMGT]i?|P)?$")]
@@ -178,8 +179,8 @@ def _read_yaml(path: Path, what: str, examples: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text())
-    except FileNotFoundError as failure:
-        raise ConfigError(f"there is no {what} {path}; {examples} has examples") from failure
+        return yaml.safe_load(read_text(path, f"there is no {what} {path}; {examples} has examples"))
+    except ArtifactError as failure:
+        raise ConfigError(str(failure)) from failure
     except yaml.YAMLError as failure:
         raise ConfigError(f"{path} is no YAML: {failure}") from failure

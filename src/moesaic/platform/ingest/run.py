@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from moesaic.core.errors import ArtifactError
-from moesaic.data.datasets import read_rows
+from moesaic.data.sets import count_rows
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.loading import check_weights
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.store import Address, Kind, Manifest, Store
 from moesaic.platform.store.manifest import MANIFEST
@@ -20,15 +21,21 @@ def run(config: IngestConfig, *, store: Address, output: Path, scratch: Path) ->
         if manifest.kind != kind:
             raise ArtifactError(f"{name} = {manifest.id} is a {manifest.kind}, not a {kind}; give the id of a {kind}")
         tree = contents.materialize(manifest, verify=True)
-        metrics |= check_model(tree) if kind == "model" else {f"{name}_rows": float(len(read_rows(tree)))}
+        metrics |= check_model(tree) if kind == "model" else {f"{name}_rows": float(count_rows(name, tree))}
         _write(manifest, output / name)
     return metrics
 
 
 def check_model(directory: Path) -> dict[str, float]:
-    """Open a checkpoint by its headers; an ArtifactError says what is wrong with it."""
+    """Look at a parent whole: layout, config, and that its numbers are finite; an ArtifactError says what is wrong."""
     checkpoint = Checkpoint.open(directory)
-    return {"parent_layers": checkpoint.num_layers, "parent_experts": checkpoint.architecture.num_experts}
+    checkpoint.check_prunable()
+    check_weights(checkpoint)
+    return {
+        "parent_layers": checkpoint.num_layers,
+        "parent_experts": checkpoint.architecture.num_experts,
+        "parent_unused_tensors": len(checkpoint.unused),
+    }
 
 
 def _write(manifest: Manifest, directory: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moesaic.core.cache import cache_directory
@@ -63,8 +63,9 @@ class Store:
         parents: tuple[str, ...] = (),
         config_digest: str | None = None,
         move: bool = False,
+        only: Iterable[Path] | None = None,
     ) -> Manifest:
-        """Add a directory's files (hidden ones excepted) and commit their manifest.
+        """Add a directory's files (hidden ones excepted), or ``only`` these of them, and commit their manifest.
 
         ``move`` consumes files instead of copying them: for a stage's own working directory.
 
@@ -74,7 +75,7 @@ class Store:
         """
         if not directory.is_dir():
             raise ArtifactError(f"{directory} is not a directory; give the directory of a {kind}")
-        files = {path.relative_to(directory).as_posix(): path for path in _visible_files(directory)}
+        files = {path.relative_to(directory).as_posix(): path for path in only or _visible_files(directory)}
         if not files:
             raise ArtifactError(f"{directory} holds no files to add as a {kind}")
         entries = self.root.put_files(dict(sorted(files.items())), move=move)

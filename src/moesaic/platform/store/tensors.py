@@ -1,6 +1,5 @@
 """Read single tensors from stored checkpoints: the header, and then only the tensor's bytes."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from moesaic.core.errors import ArtifactError
+from moesaic.models.checkpoint_layout import read_weight_map
 from moesaic.models.safetensors_files import find_tensors, header_of
 from moesaic.platform.store.content import Store
 from moesaic.platform.store.manifest import FileEntry, Manifest
@@ -41,6 +41,6 @@ def _candidates(store: Store, manifest: Manifest, name: str) -> list[FileEntry]:
     """The one file that the checkpoint's index names, else all safetensors files."""
     entries = {entry.path: entry for entry in manifest.files}
     if _INDEX in entries:
-        index = json.loads(store.read_range(entries[_INDEX], 0, entries[_INDEX].size_bytes))
-        return [entries[path] for path in [index["weight_map"].get(name)] if path in entries]
+        listed = read_weight_map(store.read_range(entries[_INDEX], 0, entries[_INDEX].size_bytes), _INDEX)
+        return [entries[path] for path in [listed.get(name)] if path in entries]
     return [entry for path, entry in entries.items() if path.endswith(".safetensors")]

@@ -12,7 +12,8 @@ from moesaic.core.nodes import Nodes
 from moesaic.core.process_group import num_processes
 from moesaic.core.training_curve import read_curve
 from moesaic.models import gpt_oss
-from moesaic.models.checkpoint import CONFIG, Checkpoint, rewrite_checkpoint
+from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
+from moesaic.models.resolved_config import CONFIG
 from moesaic.recover.distill.automodel.launch import check_installed, train
 from moesaic.recover.distill.automodel.settings import Job, check_batch, expert_parallel_size
 from moesaic.recover.distill.stage import DistillConfig

@@ -9,7 +9,7 @@ import json
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moesaic.core.config import Effort
 from moesaic.core.errors import ArtifactError
-from moesaic.data.datasets import Row, read_rows
+from moesaic.data.datasets import Row, check_keys, read_rows
 
 IGNORED = -100
 """The label where nothing is learned, as PyTorch's cross entropy has it."""
@@ -107,6 +107,7 @@ def read_traces(path: Path) -> list[Trace]:
 
 def _parse_trace(row: Row) -> Trace:
     entry = row.values
+    check_keys(entry, [field.name for field in fields(Trace)], row.place)
     _check(row, ("id", "task"), lambda value: isinstance(value, str), "text")
     _check(row, ("effort",), lambda value: value in _EFFORTS, f"one of {', '.join(_EFFORTS)}")
     _check(row, ("prompt_ids", "reply_ids"), _are_token_ids, "a list of token ids that is not empty")

@@ -1,6 +1,5 @@
 """Train one policy by reinforcement learning on verifiable rewards; experts stay as they are."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.nodes import Nodes
+from moesaic.core.training_curve import read_curve
 from moesaic.data.problems import Problem, Question, read_problems, spread_over_tasks
 from moesaic.models.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
 from moesaic.models.stage_outputs import read_json
@@ -58,7 +58,7 @@ def run(
     curve.touch()
     step = {"stage": "reinforce", "policy": config.name, "steps": config.steps}
     rewrite_checkpoint(checkpoint, output, learned, step, extra=[curve])
-    return _metrics([json.loads(line) for line in curve.read_text().splitlines()])
+    return _metrics(read_curve(curve))
 
 
 def all_questions(config: ReinforceConfig, problems: Sequence[Problem]) -> list[Question]:

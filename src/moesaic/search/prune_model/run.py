@@ -9,6 +9,7 @@ from moesaic.core.progress import track
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models.checkpoint_layout import companions
 from moesaic.models.safetensors_files import StoredTensor
 from moesaic.models.stage_outputs import read_json, read_orders
 from moesaic.search.prune_model.pruning import kept_experts, prune_layer
@@ -35,18 +36,19 @@ def run(
 ) -> dict[str, float]:
     """Write the child checkpoint into ``output``; nothing of it is visible before it is whole."""
     whole = Checkpoint.open(parent)
+    whole.check_prunable()
     child = _read_candidate(architecture / "architecture.json", config.candidate)
     child.check_child_of(whole.architecture)
     orders = read_orders(ranking / "ranking.json", whole.architecture)
     kept = [kept_experts(order, block.num_experts) for order, block in zip(orders, child.blocks, strict=True)]
     pruning = scratch / PRUNING
     pruning.write_text(json.dumps({"candidate": config.candidate, "kept_experts": kept}) + "\n")
-    companions = sorted(path for pattern in _COMPANIONS for path in parent.glob(pattern))
+    kept_files = [path for path in companions(parent) if any(path.match(pattern) for pattern in _COMPANIONS)]
     write_checkpoint(
         output,
         gpt_oss.child_config(whole.config, child),
         _shards(whole, kept),
-        [*companions, *_MODELLING_FILES, pruning],
+        [*kept_files, *_MODELLING_FILES, pruning],
     )
     written = Checkpoint.open(output)
     return {

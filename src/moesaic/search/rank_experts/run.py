@@ -85,7 +85,7 @@ def _rank(
             more = layer + 1 < checkpoint.num_layers
             module = reader.load(layer, then=layer + 1 if more else None)
             tallies = [
-                _pass(config.criterion, module, offloader, states, mine, index, rotary, window)
+                _pass(config.criterion, layer, module, offloader, states, mine, index, rotary, window)
                 for index in range(len(mine))
             ]
             del module
@@ -99,6 +99,7 @@ def _rank(
 
 def _pass(
     criterion: Criterion,
+    layer: int,
     module: GptOssDecoderLayer,
     offloader: StateOffloader,
     states: list[OffloadedTensor],
@@ -112,6 +113,8 @@ def _pass(
     attended = layers.attend(module, states[index].read().to(device, non_blocking=True), rotary, window)
     is_token = batches[index].is_token.to(device)
     routing = layers.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))
+    layers.check_finite(layer, "the router's logits", routing.logits)
+    layers.check_finite(layer, "the experts' outputs", routing.outputs)
     counted = tally(criterion, routing)
     attended[is_token] += routing.mixture()
     states[index].drop()

@@ -16,6 +16,7 @@ from moesaic.core.progress import count_steps
 from moesaic.data.calibration import load_batches
 from moesaic.models import loading
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.layers import check_finite
 from moesaic.models.stage_outputs import read_orders
 from moesaic.models.streaming import LayerReader, StateOffloader, state_memory_bytes
 from moesaic.search.library import variants_of
@@ -226,6 +227,8 @@ def _score_layer(
     batches = batch_share.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
     sums = [[batch[index] for batch in batches] for index in range(len(variants))]
     scores = [(total(parts[: len(job.short)]), total(parts[len(job.short) :])) for parts in sums]
+    for variant, parts in zip(variants, sums, strict=True):
+        check_finite(layer, f"the sums of {variant.block.label}", torch.stack(parts))
     check_identity(layer, scores[0][0])
     metric, weight = job.config.metric, job.config.long_weight
     return [

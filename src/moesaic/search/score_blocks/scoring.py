@@ -32,7 +32,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 from moesaic.core.errors import StageError
 from moesaic.data.batches import Batch
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.layers import Head, Rotary, attend, mix, mix_sliced, router_logits
+from moesaic.models.layers import Head, Rotary, attend, check_finite, mix, mix_sliced, router_logits
 from moesaic.search.score_blocks.damage import Metrics, compare, finish, unchanged
 
 TOLERANCE = 1e-6
@@ -178,7 +178,7 @@ def advance(parent: Parent, layer: int, states: Sequence[Offloaded]) -> list[Off
     for hidden in states:
         output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.rotary, window))
         hidden.drop()
-        after.append(parent.offload(output))
+        after.append(parent.offload(check_finite(layer, "the parent's states", output)))
     return after
 
 

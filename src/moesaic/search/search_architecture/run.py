@@ -12,6 +12,7 @@ from moesaic.core.progress import track
 from moesaic.costs.block_costs import CostTable
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
+from moesaic.models.resolved_config import read_config_file
 from moesaic.models.stage_outputs import read_json, read_text
 from moesaic.search.library import BlockLibrary
 from moesaic.search.search_architecture.baselines import baselines
@@ -30,7 +31,7 @@ def run(
     ``max_parameters`` and ``random-<seed>``.
     """
     table = CostTable.from_json(read_text(costs / "costs.json"))
-    shape, blocks = gpt_oss.read_config(read_json(parent / "config.json"))
+    shape, blocks = gpt_oss.read_config(read_config_file(parent))
     _check_parent(table, shape, blocks)
     search = Search.of(_read_library(scores / "scores.json", blocks, table), config, time.perf_counter)
     candidates, skipped = find_candidates(search)

@@ -47,7 +47,7 @@ from nemo_automodel.shared.utils import dtype_from_str
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoConfig, GptOssConfig
+from transformers import GptOssConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
@@ -55,6 +55,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.models import gpt_oss, gpt_oss_puzzle
 from moesaic.models.attention import document_starts, sink_attention
 from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.models.resolved_config import as_class, read_config_file
 from moesaic.recover.distill.automodel.cluster_attention import first_keys, flex_sink_attention, tile_mask
 from moesaic.recover.distill.automodel.cluster_weights import PuzzleStateDictAdapter
 
@@ -291,9 +292,9 @@ def moe_config(config: GptOssConfig, num_experts: int) -> MoEConfig:
 
 def read_config(directory: Path) -> GptOssPuzzleConfig:
     """The config of a child, or of a parent as a child."""
-    gpt_oss_puzzle.register()
-    config = AutoConfig.from_pretrained(directory)
-    return config if isinstance(config, GptOssPuzzleConfig) else GptOssPuzzleConfig.from_dict(config.to_dict())
+    config = as_class(read_config_file(directory) | {"model_type": gpt_oss.CHILD_TYPE})
+    assert isinstance(config, GptOssPuzzleConfig), "it is the class of that type"
+    return config
 
 
 def register() -> None:

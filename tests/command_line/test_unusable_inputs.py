@@ -1,0 +1,121 @@
+"""What people really feed in: exit code 2 and one line that says what to do, or the store takes what belongs there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moesaic.command_line.main import _add_inputs, main
+from moesaic.models.checkpoint_layout import INDEX
+from moesaic.platform.store import Store
+from tests.damaged_checkpoints import damaged_copy
+from tests.data_sets import write_sets
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_sets(tmp_path / "data")
+
+
+def _edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def edit(parent: Path) -> None:
+        config = json.loads((parent / "config.json").read_text())
+        change(config)
+        (parent / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no quantization": (_edit(lambda config: config.pop("quantization_config")), "no quantization_config"),
+    "broken index": (lambda parent: (parent / INDEX).write_text("{}"), "has no weight_map"),
+    "unknown layers": (_edit(lambda config: config.update(layer_types=["linear"] * 4)), "layer_type"),
+    "latin-1": (lambda parent: (parent / "config.json").write_bytes(b'{"a": "\xe9"}'), "is not UTF-8 text"),
+    "dangling link": (lambda parent: (parent / "vocab.txt").symlink_to("gone"), "is a link to gone"),
+    "adapter": (lambda parent: (parent / "adapter_config.json").write_text("{}"), "merge it into the weights"),
+    "cut short": (
+        lambda parent: (parent / "model-outer.safetensors").write_bytes(b"\x00" * 9),
+        "model-outer.safetensors is not a safetensors file",
+    ),
+    "KV scales": (
+        lambda parent: (
+            save_file({"model.layers.0.self_attn.k_scale": torch.tensor(1.0)}, parent / "kv.safetensors"),
+            (parent / INDEX).unlink(),
+        ),
+        "of a calibrated KV cache, which do not hold for a child",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_an_unusable_parent_ends_a_run_before_it_begins(
+    tiny_parent: Path, data: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = UNUSABLE[case]
+    parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
+    change(parent)
+    _refused_run(parent, data, tmp_path, message, capsys)
+
+
+def _refused_run(
+    parent: Path, data: Path, tmp_path: Path, message: str, capsys: pytest.CaptureFixture[str], command: str = "search"
+) -> None:
+    given = ["--recipe", "tiny_cpu", "--parent", str(parent), "--data", str(data), "--output", str(tmp_path / "run")]
+    assert main(["run", command, *given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+    assert not (tmp_path / "run" / "store").exists()
+
+
+def test_a_number_that_is_not_finite_ends_a_run_before_it_begins(
+    tiny_parent: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.2.mlp.router.bias"
+    parent = damaged_copy(tiny_parent, tmp_path / "parent", name, float("nan"))
+    _refused_run(parent, data, tmp_path, f"{name} has numbers that are not finite", capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1", "is a Parquet file"),
+        (b"\xff\xfe{", "is text in UTF-16"),
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
+        (b'{"a": 1}', "line 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["calibration_long.jsonl", "test.jsonl"])
+def test_unusable_data_end_a_run_before_it_begins(
+    tiny_parent: Path,
+    data: Path,
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (data / name).write_bytes(content)
+    _refused_run(tiny_parent, data, tmp_path, message, capsys)
+
+
+def test_the_store_takes_what_the_checkpoint_is_made_of(tiny_parent: Path, data: Path, tmp_path: Path) -> None:
+    parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
+    for extra in ("original/model.safetensors", "metal/model.bin", "optimizer.pt"):
+        (parent / extra).parent.mkdir(exist_ok=True)
+        (parent / extra).write_bytes(b"x" * 1000)
+    taken = _add_inputs(tmp_path / "store", parent, data)
+    assert taken.parent == _add_inputs(tmp_path / "store", tiny_parent, data).parent
+    paths = {entry.path for entry in Store.at(tmp_path / "store").manifest(taken.parent).files}
+    assert paths == {path.name for path in tiny_parent.iterdir()}
+
+
+def test_tensors_nothing_uses_are_told(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
+    (parent / INDEX).unlink()
+    save_file({"model.rotary_emb.inv_freq": torch.ones(3)}, parent / "extra.safetensors")
+    assert main(["inspect", str(parent)]) == 0
+    assert "1 tensors, the first is model.rotary_emb.inv_freq" in " ".join(capsys.readouterr().out.split())
