@@ -6,6 +6,7 @@ vLLM they stay tensors of the checkpoint.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ def _write_weights(
 
 def _name_special_tokens(path: Path) -> None:
     """Spell the tokenizer's special tokens as every engine's transformers reads them: 4.57 refuses 5's own spelling."""
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    content = read_json_object(path) if path.is_file() else {}
     if isinstance(content.get("extra_special_tokens"), list):
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
         path.write_text(json.dumps(content, indent=2) + "\n")

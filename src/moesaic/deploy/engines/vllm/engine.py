@@ -14,7 +14,7 @@ from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.own_environment import own_variables
 from moesaic.deploy.engines.vllm.environment import vllm_environment
 from moesaic.deploy.export_engine.vllm import ARGUMENTS, PLUGIN
-from moesaic.models.checkpoint import CONFIG
+from moesaic.models.resolved_config import CONFIG
 
 _LOADED_MODEL = Path(__file__).with_name("loaded_model.py")
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
