@@ -107,13 +107,14 @@ def test_rows_too_short_for_any_trace_are_refused() -> None:
 def test_a_batch_by_hand() -> None:
     """Prompt 1 2 3 with reply 4 5, then prompt 6 with reply 7 8; the second row is padded to the first."""
     other = Trace("b", "add", "low", (6,), (7, 8), True, False, False)
-    batch = make_batch([PackedRow((EXAMPLE, other)), PackedRow((other,))])
+    batch = make_batch([PackedRow((EXAMPLE, other)), PackedRow((other,))], 6)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 6, 7], [6, 7, 0, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]]
     none = IGNORED
     assert batch.labels.tolist() == [[none, none, 4, 5, 7, 8], [7, 8, none, none, none, none]]
     assert_near(batch.reply_share.sum(-1), torch.tensor([2.0, 1.0]), 1e-6)
     assert torch.equal(batch.reply_share > 0, batch.labels != IGNORED)
+    assert batch.responses.tolist() == [2, 3, 4, 5, 6, 7]
 
 
 def test_packed_traces_do_not_see_each_other(tiny_parent: Path) -> None:
@@ -126,7 +127,7 @@ def test_packed_traces_do_not_see_each_other(tiny_parent: Path) -> None:
         return Trace("x", "add", "low", ids[0], ids[1], True, False, False)
 
     row = PackedRow((draw(20, 15), draw(3, 9), draw(12, 13)))
-    batch = make_batch([row, PackedRow((draw(4, 80),))])
+    batch = make_batch([row, PackedRow((draw(4, 80),))], 90)
     with torch.no_grad():
         together = model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, output_hidden_states=True, use_cache=False

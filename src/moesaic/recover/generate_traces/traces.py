@@ -74,7 +74,7 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows as tensors, padded to the longest of them; padding is a document of its own that nobody learns from."""
+    """Rows as tensors of one length; padding is a document of its own that nobody learns from."""
 
     input_ids: Int[Tensor, "batch token"]
     position_ids: Int[Tensor, "batch token"]
@@ -83,6 +83,11 @@ class PackedBatch:
     """The token that follows where that is the parent's reply: the predictions that are trained. Elsewhere IGNORED."""
     reply_share: Float[Tensor, "batch token"]
     """The share of its reply that a prediction is: those of one reply sum to 1; 0 where the label is IGNORED."""
+
+    @property
+    def responses(self) -> Int[Tensor, " response"]:
+        """Where the labels are not IGNORED, as places in the flattened batch."""
+        return (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
 
 
 def read_traces(path: Path) -> list[Trace]:
@@ -169,13 +174,12 @@ def pack_traces(traces: Sequence[Trace], sequence_tokens: int, seed: int) -> lis
     return [PackedRow(tuple(row)) for row in rows]
 
 
-def make_batch(rows: Sequence[PackedRow]) -> PackedBatch:
-    """The tensors of a few rows."""
-    longest = max(row.num_positions for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+def make_batch(rows: Sequence[PackedRow], num_places: int) -> PackedBatch:
+    """The tensors of a few rows of ``num_places`` places."""
+    input_ids = torch.zeros(len(rows), num_places, dtype=torch.long)
     position_ids = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
-    reply_share = torch.zeros(len(rows), longest)
+    reply_share = torch.zeros(len(rows), num_places)
     for number, row in enumerate(rows):
         start = 0
         for trace in row.traces:
@@ -187,7 +191,7 @@ def make_batch(rows: Sequence[PackedRow]) -> PackedBatch:
             labels[number, start + first_reply - 1 : stop] = ids[first_reply:]
             reply_share[number, start + first_reply - 1 : stop] = 1 / len(trace.reply_ids)
             start = stop
-        position_ids[number, start:] = torch.arange(longest - start)
+        position_ids[number, start:] = torch.arange(num_places - start)
     return PackedBatch(input_ids, position_ids, labels, reply_share)
 
 

@@ -29,6 +29,7 @@ from moesaic.core.files import written_atomically
 from moesaic.core.live_log import LiveLog
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.recover.distill.automodel.cluster_experts import limit_experts
 from moesaic.recover.distill.automodel.cpu import CPU, device_policy
 from moesaic.recover.distill.automodel.curve import Curve
 from moesaic.recover.distill.automodel.messages import StepProgress, record_failure
@@ -36,7 +37,7 @@ from moesaic.recover.distill.automodel.rows import collate, held_out_rows
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.automodel.states import compute_states, gather_trained, reshard
 from moesaic.recover.distill.automodel.trained_weights import TrainedWeightsCheckpointer
-from moesaic.recover.distill.loss import LossParts, distillation_loss
+from moesaic.recover.distill.loss import LossParts, distillation_loss, draw_compared
 from moesaic.recover.distill.stage import DistillConfig
 from moesaic.recover.generate_traces.traces import IGNORED
 
@@ -66,6 +67,8 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         with record_failure(self.job.failure), device_policy():
             super().setup()
             self.device = self.dist_env.device or CPU
+            for model in (*self.model_parts, self.teacher_model):
+                limit_experts(model, self.settings.expert_chunk_tokens)
             resumed = self.step_scheduler.step
             dist.barrier()
             self.curve = Curve(self.job.curve, self.settings.divergence_ratio, resumed, self.dist_env.is_main)
@@ -109,7 +112,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         sums = torch.zeros(len(_PARTS), device=self.device)
         for index, batch in enumerate(batches):
             with get_sync_ctx(self.model_parts[0], index == len(batches) - 1, defer_fsdp_grad_sync=True):
-                parts = self._compare(batch)
+                parts = self._compare(batch, self.step_scheduler.step, self._get_dp_rank(), index)
                 (parts.total(self.settings) * (num_ranks / weight)).backward()
             sums += _values(parts)
         gradient_norm = scale_grads_and_clip_grad_norm(
@@ -139,23 +142,24 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         sums = torch.zeros(len(_PARTS), device=self.device)
         for first in range(0, len(batches), num_ranks):
             mine = min(first + rank, len(batches) - 1)
-            parts = _values(self._compare(batches[mine]))
+            parts = _values(self._compare(batches[mine], -1, mine))
             sums += parts if first + rank < len(batches) else 0 * parts
         reshard(self.model_parts[0])
         values = {f"held_out_{name}": value for name, value in self._means(sums, weight).items()}
         self.curve.add(step, values)
         self._log(step, values)
 
-    def _compare(self, batch: dict[str, Tensor]) -> LossParts:
-        """Child against parent on one batch, at its response tokens."""
-        input_ids, positions, labels = (batch[name].to(self.device) for name in ("input_ids", "position_ids", "labels"))
-        is_response = labels != IGNORED
+    def _compare(self, batch: dict[str, Tensor], *draw: int) -> LossParts:
+        """Child against parent on one batch, at its response tokens; ``draw`` numbers the sample of compared tokens."""
+        rows = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids", "responses")}
+        compared = draw_compared(len(rows["responses"]), self.settings, *draw).to(self.device)
         with torch.no_grad():
-            parent = compute_states(self.teacher_model, input_ids, positions, is_response)
+            parent = compute_states(self.teacher_model, **rows, compared=compared)
         with self._precision():
-            child = compute_states(self.model_parts[0], input_ids, positions, is_response)
-        weights = self._weights(batch)[is_response]
-        return distillation_loss(child, parent, labels[is_response], self.settings, weights)
+            child = compute_states(self.model_parts[0], **rows, compared=compared)
+        labels = batch["labels"].to(self.device).flatten()[rows["responses"]]
+        weights = self._weights(batch).flatten()[rows["responses"]]
+        return distillation_loss(child, parent, labels, self.settings, weights, compared)
 
     def _weights(self, batch: dict[str, Tensor]) -> Tensor:
         """How much each prediction counts, [batch, token]."""

@@ -10,14 +10,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.generate_traces.traces import PackedRow, Trace, make_batch, pack_traces, read_traces, rows_of_step
+from moesaic.recover.generate_traces.traces import (
+    PackedBatch,
+    PackedRow,
+    Trace,
+    make_batch,
+    pack_traces,
+    read_traces,
+    rows_of_step,
+)
 
 
-class TrainingRows(Dataset[PackedRow]):
+class TrainingRows(Dataset[PackedBatch]):
     """The rows of all steps; each is as often in it as it is trained on."""
 
     def __init__(self, traces: str, config: Mapping[str, Any]) -> None:
@@ -27,14 +36,16 @@ class TrainingRows(Dataset[PackedRow]):
     def __len__(self) -> int:
         return self.config.steps * self.config.rows_per_step
 
-    def __getitem__(self, item: int) -> PackedRow:
+    def __getitem__(self, item: int) -> PackedBatch:
         step, place = divmod(item, self.config.rows_per_step)
-        return self.rows[rows_of_step(len(self.rows), self.config.rows_per_step, step, self.config.seed)[place]]
+        row = self.rows[rows_of_step(len(self.rows), self.config.rows_per_step, step, self.config.seed)[place]]
+        return make_batch([row], self.config.sequence_tokens)
 
 
-def held_out_rows(traces: Path, config: DistillConfig) -> list[PackedRow]:
+def held_out_rows(traces: Path, config: DistillConfig) -> list[PackedBatch]:
     """The rows to evaluate on."""
-    return pack(chosen_traces(traces, config.efforts, held_out=True), config)
+    rows = pack(chosen_traces(traces, config.efforts, held_out=True), config)
+    return [make_batch([row], config.sequence_tokens) for row in rows]
 
 
 def chosen_traces(path: Path, efforts: tuple[str, ...], held_out: bool) -> list[Trace]:
@@ -47,10 +58,11 @@ def pack(traces: Sequence[Trace], config: DistillConfig) -> list[PackedRow]:
     return pack_traces(traces, config.sequence_tokens, config.seed)
 
 
-def collate(rows: Sequence[PackedRow]) -> dict[str, Tensor]:
-    """A batch under the names of AutoModel's loop."""
-    batch = make_batch(rows)
-    return {name: getattr(batch, name) for name in ("input_ids", "position_ids", "labels", "reply_share")}
+def collate(rows: Sequence[PackedBatch]) -> dict[str, Tensor]:
+    """Rows as one batch, under the names of AutoModel's loop."""
+    names = ("input_ids", "position_ids", "labels", "reply_share")
+    batch = PackedBatch(*(torch.cat([getattr(row, name) for row in rows]) for name in names))
+    return {name: getattr(batch, name) for name in (*names, "responses")}
 
 
 @lru_cache(maxsize=1)

@@ -144,6 +144,8 @@ def _distribution(config: DistillConfig, job: Job) -> dict[str, Any]:
     return {
         "strategy": "fsdp2",
         "ep_size": job.expert_parallel_size,
+        "activation_checkpointing": job.on_gpus and config.activation_checkpointing,
+        "reshard_after_forward": True,  # AutoModel keeps a model gathered where experts are shared, unless told
         "mp_policy": {
             "_target_": "torch.distributed.fsdp.MixedPrecisionPolicy",
             "param_dtype": config.precision,
@@ -171,6 +173,7 @@ def _model(directory: Path, role: str, config: DistillConfig, job: Job) -> dict[
             "linear": "torch",
             "rms_norm": "torch_fp32",
             "dispatcher": "torch",
+            "experts": "torch_mm",
             "rope_fusion": False,
         },
     }
