@@ -1,7 +1,7 @@
 """Data sets: JSON lines, one object a row. A data set is such a file, or a directory that holds exactly one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,24 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a data set; blank lines do not count.
+    """All rows of a data set, see :func:`iterate_rows`."""
+    return list(iterate_rows(path))
+
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """The rows of a data set, one after the other; blank lines do not count.
 
     Raises:
         ArtifactError: if it is missing, ambiguous, empty, or a line is not a JSON object; the message names the line.
     """
-    file = _find_file(path)
-    lines = file.read_text(encoding="utf-8").splitlines()
-    rows = [_read_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
+    file, empty = _find_file(path), True
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                empty = False
+                yield _read_row(line, f"{file}, line {number}")
+    if empty:
         raise ArtifactError(f"{file} is empty; a data set needs at least one JSON object, each on a line of its own")
-    return rows
 
 
 def _find_file(path: Path) -> Path:

@@ -11,6 +11,7 @@ from moesaic.core.stage import Stage, dataset, model
 from moesaic.recover.training import OptimizerConfig, Trainable
 
 Balance = Literal["token", "trace"]
+Context = Literal["trace", "row"]
 
 
 class DistillConfig(Config):
@@ -39,8 +40,10 @@ class DistillConfig(Config):
     efforts: Efforts = ("low", "medium", "high")
     """Traces of these efforts are used."""
     sequence_tokens: Positive = 131072
-    """Traces are packed into rows of this length; those longer are left out and counted. Positions restart at every
-    trace, so that no context is longer than one trace, however long the rows are."""
+    """Traces are packed into rows of this length; those longer are left out and counted."""
+    context: Context = "trace"
+    """What a reply sees: its own trace, at whose start positions restart, or all that stands before it in the row;
+    positions then run on, and contexts are as long as rows even where traces are short."""
     rows_per_step: Positive = 32
     """Rows of one optimiser step, over all ranks."""
     rows_per_forward: Positive = 1

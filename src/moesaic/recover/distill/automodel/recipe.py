@@ -5,7 +5,8 @@ rotation. Ours: the loss (``moesaic.recover.distill.loss``), the rows and their 
 model (the tensors that learn), evaluation, the training curve, here and in MLflow, and the end on divergence.
 
 Gradients are of the weighted mean over all response tokens of a step: each rank's sum is divided by the weight of the
-tokens on all ranks, and multiplied by the number of ranks because FSDP averages over them.
+tokens on all ranks, and multiplied by the number of ranks because FSDP averages over them. Gradients are reduced after
+every row, since a rank that waited for the step's last one would hold them whole.
 """
 
 import os
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
-from nemo_automodel.components.distributed.utils import get_sync_ctx
 from nemo_automodel.components.training.utils import scale_grads_and_clip_grad_norm
 from nemo_automodel.recipes.llm import train_ft
 from nemo_automodel.recipes.llm.kd import KnowledgeDistillationRecipeForNextTokenPrediction
@@ -33,13 +33,14 @@ from moesaic.recover.distill.automodel.cluster_experts import limit_experts
 from moesaic.recover.distill.automodel.cpu import CPU, device_policy
 from moesaic.recover.distill.automodel.curve import Curve
 from moesaic.recover.distill.automodel.messages import StepProgress, record_failure
-from moesaic.recover.distill.automodel.rows import collate, held_out_rows
+from moesaic.recover.distill.automodel.rows import Rows, collate
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.automodel.states import compute_states, gather_trained, reshard
 from moesaic.recover.distill.automodel.trained_weights import TrainedWeightsCheckpointer
 from moesaic.recover.distill.loss import LossParts, distillation_loss, draw_compared
+from moesaic.recover.distill.packing import IGNORED
 from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.generate_traces.traces import IGNORED
+from moesaic.recover.distill.trace_table import TraceTable
 
 _PARTS = ("kl", "hidden", "lm", "top1")
 
@@ -72,7 +73,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
             resumed = self.step_scheduler.step
             dist.barrier()
             self.curve = Curve(self.job.curve, self.settings.divergence_ratio, resumed, self.dist_env.is_main)
-            self.held_out = held_out_rows(self.job.traces, self.settings)
+            self.held_out = Rows(TraceTable(self.job.traces), self.settings, held_out=True)
 
     def load_checkpoint(self, restore_from: str | None = None) -> None:
         """Called by ``setup``: from here on checkpoints hold of the model only what learns."""
@@ -111,9 +112,8 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         num_ranks = self._get_dp_group_size(include_cp=True)
         sums = torch.zeros(len(_PARTS), device=self.device)
         for index, batch in enumerate(batches):
-            with get_sync_ctx(self.model_parts[0], index == len(batches) - 1, defer_fsdp_grad_sync=True):
-                parts = self._compare(batch, self.step_scheduler.step, self._get_dp_rank(), index)
-                (parts.total(self.settings) * (num_ranks / weight)).backward()
+            parts = self._compare(batch, self.step_scheduler.step, self._get_dp_rank(), index)
+            (parts.total(self.settings) * (num_ranks / weight)).backward()
             sums += _values(parts)
         gradient_norm = scale_grads_and_clip_grad_norm(
             max_grad_norm,
@@ -136,16 +136,17 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
     def _evaluate(self, step: int) -> None:
         """The loss on held-out rows, which are dealt out to the ranks; all run equally often, some on nothing."""
         rank, num_ranks = self._get_dp_rank(), self._get_dp_group_size()
-        size = self.settings.rows_per_forward
-        batches = [collate(self.held_out[first : first + size]) for first in range(0, len(self.held_out), size)]
-        weight = sum(float(self._weights(batch).sum()) for batch in batches)
-        sums = torch.zeros(len(_PARTS), device=self.device)
-        for first in range(0, len(batches), num_ranks):
-            mine = min(first + rank, len(batches) - 1)
-            parts = _values(self._compare(batches[mine], -1, mine))
-            sums += parts if first + rank < len(batches) else 0 * parts
+        size, num_rows = self.settings.rows_per_forward, len(self.held_out)
+        num_batches = -(-num_rows // size)
+        sums = torch.zeros(len(_PARTS) + 1, device=self.device)
+        for first in range(0, num_batches, num_ranks):
+            mine = min(first + rank, num_batches - 1)
+            batch = collate([self.held_out[row] for row in range(mine * size, min(num_rows, (mine + 1) * size))])
+            found = torch.cat([_values(self._compare(batch, -1, mine)), self._weights(batch).sum().view(1)])
+            sums += found if first + rank < num_batches else 0 * found
         reshard(self.model_parts[0])
-        values = {f"held_out_{name}": value for name, value in self._means(sums, weight).items()}
+        weight = float(self._dp_allreduce(sums[-1:].clone()))
+        values = {f"held_out_{name}": value for name, value in self._means(sums[:-1].clone(), weight).items()}
         self.curve.add(step, values)
         self._log(step, values)
 

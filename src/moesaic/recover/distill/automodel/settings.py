@@ -29,6 +29,7 @@ class Job:
     child: Path
     parent: Path
     traces: Path
+    """The directory of their table."""
     scratch: Path
     """Checkpoints, the training curve and the trained tensors go there."""
     num_processes: int
