@@ -57,7 +57,12 @@ from moesaic.core.errors import ConfigError
 from moesaic.models import gpt_oss, gpt_oss_puzzle
 from moesaic.models.attention import document_starts, sink_attention
 from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
-from moesaic.recover.distill.automodel.cluster_attention import first_keys, flex_sink_attention, tile_mask
+from moesaic.recover.distill.automodel.cluster_attention import (
+    first_keys,
+    flex_sink_attention,
+    runs_flex_attention,
+    tile_mask,
+)
 from moesaic.recover.distill.automodel.cluster_experts import StreamedExperts
 from moesaic.recover.distill.automodel.cluster_weights import PuzzleStateDictAdapter
 
@@ -194,7 +199,7 @@ class GptOssPuzzleModel(GptOssModel):
         return hidden
 
     def _tile_masks(self, input_ids: Tensor, documents: Tensor | None) -> dict[int | None, BlockMask] | None:
-        if input_ids.device.type == "cpu":  # FlexAttention has no backward pass there
+        if not runs_flex_attention(input_ids.device):
             return None
         return {
             window: tile_mask(first_keys(input_ids.shape[1], window, documents, input_ids.device))
