@@ -206,7 +206,7 @@ class _KnownValues(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):  # of a device mesh
+        if tensors and all(not isinstance(one, FakeTensor) and not one.is_meta for one in tensors):  # a device mesh's
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
         aten, first = torch.ops.aten, tensors[0] if tensors else torch.empty(0)
