@@ -83,8 +83,10 @@ def gpu_bytes(config: DistillConfig, facts: Facts, num_gpus: int) -> float:
     return (weights + trainable * (TRAINED_BYTES - width)) / num_gpus + states + heads + logits
 
 
-def simulated_peak(config: DistillConfig, facts: Facts, nodes: int) -> "Peak":
+def simulated_peak(config: DistillConfig, facts: Facts, nodes: int, worst_routing: bool = False) -> "Peak":
     """What the step itself takes on one GPU of so many nodes; it is run without GPUs, in a minute or two.
+
+    ``worst_routing`` as in :func:`~moesaic.recover.distill.automodel.simulation.simulate`.
 
     Raises:
         ConfigError: if AutoModel, which is part of the step, is not installed.
@@ -95,7 +97,7 @@ def simulated_peak(config: DistillConfig, facts: Facts, nodes: int) -> "Peak":
     nowhere, gpus = Path(os.devnull), nodes * GPUS_PER_NODE
     sharing = expert_parallel_size(GPUS_PER_NODE, facts.parent, facts.child)
     job = Job(nowhere, nowhere, nowhere, nowhere, gpus, True, None, nodes, sharing)
-    return simulate(config, facts.shape, facts.parent, facts.child, job)
+    return simulate(config, facts.shape, facts.parent, facts.child, job, worst_routing=worst_routing)
 
 
 def fewest_nodes(config: DistillConfig, facts: Facts) -> int:

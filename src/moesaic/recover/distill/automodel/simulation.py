@@ -83,6 +83,7 @@ def simulate(
     job: Job,
     fused: bool = True,
     all_chunks: bool = False,
+    worst_routing: bool = False,
 ) -> Peak:
     """Run a step of rank 0 of the job's processes, two or more, and return the peak.
 
@@ -94,13 +95,14 @@ def simulate(
         job: its devices; its paths are not used.
         fused: attention by the compiled kernel's stand-in, else by the CPU's own function.
         all_chunks: run every chunk of tokens through the experts, which takes longer and finds the same within 1 %.
+        worst_routing: all tokens of the ranks that share experts go to this rank's, all of the time.
     """
     with ExitStack() as stack:
         stack.enter_context(_process_group(job.num_processes))
         stack.enter_context(_stand_ins(fused, all_chunks))
         step = Step(config, shape, parent, child, job)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_KnownValues(config, job))
+        stack.enter_context(_KnownValues(config, 1 if worst_routing else job.expert_parallel_size))
         step.materialize()
         return step.peak(full_batch(config))
 
@@ -197,10 +199,11 @@ class _StepMemory(FSDPMemTracker):
 class _KnownValues(TorchDispatchMode):
     """Answers for fake tensors where a value decides on a size."""
 
-    def __init__(self, config: DistillConfig, job: Job) -> None:
+    def __init__(self, config: DistillConfig, sharing: int) -> None:
+        """Every rank's experts get 1 in ``sharing`` of the tokens that all of them have."""
         super().__init__()  # type: ignore[no-untyped-call]
         tokens = config.rows_per_forward * config.sequence_tokens
-        self._chunk, self._sharing = min(tokens, config.expert_chunk_tokens), job.expert_parallel_size
+        self._chunk, self._sharing = min(tokens, config.expert_chunk_tokens), sharing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
