@@ -311,6 +311,8 @@ def run_rank(rank: int, scratch: Path) -> None:
         expected.square().mean().backward()
         model = sharded_model(child, ep_size)
         limit_experts(model, 64)
+        experts = {value.dtype for name, value in model.named_parameters() if gpt_oss.is_expert_weight(name)}
+        assert experts == {torch.bfloat16}
         logits = model(**both[rank]).logits
         assert_near(logits[0], expected[rank])
         logits.square().mean().backward()
