@@ -4,10 +4,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moesaic.command_line import planning_commands
 from moesaic.command_line.main import main
 from moesaic.command_line.planning_commands import read_tasks
 from moesaic.core.config import Config
@@ -327,6 +329,19 @@ def test_plan_of_gpt_oss_on_the_command_line(capsys: pytest.CaptureFixture[str])
     assert main(["plan", "compress", *like[:-1], "elsewhere"]) == 2
     assert main(["plan", "nothing", *like]) == 2
     assert not torch.cuda.is_initialized()
+
+
+def test_plan_tells_what_a_simulated_step_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like = ["plan", "compress", "--recipe", "gpt_oss_120b_h100x8", "--like", "gpt-oss-120b", "--simulate"]
+    for peak, status in ((60 * GIB, 0), (75 * GIB, 2)):
+        found = SimpleNamespace(total=peak, parts={"weights": peak})
+        monkeypatch.setattr(planning_commands, "simulated_peak", lambda *_, found=found: found)
+        assert main(like) == status
+    shown = capsys.readouterr()
+    assert "2 nodes of 8 GPUs, for each of them, simulated: 60.0 GiB: weights 60.0 GiB" in " ".join(shown.out.split())
+    assert "distill takes 75.0 GiB on each of 16 GPUs, where 71.7 are to be had" in " ".join(shown.err.split())
 
 
 def test_data_sets_are_counted(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
