@@ -11,9 +11,9 @@ from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.recover.distill.automodel.curve import WINDOW_STEPS, Curve, DivergenceCheck
 from moesaic.recover.distill.automodel.rows import Rows, TrainingRows
-from moesaic.recover.distill.automodel.settings import Job, check_batch, expert_parallel_size, render
+from moesaic.recover.distill.automodel.settings import Job, expert_parallel_size, render
 from moesaic.recover.distill.packing import rows_of_step
-from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.distill.stage import DistillConfig, check_batch
 from moesaic.recover.distill.trace_table import TraceTable
 from moesaic.recover.generate_traces.traces import Trace
 from moesaic.recover.training import OptimizerConfig

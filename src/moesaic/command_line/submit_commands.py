@@ -16,7 +16,7 @@ from moesaic.platform.cluster import ClusterProfile, placed_text, read_profile
 from moesaic.platform.cluster.following import RunStatus, follow
 from moesaic.platform.cluster.submission import HOST_VARIABLE, Kubeflow
 from moesaic.platform.store import Address, parse_address
-from moesaic.recover.distill.automodel.settings import check_batch
+from moesaic.recover.distill.stage import check_batch
 from moesaic.stages import STAGES
 
 _PROFILE = Path("manifests/profiles/single-node.yaml")

@@ -20,9 +20,7 @@ from moesaic.costs.facts import (
     trainable_parameters,
 )
 from moesaic.costs.times import learn_ms
-from moesaic.recover.distill.automodel.launch import check_installed
-from moesaic.recover.distill.automodel.settings import Job, check_batch, expert_parallel_size
-from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.distill.stage import DistillConfig, check_batch
 
 if TYPE_CHECKING:
     from moesaic.recover.distill.automodel.simulation import Peak
@@ -91,6 +89,9 @@ def simulated_peak(config: DistillConfig, facts: Facts, nodes: int, worst_routin
     Raises:
         ConfigError: if AutoModel, which is part of the step, is not installed.
     """
+    from moesaic.recover.distill.automodel.launch import check_installed
+    from moesaic.recover.distill.automodel.settings import Job, expert_parallel_size
+
     check_installed()
     from moesaic.recover.distill.automodel.simulation import simulate
 

@@ -15,8 +15,8 @@ from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import CONFIG, Checkpoint, rewrite_checkpoint
 from moesaic.recover.distill.automodel.launch import check_installed, train
 from moesaic.recover.distill.automodel.rows import Rows
-from moesaic.recover.distill.automodel.settings import Job, check_batch, expert_parallel_size
-from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.distill.automodel.settings import Job, expert_parallel_size
+from moesaic.recover.distill.stage import DistillConfig, check_batch
 from moesaic.recover.distill.trace_table import TraceTable
 from moesaic.recover.generate_traces.traces import iterate_traces
 

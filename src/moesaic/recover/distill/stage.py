@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moesaic.core.config import Amount, Config, Efforts, Positive, Precision
+from moesaic.core.errors import ConfigError
 from moesaic.core.stage import Stage, dataset, model
 from moesaic.recover.training import OptimizerConfig, Trainable
 
@@ -62,6 +63,20 @@ class DistillConfig(Config):
     """For the order of the data."""
     precision: Precision = "bfloat16"
     """What the models compute in. What learns is kept in float32, and so is its optimiser; experts in bfloat16."""
+
+
+def check_batch(config: DistillConfig, num_processes: int) -> None:
+    """A step's rows must be a whole number of forward passes on every rank.
+
+    Raises:
+        ConfigError: saying what would fit.
+    """
+    rows = num_processes * config.rows_per_forward
+    if config.rows_per_step % rows:
+        raise ConfigError(
+            f"rows_per_step {config.rows_per_step} is not a multiple of {num_processes} processes x rows_per_forward "
+            f"{config.rows_per_forward} = {rows}; choose such a multiple, or another rows_per_forward"
+        )
 
 
 STAGE = Stage(
