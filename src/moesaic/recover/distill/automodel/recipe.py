@@ -134,16 +134,17 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
-        """The loss on held-out rows, which are dealt out to the ranks; all run equally often, some on nothing."""
-        rank, num_ranks = self._get_dp_rank(), self._get_dp_group_size()
-        size, num_rows = self.settings.rows_per_forward, len(self.held_out)
-        num_batches = -(-num_rows // size)
+        """The loss on held-out rows, dealt out to the ranks one by one; all run equally often, some on nothing.
+
+        Ranks that share experts need equally many tokens at every moment, so that a last, smaller batch is none.
+        """
+        rank, num_ranks, num_rows = self._get_dp_rank(), self._get_dp_group_size(), len(self.held_out)
         sums = torch.zeros(len(_PARTS) + 1, device=self.device)
-        for first in range(0, num_batches, num_ranks):
-            mine = min(first + rank, num_batches - 1)
-            batch = collate([self.held_out[row] for row in range(mine * size, min(num_rows, (mine + 1) * size))])
-            found = torch.cat([_values(self._compare(batch, -1, mine)), self._weights(batch).sum().view(1)])
-            sums += found if first + rank < num_batches else 0 * found
+        for first in range(0, num_rows, num_ranks):
+            row = min(first + rank, num_rows - 1)
+            batch = collate([self.held_out[row]])
+            found = torch.cat([_values(self._compare(batch, -1, row)), self._weights(batch).sum().view(1)])
+            sums += found if first + rank < num_rows else 0 * found
         reshard(self.model_parts[0])
         weight = float(self._dp_allreduce(sums[-1:].clone()))
         values = {f"held_out_{name}": value for name, value in self._means(sums[:-1].clone(), weight).items()}
