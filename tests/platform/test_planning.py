@@ -4,13 +4,16 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moesaic.command_line import planning_commands
 from moesaic.command_line.main import main
 from moesaic.command_line.planning_commands import read_tasks
 from moesaic.core.config import Config
+from moesaic.core.errors import ConfigError, InfeasibleError
 from moesaic.costs.facts import Assumed, Facts, PipelineTask
 from moesaic.costs.hardware import Target
 from moesaic.costs.hardware_tables import read_table
@@ -34,6 +37,7 @@ from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.planning import Planned, assume_child, plan, totals
 from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
+from moesaic.recover.distill import needs as distill_needs
 from moesaic.recover.distill.stage import DistillConfig
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
@@ -177,8 +181,28 @@ def test_only_what_learns_has_optimiser_state() -> None:
     trainable = 4 * ATTENTION_BYTES // 2 + OUTER_BYTES // 2
     assert needs.counts["trainable_parameters"] == trainable
     weights = 2 * sum(gpt_oss.num_parameters(SHAPE, model) for model in (PARENT, CHILD))
-    states, logits = 8 * 64 * 5 * 2, 2 * 1024 * 64 * 4
-    assert needs.peak_bytes == weights + 16 * trainable + states + logits
+    states, heads, logits = (4 + 2 * 4 + 4) * 8 * 64 * 2, (2 + 16) * 64 * 64, 4 * 1024 * 64 * 4
+    assert needs.peak_bytes == weights + 14 * trainable + states + heads + logits
+
+
+def test_a_distillation_that_does_not_fit_is_refused_with_what_does() -> None:
+    facts = Facts(
+        GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, GPT_OSS_PUZZLE_88B_BLOCKS, Target(H100, GPT_OSS_120B, 8, "fp8")
+    )
+    config = DistillConfig(sequence_tokens=131_072, rows_per_step=32)
+    assert distill_needs.fewest_nodes(config, facts) == 2
+    for nodes in (2, 4):
+        distill_needs.check_nodes(config, facts, nodes)
+        assert distill_needs.gpu_bytes(config, facts, 8 * nodes) < 72 * GIB
+    distill_needs.check_nodes(config.but(rows_per_step=64), facts, 8)
+    with pytest.raises(InfeasibleError, match=r"95.2 GiB on each of 8 GPUs.* these rows on 2 nodes or rows of 16384 "):
+        distill_needs.check_nodes(config, facts, 1)
+    with pytest.raises(ConfigError, match=r"rows_per_step 32 is not a multiple of 24 processes"):
+        distill_needs.check_nodes(config, facts, 3)
+    with pytest.raises(InfeasibleError, match=r"fits on no 16 nodes .* what fits: rows of 131072 tokens on 16 nodes"):
+        distill_needs.fewest_nodes(config.but(sequence_tokens=2**20), facts)
+    with pytest.raises(ConfigError, match=r"rows_per_step 12 is not a multiple of 16 processes"):
+        distill_needs.fewest_nodes(config.but(rows_per_step=12), facts)
 
 
 def test_a_router_that_learns_is_written_anew() -> None:
@@ -299,9 +323,25 @@ def test_plan_of_gpt_oss_on_the_command_line(capsys: pytest.CaptureFixture[str])
     assert "60.8 GiB" in shown
     assert "46.6 GiB" in shown
     assert "S3 up" in shown
+    assert "distill on 2 nodes of 8 GPUs, for each of them: 69.7 GiB" in " ".join(shown.split())
+    assert main(["plan", "compress", *like, "--nodes", "1"]) == 2
+    assert "what fits: these rows on 2 nodes" in " ".join(capsys.readouterr().err.split())
     assert main(["plan", "compress", *like[:-1], "elsewhere"]) == 2
     assert main(["plan", "nothing", *like]) == 2
     assert not torch.cuda.is_initialized()
+
+
+def test_plan_tells_what_a_simulated_step_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like = ["plan", "compress", "--recipe", "gpt_oss_120b_h100x8", "--like", "gpt-oss-120b", "--simulate"]
+    for peak, status in ((60 * GIB, 0), (75 * GIB, 2)):
+        found = SimpleNamespace(total=peak, parts={"weights": peak})
+        monkeypatch.setattr(planning_commands, "simulated_peak", lambda *_, found=found: found)
+        assert main(like) == status
+    shown = capsys.readouterr()
+    assert "2 nodes of 8 GPUs, for each of them, simulated: 60.0 GiB: weights 60.0 GiB" in " ".join(shown.out.split())
+    assert "distill takes 75.0 GiB on each of 16 GPUs, where 71.7 are to be had" in " ".join(shown.err.split())
 
 
 def test_data_sets_are_counted(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,6 +201,22 @@ def test_what_cannot_be_submitted_is_said_before_anything_is_sent(
     assert api.log == []
 
 
+def test_nodes_that_cannot_share_a_steps_rows_are_refused(
+    submit: list[str], api: KubeflowApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = {"cpu": 1, "memory": "1Gi"}
+    profile = write_profile(
+        tmp_path / "profile.yaml",
+        nodes={"plain": node, "three": {**node, "accelerators": 3}},
+        default="plain",
+        stages={"distill": "three"},
+    )
+    submit[1] = "compress"
+    assert main([*submit, "--profile", str(profile)]) == 2
+    assert "rows_per_step 8 is not a multiple of 3 processes x rows_per_forward 8 = 24" in capsys.readouterr().err
+    assert api.log == []
+
+
 def test_an_unknown_pipeline_is_said(submit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     submit[1] = "expand"
     assert main(submit) == 2

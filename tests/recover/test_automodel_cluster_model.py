@@ -72,7 +72,15 @@ def load_cluster_model(cluster_model: ModuleType, directory: Path) -> Any:
     model = cluster_model.GptOssPuzzleForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
     settings = CheckpointingConfig(checkpoint_dir=directory, model_repo_id=str(directory), save_consolidated=False)
     Checkpointer(settings, 0, 0, 0, None).load_model(model, str(directory), is_init_step=True)
+    limit_experts(model, 64)  # rows take several chunks, the last one shorter
     return model
+
+
+def limit_experts(model: Any, chunk_tokens: int) -> None:
+    from moesaic.recover.distill.automodel import cluster_experts
+
+    cluster_experts.limit_experts(model, chunk_tokens)
+    assert {module.chunk_tokens for module in model.modules() if hasattr(module, "chunk_tokens")} == {chunk_tokens}
 
 
 def write_child(parent: Checkpoint, directory: Path, packed: bool, architecture: Architecture = CHILD) -> None:
@@ -154,7 +162,9 @@ def test_the_whole_state_goes_to_checkpoint_names_and_back_unchanged(child: Path
     for layer in range(checkpoint.num_layers):
         prefix = gpt_oss.layer_prefix(layer)
         expected |= {prefix + name: value for name, value in layer_state(checkpoint, layer).items()}
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, check_dtype=False)
+    experts = {value.dtype for name, value in native.items() if ".experts." in name}
+    assert experts == {torch.bfloat16} and native["lm_head.weight"].dtype == torch.float32
     torch.testing.assert_close(model.state_dict_adapter.from_hf(ours), native, rtol=0, atol=0)
 
 
@@ -300,6 +310,9 @@ def run_rank(rank: int, scratch: Path) -> None:
         expected = reference(**rows, use_cache=False).logits
         expected.square().mean().backward()
         model = sharded_model(child, ep_size)
+        limit_experts(model, 64)
+        experts = {value.dtype for name, value in model.named_parameters() if gpt_oss.is_expert_weight(name)}
+        assert experts == {torch.bfloat16}
         logits = model(**both[rank]).logits
         assert_near(logits[0], expected[rank])
         logits.square().mean().backward()

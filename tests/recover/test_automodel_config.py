@@ -10,10 +10,12 @@ from moesaic.core.training_curve import read_curve
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
 from moesaic.recover.distill.automodel.curve import WINDOW_STEPS, Curve, DivergenceCheck
-from moesaic.recover.distill.automodel.rows import TrainingRows, held_out_rows
-from moesaic.recover.distill.automodel.settings import Job, check_batch, expert_parallel_size, render
-from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.generate_traces.traces import Trace, rows_of_step
+from moesaic.recover.distill.automodel.rows import Rows, TrainingRows
+from moesaic.recover.distill.automodel.settings import Job, expert_parallel_size, render
+from moesaic.recover.distill.packing import rows_of_step
+from moesaic.recover.distill.stage import DistillConfig, check_batch
+from moesaic.recover.distill.trace_table import TraceTable
+from moesaic.recover.generate_traces.traces import Trace
 from moesaic.recover.training import OptimizerConfig
 
 CONFIG = DistillConfig(
@@ -63,6 +65,10 @@ def test_devices_choose_the_backend_the_model_class_and_the_sharding() -> None:
     assert on_gpu["model"]["torch_dtype"] == "float32"
     assert on_gpu["teacher_model"]["torch_dtype"] == "bfloat16"
     assert on_gpu["distributed"]["ep_size"] == 2
+    assert on_gpu["distributed"]["activation_checkpointing"] and not on_cpu["distributed"]["activation_checkpointing"]
+    kept = render(CONFIG.model_copy(update={"activation_checkpointing": False}), job(on_gpus=True))
+    assert not kept["distributed"]["activation_checkpointing"]
+    assert on_gpu["distributed"]["reshard_after_forward"]  # else the gathered parent would stay on every GPU
     assert on_cpu["distributed"]["mp_policy"]["param_dtype"] == "bfloat16"
 
 
@@ -111,20 +117,18 @@ def traces() -> list[Trace]:
 
 
 def test_ranks_together_take_the_rows_of_every_step(tmp_path: Path) -> None:
-    path = tmp_path / "traces.jsonl"
-    path.write_text("".join(trace.to_json() + "\n" for trace in traces()))
     config = CONFIG.model_copy(update={"sequence_tokens": 8, "efforts": ("low",), "seed": 3})
+    table = TraceTable.write(traces(), tmp_path)
     rows = TrainingRows(str(tmp_path), config.model_dump(mode="json"))
     items = [rows[item] for item in range(len(rows))]
     assert len(items) == 44
     for step in range(11):
         expected = [rows.rows[number] for number in rows_of_step(len(rows.rows), 4, step, seed=3)]
         dealt = [items[item] for rank in (0, 1) for item in range(rank, len(items), 2) if item // 4 == step]
-        assert sorted(map(id, dealt)) == sorted(map(id, expected))
-    trained = {trace.id for row in rows.rows for trace in row.traces}
-    held_out = {trace.id for row in held_out_rows(tmp_path, config) for trace in row.traces}
-    assert trained | held_out == {trace.id for trace in traces()}
-    assert held_out == {trace.id for trace in traces() if trace.held_out}
+        assert sorted(row.labels.tolist() for row in dealt) == sorted(row.labels.tolist() for row in expected)
+    for held_out in (False, True):
+        learned = sum(int((row.labels == 3).sum()) for row in Rows(table, config, held_out))
+        assert learned == sum(len(trace.reply_ids) for trace in traces() if trace.held_out == held_out)
 
 
 def test_a_resumed_curve_forgets_the_steps_after_its_checkpoint(tmp_path: Path) -> None:

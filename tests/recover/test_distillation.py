@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.recover.distill.loss import LossParts, States, distillation_loss
+from moesaic.recover.distill.loss import LossParts, States, distillation_loss, draw_compared
 from moesaic.recover.distill.stage import DistillConfig
 from tests.closeness import assert_near
 
@@ -218,3 +218,37 @@ def test_weights_count_tokens_more_or_less() -> None:
         assert_near(getattr(found, name), getattr(expected, name), name=name)
     for ours, theirs in zip(gradients(found, child, CONFIG), gradients(expected, child, CONFIG), strict=True):
         assert_near(ours, theirs)
+
+
+def test_states_of_drawn_tokens_stand_for_all_of_them() -> None:
+    """Over all draws of one token the term and its gradient are, on average, those of every token."""
+    child, parent = draw_states(0, learns=True), draw_states(1)
+    weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(3))
+    whole = distillation_loss(child, parent, LABELS, CONFIG, weights)
+    expected = torch.autograd.grad(whole.hidden, list(child.layers))
+    found = [torch.zeros_like(layer) for layer in child.layers]
+    mean = 0.0
+    for token in range(TOKENS):
+        chosen = torch.tensor([token])
+
+        def at(states: States, chosen: Tensor = chosen) -> States:
+            return States([layer[chosen] for layer in states.layers], states.final, states.head)
+
+        part = distillation_loss(at(child), at(parent), LABELS, CONFIG, weights, chosen)
+        mean += part.hidden.item() / TOKENS
+        for sum_, gradient in zip(found, torch.autograd.grad(part.hidden, list(child.layers)), strict=True):
+            sum_ += gradient / TOKENS
+        assert_near(part.kl, whole.kl)
+    assert mean == pytest.approx(whole.hidden.item(), rel=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_a_draw_repeats_itself_and_takes_all_where_they_are_few() -> None:
+    config = CONFIG.model_copy(update={"hidden_tokens": 5, "seed": 1})
+    drawn = draw_compared(40, config, 3, 0)
+    assert len(set(drawn.tolist())) == 5 and drawn.tolist() == sorted(drawn.tolist()) and drawn.max() < 40
+    assert torch.equal(drawn, draw_compared(40, config, 3, 0))
+    assert not torch.equal(drawn, draw_compared(40, config, 4, 0))
+    assert draw_compared(4, config, 3).tolist() == [0, 1, 2, 3]
+    assert draw_compared(0, config, 3).tolist() == []

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from moesaic.costs.facts import Assumed, Facts, PipelineTask
 from moesaic.pipelines import find_pipeline
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.planning import Planned, assume_child, plan, totals
+from moesaic.recover.distill.needs import (
+    GPUS_PER_NODE,
+    check_memory,
+    check_nodes,
+    fewest_nodes,
+    gpu_bytes,
+    simulated_peak,
+)
+from moesaic.recover.distill.stage import DistillConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
 
@@ -55,6 +65,12 @@ def add_planning_commands(commands: Any) -> None:
     model.add_argument("--like", help="instead of a checkpoint: gpt-oss-120b or gpt-oss-20b at full size")
     planning.add_argument("--data", type=Path, help="directory of the data sets, to count problems (assumed otherwise)")
     planning.add_argument("--store", help="s3://bucket/prefix of the store, to plan its traffic")
+    planning.add_argument(
+        "--nodes", type=int, help="nodes of eight GPUs that distill runs on (the fewest that hold it)"
+    )
+    planning.add_argument(
+        "--simulate", action="store_true", help="run a step of distill on tensors without values, for its true memory"
+    )
     planning.add_argument("--json", action="store_true", help="print JSON, every task by itself")
 
 
@@ -84,7 +100,11 @@ def _plan(options: argparse.Namespace) -> None:
     facts, notes = _facts(options, recipe)
     if options.store is not None and not options.store.startswith("s3://"):
         raise ConfigError(f"--store {options.store} is not s3://bucket/prefix; a directory has no traffic to plan")
-    planned = plan(read_tasks(manifest, recipe), facts)
+    tasks = read_tasks(manifest, recipe)
+    if facts.target is not None:
+        facts = replace(facts, training_gpus=GPUS_PER_NODE * _distill_nodes(options, tasks, facts))
+        notes += [_memory_of_distill(options, tasks, facts)]
+    planned = plan(tasks, facts)
     notes += _warnings(planned, facts)
     if options.json:
         print(json.dumps(_as_json(options, facts, planned, notes), indent=1))
@@ -92,6 +112,39 @@ def _plan(options: argparse.Namespace) -> None:
         Console().print(_table(planned, traffic=options.store is not None))
         counted = [f"{stage}: {_what(members)}" for stage, members in _by_stage(planned).items() if _what(members)]
         print("\n".join(f"- {line}" for line in (*counted, *notes)))
+
+
+def _distill_nodes(options: argparse.Namespace, tasks: Iterable[PipelineTask[Config]], facts: Facts) -> int:
+    """Nodes for every distillation of the pipeline: those asked for, if all fit, or else the fewest."""
+    configs = _distillations(tasks)
+    if options.nodes is None:
+        return max((fewest_nodes(config, facts) for config in configs), default=1)
+    for config in configs:
+        check_nodes(config, facts, options.nodes)
+    return int(options.nodes)
+
+
+def _memory_of_distill(options: argparse.Namespace, tasks: Iterable[PipelineTask[Config]], facts: Facts) -> str:
+    """A note on the distillation that needs most, simulated if that is asked for."""
+    nodes = facts.training_gpus // GPUS_PER_NODE
+    configs = sorted(_distillations(tasks), key=lambda config: gpu_bytes(config, facts, facts.training_gpus))
+    if not configs:
+        return "Nothing is distilled."
+    where = f"distill on {nodes} nodes of {GPUS_PER_NODE} GPUs, for each of them"
+    if not options.simulate:
+        return (
+            f"{where}: {_size(gpu_bytes(configs[-1], facts, facts.training_gpus))} (computed; --simulate runs a step)."
+        )
+    peak = simulated_peak(configs[-1], facts, nodes)
+    check_memory(peak.total, configs[-1], facts, nodes)
+    parts = ", ".join(f"{name} {_size(value)}" for name, value in peak.parts.items())
+    return f"{where}, simulated: {_size(peak.total)}: {parts}."
+
+
+def _distillations(tasks: Iterable[PipelineTask[Config]]) -> list[DistillConfig]:
+    """The different configs of the pipeline's distillations that train."""
+    configs = [task.config for task in tasks if isinstance(task.config, DistillConfig) and task.config.steps]
+    return list({config.to_json(): config for config in configs}.values())
 
 
 def _facts(options: argparse.Namespace, recipe: Any) -> tuple[Facts, list[str]]:

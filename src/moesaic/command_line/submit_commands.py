@@ -16,6 +16,7 @@ from moesaic.platform.cluster import ClusterProfile, placed_text, read_profile
 from moesaic.platform.cluster.following import RunStatus, follow
 from moesaic.platform.cluster.submission import HOST_VARIABLE, Kubeflow
 from moesaic.platform.store import Address, parse_address
+from moesaic.recover.distill.stage import check_batch
 from moesaic.stages import STAGES
 
 _PROFILE = Path("manifests/profiles/single-node.yaml")
@@ -66,6 +67,9 @@ def _submit(options: argparse.Namespace, choose: Choose, prepare: Prepare) -> No
     profile = read_profile(options.profile)
     store = _shared_store(options.store, profile)
     text = placed_text(manifest, profile, STAGES)
+    if "comp-distill:" in text:
+        for config in (recipe.distill, recipe.earlier_distill)[: recipe.rounds]:
+            check_batch(config, profile.num_processes("distill"))
     server = Kubeflow.connect(options.host)
     arguments = prepare(options, manifest, recipe, store)
     version_name = f"{manifest.stem}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"

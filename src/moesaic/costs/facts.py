@@ -65,6 +65,8 @@ class Facts:
     target: Target | None
     """The modelled hardware. None if the recipe measures; the plan then has no times."""
     assumed: Assumed = Assumed()
+    training_gpus: int = 8
+    """GPUs of that hardware that a distillation is spread over."""
 
 
 @dataclass(frozen=True)

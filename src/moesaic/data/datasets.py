@@ -1,7 +1,7 @@
 """Data sets: JSON lines, one object a row. A data set is such a file, or a directory that holds exactly one."""
 
 from codecs import BOM_UTF8
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,12 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a data set; a row ends at a line feed and nowhere else, blank lines do not count.
+    """All rows of a data set, see :func:`iterate_rows`."""
+    return list(iterate_rows(path))
+
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """The rows of a data set; a row ends at a line feed and nowhere else, blank lines do not count.
 
     Raises:
         ArtifactError: if it is missing, ambiguous, empty, in another format, or a line is not a JSON object; the
@@ -27,16 +32,21 @@ def read_rows(path: Path) -> list[Row]:
     """
     try:
         file = _find_file(path)
-        content = file.read_bytes()
+        empty = True
+        with file.open("rb") as lines:
+            if kind := foreign_kind(lines.peek()):
+                raise ArtifactError(
+                    f"{file} is {kind}; a data set is JSON lines in UTF-8: one JSON object on each line"
+                )
+            for number, line in enumerate(lines, 1):
+                text = line.removeprefix(BOM_UTF8) if number == 1 else line
+                if text.strip(b" \t\r\n"):
+                    empty = False
+                    yield _read_row(text, f"{file}, line {number}")
     except OSError as unreadable:
         raise ArtifactError(f"{unreadable.filename} cannot be read: {unreadable.strerror}") from unreadable
-    if kind := foreign_kind(content):
-        raise ArtifactError(f"{file} is {kind}; a data set is JSON lines in UTF-8: one JSON object on each line")
-    lines = enumerate(content.removeprefix(BOM_UTF8).split(b"\n"), 1)
-    rows = [_read_row(line, f"{file}, line {number}") for number, line in lines if line.strip(b" \t\r")]
-    if not rows:
+    if empty:
         raise ArtifactError(f"{file} is empty; a data set needs at least one JSON object, each on a line of its own")
-    return rows
 
 
 def check_keys(values: Mapping[str, Any], understood: Collection[str], place: str) -> None:

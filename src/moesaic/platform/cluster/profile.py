@@ -155,6 +155,12 @@ class ClusterProfile(Config):
         """The kind of node that a stage runs on."""
         return self.nodes[self.stages.get(stage, self.default)]
 
+    def num_processes(self, stage: str) -> int:
+        """Processes that a stage's engine has: one on each GPU of its nodes, or one on each node without."""
+        job = self.jobs.get(stage)
+        node, count = (self.nodes[job.node], job.num_nodes) if job else (self.node_for(stage), 1)
+        return count * max(1, node.accelerators)
+
     def check_stages(self, known: Collection[str]) -> None:
         """Raise ConfigError if the profile names a stage that there is not."""
         if unknown := sorted({*self.stages, *self.images, *self.jobs} - set(known)):

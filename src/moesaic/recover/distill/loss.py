@@ -11,12 +11,18 @@ Distributions may be softened by a temperature T, ``p = softmax(logits / T)``; t
 keeps the size of its gradient (Hinton et al., 2015). A cross entropy with the trace's own tokens may be added, which
 paper B found to hurt. Divergences are in nats.
 
+Where a forward pass has more than ``hidden_tokens`` response tokens, hidden states are compared at so many of them,
+drawn at random without replacement, and the term is scaled up: its expected value and gradient are those over all. To
+compare layer by layer instead would need the parent's state again when the child's layer learns: kept, that is 27 GB
+for a row of 131,072 tokens of gpt-oss-120b; recomputed, a second pass through the parent. 8,192 tokens take 1.7 GB.
+
 Memory: logits of at most ``logits_chunk_tokens`` tokens exist at once. A chunk's are computed again when its gradient
 is, so that nothing of size ``token * vocab`` outlives a chunk; the same is done for the float32 copies of each layer.
 Everything is computed and summed in float32 whatever the models compute in. A bfloat16 number is exact in TF32, so a
 GPU that may use TF32 for matrix products loses nothing of the logits by it.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +40,8 @@ from moesaic.recover.distill.stage import DistillConfig
 class States:
     """What one model computed for the response tokens."""
 
-    layers: Sequence[Float[Tensor, "token hidden"]]
-    """Output of every decoder layer."""
+    layers: Sequence[Float[Tensor, "compared hidden"]]
+    """Output of every decoder layer, at the compared tokens."""
     final: Float[Tensor, "token hidden"]
     """After the final norm."""
     head: Float[Tensor, "vocab hidden"]
@@ -68,6 +74,7 @@ def distillation_loss(
     labels: Int[Tensor, " token"],
     config: DistillConfig,
     weights: Float[Tensor, " token"] | None = None,
+    compared: Int[Tensor, " compared"] | None = None,
 ) -> LossParts:
     """The loss of the child's states against the parent's at the same tokens; the parent gets no gradient.
 
@@ -77,24 +84,34 @@ def distillation_loss(
         labels: the token that follows each response token in the trace.
         config: weights, temperature and chunk size.
         weights: how much each token counts in the sums; all 1 unless given.
+        compared: the response tokens whose layers are given, by number; all of them unless given.
     """
     weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+    shares = weights if compared is None else weights[compared] * (len(labels) / max(1, len(compared)))
     hidden = [
-        _recomputed(_cosine_distance, mine, theirs.detach(), weights)
+        recomputed(_cosine_distance, mine, theirs.detach(), shares)
         for mine, theirs in zip(child.layers, parent.layers, strict=True)
     ]
     child_head, parent_head = child.head.float(), parent.head.detach().float()  # once: chunks' gradients add in float32
     size = config.logits_chunk_tokens
     parts = (child.final, parent.final.detach(), labels, weights)
     sums = [
-        _recomputed(_compare_predictions, mine, child_head, theirs, parent_head, following, config, weight)
+        recomputed(_compare_predictions, mine, child_head, theirs, parent_head, following, config, weight)
         for mine, theirs, following, weight in zip(*(part.split(size) for part in parts), strict=True)
     ]
     kl, lm, top1 = torch.stack(sums).sum(0).unbind()
     return LossParts(kl, torch.stack(hidden).mean(), lm, top1.detach(), len(labels))
 
 
-def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def draw_compared(num_tokens: int, config: DistillConfig, *draw: int) -> Int[Tensor, " compared"]:
+    """The response tokens to compare hidden states at, in their order; the same for the same seed and ``draw``."""
+    tokens: Sequence[int] = range(num_tokens)
+    if num_tokens > config.hidden_tokens:
+        tokens = sorted(random.Random(f"{config.seed}/{draw}").sample(tokens, config.hidden_tokens))
+    return torch.tensor(tokens, dtype=torch.long)
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The function's value; for the gradient only its arguments are kept and the function is called again."""
     result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return result

@@ -15,9 +15,11 @@ from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.resolved_config import CONFIG
 from moesaic.recover.distill.automodel.launch import check_installed, train
-from moesaic.recover.distill.automodel.settings import Job, check_batch, expert_parallel_size
-from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.generate_traces.traces import Trace, pack_traces, read_traces
+from moesaic.recover.distill.automodel.rows import Rows
+from moesaic.recover.distill.automodel.settings import Job, expert_parallel_size
+from moesaic.recover.distill.stage import DistillConfig, check_batch
+from moesaic.recover.distill.trace_table import TraceTable
+from moesaic.recover.generate_traces.traces import iterate_traces
 
 
 def run(
@@ -36,13 +38,12 @@ def run(
     """
     mine, whole = Checkpoint.open(child), Checkpoint.open(parent)
     _check_models(mine, whole)
-    counts = _check_traces(read_traces(traces), config, whole)
     if nodes:
         mine = Checkpoint.open(nodes.visible("child", child, scratch))
         whole = Checkpoint.open(nodes.visible("parent", parent, scratch))
-        traces = nodes.visible("traces", traces, scratch)
-    job = _plan(mine, whole, traces, scratch, nodes)
+    job = _plan(mine, whole, scratch, nodes)
     check_batch(config, job.num_processes)
+    counts = _check_traces(TraceTable.write(iterate_traces(traces), job.traces), config, whole)
     if config.steps and not job.trained.is_file():
         check_installed()
         train(config, job, nodes)
@@ -52,7 +53,7 @@ def run(
     return counts | _metrics(job.curve)
 
 
-def _plan(child: Checkpoint, parent: Checkpoint, traces: Path, scratch: Path, nodes: Nodes | None) -> Job:
+def _plan(child: Checkpoint, parent: Checkpoint, scratch: Path, nodes: Nodes | None) -> Job:
     """On how many devices; experts are shared within a node only."""
     if nodes:
         on_gpus, count, here = nodes.gpus_per_node > 0, nodes.num_nodes, nodes.processes_per_node
@@ -62,7 +63,7 @@ def _plan(child: Checkpoint, parent: Checkpoint, traces: Path, scratch: Path, no
     return Job(
         child=child.directory.absolute(),
         parent=_as_child(parent, scratch / "parent") if on_gpus else parent.directory.absolute(),
-        traces=traces.absolute(),
+        traces=(scratch / "traces").absolute(),
         scratch=scratch.absolute(),
         num_processes=count * here,
         on_gpus=on_gpus,
@@ -98,30 +99,27 @@ def _check_models(child: Checkpoint, parent: Checkpoint) -> None:
     child.architecture.check_child_of(parent.architecture)
 
 
-def _check_traces(traces: list[Trace], config: DistillConfig, parent: Checkpoint) -> dict[str, float]:
+def _check_traces(table: TraceTable, config: DistillConfig, parent: Checkpoint) -> dict[str, float]:
     """Both kinds must be there and fit; returns how much there is."""
-    chosen = [trace for trace in traces if trace.effort in config.efforts]
-    largest = max((token for trace in chosen for token in trace.token_ids), default=0)
-    if largest >= parent.shape.vocab_size:
+    if table.largest_token() >= parent.shape.vocab_size:
         raise ArtifactError(
-            f"the traces have token {largest}, the models only {parent.shape.vocab_size}; give traces of this parent"
+            f"the traces have token {table.largest_token()}, the models only {parent.shape.vocab_size}; give traces of "
+            "this parent"
         )
-    missing = sorted(set(config.efforts) - {trace.effort for trace in chosen})
-    if missing:
-        raise ArtifactError(f"there are no traces at {missing[0]} effort; generate them or leave it out of efforts")
+    kinds = {"training": False, "held_out": True}
+    sizes = {name: len(table.chosen(config.efforts, held_out)) for name, held_out in kinds.items()}
+    for effort in sorted(config.efforts):
+        if not any(len(table.chosen((effort,), held_out)) for held_out in kinds.values()):
+            raise ArtifactError(f"there are no traces at {effort} effort; generate them or leave it out of efforts")
     counts: dict[str, float] = {}
-    for name, held_out in (("training", False), ("held_out", True)):
-        kind = [trace for trace in chosen if trace.held_out == held_out]
-        rows = pack_traces(kind, config.sequence_tokens, config.seed)
-        if not rows:
+    for name, held_out in kinds.items():
+        if not sizes[name]:
             raise ArtifactError(
-                f"none of the {len(chosen)} traces chosen is a {name.replace('_', '-')} one; both kinds are needed, "
-                f"see held_out_share of generate_traces"
+                f"none of the {sum(sizes.values())} traces chosen is a {name.replace('_', '-')} one; both kinds are "
+                f"needed, see held_out_share of generate_traces"
             )
-        counts |= {
-            f"{name}_rows": float(len(rows)),
-            f"{name}_traces_left_out": float(len(kind) - sum(len(row.traces) for row in rows)),
-        }
+        rows = Rows(table, config, held_out)
+        counts |= {f"{name}_rows": float(len(rows)), f"{name}_traces_left_out": float(rows.num_left_out)}
     return counts
 
 

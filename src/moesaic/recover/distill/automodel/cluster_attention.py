@@ -26,6 +26,11 @@ TILE = 128
 _compiled_flex_attention: Any = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs")
 
 
+def runs_flex_attention(device: torch.device) -> bool:
+    """Everywhere but on CPUs, where FlexAttention has no backward pass."""
+    return device.type != "cpu"
+
+
 def first_keys(
     num_tokens: int, window: int | None, documents: Int[Tensor, "batch token"] | None, device: torch.device
 ) -> Int[Tensor, "rows token"]:

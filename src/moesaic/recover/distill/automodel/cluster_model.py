@@ -1,11 +1,12 @@
 """A gpt-oss child as AutoModel's own model class, for training on GPU clusters with expert parallelism and FSDP2.
 
-Everything but three things is AutoModel's gpt-oss: its blocks, mixture layers, norms, initialisation, head,
-parallelizer and loader. The three:
+Everything but four things is AutoModel's gpt-oss: its blocks, mixture layers, norms, initialisation, head,
+parallelizer and loader. The four:
 
 - layer i is built from its own block of the config: ``E_i`` experts and its own window (None: full attention);
 - attention knows documents packed into a row (``position_ids`` restart at 0) and runs on a CPU as well, where it is
   ``moesaic.models.attention``; elsewhere it is ``cluster_attention``;
+- experts are ``cluster_experts``: in bfloat16, a chunk of tokens at a time;
 - rotary frequencies are transformers' own, so that a config that AutoModel's formula does not cover is not misread.
 
 The gate balances nothing: no bias update and no auxiliary loss, whatever the config says (gpt-oss configs say 0.9),
@@ -22,6 +23,7 @@ compiled FlexAttention kernel (its mask and formula are checked uncompiled), NCC
 dispatchers. Tensor, context and pipeline parallelism it lacks, as AutoModel's gpt-oss does.
 """
 
+from dataclasses import replace
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,13 @@ from moesaic.models import gpt_oss, gpt_oss_puzzle
 from moesaic.models.attention import document_starts, sink_attention
 from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from moesaic.models.resolved_config import as_class, read_config_file
-from moesaic.recover.distill.automodel.cluster_attention import first_keys, flex_sink_attention, tile_mask
+from moesaic.recover.distill.automodel.cluster_attention import (
+    first_keys,
+    flex_sink_attention,
+    runs_flex_attention,
+    tile_mask,
+)
+from moesaic.recover.distill.automodel.cluster_experts import StreamedExperts
 from moesaic.recover.distill.automodel.cluster_weights import PuzzleStateDictAdapter
 
 
@@ -117,6 +125,11 @@ class PuzzleBlock(Block):
     def __init__(self, layer: int, config: GptOssConfig, moe_config: MoEConfig, backend: BackendConfig) -> None:
         super().__init__(layer, config, moe_config, backend)
         self.self_attn = PuzzleAttention(config, backend, use_sliding_attention=config.sliding_window is not None)
+        self.mlp.experts = StreamedExperts(replace(moe_config, dtype=torch.bfloat16), backend)
+        # AutoModel's name for parameters that a cast of the whole model leaves alone
+        self.mlp.experts._preserve_parameter_dtypes = {
+            name: torch.bfloat16 for name, _ in self.mlp.experts.named_parameters()
+        }
 
 
 class GptOssPuzzleModel(GptOssModel):
@@ -187,7 +200,7 @@ class GptOssPuzzleModel(GptOssModel):
         return hidden
 
     def _tile_masks(self, input_ids: Tensor, documents: Tensor | None) -> dict[int | None, BlockMask] | None:
-        if input_ids.device.type == "cpu":  # FlexAttention has no backward pass there
+        if not runs_flex_attention(input_ids.device):
             return None
         return {
             window: tile_mask(first_keys(input_ids.shape[1], window, documents, input_ids.device))

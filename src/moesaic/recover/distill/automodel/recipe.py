@@ -5,7 +5,8 @@ rotation. Ours: the loss (``moesaic.recover.distill.loss``), the rows and their 
 model (the tensors that learn), evaluation, the training curve, here and in MLflow, and the end on divergence.
 
 Gradients are of the weighted mean over all response tokens of a step: each rank's sum is divided by the weight of the
-tokens on all ranks, and multiplied by the number of ranks because FSDP averages over them.
+tokens on all ranks, and multiplied by the number of ranks because FSDP averages over them. Gradients are reduced after
+every row, since a rank that waited for the step's last one would hold them whole.
 """
 
 import os
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
-from nemo_automodel.components.distributed.utils import get_sync_ctx
 from nemo_automodel.components.training.utils import scale_grads_and_clip_grad_norm
 from nemo_automodel.recipes.llm import train_ft
 from nemo_automodel.recipes.llm.kd import KnowledgeDistillationRecipeForNextTokenPrediction
@@ -29,16 +29,18 @@ from moesaic.core.files import written_atomically
 from moesaic.core.live_log import LiveLog
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.recover.distill.automodel.cluster_experts import limit_experts
 from moesaic.recover.distill.automodel.cpu import CPU, device_policy
 from moesaic.recover.distill.automodel.curve import Curve
 from moesaic.recover.distill.automodel.messages import StepProgress, record_failure
-from moesaic.recover.distill.automodel.rows import collate, held_out_rows
+from moesaic.recover.distill.automodel.rows import Rows, collate
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.automodel.states import compute_states, gather_trained, reshard
 from moesaic.recover.distill.automodel.trained_weights import TrainedWeightsCheckpointer
-from moesaic.recover.distill.loss import LossParts, distillation_loss
+from moesaic.recover.distill.loss import LossParts, distillation_loss, draw_compared
+from moesaic.recover.distill.packing import IGNORED
 from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.generate_traces.traces import IGNORED
+from moesaic.recover.distill.trace_table import TraceTable
 
 _PARTS = ("kl", "hidden", "lm", "top1")
 
@@ -66,10 +68,12 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         with record_failure(self.job.failure), device_policy():
             super().setup()
             self.device = self.dist_env.device or CPU
+            for model in (*self.model_parts, self.teacher_model):
+                limit_experts(model, self.settings.expert_chunk_tokens)
             resumed = self.step_scheduler.step
             dist.barrier()
             self.curve = Curve(self.job.curve, self.settings.divergence_ratio, resumed, self.dist_env.is_main)
-            self.held_out = held_out_rows(self.job.traces, self.settings)
+            self.held_out = Rows(TraceTable(self.job.traces), self.settings, held_out=True)
 
     def load_checkpoint(self, restore_from: str | None = None) -> None:
         """Called by ``setup``: from here on checkpoints hold of the model only what learns."""
@@ -108,9 +112,8 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
         num_ranks = self._get_dp_group_size(include_cp=True)
         sums = torch.zeros(len(_PARTS), device=self.device)
         for index, batch in enumerate(batches):
-            with get_sync_ctx(self.model_parts[0], index == len(batches) - 1, defer_fsdp_grad_sync=True):
-                parts = self._compare(batch)
-                (parts.total(self.settings) * (num_ranks / weight)).backward()
+            parts = self._compare(batch, self.step_scheduler.step, self._get_dp_rank(), index)
+            (parts.total(self.settings) * (num_ranks / weight)).backward()
             sums += _values(parts)
         gradient_norm = scale_grads_and_clip_grad_norm(
             max_grad_norm,
@@ -131,31 +134,34 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
-        """The loss on held-out rows, which are dealt out to the ranks; all run equally often, some on nothing."""
-        rank, num_ranks = self._get_dp_rank(), self._get_dp_group_size()
-        size = self.settings.rows_per_forward
-        batches = [collate(self.held_out[first : first + size]) for first in range(0, len(self.held_out), size)]
-        weight = sum(float(self._weights(batch).sum()) for batch in batches)
-        sums = torch.zeros(len(_PARTS), device=self.device)
-        for first in range(0, len(batches), num_ranks):
-            mine = min(first + rank, len(batches) - 1)
-            parts = _values(self._compare(batches[mine]))
-            sums += parts if first + rank < len(batches) else 0 * parts
+        """The loss on held-out rows, dealt out to the ranks one by one; all run equally often, some on nothing.
+
+        Ranks that share experts need equally many tokens at every moment, so that a last, smaller batch is none.
+        """
+        rank, num_ranks, num_rows = self._get_dp_rank(), self._get_dp_group_size(), len(self.held_out)
+        sums = torch.zeros(len(_PARTS) + 1, device=self.device)
+        for first in range(0, num_rows, num_ranks):
+            row = min(first + rank, num_rows - 1)
+            batch = collate([self.held_out[row]])
+            found = torch.cat([_values(self._compare(batch, -1, row)), self._weights(batch).sum().view(1)])
+            sums += found if first + rank < num_rows else 0 * found
         reshard(self.model_parts[0])
-        values = {f"held_out_{name}": value for name, value in self._means(sums, weight).items()}
+        weight = float(self._dp_allreduce(sums[-1:].clone()))
+        values = {f"held_out_{name}": value for name, value in self._means(sums[:-1].clone(), weight).items()}
         self.curve.add(step, values)
         self._log(step, values)
 
-    def _compare(self, batch: dict[str, Tensor]) -> LossParts:
-        """Child against parent on one batch, at its response tokens."""
-        input_ids, positions, labels = (batch[name].to(self.device) for name in ("input_ids", "position_ids", "labels"))
-        is_response = labels != IGNORED
+    def _compare(self, batch: dict[str, Tensor], *draw: int) -> LossParts:
+        """Child against parent on one batch, at its response tokens; ``draw`` numbers the sample of compared tokens."""
+        rows = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids", "responses")}
+        compared = draw_compared(len(rows["responses"]), self.settings, *draw).to(self.device)
         with torch.no_grad():
-            parent = compute_states(self.teacher_model, input_ids, positions, is_response)
+            parent = compute_states(self.teacher_model, **rows, compared=compared)
         with self._precision():
-            child = compute_states(self.model_parts[0], input_ids, positions, is_response)
-        weights = self._weights(batch)[is_response]
-        return distillation_loss(child, parent, labels[is_response], self.settings, weights)
+            child = compute_states(self.model_parts[0], **rows, compared=compared)
+        labels = batch["labels"].to(self.device).flatten()[rows["responses"]]
+        weights = self._weights(batch).flatten()[rows["responses"]]
+        return distillation_loss(child, parent, labels, self.settings, weights, compared)
 
     def _weights(self, batch: dict[str, Tensor]) -> Tensor:
         """How much each prediction counts, [batch, token]."""

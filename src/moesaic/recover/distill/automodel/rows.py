@@ -6,56 +6,61 @@ that a checkpoint can hold.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moesaic.recover.distill.packing import PackedBatch, make_batch, pack, rows_of_step
 from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.generate_traces.traces import PackedRow, Trace, make_batch, pack_traces, read_traces, rows_of_step
+from moesaic.recover.distill.trace_table import TraceTable
 
 
-class TrainingRows(Dataset[PackedRow]):
+class Rows(Dataset[PackedBatch]):
+    """The rows to train on or, ``held_out``, to evaluate on; each is read when it is asked for."""
+
+    def __init__(self, table: TraceTable, config: DistillConfig, held_out: bool) -> None:
+        self._table, self._config = table, config
+        self._traces = table.chosen(config.efforts, held_out)
+        places = table.num_places(self._traces).tolist()
+        self._rows = pack(places, config.sequence_tokens, config.seed)
+
+    @property
+    def num_left_out(self) -> int:
+        """Traces that are longer than a row."""
+        return len(self._traces) - sum(map(len, self._rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> PackedBatch:
+        row = self._traces[self._rows[number]].tolist()
+        return make_batch(self._table, [row], self._config.sequence_tokens, self._config.context)
+
+
+class TrainingRows(Dataset[PackedBatch]):
     """The rows of all steps; each is as often in it as it is trained on."""
 
     def __init__(self, traces: str, config: Mapping[str, Any]) -> None:
-        self.config = DistillConfig.model_validate(_plain(config))
-        self.rows = pack(chosen_traces(Path(traces), self.config.efforts, held_out=False), self.config)
+        self._config = DistillConfig.model_validate(_plain(config))
+        self.rows = Rows(TraceTable(Path(traces)), self._config, held_out=False)
 
     def __len__(self) -> int:
-        return self.config.steps * self.config.rows_per_step
+        return self._config.steps * self._config.rows_per_step
 
-    def __getitem__(self, item: int) -> PackedRow:
-        step, place = divmod(item, self.config.rows_per_step)
-        return self.rows[rows_of_step(len(self.rows), self.config.rows_per_step, step, self.config.seed)[place]]
-
-
-def held_out_rows(traces: Path, config: DistillConfig) -> list[PackedRow]:
-    """The rows to evaluate on."""
-    return pack(chosen_traces(traces, config.efforts, held_out=True), config)
+    def __getitem__(self, item: int) -> PackedBatch:
+        size = self._config.rows_per_step
+        step, place = divmod(item, size)
+        return self.rows[rows_of_step(len(self.rows), size, step, self._config.seed)[place]]
 
 
-def chosen_traces(path: Path, efforts: tuple[str, ...], held_out: bool) -> list[Trace]:
-    """The traces of these efforts that are held out, or those that are not."""
-    return [trace for trace in _read_once(path) if trace.effort in efforts and trace.held_out == held_out]
-
-
-def pack(traces: Sequence[Trace], config: DistillConfig) -> list[PackedRow]:
-    """Rows as the config has them."""
-    return pack_traces(traces, config.sequence_tokens, config.seed)
-
-
-def collate(rows: Sequence[PackedRow]) -> dict[str, Tensor]:
-    """A batch under the names of AutoModel's loop."""
-    batch = make_batch(rows)
-    return {name: getattr(batch, name) for name in ("input_ids", "position_ids", "labels", "reply_share")}
-
-
-@lru_cache(maxsize=1)
-def _read_once(path: Path) -> list[Trace]:
-    return read_traces(path)
+def collate(rows: Sequence[PackedBatch]) -> dict[str, Tensor]:
+    """Rows as one batch, under the names of AutoModel's loop."""
+    names = ("input_ids", "position_ids", "labels", "reply_share")
+    batch = PackedBatch(*(torch.cat([getattr(row, name) for row in rows]) for name in names))
+    return {name: getattr(batch, name) for name in (*names, "responses")}
 
 
 def _plain(config: Any) -> dict[str, Any]:

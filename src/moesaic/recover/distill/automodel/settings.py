@@ -11,7 +11,6 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from moesaic.core.errors import ConfigError
 from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint import CURVE
 from moesaic.recover.distill.stage import DistillConfig
@@ -29,6 +28,7 @@ class Job:
     child: Path
     parent: Path
     traces: Path
+    """The directory of their table."""
     scratch: Path
     """Checkpoints, the training curve and the trained tensors go there."""
     num_processes: int
@@ -77,20 +77,6 @@ class Job:
     def trained(self) -> Path:
         """The trained tensors; there only when training has come to its end."""
         return self.scratch / "trained.safetensors"
-
-
-def check_batch(config: DistillConfig, num_processes: int) -> None:
-    """A step's rows must be a whole number of forward passes on every rank.
-
-    Raises:
-        ConfigError: saying what would fit.
-    """
-    rows = num_processes * config.rows_per_forward
-    if config.rows_per_step % rows:
-        raise ConfigError(
-            f"rows_per_step {config.rows_per_step} is not a multiple of {num_processes} processes x rows_per_forward "
-            f"{config.rows_per_forward} = {rows}; choose such a multiple, or another rows_per_forward"
-        )
 
 
 def expert_parallel_size(num_gpus: int, parent: Architecture, child: Architecture) -> int:
@@ -144,6 +130,8 @@ def _distribution(config: DistillConfig, job: Job) -> dict[str, Any]:
     return {
         "strategy": "fsdp2",
         "ep_size": job.expert_parallel_size,
+        "activation_checkpointing": job.on_gpus and config.activation_checkpointing,
+        "reshard_after_forward": True,  # AutoModel keeps a model gathered where experts are shared, unless told
         "mp_policy": {
             "_target_": "torch.distributed.fsdp.MixedPrecisionPolicy",
             "param_dtype": config.precision,
@@ -171,6 +159,7 @@ def _model(directory: Path, role: str, config: DistillConfig, job: Job) -> dict[
             "linear": "torch",
             "rms_norm": "torch_fp32",
             "dispatcher": "torch",
+            "experts": "torch_mm",
             "rope_fusion": False,
         },
     }

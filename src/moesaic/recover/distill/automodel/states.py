@@ -14,16 +14,19 @@ from torch.utils.hooks import RemovableHandle
 from moesaic.recover.distill.loss import States
 
 
-def compute_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, is_response: Tensor) -> States:
+def compute_states(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, responses: Tensor, compared: Tensor
+) -> States:
     """Run a model over packed rows and keep its hidden states where the next token is the parent's reply.
 
     Args:
         model: transformers' class or the cluster's, sharded or not.
         input_ids: [batch, token].
         position_ids: restart at 0 at every document.
-        is_response: where the loss is.
+        responses: places in the flattened batch where the loss is.
+        compared: those of them, by number, where layers are compared.
     """
-    with _kept_states(model, is_response) as kept:
+    with _kept_states(model, responses, responses[compared]) as kept:
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, "logits_to_keep": 1}
         model(**filter_forward_kwargs(model, inputs))
     *layers, final = kept
@@ -31,18 +34,21 @@ def compute_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, is
 
 
 @contextmanager
-def _kept_states(model: nn.Module, is_response: Tensor) -> Iterator[list[Tensor]]:
-    """The output of every decoder layer and, last, of the final norm, [response token, hidden] each."""
+def _kept_states(model: nn.Module, responses: Tensor, compared: Tensor) -> Iterator[list[Tensor]]:
+    """The output of every decoder layer at ``compared`` and, last, of the final norm at ``responses``."""
     kept: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def keep(places: Tensor, output: Any) -> None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        kept.append(hidden[is_response])
+        kept.append(hidden.flatten(0, 1).index_select(0, places))
 
     body = model.get_submodule("model")
-    stack = body.get_submodule("layers")
-    modules = [*stack.children(), body.get_submodule("norm")]
-    handles: list[RemovableHandle] = [module.register_forward_hook(keep) for module in modules]
+    places = [(layer, compared) for layer in body.get_submodule("layers").children()]
+    places.append((body.get_submodule("norm"), responses))
+    handles: list[RemovableHandle] = [
+        module.register_forward_hook(lambda _module, _inputs, output, chosen=chosen: keep(chosen, output))
+        for module, chosen in places
+    ]
     try:
         yield kept
     finally:

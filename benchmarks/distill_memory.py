@@ -1,0 +1,173 @@
+"""Memory of distillation at full size, simulated; and simulated against measured where a real run is possible.
+
+Simulated (``moesaic.recover.distill.automodel.simulation``): a step of gpt-oss-120b's recipe, rows of 131,072 tokens,
+with the released 88B layout as the child, and with the parent itself as the child, on nodes of eight GPUs; on one node
+with shorter rows, too; and once with the worst routing there can be. Beside each stands what ``moesaic plan`` computes
+by its formula.
+
+Measured: the same step on real tensors, two ranks of a gloo group, two layers of gpt-oss-120b's true width with fewer
+experts and a smaller vocabulary, attention by the CPU's own function. It is the growth of rank 0's resident memory from
+before the weights exist to its highest, as the kernel counts it, so that gloo's buffers and the libraries' own are in
+it. glibc is told to give freed blocks of 256 KiB and more back: by default it keeps those of up to 32 MiB, and a run
+with twice the tokens then grew by 27 % more than simulated.
+
+Run: python benchmarks/distill_memory.py [--record FILE]; 15 minutes on two cores.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bars import Bar, conclude
+
+from moesaic.costs.facts import Facts
+from moesaic.costs.hardware import Target
+from moesaic.costs.hardware_tables import read_table
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS, ModelShape
+from moesaic.recover.distill.automodel import simulation
+from moesaic.recover.distill.automodel.settings import Job
+from moesaic.recover.distill.needs import GPUS_PER_NODE, gpu_bytes, simulated_peak
+from moesaic.recover.distill.stage import DistillConfig
+
+GIB, BAR_GIB = 2**30, 72.0
+LONG = 131_072
+CHILDREN = {"released_88b": GPT_OSS_PUZZLE_88B_BLOCKS, "gpt_oss_120b": GPT_OSS_120B_BLOCKS}
+POINTS = {
+    "released_88b": [(1, 16_384), *((nodes, LONG) for nodes in (1, 2, 4, 8, 16))],
+    "gpt_oss_120b": [(nodes, LONG) for nodes in (2, 4, 8)],
+}
+"""Nodes and tokens of a row, by child."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+TRUE_WIDTH = ModelShape(
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=64,
+    vocab_size=32_768,
+    experts_per_token=2,
+    max_positions=131_072,
+)
+PARENT = Architecture.of([Block(8, 128), Block(8, None)])
+CHILD = Architecture.of([Block(8, 128), Block(4, None)])
+SMALL = DistillConfig(
+    sequence_tokens=1024, rows_per_step=2, expert_chunk_tokens=512, logits_chunk_tokens=256, hidden_tokens=512
+)
+
+
+def simulate_full_size() -> list[dict[str, Any]]:
+    """Every child on every number of nodes, and the worst routing."""
+    rows = [simulate_point(child, *point) for child, points in POINTS.items() for point in points]
+    return [*rows, simulate_point("released_88b", 4, LONG, worst_routing=True)]
+
+
+def simulate_point(child: str, nodes: int, tokens: int, worst_routing: bool = False) -> dict[str, Any]:
+    """One simulation, and what the formula says."""
+    target = Target(read_table("h100"), GPT_OSS_120B, GPUS_PER_NODE, "fp8")
+    facts = Facts(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, CHILDREN[child], target)
+    gpus = nodes * GPUS_PER_NODE
+    config = DistillConfig(efforts=("medium", "high"), sequence_tokens=tokens, rows_per_step=max(32, gpus))
+    start = time.perf_counter()
+    peak = simulated_peak(config, facts, nodes, worst_routing)
+    row = {
+        "child": child,
+        "nodes": nodes,
+        "gpus": gpus,
+        "sequence_tokens": tokens,
+        "worst_routing": worst_routing,
+        "peak_gib": peak.total / GIB,
+        **{f"{part.replace(' ', '_')}_gib": value / GIB for part, value in peak.parts.items()},
+        "computed_gib": gpu_bytes(config, facts, gpus) / GIB,
+        "simulation_s": time.perf_counter() - start,
+    }
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def two_layers() -> dict[str, float]:
+    """Simulated and measured peaks of the small real run, in MiB."""
+    job = Job(*[Path(os.devnull)] * 4, 2, True, None, expert_parallel_size=2)
+    with TemporaryDirectory() as scratch:
+        if (other := os.fork()) == 0:
+            os._exit(_succeeds(lambda: _measure(1, Path(scratch), job)))
+        _measure(0, Path(scratch), job)
+        assert os.waitpid(other, 0)[1] == 0, "the other rank failed"
+        measured = int((Path(scratch) / "peak").read_text())
+    peak = simulation.simulate(SMALL, TRUE_WIDTH, PARENT, CHILD, job, fused=False, all_chunks=True)
+    return {"measured_mib": measured / 2**20, "simulated_mib": peak.total / 2**20}
+
+
+def _succeeds(action: Any) -> int:
+    try:
+        action()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _measure(rank: int, scratch: Path, job: Job) -> None:
+    torch.compiler.set_stance("force_eager")
+    dist.init_process_group("gloo", init_method=f"file://{scratch / 'group'}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    step = simulation.Step(SMALL, TRUE_WIDTH, PARENT, CHILD, job)
+    before = _resident("VmRSS")
+    step.materialize()
+    for model in (step.teacher_model, *step.model_parts):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter.detach().to_local(), std=0.02)
+    batch = simulation.full_batch(SMALL)
+    batch["input_ids"] = torch.randint(0, TRUE_WIDTH.vocab_size, batch["input_ids"].shape)
+    batch["position_ids"] = torch.arange(SMALL.sequence_tokens).unsqueeze(0)
+    step._run_train_optim_step([batch], 1.0)
+    if rank == 0:
+        (scratch / "peak").write_text(str(_resident("VmHWM") - before))
+    dist.destroy_process_group()
+    torch.compiler.set_stance("default")
+
+
+def _resident(key: str) -> int:
+    """Bytes of resident memory of this process: now (VmRSS) or at its highest (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def main() -> None:
+    """Measure and simulate, and hold both against the bars."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", type=Path, help="file to write")
+    options = parser.parse_args()
+    if not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    small = two_layers()
+    rows = simulate_full_size()
+    balanced = [row for row in rows if not row["worst_routing"]]
+    ratios = [row["computed_gib"] / row["peak_gib"] for row in balanced]
+    released = {row["nodes"]: row["peak_gib"] for row in balanced if row["child"] == "released_88b"}  # long rows last
+    fitting = [nodes for nodes, peak in released.items() if peak <= BAR_GIB]
+    ratio = small["measured_mib"] / small["simulated_mib"]
+    bars = [
+        Bar("measured over simulated, two layers of true width", ratio, least=0.9),
+        Bar("measured over simulated, two layers of true width", ratio, most=1.1),
+        *(
+            Bar(f"GiB on each GPU of {nodes} nodes, 88B child, rows of 131,072", released[nodes], most=BAR_GIB)
+            for nodes in (4, 8)
+        ),
+        Bar("GiB on each GPU of 4 nodes with the worst routing", rows[-1]["peak_gib"], most=BAR_GIB),
+        Bar("computed over simulated, largest", max(ratios), most=1.05),
+        Bar("computed over simulated, smallest", min(ratios), least=0.95),
+    ]
+    found = {"two_layers": small, "full_size": rows, "fewest_nodes_that_fit": min(fitting)}
+    conclude("python benchmarks/distill_memory.py", bars, found, options.record)
+
+
+if __name__ == "__main__":
+    main()
