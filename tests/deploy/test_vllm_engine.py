@@ -183,6 +183,16 @@ def edit_config(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Non
     (bundle / "config.json").write_text(json.dumps(content))
 
 
+def edit_block(bundle: Path, **values: int) -> None:
+    """Of layer 1."""
+
+    def change(config: dict[str, Any]) -> None:
+        for blocks, layer in ((config["block_configs"], 1), (config["per_layer_config"], "1")):
+            blocks[layer].update(values)
+
+    edit_config(bundle, change)
+
+
 def edit_shard(bundle: Path, name: str, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(bundle / name)
     change(tensors)
@@ -228,7 +238,7 @@ REFUSED = {
         "this model has not",
     ),
     "experts that the config does not count": (
-        lambda bundle: edit_config(bundle, lambda config: config["block_configs"][1].update(num_local_experts=12)),
+        lambda bundle: edit_block(bundle, num_local_experts=12),
         "asks for",
     ),
     "an argument that it does not know": (
@@ -237,7 +247,7 @@ REFUSED = {
     ),
 }
 OTHERWISE = {
-    "a window": lambda bundle: edit_config(bundle, lambda config: config["block_configs"][1].update(sliding_window=8)),
+    "a window": lambda bundle: edit_block(bundle, sliding_window=8),
     "experts out of order": edit_layer("experts", "mlp.experts.down_proj_blocks", lambda own: own.flip(0)),
     "a router out of order": edit_layer("rest", "mlp.router.weight", lambda own: own.flip(0)),
     "scales of MXFP4": edit_layer("experts", "mlp.experts.gate_up_proj_scales", lambda own: own + 1),
