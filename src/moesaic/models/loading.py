@@ -21,14 +21,6 @@ _NOT_OF_A_LAYER = (
     *("quantization_config", "auto_map", "block_configs", "per_layer_config", "architectures"),
     *("dtype", "torch_dtype"),
 )
-    "quantization_config",
-    "auto_map",
-    "block_configs",
-    "per_layer_config",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-)
 
 
 def choose_device() -> torch.device:
