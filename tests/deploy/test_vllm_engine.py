@@ -325,7 +325,7 @@ def test_scales_that_are_missing_are_refused_and_wrong_ones_are_named(
     bundle, name = bundle_of("child", kv_cache="fp8"), "model.layers.1.self_attn.v_scale"
     shard = "model-kv-scales.safetensors"
     missing = damaged(bundle, tmp_path / "a", lambda copy: edit_shard(copy, shard, lambda tensors: tensors.pop(name)))
-    with pytest.raises(ArtifactError, match="no weights for layers.1.attn.attn.v_scale"):
+    with pytest.raises(ArtifactError, match=r"no weights for layers\.1\.attn\.attn\.v_scale"):
         load(missing, [], [], 1, tmp_path, 600)
     wrong = damaged(
         bundle, tmp_path / "b", lambda copy: edit_shard(copy, shard, lambda tensors: tensors[name].mul_(64))
