@@ -187,12 +187,12 @@ def _target(config: MeasureCostsConfig, shape: Any) -> tuple[Any, list[str]]:
     if config.source == "measure":
         return None, ["Time is not modelled: the recipe measures its costs on the machine it runs on."]
     table = read_table(config.hardware)
-    table.check_num_gpus(config.num_gpus)
+    table.check_num_gpus(config.num_gpus, config.expert_parallel)
     note = (
         f"GPU-hours are those of kernels on {config.num_gpus} x {table.name} by its table of {table.date}; reading "
         "weights, communication in training and waiting come on top."
     )
-    return Target(table, shape, config.num_gpus, config.kv_cache), [note]
+    return Target(table, shape, config.num_gpus, config.kv_cache, config.engine, config.expert_parallel), [note]
 
 
 def _assumed(data: Path | None, problems_per_task: int) -> tuple[Assumed, str]:
