@@ -62,11 +62,11 @@ def test_a_set_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ArtifactError, match=r"a\.jsonl cannot be read: No such file"):
         read_rows(tmp_path)
 
-    def locked(path: Path) -> bytes:
+    def locked(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "b.jsonl").write_bytes(ROW)
-    monkeypatch.setattr(Path, "read_bytes", locked)
+    monkeypatch.setattr(Path, "open", locked)
     with pytest.raises(ArtifactError, match=r"b\.jsonl cannot be read: Permission denied"):
         read_rows(tmp_path / "b.jsonl")
 

@@ -31,6 +31,7 @@ class Made:
 class PlayedRun:
     child: Made
     report: Made
+    verdict: Made
     inputs: IngestConfig
 
 
@@ -167,4 +168,5 @@ def play(store: Store, recipe: Recipe, scratch: Path, name: str = "puzzle") -> P
         recovery_baseline=recover(uniform)[1],
         serving=player.run("benchmark_serving", recipe.benchmark_serving, **bundles),
     )
-    return PlayedRun(child, report, inputs)
+    verdict = player.run("validate_bundle", recipe.validate_bundle, bundle=bundles["child"], prompts=source["prompts"])
+    return PlayedRun(child, report, verdict, inputs)

@@ -90,8 +90,9 @@ def test_the_recipe_is_read_back_from_the_records(rounds: int, tmp_path: Path) -
         earlier = recipe.search_architecture.model_copy(update={"max_experts_ratio": 0.9})
         recipe = recipe.model_copy(update={"earlier_search_architecture": earlier})
     store = Store.at(tmp_path / "store")
-    report = trace(store, play(store, recipe, tmp_path / "run").report.record.origin)
-    values = recipe_values(report)
+    played = play(store, recipe, tmp_path / "run")
+    report, verdict = (trace(store, made.record.origin) for made in (played.report, played.verdict))
+    values = recipe_values(report, verdict)
     found = Recipe.parse(
         json.dumps(
             {name: values[name] for name in Recipe.model_fields if name in values}

@@ -128,7 +128,7 @@ def test_a_child_that_fails_is_the_challenger_with_its_figures(
     client = Registry(registry, "child")
     assert client.version("challenger").number == 2
     assert client.version("champion").number == 1
-    assert client.version("2").tags["moesaic.gate.export_checked"] == "no bundle (files and layout checked): NOT MET"
+    assert client.version("2").tags["moesaic.gate.export_checked"] == "no bundle (no check failed): NOT MET"
 
 
 def test_a_bundle_that_failed_its_checks_does_not_count(

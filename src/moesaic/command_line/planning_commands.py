@@ -31,7 +31,7 @@ from moesaic.search.prune_model.stage import PruneModelConfig
 MIB, GIB = 2**20, 2**30
 _RIVALS = ("greedy", "uniform", "max_parameters")
 """Baselines that are pruned and evaluated beside the random ones."""
-_MODEL_INPUTS = ("parent", "model", "child", "policies")
+_MODEL_INPUTS = ("parent", "model", "child", "policies", "bundle")
 """Inputs of stages that are models, whose files a stage reads unless it takes their manifests only."""
 _POLICIES = "reinforce_configs"
 

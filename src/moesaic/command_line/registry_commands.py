@@ -167,8 +167,9 @@ def _reproduce(options: argparse.Namespace) -> None:
     report = _origin(options, version, "report")
     if options.output.exists():
         raise ConfigError(f"--output {options.output} exists already; choose another or remove it")
-    engine = [_origin(options, version, "bundle")] if version.tags.get(f"{ORIGIN_TAG}.bundle") else []
-    values = recipe_values(report, *engine) | {"promote": json.loads(version.tags[CONFIG_TAG])}
+    beside = [name for name in ("bundle", "verdict") if version.tags.get(f"{ORIGIN_TAG}.{name}")]
+    others = [_origin(options, version, name) for name in beside]
+    values = recipe_values(report, *others) | {"promote": json.loads(version.tags[CONFIG_TAG])}
     unused: dict[str, Any] = {name: {} for name, field in Recipe.model_fields.items() if field.is_required()}
     recipe = Recipe.parse(json.dumps(unused | {name: values[name] for name in Recipe.model_fields if name in values}))
     store = Store.at(_store_address(options, version))

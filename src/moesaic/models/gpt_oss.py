@@ -111,7 +111,9 @@ def _read_blocks(config: Mapping[str, Any]) -> Architecture:
 
 
 def child_config(parent: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The ``config.json`` of a child: its parent's resolved one, with ``block_configs`` and the class that reads them.
+    """The ``config.json`` of a child: its parent's resolved one, with its blocks and the class that reads them.
+
+    The blocks stand there as ``block_configs`` and as transformers' own ``per_layer_config``.
 
     RoPE stands there in both spellings: engines of transformers 4's age read ``rope_theta`` and ``rope_scaling`` only
     and fall back to wrong defaults without a word.
@@ -125,6 +127,7 @@ def child_config(parent: Mapping[str, Any], architecture: Architecture) -> dict[
             "AutoModelForCausalLM": f"modeling_gpt_oss_puzzle.{CHILD_CLASS}",
         },
         "block_configs": [block.as_config() for block in architecture.blocks],
+        "per_layer_config": {str(layer): block.as_config() for layer, block in enumerate(architecture.blocks)},
         "layer_types": kinds,
         "num_hidden_layers": architecture.num_layers,
         "num_local_experts": max(block.num_experts for block in architecture.blocks),

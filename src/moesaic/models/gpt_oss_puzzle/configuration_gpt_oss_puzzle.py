@@ -9,24 +9,49 @@ from typing import Any
 from transformers import GptOssConfig
 
 
+class BlockConfig(dict[str, int | None]):
+    """One layer's entry of ``block_configs``; its values are attributes too, as some engines read them."""
+
+    def __getattr__(self, name: str) -> int | None:
+        """The value of this key."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class GptOssPuzzleConfig(GptOssConfig):
-    """gpt-oss plus ``block_configs``: per layer ``num_local_experts`` and ``sliding_window`` (None means full)."""
+    """gpt-oss plus ``block_configs``: per layer ``num_local_experts`` and ``sliding_window`` (None means full).
+
+    ``per_layer_config``, transformers' own spelling, may say the same, or say it alone.
+    """
 
     model_type = "gpt_oss_puzzle"
-    block_configs: list[dict[str, int | None]] | None = None
+    block_configs: list[BlockConfig] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Without ``block_configs`` every layer is its parent's; with them, they must agree with ``layer_types``."""
+        """Without blocks every layer is its parent's; with them, they must agree with ``layer_types``."""
+        per_layer = kwargs.pop("per_layer_config", None)
         super().__post_init__(**kwargs)
-        if self.block_configs is None:
-            self.block_configs = [self._parent_block(kind) for kind in self.layer_types]
+        blocks: list[Any] | None = self.block_configs
+        if per_layer is not None:
+            own = {int(layer): entry for layer, entry in per_layer.items()}
+            spelt = [self._parent_block(kind) | own.get(layer, {}) for layer, kind in enumerate(self.layer_types)]
+            if blocks is not None and [dict(block) for block in blocks] != spelt:
+                raise ValueError(
+                    "block_configs and per_layer_config say different things; engines read the one or the other"
+                )
+            blocks = spelt
+        if blocks is None:
+            blocks = [self._parent_block(kind) for kind in self.layer_types]
+        self.block_configs = [BlockConfig(block) for block in blocks]
         if len(self.block_configs) != self.num_hidden_layers:
             raise ValueError(f"block_configs has {len(self.block_configs)} entries for {self.num_hidden_layers} layers")
         for layer, (kind, window) in enumerate(zip(self.layer_types, self.windows, strict=True)):
             if (kind == "full_attention") != (window is None):
                 raise ValueError(f"layer {layer}: layer_types says {kind}, block_configs says window {window}")
 
-    def _parent_block(self, kind: str) -> dict[str, int | None]:
+    def _parent_block(self, kind: str) -> dict[str, Any]:
         window = self.sliding_window if kind == "sliding_attention" else None
         return {"num_local_experts": self.num_local_experts, "sliding_window": window}
 
