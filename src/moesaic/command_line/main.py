@@ -166,7 +166,7 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
 
     wanted = options.recipe + "_fast" * options.fast
     recipe = find_recipe(wanted).seeded(options.seed)
-    manifest = find_pipeline(options.pipeline, recipe.rounds)
+    manifest = find_pipeline(options.pipeline, recipe.rounds, recipe.baseline is not None)
     _check_inputs(options.parent, options.data)
     labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
     return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"

@@ -96,7 +96,7 @@ def _plan(options: argparse.Namespace) -> None:
     from moesaic.pipelines.recipes import find_recipe
 
     recipe = find_recipe(options.recipe)
-    manifest = find_pipeline(options.pipeline, recipe.rounds)
+    manifest = find_pipeline(options.pipeline, recipe.rounds, recipe.baseline is not None)
     facts, notes = _facts(options, recipe)
     if options.store is not None and not options.store.startswith("s3://"):
         raise ConfigError(f"--store {options.store} is not s3://bucket/prefix; a directory has no traffic to plan")
