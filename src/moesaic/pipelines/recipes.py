@@ -196,7 +196,7 @@ def gpt_oss_120b_h100x8() -> Recipe:
     )
     gentler = {"long": Limits(memory_ratio=0.8, throughput_ratio=1.2), "short": Limits(throughput_ratio=1.025)}
     recipe = _gpt_oss_h100(costs, search, search.but(limits=gentler), distill_steps=20_027)
-    return recipe.but(report={"title": "gpt-oss-120b for eight H100"}, promote={"model": "gpt-oss-120b"})
+    return _stretched(recipe).but(report={"title": "gpt-oss-120b for eight H100"}, promote={"model": "gpt-oss-120b"})
 
 
 def gpt_oss_120b_h100x1() -> Recipe:
@@ -217,7 +217,9 @@ def gpt_oss_120b_h100x1() -> Recipe:
     )
     earlier = search.but(limits={"long": Limits(memory_mib=80_000), "short": Limits(memory_mib=80_000)})
     recipe = _gpt_oss_h100(costs, search, earlier, distill_steps=20_027)
-    return recipe.but(report={"title": "gpt-oss-120b for one H100"}, promote={"model": "gpt-oss-120b-one-gpu"})
+    return _stretched(recipe).but(
+        report={"title": "gpt-oss-120b for one H100"}, promote={"model": "gpt-oss-120b-one-gpu"}
+    )
 
 
 def gpt_oss_20b_h100x1() -> Recipe:
@@ -232,6 +234,11 @@ def gpt_oss_20b_h100x1() -> Recipe:
     gentler = {"long": Limits(memory_ratio=0.85, throughput_ratio=1.2)}
     recipe = _gpt_oss_h100(costs, search, search.but(limits=gentler), distill_steps=2003)
     return recipe.but(report={"title": "gpt-oss-20b for one H100"}, promote={"model": "gpt-oss-20b"})
+
+
+def _stretched(recipe: Recipe) -> Recipe:
+    """With the released child's YaRN factor, in the child and in the control (paper A; the parent's is 32)."""
+    return recipe.but(prune_model={"yarn_factor": 56.0}, baseline={"yarn_factor": 56.0})
 
 
 _120B_SPACE = SearchSpace(expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192,), expert_parallel_size=8)
