@@ -109,6 +109,11 @@ def edit_json(name: str, change: Callable[[Any], object]) -> Callable[[Path], ob
     return edit
 
 
+def edit_block(config: Any, layer: int, **values: int) -> None:
+    config["block_configs"][layer].update(values)
+    config["per_layer_config"][str(layer)].update(values)
+
+
 def edit_yaml(change: Callable[[Any], object]) -> Callable[[Path], object]:
     def edit(bundle: Path) -> None:
         content = yaml.safe_load((bundle / "serve.yaml").read_text())
@@ -259,8 +264,9 @@ def test_an_open_weight_format_is_refused(trtllm: Path, tmp_path: Path) -> None:
         (lambda c: c["rope_scaling"].update(factor=32.0), "factor is 4.0 in rope_parameters, and 32.0 by all"),
         (lambda c: c.update(rope_theta=150000.0), "rope_theta is 10000.0 in rope_parameters, and 150000.0"),
         (lambda c: [c[key].pop("beta_fast") for key in ("rope_scaling", "rope_parameters")], "RoPE has no beta_fast"),
-        (lambda c: c["block_configs"][2].update(num_local_experts=3), "router.weight has shape .2,.* asks for .3,"),
-        (lambda c: c["block_configs"][3].update(sliding_window=6), "not the layers of the manifest"),
+        (lambda c: edit_block(c, 2, num_local_experts=3), "router.weight has shape .2,.* asks for .3,"),
+        (lambda c: edit_block(c, 3, sliding_window=6), "not the layers of the manifest"),
+        (lambda c: c["block_configs"][3].update(sliding_window=6), "per_layer_config say different things"),
         (lambda c: c.update(rms_norm_eps=1e-6), "rms_norm_eps is 1e-06"),
         (lambda c: c.update(swiglu_limit=5.0), "swiglu_limit is 5.0"),
     ],

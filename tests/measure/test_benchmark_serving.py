@@ -49,6 +49,7 @@ def run(config: BenchmarkServingConfig, parent: Path, child: Path, directory: Pa
     )
 
 
+@pytest.mark.engine
 @pytest.mark.timeout(3600)
 def test_a_tiny_sweep_through_the_real_server_and_client(
     tiny_parent: Path, child: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

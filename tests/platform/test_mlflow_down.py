@@ -23,6 +23,7 @@ from moesaic.platform.runs.tracking import EXPERIMENT, pipeline_run
 from moesaic.platform.store import Store
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.recover.training import OptimizerConfig
+from tests.data_sets import add_sets
 
 from .mlflow_server import ADMIN, PASSWORD, MlflowServer, free_port, started_server
 

@@ -230,7 +230,7 @@ def test_child_computes_its_parents_function_however_rope_is_spelt(
     child = _prune(parent, tiny_checkpoint.architecture, tmp_path / "run")
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     models = [
-        AutoModelForCausalLM.from_pretrained(place, trust_remote_code=place is child, **options)
+        AutoModelForCausalLM.from_pretrained(place, trust_remote_code=place is child, **options).float()
         for place in (parent, child)
     ]
     tokens = _tokens(2, 40)

@@ -17,7 +17,10 @@ from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.layers import Head, Rotary
 
-_NOT_OF_A_LAYER = ("quantization_config", "auto_map", "block_configs", "architectures", "dtype", "torch_dtype")
+_NOT_OF_A_LAYER = (
+    *("quantization_config", "auto_map", "block_configs", "per_layer_config", "architectures"),
+    *("dtype", "torch_dtype"),
+)
 
 
 def choose_device() -> torch.device:

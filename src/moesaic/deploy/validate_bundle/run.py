@@ -55,7 +55,7 @@ def validate_by_engine(
 
     Raises:
         ConfigError: if a prompt does not fit the bundle's longest request.
-        ArtifactError: if the prompts are no set of problems.
+        ArtifactError: if the prompts are no set of problems, or the bundle is no checkpoint.
         StageError: if the engine's environment cannot be made, or it takes too long.
     """
     manifest = BundleManifest.read(bundle)
