@@ -1,6 +1,7 @@
 """Compile every pipeline into the package, where an installed wheel finds it; the same source gives the same bytes."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 from kfp import compiler
@@ -11,7 +12,10 @@ from pipelines import compress, search
 
 def compile_all(directory: Path = COMPILED) -> list[Path]:
     """Write ``<name>-<version>.yaml`` for each."""
-    named = {f"{pipeline_name(rounds)}-{compress.VERSION}": compress.compress(rounds) for rounds in compress.ROUNDS}
+    named = {
+        f"{pipeline_name(rounds, control)}-{compress.VERSION}": compress.compress(rounds, control)
+        for rounds, control in product(compress.ROUNDS, (True, False))
+    }
     named[f"search-{search.VERSION}"] = search.search
     directory.mkdir(exist_ok=True)
     paths = []

@@ -3,10 +3,11 @@
     ingest -> generate_traces
            -> [assemble -> distill] for every round but the last
            -> assemble -> recover -> deploy -> report -> promote
-                  +-> the uniformly pruned child -> the same recovery
+                  +-> the control, a baseline's child -> the same recovery
 
 Every round scores anew, because what a block is worth depends on the blocks around it (paper A's successor prunes in
-three rounds). The number of rounds shapes the graph, so each number is a pipeline of its own, compiled from one source.
+three rounds). The control tells what the search is worth after recovery, and takes half of all training, so it can be
+left out. Rounds and control shape the graph, so each combination is a pipeline of its own, compiled from one source.
 """
 
 from types import SimpleNamespace
@@ -40,11 +41,12 @@ class Outputs(NamedTuple):
     promotion: dsl.Artifact
 
 
-def compress(rounds: int) -> Any:
+def compress(rounds: int, control: bool = True) -> Any:
     """The pipeline with so many rounds of pruning; ``earlier_*`` configs are those of all rounds but the last."""
 
     @dsl.pipeline(
-        name=pipeline_name(rounds), description=f"Compress a mixture-of-experts reasoning model in {rounds} round(s)"
+        name=pipeline_name(rounds, control),
+        description=f"Compress a mixture-of-experts reasoning model in {rounds} round(s)",
     )
     def pipeline(
         version: str,
@@ -57,7 +59,6 @@ def compress(rounds: int) -> Any:
         earlier_distill_config: str,
         search_architecture_config: str,
         prune_model_config: str,
-        baseline_config: str,
         distill_blocks_config: str,
         distill_config: str,
         reinforce_configs: list[str],
@@ -73,9 +74,10 @@ def compress(rounds: int) -> Any:
         benchmark_serving_config: str,
         report_config: str,
         promote_config: str,
+        baseline_config: str = "",
     ) -> Outputs:
         """Each ``*_config`` is a stage's config as JSON; ``version`` is the code's, a part of each task's cache key."""
-        return _Tasks(rounds, SimpleNamespace(**locals())).add()
+        return _Tasks(rounds, control, SimpleNamespace(**locals())).add()
 
     return pipeline
 
@@ -83,8 +85,8 @@ def compress(rounds: int) -> Any:
 class _Tasks:
     """The tasks of the pipeline that is being described; its parameters by their names are ``given``."""
 
-    def __init__(self, rounds: int, given: SimpleNamespace) -> None:
-        self._rounds, self._given, self._version = rounds, given, given.version
+    def __init__(self, rounds: int, control: bool, given: SimpleNamespace) -> None:
+        self._rounds, self._control, self._given, self._version = rounds, control, given, given.version
         self._inputs = ingest(config=given.ingest_config, version=given.version).outputs
         self._parent = self._inputs["parent"]
 
@@ -98,10 +100,10 @@ class _Tasks:
                 self._version, given.distill_blocks_config, given.earlier_distill_config, earlier.child, material
             )
         found = self._assemble(model, given.search_architecture_config)
-        uniform = prune(given.baseline_config, self._version, model, found.ranking, found.architecture)
         evaluation_child = self._evaluate(found.child)
         child = recover(self._recovery(), material, found.child, evaluation_child)
-        baseline = recover(self._recovery(), material, uniform, self._evaluate(uniform))
+        measurements = self._benchmark(found.child)
+        control = self._recover_control(model, found, material) if self._control else {}
         scaled_parent = calibrate_kv(
             config=given.calibrate_kv_config,
             version=self._version,
@@ -119,17 +121,22 @@ class _Tasks:
             evaluation_parent=self._evaluate(self._parent),
             evaluation_child=evaluation_child,
             baselines=evaluate_rivals(given.evaluate_config, self._version, model, found, self._inputs["tests"]),
-            measurements=self._benchmark(found.child),
+            measurements=measurements,
             recovery=child.recovery,
-            recovery_baseline=baseline.recovery,
             evaluation_parent_fp8=self._evaluate(scaled_parent, given.evaluate_fp8_config),
-            measurements_baseline=self._benchmark(uniform),
             serving=deployed.serving,
+            **control,
         ).outputs["report"]
         promotion = put_forward(self._deployment(), child.child, page, deployed)
         return Outputs(
             child=child.child, bundle=deployed.bundle, verdict=deployed.verdict, report=page, promotion=promotion
         )
+
+    def _recover_control(self, model: Any, found: Assembly, material: Material) -> dict[str, Any]:
+        """What the report says of the control: its recovery and its speed."""
+        pruned = prune(self._given.baseline_config, self._version, model, found.ranking, found.architecture)
+        recovered = recover(self._recovery(), material, pruned, self._evaluate(pruned))
+        return {"recovery_baseline": recovered.recovery, "measurements_baseline": self._benchmark(pruned)}
 
     def _material(self) -> Material:
         prompts = self._inputs["prompts"]

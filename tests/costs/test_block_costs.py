@@ -1,6 +1,7 @@
 """Costs against figures published for the released child, and against sums done by hand."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -15,13 +16,12 @@ from moesaic.costs.block_costs import (
     block_parameters,
     expected_experts,
     layer_kv_bytes,
-    least_padding_group_size,
     mean_context,
     outer_bytes,
     outer_parameters,
     request_kv_bytes,
-    stock_group_size,
 )
+from moesaic.costs.kv_allocator import TargetEngine, paid_layers
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.gpt_oss import (
@@ -38,33 +38,32 @@ NINE_NINE_EIGHTEEN = Architecture.of(
 )
 
 
-def _kv_ratio(child: Architecture, tokens: int, child_group: int | None) -> float:
-    group = stock_group_size(GPT_OSS_120B_BLOCKS.layouts)
-    parent = request_kv_bytes(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, tokens, "fp8", group)
-    return request_kv_bytes(GPT_OSS_120B, child, tokens, "fp8", child_group) / parent
+def _kv_ratio(child: Architecture, tokens: int, engine: TargetEngine) -> float:
+    parent = request_kv_bytes(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, tokens, "fp8", engine)
+    return request_kv_bytes(GPT_OSS_120B, child, tokens, "fp8", engine) / parent
 
 
 def test_kv_memory_of_the_release_under_each_allocator() -> None:
-    layouts = GPT_OSS_PUZZLE_88B_BLOCKS.layouts
-    assert stock_group_size(layouts) == 8
-    assert least_padding_group_size(layouts) == 10
-    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, None) == pytest.approx(0.593, abs=0.0005)
-    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, 8) == pytest.approx(0.926, abs=0.0005)
-    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, 10) == pytest.approx(0.603, abs=0.0006)
-    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, 6 * 1024, 8) == pytest.approx(1.333, abs=0.0005)
+    """10 full, 8 of 8192 and 18 of 128: groups of 8 make 16, 8 and 24 of them, groups of 10 make 10, 10 and 20."""
+    layout = GPT_OSS_PUZZLE_88B_BLOCKS.layouts
+    assert paid_layers("tensorrt_llm", layout) == layout
+    assert paid_layers("vllm", layout) == {None: 16, 8192: 8, 128: 24}
+    assert paid_layers("vllm_puzzle", layout) == {None: 10, 8192: 10, 128: 20}
+    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, "tensorrt_llm") == pytest.approx(0.593, abs=0.0005)
+    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, "vllm") == pytest.approx(0.926, abs=0.0005)
+    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, "vllm_puzzle") == pytest.approx(0.603, abs=0.0006)
+    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, 6 * 1024, "vllm") == pytest.approx(1.333, abs=0.0005)
 
 
 def test_a_layout_of_equal_groups_pads_nothing() -> None:
     assert NINE_NINE_EIGHTEEN.layouts == {128: 18, 8192: 9, None: 9}
-    size = stock_group_size(NINE_NINE_EIGHTEEN.layouts)
-    assert size == 9
-    assert _kv_ratio(NINE_NINE_EIGHTEEN, CONTEXT, size) == _kv_ratio(NINE_NINE_EIGHTEEN, CONTEXT, None)
-    assert _kv_ratio(NINE_NINE_EIGHTEEN, CONTEXT, size) == pytest.approx(0.542, abs=0.0005)
+    assert paid_layers("vllm", NINE_NINE_EIGHTEEN.layouts) == NINE_NINE_EIGHTEEN.layouts
+    assert _kv_ratio(NINE_NINE_EIGHTEEN, CONTEXT, "vllm") == pytest.approx(0.542, abs=0.0005)
 
 
 def test_stock_groups_pad_up_when_counts_are_nearly_equal() -> None:
-    assert stock_group_size(Counter({None: 5, 128: 6})) == 6
-    assert stock_group_size(Counter({None: 4, 128: 5})) == 4
+    assert paid_layers("vllm", Counter({None: 5, 128: 6})) == {None: 6, 128: 6}
+    assert paid_layers("vllm", Counter({None: 4, 128: 5})) == {None: 4, 128: 8}
 
 
 def test_a_window_keeps_no_more_than_its_length() -> None:
@@ -112,7 +111,9 @@ def _table() -> CostTable:
     blocks = [Block(8, None), Block(8, 16), Block(4, None), Block(4, 16)]
     fixed = FixedCost(1000, 2000, {workload.name: Runtime(5.0, 0.5) for workload in workloads})
     parent = Architecture.of([Block(8, 16), Block(8, None)])
-    return CostTable(parent, {"device": "cpu"}, "bf16", workloads, fixed, {block: cost(block) for block in blocks})
+    return CostTable(
+        parent, {"device": "cpu"}, "bf16", "moesaic", workloads, fixed, {block: cost(block) for block in blocks}
+    )
 
 
 def test_an_assembly_is_the_sum_of_its_blocks() -> None:
@@ -125,10 +126,11 @@ def test_an_assembly_is_the_sum_of_its_blocks() -> None:
     assert cost.throughput_tokens_per_s["short"] == pytest.approx(1000 * 8 * 4 / (5 + 14 + 4 * 5.5))
 
 
-def test_allocator_padding_is_an_option() -> None:
-    architecture = Architecture.of([Block(8, 16), Block(8, 16), Block(8, 16), Block(8, None)])
-    exact, padded = _table().evaluate(architecture), _table().evaluate(architecture, group_size=2)
-    assert (padded.memory_mib["long"] - exact.memory_mib["long"]) * 2**20 == pytest.approx(3 * (16 + 100))
+def test_memory_pays_for_the_engines_groups() -> None:
+    """Three windows and two full layers are in groups of 2: one layer of 16 bytes more for each of 3 requests."""
+    architecture = Architecture.of([*[Block(8, 16)] * 3, *[Block(8, None)] * 2])
+    exact, padded = (replace(_table(), engine=engine).evaluate(architecture) for engine in ("moesaic", "vllm"))
+    assert (padded.memory_mib["long"] - exact.memory_mib["long"]) * 2**20 == pytest.approx(3 * 16)
 
 
 def test_the_table_survives_json() -> None:

@@ -46,7 +46,9 @@ TRTLLM = ExportEngineConfig(target="tensorrt_llm", max_batch_size=16, max_num_to
 VLLM = ExportEngineConfig(target="vllm", max_seq_len=256, tensor_parallel_size=2, expert_parallel_size=2)
 
 
-def write_child(parent: Checkpoint, directory: Path, scales: list[KvScales] | None = None) -> Path:
+def write_child(
+    parent: Checkpoint, directory: Path, scales: list[KvScales] | None = None, yarn_factor: float | None = None
+) -> Path:
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
         for layer, block in enumerate(BLOCKS.blocks):
@@ -56,7 +58,8 @@ def write_child(parent: Checkpoint, directory: Path, scales: list[KvScales] | No
             yield from layer_shards(layer, rows)
 
     bare = directory.with_name(f"{directory.name}-bare")
-    write_checkpoint(bare, gpt_oss.child_config(parent.config, BLOCKS), shards(), parent.directory.glob("tokenizer*"))
+    config = gpt_oss.child_config(parent.config, BLOCKS, yarn_factor)
+    write_checkpoint(bare, config, shards(), parent.directory.glob("tokenizer*"))
     (bare / "pruning.json").write_text(json.dumps({"candidate": "puzzle", "kept_experts": [[0]]}))
     added = kv_cache.scale_tensors(scales or SCALES)
     rewrite_checkpoint(Checkpoint.open(bare), directory, {}, {"stage": "calibrate_kv"}, added, "model-kv-scales")
@@ -208,6 +211,17 @@ def test_vllm_gets_scale_tensors_arguments_and_a_plugin(vllm: Path) -> None:
     assert "--enable-expert-parallel" in arguments
     assert not (vllm / "hf_quant_config.json").exists()
     assert "vllm_plugin" in (vllm / "README.md").read_text()
+
+
+@pytest.mark.parametrize("config", [TRTLLM, VLLM])
+def test_engines_get_the_childs_yarn_factor(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, config: ExportEngineConfig
+) -> None:
+    stretched = write_child(tiny_checkpoint, tmp_path / "child", yarn_factor=7.0)
+    write_bundle(Checkpoint.open(stretched), tmp_path / "bundle", config)
+    written = json.loads((tmp_path / "bundle/config.json").read_text())
+    assert written["rope_scaling"]["factor"] == written["rope_parameters"]["factor"] == 7.0
+    compare_logits(stretched, tmp_path / "bundle")
 
 
 def test_validate_is_a_command(child: Path, vllm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

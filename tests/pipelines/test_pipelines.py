@@ -1,13 +1,15 @@
 """Recipes are complete, and what is committed under manifests/ is what the source compiles to, byte for byte."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from components import images
-from moesaic.pipelines import COMPILED, compiled
+from moesaic.pipelines import COMPILED, compiled, find_pipeline
+from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.runs.local import parameters_of
@@ -42,9 +44,31 @@ def test_tasks_run_in_our_images_and_install_nothing(name: str) -> None:
 
 
 def test_compress_runs_every_stage() -> None:
-    for name in ("compress", "compress-2-rounds"):
+    for name in PIPELINES.keys() - {"search"}:
         stages = {task.removeprefix("exec-").rstrip("-0123456789").replace("-", "_") for task in executors_of(name)}
         assert stages == set(STAGES)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_without_a_control_half_of_the_training_is_left_out(rounds: int) -> None:
+    """The child's own tasks stay; earlier rounds distil once each, which no control repeats."""
+
+    def num_tasks(control: bool, stage: str) -> int:
+        path = find_pipeline("compress", rounds, control)
+        tasks = re.findall(r"^ +exec-(\S+?)(?:-\d+)?:$", path.read_text(), re.MULTILINE)
+        return tasks.count(stage)
+
+    for stage in ("reinforce", "average-checkpoints", "gather-recovery", "benchmark"):
+        assert (num_tasks(True, stage), num_tasks(False, stage)) == (2, 1)
+    assert (num_tasks(True, "distill"), num_tasks(False, "distill")) == (rounds + 1, rounds)
+    assert (num_tasks(True, "report"), num_tasks(False, "report")) == (1, 1)
+
+
+def test_a_recipe_without_control_gives_no_config_for_it() -> None:
+    recipe = RECIPES["tiny_cpu"]().but(baseline=None)
+    parameters = parameters_of(find_pipeline("compress", recipe.rounds, recipe.baseline is not None))
+    assert parameters - recipe.arguments(INPUTS, "1", parameters).keys() == {"baseline_config"}
+    assert Recipe.parse(recipe.to_json()) == recipe
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

@@ -31,7 +31,8 @@ from moesaic.models.gpt_oss import (
     GPT_OSS_PUZZLE_88B_BLOCKS,
     ModelShape,
 )
-from moesaic.pipelines import compiled
+from moesaic.pipelines import compiled, find_pipeline
+from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.planning import Planned, assume_child, plan, totals
@@ -294,10 +295,29 @@ def _facts_of(recipe: str) -> Facts:
     return Facts(GPT_OSS_120B, whole, True, assume_child(whole, SearchArchitectureConfig()), None)
 
 
-@pytest.mark.parametrize("pipeline", list(compiled()))
+def test_a_control_takes_half_of_all_training() -> None:
+    recipe = RECIPES["gpt_oss_120b_h100x8"]()
+    facts = Facts(
+        GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, GPT_OSS_PUZZLE_88B_BLOCKS, Target(H100, GPT_OSS_120B, 8, "fp8")
+    )
+
+    def hours(recipe: Recipe, stage: str) -> float:
+        tasks = read_tasks(find_pipeline("compress", 1, recipe.baseline is not None), recipe)
+        return sum(one.needs.gpu_ms or 0 for one in plan(tasks, facts) if one.task.stage == stage)
+
+    without = recipe.but(baseline=None)
+    for stage in ("distill", "reinforce"):
+        assert hours(without, stage) == pytest.approx(hours(recipe, stage) / 2)
+    one_policy = without.but(policies=without.policies[:1])
+    assert hours(one_policy, "reinforce") == pytest.approx(hours(without, "reinforce") / 2)
+    assert hours(one_policy, "average_checkpoints") == 0
+
+
+@pytest.mark.parametrize("pipeline", ["compress", "search"])
 def test_every_recipe_can_be_planned(pipeline: str) -> None:
-    for name, recipe in RECIPES.items():
-        tasks = read_tasks(compiled()[pipeline], recipe())
+    for name, made in RECIPES.items():
+        recipe = made()
+        tasks = read_tasks(find_pipeline(pipeline, recipe.rounds, recipe.baseline is not None), recipe)
         planned = plan(tasks, _facts_of(name))
         assert totals(planned)["gpu_hours"] is None
         assert {"ingest", "prune_model", "evaluate"} <= {task.stage for task in tasks}

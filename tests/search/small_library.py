@@ -5,6 +5,7 @@ import random
 from itertools import product
 
 from moesaic.costs.block_costs import BlockCost, CostTable, FixedCost, Runtime, WorkloadCost
+from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 from moesaic.search.library import BlockLibrary, Choice, total
@@ -16,7 +17,9 @@ WORKLOADS = (
 )
 
 
-def make_library(seed: int, num_layers: int = 4, counts: tuple[int, ...] = (8, 4)) -> BlockLibrary:
+def make_library(
+    seed: int, num_layers: int = 4, counts: tuple[int, ...] = (8, 4), engine: TargetEngine = "moesaic"
+) -> BlockLibrary:
     """Windows of 4 on even layers; full layers may become 16 or 8. Smaller blocks cost less, damages are random."""
     generator = random.Random(seed)
     parent = Architecture.of(Block(max(counts), None if layer % 2 else 4) for layer in range(num_layers))
@@ -35,7 +38,7 @@ def make_library(seed: int, num_layers: int = 4, counts: tuple[int, ...] = (8, 4
         return BlockCost(block.num_experts * 100_000, block.num_experts * 50_000, "measured", workloads)
 
     fixed = FixedCost(500_000, 1_000_000, {workload.name: Runtime(3.0, 0.2) for workload in WORKLOADS})
-    costs = CostTable(parent, {}, "bf16", WORKLOADS, fixed, {block: cost(block) for block in blocks})
+    costs = CostTable(parent, {}, "bf16", engine, WORKLOADS, fixed, {block: cost(block) for block in blocks})
     damages = {}
     for layer, whole in enumerate(parent.blocks):
         for block in blocks:
@@ -51,7 +54,7 @@ def every_choice(library: BlockLibrary) -> list[Choice]:
 def keeps(library: BlockLibrary, config: SearchArchitectureConfig, choice: Choice) -> bool:
     """The limits written out once more, from the assembly's cost alone."""
     architecture = library.architecture(choice)
-    child, parent = (library.costs.evaluate(each, config.kv_group_size) for each in (architecture, library.parent))
+    child, parent = (library.costs.evaluate(each) for each in (architecture, library.parent))
     full = [layer for layer, block in enumerate(library.parent.blocks) if block.window is None]
     turned = sum(architecture.blocks[layer].window is not None for layer in full)
     holds = turned >= config.min_windowed_share * len(full) - 1e-9

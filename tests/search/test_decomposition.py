@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.search.library import Choice, total
-from moesaic.search.limits import Limit, LimitSet, Padding
+from moesaic.search.limits import GroupedCache, Limit, LimitSet
 from moesaic.search.solver import decomposition, neighbourhood
 from moesaic.search.solver.decomposition import Apart, minimise
 from moesaic.search.solver.lagrangian import Program, dense, relax, undominated
@@ -87,15 +87,13 @@ def test_the_bound_is_below_and_the_found_above_every_optimum(seed: int, num_lim
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10**6), most_layouts=st.none() | st.just(1), group=st.none() | st.just(2), work=st.booleans()
-)
-def test_the_solution_equals_brute_force(seed: int, most_layouts: int | None, group: int | None, work: bool) -> None:
+@given(seed=st.integers(0, 10**6), most_layouts=st.none() | st.just(1), grouped=st.booleans(), work=st.booleans())
+def test_the_solution_equals_brute_force(seed: int, most_layouts: int | None, grouped: bool, work: bool) -> None:
     """With and without the neighbourhoods, whose work is counted per second of the time limit."""
     objective, limits = as_tables(random_program(seed, num_layers=4))
-    if group:
-        padding = Padding(group, limits.windows, {None: 5.0, 8: 2.0})
-        limits = replace(limits, linear=(replace(limits.linear[0], padding=padding), *limits.linear[1:]))
+    if grouped:
+        cache = GroupedCache("vllm", limits.windows, {None: 2.5, 8: 1.0})
+        limits = replace(limits, linear=(replace(limits.linear[0], cache=cache), *limits.linear[1:]))
     limits = replace(limits, max_layouts=most_layouts)
     choices = filter(limits.holds, product(*(range(len(row)) for row in objective)))
     best = min((total(objective, choice) for choice in choices), default=None)

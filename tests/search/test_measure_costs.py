@@ -78,14 +78,14 @@ def test_measured_costs(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path
 def test_modelled_costs(tiny_parent: Path, tmp_path: Path) -> None:
     table = _run(_config(source="model", num_gpus=8, kv_cache="fp8"), tiny_parent, tmp_path)
     assert {cost.source for cost in table.blocks.values()} == {"modelled"}
-    assert table.hardware == {"device": "h100", "date": "2026-11-22", "num_gpus": 8}
+    assert table.hardware == {"device": "h100", "date": "2026-11-22", "num_gpus": 8, "expert_parallel": False}
     assert table.blocks[Block(8)].workloads["long"].kv_bytes == 288 * 64
 
 
 def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
     _run(_config(source="model", workloads=(SHORT,)), tiny_parent, tmp_path)
     content = json.loads((tmp_path / "output" / "costs.json").read_text())
-    assert set(content) == {"parent", "hardware", "kv_cache", "workloads", "fixed", "rows"}
+    assert set(content) == {"parent", "hardware", "kv_cache", "engine", "workloads", "fixed", "rows"}
     assert set(content["fixed"]) == {"parameters", "memory_bytes", "workloads"}
     row = content["rows"][0]
     assert set(row) == {"num_experts", "window", "parameters", "memory_bytes", "source", "workloads"}
@@ -96,7 +96,7 @@ def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"num_gpus": 2}, "times one device"),
-        ({"source": "model", "num_gpus": 2}, r"fits for \[1, 8\]"),
+        ({"source": "model", "num_gpus": 2}, r"parallelism for \[1, 8\]"),
         ({"source": "model", "hardware": "abacus"}, "no hardware table 'abacus'; choose one of h100"),
         ({"workloads": (LONG, LONG)}, "two workloads have the same name"),
         ({"workloads": (LONG.model_copy(update={"input_tokens": 500}),)}, "needs 532 positions, the model has 512"),

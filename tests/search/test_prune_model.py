@@ -1,6 +1,7 @@
 """The child is a standard checkpoint: exact where nothing was cut, loadable everywhere, consistent when it decodes."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.models import gpt_oss
+from moesaic.models import gpt_oss, loading
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss_puzzle import load_model
@@ -26,7 +27,12 @@ EXACT = 1e-6
 
 
 def _prune(
-    parent: Path, architecture: Architecture, directory: Path, candidate: str = "puzzle", order: Sequence[int] = ORDER
+    parent: Path,
+    architecture: Architecture,
+    directory: Path,
+    candidate: str = "puzzle",
+    order: Sequence[int] = ORDER,
+    yarn_factor: float | None = None,
 ) -> Path:
     inputs = {name: directory / name for name in ("ranking", "architecture", "child", "scratch")}
     for path in inputs.values():
@@ -37,7 +43,7 @@ def _prune(
         json.dumps({"candidates": {"puzzle": {"blocks": blocks}}, "skipped": {"uniform": "no uniform fits"}})
     )
     prune_model.run(
-        PruneModelConfig(candidate=candidate),
+        PruneModelConfig(candidate=candidate, yarn_factor=yarn_factor),
         parent=parent,
         ranking=inputs["ranking"],
         architecture=inputs["architecture"],
@@ -74,6 +80,38 @@ def test_identity_child_is_its_parent(tiny_parent: Path, tiny_checkpoint: Checkp
         assert shard.read_bytes() == (same / shard.name).read_bytes()
     tokens = _tokens(2, 40)
     assert torch.equal(load_model(same)(tokens).logits, load_model(tiny_parent)(tokens).logits)
+
+
+@torch.no_grad()
+def test_a_child_computes_with_its_own_yarn_factor(tiny_parent: Path, child: Path, tmp_path: Path) -> None:
+    """What reads the child's config gets it: its logits are those of the same child whose config was edited by hand."""
+    stretched = _prune(tiny_parent, MIXED, tmp_path / "stretched", yarn_factor=7.0)
+    edited = shutil.copytree(child, tmp_path / "edited")
+    config = json.loads((edited / "config.json").read_text())
+    for place in ("rope_scaling", "rope_parameters"):
+        assert config[place]["factor"] == 4.0
+        config[place]["factor"] = 7.0
+    (edited / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(stretched).config == Checkpoint.open(edited).config
+    for shard in child.glob("*.safetensors"):
+        assert shard.read_bytes() == (stretched / shard.name).read_bytes()
+    tokens = _tokens(2, 40)
+    logits = load_model(stretched)(tokens).logits
+    assert torch.equal(logits, load_model(edited)(tokens).logits)
+    assert not torch.allclose(logits, load_model(child)(tokens).logits, rtol=1e-3)
+    angles = loading.rotary(Checkpoint.open(stretched), 40, torch.float32, torch.device("cpu"))
+    before = loading.rotary(Checkpoint.open(child), 40, torch.float32, torch.device("cpu"))
+    scale = (1 + 0.1 * math.log(7)) / (1 + 0.1 * math.log(4))
+    assert angles[0][0, 0] == pytest.approx(scale * before[0][0, 0], rel=1e-6), "cosines of position 0 are YaRN's scale"
+
+
+def test_a_yarn_factor_needs_yarn(tiny_parent: Path, tmp_path: Path) -> None:
+    plain = shutil.copytree(tiny_parent, tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}, "rope_scaling": None}
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="yarn_factor is 56, but the parent's RoPE is 'default'"):
+        _prune(plain, MIXED, tmp_path, yarn_factor=56.0)
 
 
 def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Checkpoint) -> None:

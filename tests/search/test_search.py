@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import ArtifactError, ConfigError, InfeasibleError
+from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.models.architecture import Architecture, Block
 from moesaic.search import limits as limits_module
 from moesaic.search.library import BlockLibrary, Choice, distinct_blocks, total, variants_of
+from moesaic.search.search_architecture.baselines import _Excesses
 from moesaic.search.search_architecture.search import Search
 from moesaic.search.search_architecture.stage import Limits, SearchArchitectureConfig
 from moesaic.search.solver.decomposition import minimise
@@ -34,15 +37,14 @@ configs = st.builds(
     max_parameters_ratio=st.none() | st.floats(0.5, 1.0),
     max_experts_ratio=st.none() | st.floats(0.5, 1.0),
     max_layouts=st.none() | st.integers(2, 4),
-    kv_group_size=st.none() | st.integers(1, 3),
     min_windowed_share=st.floats(0, 1),
 )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(config=configs, seed=st.integers(0, 1000))
-def test_the_search_equals_brute_force(config: SearchArchitectureConfig, seed: int) -> None:
-    library = make_library(seed)
+@given(config=configs, seed=st.integers(0, 1000), engine=st.sampled_from(["moesaic", "vllm", "vllm_puzzle"]))
+def test_the_search_equals_brute_force(config: SearchArchitectureConfig, seed: int, engine: TargetEngine) -> None:
+    library = make_library(seed, engine=engine)
     expected = brute_force(library, config)
     search = Search.of(library, config)
     if expected is None:
@@ -58,17 +60,28 @@ def test_the_search_equals_brute_force(config: SearchArchitectureConfig, seed: i
 
 
 def test_memory_pays_for_unfilled_groups() -> None:
-    """Exactly, one of two full layers turned is enough; in groups of 4, each of three windows pays for 4 layers."""
-    library = make_library(1)
-    turned = library.parent.replace(1, Block(8, 8))
-    exact, padded = library.costs.evaluate(turned), library.costs.evaluate(turned, group_size=4)
-    assert padded.memory_mib["long"] > exact.memory_mib["long"]
-    limits = {"long": Limits(memory_mib=exact.memory_mib["long"])}
-    free = Search.of(library, SearchArchitectureConfig(limits=limits)).best()
-    assert free.cost.memory_mib["long"] <= exact.memory_mib["long"]
-    grouped = Search.of(library, SearchArchitectureConfig(limits=limits, kv_group_size=4)).best()
-    assert grouped.damage > free.damage
-    assert None not in grouped.architecture.layouts, "a single full layer would pay for four"
+    """Of 5 full layers two are turned: groups of 2 make 4 of the 3 left, and 6 of the 5 that are windows of 4."""
+    exact, grouped = make_library(1, num_layers=10), make_library(1, num_layers=10, engine="vllm")
+    turned = exact.parent.replace(1, Block(8, 16)).replace(3, Block(8, 16))
+    spared = exact.costs.evaluate(turned).memory_mib["long"]
+    assert grouped.costs.evaluate(turned).memory_mib["long"] > spared
+    config = SearchArchitectureConfig(limits={"long": Limits(memory_mib=spared)})
+    free, paying = Search.of(exact, config).best(), Search.of(grouped, config).best()
+    assert paying.damage > free.damage
+    assert free.cost.memory_mib["long"] <= spared and paying.cost.memory_mib["long"] <= spared
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_weighs_groups_as_they_are(seed: int) -> None:
+    """Its table of moves against each moved assembly by itself."""
+    library = make_library(seed, engine="vllm")
+    limits = Search.of(library, SearchArchitectureConfig(limits={"long": Limits(memory_ratio=0.6)})).limits
+    choice = library.parent_choice
+    table = _Excesses.of(limits).after(np.array(choice))
+    for layer, options in enumerate(library.variants):
+        for index in range(len(options)):
+            moved = (*choice[:layer], index, *choice[layer + 1 :])
+            assert table[layer, index] == pytest.approx(limits.excess(moved), abs=1e-12)
 
 
 def test_limits_may_be_absolute() -> None:

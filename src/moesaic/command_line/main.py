@@ -166,7 +166,7 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
 
     wanted = options.recipe + "_fast" * options.fast
     recipe = find_recipe(wanted).seeded(options.seed)
-    manifest = find_pipeline(options.pipeline, recipe.rounds)
+    manifest = find_pipeline(options.pipeline, recipe.rounds, recipe.baseline is not None)
     _check_inputs(options.parent, options.data)
     labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
     return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"
@@ -320,7 +320,7 @@ def _inspect(options: argparse.Namespace) -> None:
     sizes.add_row("hidden size", f"{shape.hidden_size}, {shape.num_heads} heads of {shape.head_dim}")
     tokens = shape.max_positions
     caches = (
-        f"{costs.request_kv_bytes(shape, architecture, tokens, kind) / 2**20:,.1f} MiB in {kind}"
+        f"{costs.request_kv_bytes(shape, architecture, tokens, kind, 'moesaic') / 2**20:,.1f} MiB in {kind}"
         for kind in ("bf16", "fp8")
     )
     sizes.add_row("KV cache", f"{', '.join(caches)}, of one request of {tokens:,} tokens")

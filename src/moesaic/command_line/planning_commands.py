@@ -96,7 +96,7 @@ def _plan(options: argparse.Namespace) -> None:
     from moesaic.pipelines.recipes import find_recipe
 
     recipe = find_recipe(options.recipe)
-    manifest = find_pipeline(options.pipeline, recipe.rounds)
+    manifest = find_pipeline(options.pipeline, recipe.rounds, recipe.baseline is not None)
     facts, notes = _facts(options, recipe)
     if options.store is not None and not options.store.startswith("s3://"):
         raise ConfigError(f"--store {options.store} is not s3://bucket/prefix; a directory has no traffic to plan")
@@ -187,12 +187,12 @@ def _target(config: MeasureCostsConfig, shape: Any) -> tuple[Any, list[str]]:
     if config.source == "measure":
         return None, ["Time is not modelled: the recipe measures its costs on the machine it runs on."]
     table = read_table(config.hardware)
-    table.check_num_gpus(config.num_gpus)
+    table.check_num_gpus(config.num_gpus, config.expert_parallel)
     note = (
         f"GPU-hours are those of kernels on {config.num_gpus} x {table.name} by its table of {table.date}; reading "
         "weights, communication in training and waiting come on top."
     )
-    return Target(table, shape, config.num_gpus, config.kv_cache), [note]
+    return Target(table, shape, config.num_gpus, config.kv_cache, config.engine, config.expert_parallel), [note]
 
 
 def _assumed(data: Path | None, problems_per_task: int) -> tuple[Assumed, str]:

@@ -12,21 +12,19 @@ Weights and KV cache of a block follow from shapes alone. With ``B`` concurrent 
 where ``prefill(i)`` is the time in which block ``i`` reads the prompts of all ``B`` requests, ``decode(i)`` its time
 for one step of all of them at their mean context, and every sum includes the fixed part: embedding, norm and head.
 
-Departure: sums over blocks are the paper's, and exact for weights. A serving engine allocates KV memory for groups of
-equally many layers, so a window whose layers do not fill its last group pays for the padding; ``group_size`` turns that
-on. vLLM 0.33 takes the smallest layer count as group size (``stock_group_size``), NVIDIA's branch a size that pads less
-(``least_padding_group_size``; its exact rule is not known, this one gives its published size).
+Departure: sums over blocks are the paper's, and exact for weights. Where the target engine allocates KV memory for
+groups of layers, unfilled groups are paid for as well (``moesaic.costs.kv_allocator``).
 """
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from moesaic.core.config import CacheDtype
 from moesaic.core.errors import ArtifactError
+from moesaic.costs.kv_allocator import TargetEngine, paid_layers
 from moesaic.costs.workload import Workload
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture, Block
@@ -34,9 +32,6 @@ from moesaic.models.gpt_oss import ModelShape
 
 ELEMENT_BYTES: dict[CacheDtype, int] = {"bf16": 2, "fp8": 1}
 MIB = 2**20
-_MOST_PADDING = 1.25
-"""Stock vLLM pads up to the largest layer count if that is less than this many times the smallest."""
-
 Source = Literal["measured", "modelled"]
 
 
@@ -92,22 +87,21 @@ class CostTable:
     parent: Architecture
     hardware: Mapping[str, Any]
     kv_cache: CacheDtype
+    engine: TargetEngine
     workloads: tuple[Workload, ...]
     fixed: FixedCost
     blocks: Mapping[Block, BlockCost]
 
-    def evaluate(self, architecture: Architecture, group_size: int | None = None) -> AssemblyCost:
-        """Add up an assembly. ``group_size`` is that of the engine's KV allocator; None pays for no padding."""
+    def evaluate(self, architecture: Architecture) -> AssemblyCost:
+        """Add up an assembly."""
         costs = [self.blocks[block] for block in architecture.blocks]
+        layers = paid_layers(self.engine, architecture.layouts)
         memory, throughput, latency = {}, {}, {}
         for workload in self.workloads:
             name, fixed = workload.name, self.fixed.workloads[workload.name]
             prefill_ms = fixed.prefill_ms + sum(cost.workloads[name].prefill_ms for cost in costs)
             decode_ms = fixed.decode_ms + sum(cost.workloads[name].decode_ms for cost in costs)
-            request_bytes = sum(
-                self.kv_bytes(window, name) * padded_layers(count, group_size)
-                for window, count in architecture.layouts.items()
-            )
+            request_bytes = sum(self.kv_bytes(window, name) * count for window, count in layers.items())
             weights = self.fixed.memory_bytes + sum(cost.memory_bytes for cost in costs)
             memory[name] = (weights + workload.concurrency * request_bytes) / MIB
             throughput[name] = 1000 * output_tokens(workload) / (prefill_ms + workload.output_tokens * decode_ms)
@@ -129,6 +123,7 @@ class CostTable:
             "parent": [block.as_config() for block in self.parent.blocks],
             "hardware": dict(self.hardware),
             "kv_cache": self.kv_cache,
+            "engine": self.engine,
             "workloads": [workload.model_dump() for workload in self.workloads],
             "fixed": asdict(self.fixed),
             "rows": rows,
@@ -146,6 +141,7 @@ class CostTable:
                 parent=Architecture.of(Block.from_config(entry) for entry in content["parent"]),
                 hardware=content["hardware"],
                 kv_cache=content["kv_cache"],
+                engine=content["engine"],
                 workloads=tuple(Workload.model_validate(workload) for workload in content["workloads"]),
                 fixed=FixedCost(fixed["parameters"], fixed["memory_bytes"], runtimes),
                 blocks=dict(_read_row(row) for row in content["rows"]),
@@ -211,32 +207,8 @@ def layer_kv_bytes(shape: ModelShape, window: int | None, num_tokens: int, kv_ca
 
 
 def request_kv_bytes(
-    shape: ModelShape,
-    architecture: Architecture,
-    num_tokens: int,
-    kv_cache: CacheDtype,
-    group_size: int | None = None,
+    shape: ModelShape, architecture: Architecture, num_tokens: int, kv_cache: CacheDtype, engine: TargetEngine
 ) -> int:
-    """KV cache of one request in all layers, allocator padding included if ``group_size`` says how it groups."""
-    return sum(
-        layer_kv_bytes(shape, window, num_tokens, kv_cache) * padded_layers(count, group_size)
-        for window, count in architecture.layouts.items()
-    )
-
-
-def padded_layers(num_layers: int, group_size: int | None) -> int:
-    """Layers an allocator pays for: the next multiple of its group size."""
-    return num_layers if group_size is None else -(-num_layers // group_size) * group_size
-
-
-def stock_group_size(layouts: Counter[int | None]) -> int:
-    """The group size of vLLM 0.33: the smallest layer count, or the largest if it is less than 1.25 times that."""
-    smallest, largest = min(layouts.values()), max(layouts.values())
-    return largest if largest < _MOST_PADDING * smallest else smallest
-
-
-def least_padding_group_size(layouts: Counter[int | None]) -> int:
-    """Of the sizes between smallest and largest layer count, the one that pads the fewest layers."""
-    counts = layouts.values()
-    sizes: Iterable[int] = range(min(counts), max(counts) + 1)
-    return min(sizes, key=lambda size: (sum(padded_layers(count, size) for count in counts), -size))
+    """KV cache of one request in all layers, as an engine allocates it."""
+    layers = paid_layers(engine, architecture.layouts)
+    return sum(layer_kv_bytes(shape, window, num_tokens, kv_cache) * count for window, count in layers.items())

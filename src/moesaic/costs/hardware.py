@@ -1,12 +1,13 @@
 """Runtime of a block on hardware that is not at hand, from a dated table of fitted constants.
 
 Every term is additive, launch plus bytes over bandwidth plus operations over rate (no maximum of the two: the fits are
-to whole operations). For ``T`` tokens in one pass over ``g`` GPUs with tensor parallelism::
+to whole operations). For ``T`` tokens in one pass over ``g`` GPUs::
 
     pass(T)   = dense + dense_bytes / g / stream + 2 T dense_parameters / g / dense_rate
               + moe(T) + 2 all_reduce(T)                                               all_reduce only for g > 1
     moe(T)    = launch_g + touched(T) expert_bytes / g / bandwidth_g + 2 T k expert_parameters / g / rate_g
     touched   = E (1 - (1 - k/E)^T), the distinct experts that T tokens read
+                moe's constants are fitted for tensor and for expert parallelism apart
     all_reduce= launch + 2 T hidden / bandwidth                                         BF16 activations
 
 A decode step of ``B`` requests at context ``s`` is ``pass(B)`` and reading the cache,
@@ -38,6 +39,7 @@ from moesaic.costs.block_costs import (
     layer_kv_bytes,
     mean_context,
 )
+from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.gpt_oss import BF16_BYTES, ModelShape
@@ -64,6 +66,9 @@ class HardwareTable:
     name: str
     date: str
     moe: Mapping[int, MoeFit]
+    """By number of GPUs that share each expert by tensor parallelism."""
+    expert_parallel_moe: Mapping[int, MoeFit]
+    """By number of GPUs that each hold a share of the experts whole."""
     attention_launch_us: float
     attention_floor_us: float
     attention_tb_per_s: Mapping[CacheDtype, float]
@@ -92,7 +97,8 @@ class HardwareTable:
         return cls(
             name=content["name"],
             date=content["date"],
-            moe={int(num_gpus): MoeFit(**fit) for num_gpus, fit in content["moe"].items()},
+            moe=_read_fits(content["moe"]),
+            expert_parallel_moe=_read_fits(content["expert_parallel_moe"]),
             attention_launch_us=attention["launch_us"],
             attention_floor_us=attention["floor_us"],
             attention_tb_per_s=attention["tb_per_s"],
@@ -107,7 +113,8 @@ class HardwareTable:
         content = {
             "name": self.name,
             "date": self.date,
-            "moe": {str(num_gpus): asdict(fit) for num_gpus, fit in self.moe.items()},
+            "moe": _write_fits(self.moe),
+            "expert_parallel_moe": _write_fits(self.expert_parallel_moe),
             "decode_attention": {
                 "launch_us": self.attention_launch_us,
                 "floor_us": self.attention_floor_us,
@@ -119,10 +126,21 @@ class HardwareTable:
         }
         return json.dumps(content, indent=1) + "\n"
 
-    def check_num_gpus(self, num_gpus: int) -> None:
+    def check_num_gpus(self, num_gpus: int, expert_parallel: bool = False) -> None:
         """Raise ConfigError unless the table has a fit for this many GPUs."""
-        if num_gpus not in self.moe:
-            raise ConfigError(f"table {self.name} has fits for {sorted(self.moe)} GPUs, got num_gpus={num_gpus}")
+        fits, how = (self.expert_parallel_moe, "expert") if expert_parallel else (self.moe, "tensor")
+        if num_gpus not in fits:
+            raise ConfigError(
+                f"table {self.name} has fits of {how} parallelism for {sorted(fits)} GPUs, got num_gpus={num_gpus}"
+            )
+
+
+def _read_fits(content: Mapping[str, Mapping[str, float]]) -> dict[int, MoeFit]:
+    return {int(num_gpus): MoeFit(**fit) for num_gpus, fit in content.items()}
+
+
+def _write_fits(fits: Mapping[int, MoeFit]) -> dict[str, dict[str, float]]:
+    return {str(num_gpus): asdict(fit) for num_gpus, fit in fits.items()}
 
 
 _PLAIN = ("dense_us", "stream_tb_per_s", "dense_pflops", "prefill_attention_pflops", "chunk_tokens", "step_us")
@@ -131,16 +149,21 @@ _MEMORY = ("memory_mib", "overhead_mib", "expert_padding", "max_requests")
 
 @dataclass(frozen=True)
 class Target:
-    """A number of GPUs and the sizes of the model that runs on them; its methods give runtimes."""
+    """A number of GPUs, the sizes of the model that runs on them, and the engine; its methods give runtimes."""
 
     table: HardwareTable
     shape: ModelShape
     num_gpus: int
     kv_cache: CacheDtype
+    engine: TargetEngine = "tensorrt_llm"
+    """Decides how KV memory is allocated; times do not depend on it."""
+    expert_parallel: bool = False
+    """Whether every GPU holds a share of the experts whole, instead of a share of every expert."""
 
     def moe_ms(self, num_experts: int, num_tokens: float) -> float:
         """The mixture of one layer for so many tokens."""
-        fit = self.table.moe[self.num_gpus]
+        fits = self.table.expert_parallel_moe if self.expert_parallel else self.table.moe
+        fit = fits[self.num_gpus]
         top_k = self.shape.experts_per_token
         num_bytes = expected_experts(num_experts, top_k, num_tokens) * _of_one_expert(block_bytes, self.shape)
         flops = 2 * num_tokens * top_k * _of_one_expert(block_parameters, self.shape)

@@ -7,8 +7,8 @@ The formulas are ours; the paper measures throughput. The memory that is left fo
 ``overhead`` is what an engine does not use for weights or cache: the share it leaves free, activations, CUDA graphs and
 libraries. ``expert_padding`` is by how much expert weights grow when the engine lays them out for its kernels.
 
-A request holds ``kv(s)`` bytes when it is ``s`` tokens long, unfilled groups of layers included
-(``moesaic.costs.block_costs``). Requests are at independent points of their lives, ``s`` even between input and input +
+A request holds ``kv(s)`` bytes when it is ``s`` tokens long, unfilled groups of layers included, see
+``moesaic.costs.kv_allocator``. Requests are at independent points of their lives, ``s`` even between input and input +
 output. Admitted is the largest whole number ``n`` whose cache fits with a margin of ``z`` standard deviations, so that
 preemption is rare::
 
@@ -58,12 +58,10 @@ def cache_room(target: Target, architecture: Architecture) -> float:
     return usable - num_bytes(target.shape, architecture) - padding
 
 
-def kv_bytes_mean_and_std(
-    target: Target, architecture: Architecture, workload: Workload, group_size: int | None
-) -> tuple[float, float]:
+def kv_bytes_mean_and_std(target: Target, architecture: Architecture, workload: Workload) -> tuple[float, float]:
     """Mean and standard deviation of a request's KV cache between its first and its last output token."""
     lengths = [workload.input_tokens + int((step + 0.5) * workload.output_tokens / _POINTS) for step in range(_POINTS)]
-    kv_bytes = [request_kv_bytes(target.shape, architecture, at, target.kv_cache, group_size) for at in lengths]
+    kv_bytes = [request_kv_bytes(target.shape, architecture, at, target.kv_cache, target.engine) for at in lengths]
     return fmean(kv_bytes), pstdev(kv_bytes)
 
 
@@ -80,20 +78,18 @@ def estimate_throughput(
     target: Target,
     architecture: Architecture,
     workload: Workload,
-    group_size: int | None = None,
     max_requests: int | None = None,
 ) -> Throughput:
     """Throughput with as many requests in flight as fit.
 
     Args:
-        target: hardware, model sizes and cache type.
+        target: hardware, model sizes, cache type and engine.
         architecture: the model's blocks.
         workload: gives the lengths; its concurrency is not used.
-        group_size: of the engine's KV allocator; None pays for no padding.
         max_requests: the engine's own limit; None takes the table's.
     """
     room = cache_room(target, architecture)
-    mean, std = kv_bytes_mean_and_std(target, architecture, workload, group_size)
+    mean, std = kv_bytes_mean_and_std(target, architecture, workload)
     limit = target.table.max_requests if max_requests is None else max_requests
     requests = admitted(room, mean, std, limit)
     if requests == 0:

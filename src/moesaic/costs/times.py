@@ -7,7 +7,7 @@ waiting, and in training the communication between GPUs are not in them. None wh
 from collections.abc import Iterable, Sequence
 
 from moesaic.core.errors import ConfigError
-from moesaic.costs.block_costs import block_parameters, least_padding_group_size
+from moesaic.costs.block_costs import block_parameters
 from moesaic.costs.facts import Facts, trainable_parameters
 from moesaic.costs.hardware import Target
 from moesaic.costs.throughput import estimate_throughput
@@ -44,7 +44,7 @@ def generate_ms(facts: Facts, model: Architecture, num_replies: float, reply_tok
     if facts.target is None:
         return None
     load = Workload(name="replies", input_tokens=facts.assumed.prompt_tokens, output_tokens=reply_tokens, concurrency=1)
-    served = estimate_throughput(facts.target, model, load, least_padding_group_size(model.layouts))
+    served = estimate_throughput(facts.target, model, load)
     if served.requests == 0:
         raise ConfigError(
             f"the model does not fit {facts.target.num_gpus} GPU(s) of table {facts.target.table.name}: "

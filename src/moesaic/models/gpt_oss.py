@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moesaic.core.errors import ArtifactError
+from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.models.architecture import Architecture, Block
 
 PARENT_TYPE = "gpt_oss"
@@ -110,14 +110,24 @@ def _read_blocks(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def child_config(parent: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+def child_config(
+    parent: Mapping[str, Any], architecture: Architecture, yarn_factor: float | None = None
+) -> dict[str, Any]:
     """The ``config.json`` of a child: its parent's resolved one, with its blocks and the class that reads them.
 
     The blocks stand there as ``block_configs`` and as transformers' own ``per_layer_config``.
 
     RoPE stands there in both spellings: engines of transformers 4's age read ``rope_theta`` and ``rope_scaling`` only
-    and fall back to wrong defaults without a word.
+    and fall back to wrong defaults without a word. Both get ``yarn_factor``, if it is given.
+
+    Raises:
+        ConfigError: for a factor of a parent whose RoPE is not YaRN.
     """
+    if yarn_factor is not None:
+        if (kind := parent["rope_parameters"]["rope_type"]) != "yarn":
+            raise ConfigError(f"yarn_factor is {yarn_factor:g}, but the parent's RoPE is {kind!r}; leave it out")
+        places = ("rope_scaling", "rope_parameters")
+        parent = dict(parent) | {place: {**parent[place], "factor": yarn_factor} for place in places}
     kinds = ["full_attention" if block.window is None else "sliding_attention" for block in architecture.blocks]
     return dict(parent) | {
         "model_type": CHILD_TYPE,

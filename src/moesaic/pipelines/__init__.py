@@ -24,19 +24,22 @@ def compiled(directory: Path = COMPILED) -> dict[str, Path]:
     return {name: path for name, (_, path) in sorted(newest.items())}
 
 
-def pipeline_name(rounds: int) -> str:
-    """What ``compress`` with so many rounds of pruning is called: ``compress``, ``compress-2-rounds``."""
-    return "compress" if rounds == 1 else f"compress-{rounds}-rounds"
+def pipeline_name(rounds: int, control: bool) -> str:
+    """What ``compress`` is called with so many rounds of pruning, with or without a control that is recovered too.
+
+    ``compress``, ``compress-2-rounds``, ``compress-without-control``, ``compress-2-rounds-without-control``.
+    """
+    return "compress" + (f"-{rounds}-rounds" if rounds > 1 else "") + ("" if control else "-without-control")
 
 
-def find_pipeline(name: str, rounds: int) -> Path:
-    """The compiled pipeline of this name for a recipe of so many rounds.
+def find_pipeline(name: str, rounds: int, control: bool) -> Path:
+    """The compiled pipeline of this name for a recipe of so many rounds, with or without a control.
 
     Raises:
         ConfigError: if there is none, naming those there are.
     """
     available = compiled()
-    wanted = pipeline_name(rounds) if name == "compress" else name
+    wanted = pipeline_name(rounds, control) if name == "compress" else name
     if wanted not in available:
         raise ConfigError(f"there is no compiled pipeline {wanted!r}; choose one of {', '.join(available)}")
     return available[wanted]

@@ -25,6 +25,8 @@ from moesaic.search.rank_experts.stage import RankExpertsConfig
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 
+_CONTROL = "baseline_config"
+"""The parameter that pipelines without a control do not need."""
 _SEED_STEP = 1000
 """Between the seeds of two runs, so that policies of different runs never share one."""
 
@@ -44,14 +46,15 @@ class Recipe(Config):
     earlier_distill: DistillConfig
     """For all rounds but the last."""
     policies: tuple[ReinforceConfig, ...]
+    """Trained from the same distilled checkpoint; the child is their average. The paper has two."""
     calibrate_kv: CalibrateKvConfig
     evaluate: EvaluateConfig
     benchmark: BenchmarkConfig
     benchmark_serving: BenchmarkServingConfig
     report: ReportConfig
     prune_model: PruneModelConfig = PruneModelConfig()
-    baseline: PruneModelConfig = PruneModelConfig(candidate="uniform")
-    """The candidate that gets the same recovery, for comparison."""
+    baseline: PruneModelConfig | None = PruneModelConfig(candidate="uniform")
+    """The control: a candidate that gets the same recovery, for comparison. None saves half of all training."""
     average_checkpoints: AverageCheckpointsConfig = AverageCheckpointsConfig()
     gather_recovery: GatherRecoveryConfig = GatherRecoveryConfig()
     export_engine: ExportEngineConfig = ExportEngineConfig(target="tensorrt_llm")
@@ -82,6 +85,7 @@ class Recipe(Config):
     def arguments(self, ingest: IngestConfig, version: str, parameters: Collection[str]) -> dict[str, str | list[str]]:
         """Values for the parameters that a pipeline has."""
         configs = {name: getattr(self, name) for name in type(self).model_fields if name not in ("policies", "rounds")}
+        configs = {name: config for name, config in configs.items() if config is not None}
         configs |= {
             "ingest": ingest,
             "evaluate_fp8_unit": self.evaluate.with_kv_cache("fp8_unit"),
@@ -89,4 +93,4 @@ class Recipe(Config):
         }
         values: dict[str, str | list[str]] = {f"{name}_config": config.to_json() for name, config in configs.items()}
         values |= {"version": version, "reinforce_configs": [policy.to_json() for policy in self.policies]}
-        return {name: values[name] for name in parameters}
+        return {name: values[name] for name in parameters if name != _CONTROL or self.baseline}

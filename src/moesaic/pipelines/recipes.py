@@ -152,66 +152,100 @@ def in_two_rounds(recipe: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return lambda: recipe().but(rounds=2)
 
 
+def on_a_budget(recipe: Callable[[], Recipe], distill_steps: int, num_prompts: int) -> Callable[[], Recipe]:
+    """The same with one policy, no control, and less of everything that is paid by the token.
+
+    What fewer tokens of distillation cost is known of paper B alone, on a dense model: 98.8 % of the quality after 3.7B
+    of 45B tokens. A prompt gives about 64K tokens to distil, with replies of medium and high effort.
+    """
+
+    def reduced() -> Recipe:
+        whole = recipe()
+        return whole.but(
+            baseline=None,
+            policies=(whole.policies[0].but(steps=100),),
+            generate_traces={"max_prompts": num_prompts},
+            distill={
+                "steps": distill_steps,
+                "optimizer": {"warmup_steps": min(200, distill_steps // 10)},
+                "evaluate_every_steps": min(500, distill_steps),
+            },
+            evaluate={"problems_per_task": 100},
+            benchmark_serving={"requests_per_user": 1},
+        )
+
+    return reduced
+
+
 def gpt_oss_120b_h100x8() -> Recipe:
     """gpt-oss-120b for a node of eight H100 (the paper's setting): 64K and 4K workloads, FP8 cache, 84B tokens of KD.
 
-    Limits are what the released child reaches by the cost model; see ``benchmarks/h100_search.py`` for the frontier.
+    Limits are the paper's results as far as the cost model reproduces them (``benchmarks/cost_model.py``). It published
+    throughput at each model's own best number of requests: 1.63 at 64K + 64K. The parent is modelled at 7,097 tokens/s
+    with the 285 requests it holds; 11,400 are 1.61 times that, from 480 requests at once. Memory is the published cache
+    of about 0.6. At 4K + 4K the model explains 1.05 of the published 1.22, so no more than that can be asked of it.
     """
-    costs = _h100_costs(_120B_SPACE, num_gpus=8, long_requests=256, short_requests=512)
+    costs = _h100_costs(_120B_SPACE, num_gpus=8, long_requests=480, short_requests=512)
     search = SearchArchitectureConfig(
-        limits={"long": Limits(memory_ratio=0.65, throughput_ratio=1.45), "short": Limits(throughput_ratio=1.04)},
-        max_experts_ratio=0.75,
+        limits={
+            "long": Limits(memory_ratio=0.61, throughput_tokens_per_s=11_400),
+            "short": Limits(throughput_ratio=1.05),
+        },
         max_layouts=3,
-        kv_group_size=9,
         relative_gap=1e-4,
-        min_windowed_share=0.4,
     )
-    gentler = {"long": Limits(memory_ratio=0.8, throughput_ratio=1.2)}
-    earlier = search.but(limits=gentler, max_experts_ratio=0.875, min_windowed_share=0.2)
-    recipe = _gpt_oss_h100(costs, search, earlier, distill_steps=20_027)
-    return recipe.but(report={"title": "gpt-oss-120b for eight H100"}, promote={"model": "gpt-oss-120b"})
+    gentler = {"long": Limits(memory_ratio=0.8, throughput_ratio=1.2), "short": Limits(throughput_ratio=1.025)}
+    recipe = _gpt_oss_h100(costs, search, search.but(limits=gentler), distill_steps=20_027)
+    return _stretched(recipe).but(report={"title": "gpt-oss-120b for eight H100"}, promote={"model": "gpt-oss-120b"})
 
 
 def gpt_oss_120b_h100x1() -> Recipe:
-    """gpt-oss-120b for serving from one H100: what fits decides. Recovery is the same and needs the same node."""
-    costs = _h100_costs(_120B_SPACE, num_gpus=1, long_requests=16, short_requests=128)
+    """gpt-oss-120b for serving from one H100: what fits decides. Recovery is the same and needs the same node.
+
+    The paper published 2.82 at 64K + 64K and 2.44 at 4K + 4K, each model at its own best number of requests. The parent
+    is modelled at 295 tokens/s with the 2 long requests it holds, and at 1,873 with 46 short ones. The limits are 2.66
+    and 2.27 times that, with as many requests as the released layout holds at once when all are at their full length.
+    """
+    costs = _h100_costs(_120B_SPACE, num_gpus=1, long_requests=15, short_requests=140)
     search = SearchArchitectureConfig(
         limits={
-            "long": Limits(memory_mib=68_600, throughput_ratio=1.3),
-            "short": Limits(memory_mib=68_600, throughput_ratio=1.15),
+            "long": Limits(memory_mib=68_600, throughput_tokens_per_s=785),
+            "short": Limits(memory_mib=68_600, throughput_tokens_per_s=4250),
         },
         max_layouts=3,
-        kv_group_size=9,
         relative_gap=1e-4,
     )
     earlier = search.but(limits={"long": Limits(memory_mib=80_000), "short": Limits(memory_mib=80_000)})
     recipe = _gpt_oss_h100(costs, search, earlier, distill_steps=20_027)
-    return recipe.but(report={"title": "gpt-oss-120b for one H100"}, promote={"model": "gpt-oss-120b-one-gpu"})
+    return _stretched(recipe).but(
+        report={"title": "gpt-oss-120b for one H100"}, promote={"model": "gpt-oss-120b-one-gpu"}
+    )
 
 
 def gpt_oss_20b_h100x1() -> Recipe:
-    """gpt-oss-20b for one H100: a quarter fewer experts, half the full layers windowed, a tenth of the KD tokens."""
+    """gpt-oss-20b for one H100, with a tenth of the KD tokens. No child of it is published: the limits are ours."""
     space = SearchSpace(expert_counts=(32, 28, 24, 20, 16, 12, 8), windows=(8192,), expert_parallel_size=4)
     costs = _h100_costs(space, num_gpus=1, long_requests=32, short_requests=256)
     search = SearchArchitectureConfig(
         limits={"long": Limits(memory_ratio=0.7, throughput_ratio=1.4), "short": Limits(throughput_ratio=1.03)},
-        max_experts_ratio=0.75,
         max_layouts=3,
-        kv_group_size=6,
         relative_gap=1e-4,
-        min_windowed_share=0.5,
     )
     gentler = {"long": Limits(memory_ratio=0.85, throughput_ratio=1.2)}
-    earlier = search.but(limits=gentler, max_experts_ratio=0.875, min_windowed_share=0.25)
-    recipe = _gpt_oss_h100(costs, search, earlier, distill_steps=2003)
+    recipe = _gpt_oss_h100(costs, search, search.but(limits=gentler), distill_steps=2003)
     return recipe.but(report={"title": "gpt-oss-20b for one H100"}, promote={"model": "gpt-oss-20b"})
+
+
+def _stretched(recipe: Recipe) -> Recipe:
+    """With the released child's YaRN factor, in the child and in the control (paper A; the parent's is 32)."""
+    return recipe.but(prune_model={"yarn_factor": 56.0}, baseline={"yarn_factor": 56.0})
 
 
 _120B_SPACE = SearchSpace(expert_counts=(128, 112, 96, 80, 64, 48, 32, 16), windows=(8192,), expert_parallel_size=8)
 
 
 def _h100_costs(space: SearchSpace, num_gpus: int, long_requests: int, short_requests: int) -> MeasureCostsConfig:
-    """Both of the paper's workloads, modelled with the H100 table and an FP8 cache."""
+    """Both of the paper's workloads, modelled with the H100 table, for the engine and parallelism of the export."""
     long = Workload(name="long", input_tokens=65_536, output_tokens=65_536, concurrency=long_requests)
     short = Workload(name="short", input_tokens=4096, output_tokens=4096, concurrency=short_requests)
     return MeasureCostsConfig(
@@ -220,6 +254,8 @@ def _h100_costs(space: SearchSpace, num_gpus: int, long_requests: int, short_req
         source="model",
         hardware="h100",
         num_gpus=num_gpus,
+        expert_parallel=num_gpus > 1,
+        engine="tensorrt_llm",
         kv_cache="fp8",
         precision="bfloat16",
     )
@@ -236,7 +272,7 @@ def _gpt_oss_h100(
         target="tensorrt_llm",
         max_batch_size=2 * max(workload.concurrency for workload in costs.workloads),
         tensor_parallel_size=costs.num_gpus,
-        expert_parallel_size=costs.num_gpus,
+        expert_parallel_size=costs.num_gpus if costs.expert_parallel else 1,
         compare_outputs=False,
     )
     distill = _gpt_oss_distill(distill_steps)
@@ -244,10 +280,12 @@ def _gpt_oss_h100(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536, precision="bfloat16"),
         score_blocks=ScoreBlocksConfig(
             space=costs.space,
+            metric="kl",
             max_sequences=64,
-            max_tokens=32_768,
-            batch_tokens=131_072,
-            variants_per_batch=4,
+            max_tokens=8192,
+            max_long_tokens=131_072,
+            batch_tokens=262_144,
+            variants_per_batch=2,
             precision="bfloat16",
         ),
         measure_costs=costs,
@@ -342,13 +380,16 @@ def _gpt_oss_evaluation(export: ExportEngineConfig) -> EvaluateConfig:
 
 
 def _swept(workload: Workload) -> SweptWorkload:
-    """A workload of the search, from one user to twice as many as it was searched for, in powers of four."""
+    """A workload of the search, from one user to twice as many as it was searched for, in powers of two.
+
+    Both models are compared at their own best number of users: one H100 holds 2 long requests of the parent.
+    """
     most = 2 * workload.concurrency
     return SweptWorkload(
         name=workload.name,
         input_tokens=workload.input_tokens,
         output_tokens=workload.output_tokens,
-        concurrencies=tuple(4**power for power in range(most.bit_length()) if 4**power <= most),
+        concurrencies=tuple(2**power for power in range(most.bit_length()) if 2**power <= most),
     )
 
 
@@ -360,7 +401,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny_cpu_two_rounds_fast": in_two_rounds(tiny_cpu_fast),
     "gpt_oss_120b_h100x8": gpt_oss_120b_h100x8,
     "gpt_oss_120b_h100x1": gpt_oss_120b_h100x1,
+    "gpt_oss_120b_h100x8_8b_tokens": on_a_budget(gpt_oss_120b_h100x8, 2003, num_prompts=100_000),
+    "gpt_oss_120b_h100x8_1b_tokens": on_a_budget(gpt_oss_120b_h100x8, 239, num_prompts=16_000),
     "gpt_oss_20b_h100x1": gpt_oss_20b_h100x1,
+    "gpt_oss_20b_h100x1_1b_tokens": on_a_budget(gpt_oss_20b_h100x1, 239, num_prompts=16_000),
 }
 """Recipes by the name that the command line takes."""
 

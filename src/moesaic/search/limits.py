@@ -3,7 +3,8 @@
 Every limit reads ``fixed + sum_i usage[i, choice_i] <= bound``. A throughput limit is linear in runtime: with ``N``
 output tokens of all concurrent requests, ``N / runtime >= t`` is ``runtime <= N / t``, runtime being the prompts'
 prefill and all decode steps. Only the number of distinct windows (layouts) is no sum; it is kept beside the others.
-With an allocator of layer groups, memory also counts whole groups per window (``Padding``).
+Nor is KV memory, where the target engine allocates it for groups of layers (``GroupedCache``); at a given number of
+layers per window it is a constant, and ``LimitSet.at`` states everything in sums.
 """
 
 import math
@@ -13,28 +14,34 @@ from dataclasses import dataclass, replace
 
 from moesaic.core.errors import ConfigError
 from moesaic.costs.block_costs import MIB, AssemblyCost, output_tokens
+from moesaic.costs.kv_allocator import PER_LAYER, Layout, TargetEngine, paid_layers
 from moesaic.costs.workload import Workload
 from moesaic.search.library import BlockLibrary, Choice, Table, total
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 
+Windows = tuple[tuple[int | None, ...], ...]
+"""The window of every variant of every layer."""
 TOLERANCE = 1e-9
 """A limit holds if it is kept within this share of its bound; sums of floats are no more exact."""
 
 
 @dataclass(frozen=True)
-class Padding:
-    """What an allocator of whole groups takes: per window so many groups of ``size`` layers as its layers fill."""
+class GroupedCache:
+    """KV memory of an engine that allocates it for groups of layers."""
 
-    size: int
-    windows: tuple[tuple[int | None, ...], ...]
-    """The window of every variant of every layer."""
-    per_group: Mapping[int | None, float]
-    """What one group of layers with this window takes."""
+    engine: TargetEngine
+    windows: Windows
+    per_layer: Mapping[int | None, float]
+    """What one layer with this window takes."""
 
     def used(self, choice: Choice) -> float:
         """What an assembly takes."""
-        counts = Counter(row[index] for row, index in zip(self.windows, choice, strict=True))
-        return sum(self.per_group[window] * -(-count // self.size) for window, count in counts.items())
+        return self.of(_layout(self.windows, choice))
+
+    def of(self, layout: Layout) -> float:
+        """What any assembly with so many layers of each window takes."""
+        layers = paid_layers(self.engine, layout)
+        return sum(self.per_layer[window] * count for window, count in layers.items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +55,13 @@ class Limit:
     bound: float
     tokens: float | None = None
     """Output tokens of a throughput limit, whose usage is milliseconds; None for every other."""
-    padding: Padding | None = None
+    cache: GroupedCache | None = None
     """What comes on top by groups of layers."""
 
     def used(self, choice: Choice) -> float:
         """What an assembly uses of it."""
-        padded = self.padding.used(choice) if self.padding else 0.0
-        return self.fixed + total(self.usage, choice) + padded
+        cache = self.cache.used(choice) if self.cache else 0.0
+        return self.fixed + total(self.usage, choice) + cache
 
     def excess(self, choice: Choice) -> float:
         """By which share of the bound an assembly exceeds it; zero if it holds."""
@@ -84,9 +91,34 @@ class LimitSet:
     """All limits of one search."""
 
     linear: tuple[Limit, ...]
-    windows: tuple[tuple[int | None, ...], ...]
-    """The window of every variant of every layer."""
+    windows: Windows
     max_layouts: int | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a limit counts KV memory by groups of layers."""
+        return any(limit.cache for limit in self.linear)
+
+    def layouts(self) -> list[Layout]:
+        """Every number of layers per window that an assembly may have, of at most ``max_layouts`` windows."""
+        names = list({window: None for row in self.windows for window in row})
+        found = {(0,) * len(names)}
+        for row in self.windows:
+            offered = {names.index(window) for window in row}
+            found = {tuple(n + (i == at) for i, n in enumerate(counts)) for counts in found for at in offered}
+        layouts = (+Counter(dict(zip(names, counts, strict=True))) for counts in sorted(found))
+        return [layout for layout in layouts if len(layout) <= (self.max_layouts or len(names))]
+
+    def at(self, layout: Layout) -> "LimitSet":
+        """The same for assemblies with exactly so many layers of each window, in sums alone."""
+        linear = [
+            replace(limit, fixed=limit.fixed + (limit.cache.of(layout) if limit.cache else 0.0), cache=None)
+            for limit in self.linear
+        ]
+        for window in {window for row in self.windows for window in row}:
+            counted = tuple(tuple(float(other == window) for other in row) for row in self.windows)
+            linear.append(Limit(f"layers with window {window}", "", counted, 0.0, layout[window]))
+        return LimitSet(tuple(linear), self.windows)
 
     def without(self, name: str) -> "LimitSet":
         """All limits except the one of this name."""
@@ -98,7 +130,7 @@ class LimitSet:
 
     def num_layouts(self, choice: Choice) -> int:
         """Distinct windows of an assembly, full attention counting as one."""
-        return len({row[index] for row, index in zip(self.windows, choice, strict=True)})
+        return len(_layout(self.windows, choice))
 
     def excess(self, choice: Choice) -> float:
         """The sum over limits of the share by which each is exceeded; zero exactly if all hold."""
@@ -135,15 +167,19 @@ def limits_of(library: BlockLibrary, config: SearchArchitectureConfig) -> LimitS
         raise ConfigError(
             f"limits name the workload {unknown[0]!r}, which was not costed; the cost table has {sorted(workloads)}"
         )
-    parent = library.costs.evaluate(library.parent, config.kv_group_size)
+    parent = library.costs.evaluate(library.parent)
     linear = [*_size_limits(library, config, parent), *_window_limits(library, config)]
     for name in config.limits:
         linear += _workload_limits(library, config, parent, workloads[name])
     return LimitSet(tuple(linear), _windows(library), config.max_layouts)
 
 
-def _windows(library: BlockLibrary) -> tuple[tuple[int | None, ...], ...]:
+def _windows(library: BlockLibrary) -> Windows:
     return tuple(tuple(block.window for block in options) for options in library.variants)
+
+
+def _layout(windows: Windows, choice: Choice) -> Layout:
+    return Counter(row[index] for row, index in zip(windows, choice, strict=True))
 
 
 def _size_limits(library: BlockLibrary, config: SearchArchitectureConfig, parent: AssemblyCost) -> Iterator[Limit]:
@@ -173,7 +209,7 @@ def _workload_limits(
     name, limits, fixed = workload.name, config.limits[workload.name], library.costs.fixed
     most = _tighter(limits.memory_mib, limits.memory_ratio, parent.memory_mib[name])
     if most is not None:
-        yield _memory_limit(library, workload, most, config.kv_group_size)
+        yield _memory_limit(library, workload, most)
     most = _tighter(limits.latency_ms, limits.latency_ratio, parent.latency_ms[name])
     if most is not None:
         usage = library.cost_table(lambda cost: cost.workloads[name].decode_ms)
@@ -186,19 +222,19 @@ def _workload_limits(
         yield throughput_limit(library, workload, least)
 
 
-def _memory_limit(library: BlockLibrary, workload: Workload, most: float, group_size: int | None) -> Limit:
+def _memory_limit(library: BlockLibrary, workload: Workload, most: float) -> Limit:
     name, fixed = f"memory of {workload.name}", library.costs.fixed.memory_bytes / MIB
 
     def kv_mib(window: int | None) -> float:
         return workload.concurrency * library.costs.kv_bytes(window, workload.name) / MIB
 
-    if group_size is None:
+    if library.costs.engine in PER_LAYER:
         usage = library.table(lambda block: library.costs.blocks[block].memory_bytes / MIB + kv_mib(block.window))
         return Limit(name, "MiB", usage, fixed, most)
     windows = _windows(library)
-    per_group = {window: group_size * kv_mib(window) for row in windows for window in row}
+    per_layer = {window: kv_mib(window) for row in windows for window in row}
     usage = library.cost_table(lambda cost: cost.memory_bytes / MIB)
-    return Limit(name, "MiB", usage, fixed, most, padding=Padding(group_size, windows, per_group))
+    return Limit(name, "MiB", usage, fixed, most, cache=GroupedCache(library.costs.engine, windows, per_layer))
 
 
 def throughput_limit(library: BlockLibrary, workload: Workload, tokens_per_s: float) -> Limit:
@@ -232,7 +268,7 @@ def check_assembly(library: BlockLibrary, config: SearchArchitectureConfig, choi
     """
     architecture = library.architecture(choice)
     architecture.check_child_of(library.parent)
-    child, parent = (library.costs.evaluate(each, config.kv_group_size) for each in (architecture, library.parent))
+    child, parent = (library.costs.evaluate(each) for each in (architecture, library.parent))
     pairs = list(zip(library.parent.blocks, architecture.blocks, strict=True))
     num_full = sum(whole.window is None for whole, _ in pairs)
     num_turned = sum(whole.window is None and block.window is not None for whole, block in pairs)

@@ -31,6 +31,7 @@ def recipe_values(report: Origin, *others: Origin) -> Values:
         values["policies"] = [policy.record.config for policy in policies]
         values["distill"] = _one(_one(policies[:1], "a policy").given("model"), "distillation").record.config
         values.setdefault("earlier_distill", values["distill"])
+    values["baseline"] = None
     for gathered in report.given("recovery_baseline"):
         evaluation = _one(gathered.given("evaluation_pruned"), "the baseline's evaluation")
         values["baseline"] = _one(evaluation.given("model"), "the baseline").record.config

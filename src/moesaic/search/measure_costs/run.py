@@ -22,10 +22,11 @@ from moesaic.costs.block_costs import (
     outer_bytes,
     outer_parameters,
 )
-from moesaic.costs.hardware import HardwareTable, Target, model_blocks
+from moesaic.costs.hardware import Target, model_blocks
 from moesaic.costs.hardware_tables import read_table
-from moesaic.models.architecture import Block
+from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.gpt_oss import ModelShape
 from moesaic.models.loading import choose_device
 from moesaic.search.library import distinct_blocks
 from moesaic.search.measure_costs.block_timing import time_blocks
@@ -37,37 +38,46 @@ def run(config: MeasureCostsConfig, *, parent: Path, output: Path, scratch: Path
 
     Timings are taken in one go and never resumed: blocks are compared with each other, so they share one machine state.
     """
-    table = _check_config(config)
+    _check_config(config)
     checkpoint = Checkpoint.open(parent)
     _check_lengths(config, checkpoint)
-    distinct = distinct_blocks(checkpoint.architecture, config.space, checkpoint.shape.experts_per_token)
-    if table is None:
+    if config.source == "model":
+        costs = model_costs(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed)
+    else:
         device = choose_device()
         dtype: torch.dtype = getattr(torch, config.precision)
-        runtimes, fixed = time_blocks(checkpoint, distinct, config.workloads, config.repeats, dtype, device)
+        distinct = distinct_blocks(checkpoint.architecture, config.space, checkpoint.shape.experts_per_token)
+        times = time_blocks(checkpoint, distinct, config.workloads, config.repeats, dtype, device)
         hardware = _describe(device, config)
-    else:
-        runtimes, fixed = model_blocks(
-            Target(table, checkpoint.shape, config.num_gpus, config.kv_cache), distinct, config.workloads
-        )
-        hardware = {"device": table.name, "date": table.date, "num_gpus": config.num_gpus}
-    costs = _table(config, checkpoint, hardware, runtimes, fixed)
+        costs = _table(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed, hardware, *times)
     (output / "costs.json").write_text(costs.to_json())
     return _metrics(costs)
 
 
-def _check_config(config: MeasureCostsConfig) -> HardwareTable | None:
-    """Refuse what cannot be costed; the hardware table if costs are to be modelled."""
+def model_costs(config: MeasureCostsConfig, shape: ModelShape, parent: Architecture, packed: bool = True) -> CostTable:
+    """Costs from a hardware table; they need a model's sizes and blocks, and none of its weights."""
+    table = read_table(config.hardware)
+    target = Target(table, shape, config.num_gpus, config.kv_cache, config.engine, config.expert_parallel)
+    distinct = distinct_blocks(parent, config.space, shape.experts_per_token)
+    hardware = {
+        "device": table.name,
+        "date": table.date,
+        "num_gpus": config.num_gpus,
+        "expert_parallel": config.expert_parallel,
+    }
+    return _table(config, shape, parent, packed, hardware, *model_blocks(target, distinct, config.workloads))
+
+
+def _check_config(config: MeasureCostsConfig) -> None:
+    """Refuse what cannot be costed."""
     names = [workload.name for workload in config.workloads]
     if len(set(names)) < len(names):
         raise ConfigError(f"two workloads have the same name: {names}; limits refer to them by name")
     if config.source == "measure":
         if config.num_gpus != 1:
             raise ConfigError(f"source 'measure' times one device, not num_gpus={config.num_gpus}; use source 'model'")
-        return None
-    table = read_table(config.hardware)
-    table.check_num_gpus(config.num_gpus)
-    return table
+    else:
+        read_table(config.hardware).check_num_gpus(config.num_gpus, config.expert_parallel)
 
 
 def _check_lengths(config: MeasureCostsConfig, checkpoint: Checkpoint) -> None:
@@ -81,12 +91,13 @@ def _check_lengths(config: MeasureCostsConfig, checkpoint: Checkpoint) -> None:
 
 def _table(
     config: MeasureCostsConfig,
-    checkpoint: Checkpoint,
+    shape: ModelShape,
+    parent: Architecture,
+    packed: bool,
     hardware: Mapping[str, Any],
     runtimes: Mapping[Block, Mapping[str, Runtime]],
     fixed: Mapping[str, Runtime],
 ) -> CostTable:
-    shape = checkpoint.shape
     source: Source = "measured" if config.source == "measure" else "modelled"
 
     def cost(block: Block) -> BlockCost:
@@ -95,14 +106,13 @@ def _table(
             runtime = runtimes[block][workload.name]
             kv_bytes = layer_kv_bytes(shape, block.window, full_length(workload), config.kv_cache)
             workloads[workload.name] = WorkloadCost(runtime.prefill_ms, runtime.decode_ms, kv_bytes)
-        return BlockCost(
-            block_parameters(shape, block), block_bytes(shape, block, checkpoint.packed), source, workloads
-        )
+        return BlockCost(block_parameters(shape, block), block_bytes(shape, block, packed), source, workloads)
 
     return CostTable(
-        checkpoint.architecture,
+        parent,
         hardware,
         config.kv_cache,
+        config.engine,
         config.workloads,
         FixedCost(outer_parameters(shape), outer_bytes(shape), dict(fixed)),
         {block: cost(block) for block in runtimes},

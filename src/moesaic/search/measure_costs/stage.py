@@ -6,6 +6,7 @@ from typing import Literal
 
 from moesaic.core.config import CacheDtype, Config, Positive, Precision
 from moesaic.core.stage import Stage, artifact, model
+from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.costs.workload import Workload
 from moesaic.search.space import SearchSpace
 
@@ -22,7 +23,11 @@ class MeasureCostsConfig(Config):
     hardware: str = "h100"
     """Hardware table for ``source: model``."""
     num_gpus: Positive = 1
-    """GPUs the model is spread over by tensor parallelism."""
+    """GPUs the model is spread over: attention by tensor parallelism, experts as said next."""
+    expert_parallel: bool = False
+    """Whether every GPU holds a share of the experts whole, instead of a share of every expert."""
+    engine: TargetEngine = "moesaic"
+    """The serving engine; memory pays for KV cache as its allocator does."""
     kv_cache: CacheDtype = "bf16"
     """Element type of the KV cache."""
     repeats: Positive = 5

@@ -46,7 +46,7 @@ def run(
     kept_files = [path for path in companions(parent) if any(path.match(pattern) for pattern in _COMPANIONS)]
     write_checkpoint(
         output,
-        gpt_oss.child_config(whole.config, child),
+        gpt_oss.child_config(whole.config, child, config.yarn_factor),
         _shards(whole, kept),
         [*kept_files, *_MODELLING_FILES, pruning],
     )

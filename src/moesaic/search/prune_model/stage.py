@@ -3,6 +3,10 @@
 The weights go to the store.
 """
 
+from typing import Annotated
+
+from pydantic import Field
+
 from moesaic.core.config import Config
 from moesaic.core.stage import Stage, artifact, model
 
@@ -12,6 +16,12 @@ class PruneModelConfig(Config):
 
     candidate: str = "puzzle"
     """``puzzle`` is the search's best; baselines have their names, see ``moesaic.search``."""
+    yarn_factor: Annotated[float, Field(ge=1)] | None = None
+    """How far YaRN stretches the child's positions (paper A's child: 56, of a parent with 32). None: as in the parent.
+
+    It stands in the child's config, so distillation, evaluation and engines all go by it. Scores are of the parent, and
+    so are baselines that are only pruned and evaluated.
+    """
 
 
 STAGE = Stage(

@@ -14,6 +14,7 @@ from moesaic.costs.facts import (
     streamed_layers,
 )
 from moesaic.costs.times import forward_ms
+from moesaic.models.architecture import Block
 from moesaic.search.library import variants_of
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
 
@@ -34,20 +35,26 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     """
     config = task.config
     blocks, shape = model_of(facts, inputs[0]).blocks, facts.shape
-    tokens = 2 * config.max_sequences * config.max_tokens
+    lengths = (config.max_tokens, config.max_long_tokens or config.max_tokens)
+    tokens = config.max_sequences * sum(lengths)
     counts = [len(variants_of(block, config.space, shape.experts_per_token)) for block in blocks]
     uses = [2 + sum(counts[: layer + 1]) for layer in range(len(blocks))]
     groups = [max(1, math.ceil((count - 1) / config.variants_per_batch)) for count in counts]
     loads = [3 + sum(groups[: layer + 1]) for layer in range(len(blocks))]
     sizes = [block_bytes(shape, block, facts.packed) for block in blocks]
     states = tokens * shape.hidden_size * WIDTH[config.precision]
-    passes = [forward_ms(facts, [block], tokens, config.max_tokens, head=False) for block in blocks]
-    heads = forward_ms(facts, [], tokens * (sum(counts) + 1), config.max_tokens)
-    ms = None if heads is None else heads + sum(use * (one or 0.0) for use, one in zip(uses, passes, strict=True))
+
+    def through(some: Sequence[Block], head: bool) -> float:
+        """Milliseconds of both sets through some blocks; zero where time is not modelled."""
+        times = (forward_ms(facts, some, config.max_sequences * length, length, head=head) for length in lengths)
+        return sum(ms or 0.0 for ms in times)
+
+    ms = (sum(counts) + 1) * through([], True)
+    ms += sum(use * through([block], False) for use, block in zip(uses, blocks, strict=True))
     return Needs(
         read_bytes=sum(load * size for load, size in zip(loads, sizes, strict=True)) + outer_bytes(shape),
         peak_bytes=streamed_layers(facts, config.precision) + (1 + config.variants_per_batch) * states,
-        gpu_ms=ms,
+        gpu_ms=None if facts.target is None else ms,
         counts={
             "tokens": tokens,
             "variants": sum(counts),

@@ -139,8 +139,9 @@ def _prepare(
     checkpoint = Checkpoint.open(parent)
     variants = _choose_variants(config.space, checkpoint, ranking / "ranking.json")
     windows = config.space.windows if any(block.window is None for block in checkpoint.architecture.blocks) else ()
-    short_probes = _probes(config, checkpoint, calibration_short, first=0)
-    long_probes = _probes(config, checkpoint, calibration_long, first=min(windows, default=0))
+    short_probes = _probes(config, checkpoint, calibration_short, config.max_tokens, first=0)
+    long_tokens = config.max_long_tokens or config.max_tokens
+    long_probes = _probes(config, checkpoint, calibration_long, long_tokens, first=min(windows, default=0))
     furthest = max(int(probe.measured.any(0).nonzero().max()) for probe in long_probes)
     if max(windows, default=0) > furthest:
         raise ArtifactError(
@@ -150,13 +151,13 @@ def _prepare(
     return _Job(config, checkpoint, variants, short_probes, long_probes)
 
 
-def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, first: int) -> list[Probe]:
+def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, max_tokens: int, first: int) -> list[Probe]:
     """The batches of a set that have something to measure; variants together fill ``batch_tokens``."""
     batches = load_batches(
         data,
         checkpoint.directory,
         max_sequences=config.max_sequences,
-        max_tokens=min(config.max_tokens, checkpoint.shape.max_positions),
+        max_tokens=min(max_tokens, checkpoint.shape.max_positions),
         batch_tokens=config.batch_tokens // config.variants_per_batch,
     )
     probes = [probe for probe in (Probe.of(batch, first) for batch in batches) if probe.measured.any()]

@@ -26,6 +26,8 @@ class ScoreBlocksConfig(Config):
     """Sequences to use of each calibration set, from its start."""
     max_tokens: Positive = 8192
     """Longer sequences are cut here."""
+    max_long_tokens: Positive | None = None
+    """Longer sequences of the long set are cut here; None: as short ones are."""
     batch_tokens: Positive = 16384
     """Padded tokens that go through a layer at once."""
     variants_per_batch: Positive = 4

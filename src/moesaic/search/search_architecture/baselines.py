@@ -13,6 +13,7 @@ Greedy and random may end where no step helps although the limits can be kept; t
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,9 +24,10 @@ import numpy as np
 from moesaic.core.errors import InfeasibleError
 from moesaic.models.architecture import Block
 from moesaic.search.library import BlockLibrary, Choice, total
-from moesaic.search.limits import TOLERANCE, LimitSet, Padding
+from moesaic.search.limits import TOLERANCE, GroupedCache, LimitSet
 from moesaic.search.search_architecture.infeasibility import explain_infeasible
 from moesaic.search.search_architecture.search import Search, Solution
+from moesaic.search.solver.decomposition import minimise
 from moesaic.search.solver.lagrangian import Floats, Indices, Mask, dense
 from moesaic.search.solver.mip import branch_and_bound
 
@@ -116,8 +118,8 @@ class _Excesses:
         moved = old[:, None] != self.windows
         for limit, usage in zip(self.limits.linear, self.usage, strict=True):
             used = limit.used(tuple(choice.tolist())) + usage - usage[now][:, None]
-            if limit.padding:
-                used += moved * self._padded(limit.padding, counts, old)
+            if limit.cache:
+                used += self._moved(limit.cache, counts)[old[:, None], self.windows]
             over = (used - limit.bound) / max(abs(limit.bound), 1e-12)
             excess += np.where(over > TOLERANCE, over, 0.0)
         if self.limits.max_layouts is not None:
@@ -126,12 +128,15 @@ class _Excesses:
             excess += np.maximum(0, layouts / self.limits.max_layouts - 1)
         return excess
 
-    def _padded(self, padding: Padding, counts: Indices, old: Indices) -> Floats:
-        """What leaving one window and taking another adds."""
-        per_group = np.array([padding.per_group[name] for name in self.names])
-        groups = [-(-(counts + more) // padding.size) * per_group for more in (-1, 0, 1)]
-        added: Floats = (groups[0] - groups[1])[old][:, None] + (groups[2] - groups[1])[self.windows]
-        return added
+    def _moved(self, cache: GroupedCache, counts: Indices) -> Floats:
+        """By window of ``names`` that one layer leaves, and the one it takes: what that adds."""
+        layout = Counter(dict(zip(self.names, counts.tolist(), strict=True)))
+        before = cache.of(+layout)
+
+        def added(old: int | None, new: int | None) -> float:
+            return cache.of(layout - Counter([old]) + Counter([new])) - before if layout[old] else 0.0
+
+        return np.array([[added(old, new) for new in self.names] for old in self.names])
 
 
 def choose_uniformly(search: Search) -> Choice:
@@ -194,7 +199,7 @@ def keep_most_parameters(search: Search) -> Solution:
     Many assemblies have equally many parameters and reduced costs tell little of them: branch and bound goes alone.
     """
     fewer = search.library.cost_table(lambda cost: -float(cost.parameters))
-    outcome = branch_and_bound(fewer, search.limits, search.effort)
+    outcome = minimise(fewer, search.limits, search.effort, solve=branch_and_bound)
     if outcome is None:
         raise InfeasibleError(explain_infeasible(search.limits, search.effort))
     return search.solved(outcome, objective="-parameters")

@@ -34,7 +34,7 @@ def explain_infeasible(limits: LimitSet, effort: Effort) -> str:
 
 def _least(limit: Limit, others: LimitSet, effort: Effort) -> float | None:
     """The least use of a limit within the others; None if the others cannot be kept."""
-    outcome = minimise(limit.usage, others, effort, padding=limit.padding)
+    outcome = minimise(limit.usage, others, effort, cache=limit.cache)
     return None if outcome is None else limit.used(outcome.choice)
 
 

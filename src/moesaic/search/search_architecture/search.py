@@ -115,7 +115,7 @@ class Search:
     def assembled(self, choice: Choice, status: str = "heuristic", swept: bool = False) -> Solution:
         """Cost an assembly and check it independently; points of the frontier need not keep the ``swept`` limit."""
         architecture = self.library.architecture(choice)
-        cost = self.library.costs.evaluate(architecture, self.config.kv_group_size)
+        cost = self.library.costs.evaluate(architecture)
         if status != "parent":
             check_assembly(self.library, _unswept(self.library, self.config) if swept else self.config, choice)
         return Solution(choice, architecture, total(self.library.damages, choice), cost, status)
@@ -125,7 +125,7 @@ class Search:
         """Whether the program is a mere sort: two variants per layer that save the same in every layer."""
         if any(len(options) != 2 for options in self.library.variants) or self.limits.max_layouts:
             return False
-        if any(limit.padding for limit in self.limits.linear):
+        if self.limits.grouped:
             return False
         savings = [[abs(first - second) for first, second in limit.usage] for limit in self.limits.linear]
         return all(math.isclose(min(saving), max(saving), rel_tol=1e-9) for saving in savings)

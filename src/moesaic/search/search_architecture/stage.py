@@ -40,8 +40,6 @@ class SearchArchitectureConfig(Config):
     """Experts of the child, at most, as a share of the parent's."""
     max_layouts: Positive | None = None
     """Different attention windows (full counts as one), at most."""
-    kv_group_size: Positive | None = None
-    """Layers that the serving engine's KV allocator groups; memory then pays for unfilled groups. None: no padding."""
     min_windowed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the parent's full layers that must become windows, at least."""
     num_solutions: Positive = 3

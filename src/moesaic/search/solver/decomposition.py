@@ -11,8 +11,9 @@ The program is that of :mod:`moesaic.search.solver.mip`. It is solved in three s
 Steps 2 and 3 are repeated with growing effort until one of them has the proof.
 
 Limits that are not sums: with ``max_layouts`` every set of so many windows is relaxed by itself, and the least bound
-counts. Padding is relaxed to fractional groups of layers, and local search keeps every layer's window. If the objective
-itself is padded, branch and bound is used alone. An earlier solution to differ from is one more limit.
+counts. Where an engine allocates KV memory for groups of layers, each number of layers per window is a program of its
+own (``LimitSet.at``); these are solved in the order of their bounds, until no bound is below the best objective. An
+earlier solution to differ from is one more limit.
 
 Departure from paper B: it hands the program to a solver as a whole.
 
@@ -20,7 +21,7 @@ Results repeat unless the time limit cuts the third step short; the clock is rea
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, compress
 from typing import TypeVar
@@ -28,7 +29,7 @@ from typing import TypeVar
 import numpy as np
 
 from moesaic.search.library import Choice, Table, total
-from moesaic.search.limits import TOLERANCE, Limit, LimitSet, Padding
+from moesaic.search.limits import TOLERANCE, GroupedCache, Limit, LimitSet
 from moesaic.search.solver.lagrangian import ROUNDING, Mask, Program, Relaxation, dense, relax, undominated
 from moesaic.search.solver.mip import Effort, Outcome, branch_and_bound
 from moesaic.search.solver.neighbourhood import improve_choice
@@ -36,6 +37,8 @@ from moesaic.search.solver.neighbourhood import improve_choice
 _T = TypeVar("_T")
 Relaxed = Sequence[tuple[Program, Relaxation]]
 """Programs with their bounds; a choice that keeps the limits is in one of them."""
+Solve = Callable[[Table, LimitSet, Effort, Choice | None], Outcome | None]
+"""Solves a program that is all sums, from a first incumbent."""
 PAIRS_PER_S = 1e7
 """Pairs that one local search may look at, per second of the time limit: about a twentieth of what one core does."""
 ATTEMPTS = ((512, 0), (2048, 100), (4096, None))
@@ -67,7 +70,8 @@ def minimise(
     effort: Effort,
     start: Choice | None = None,
     apart: Sequence[Apart] = (),
-    padding: Padding | None = None,
+    cache: GroupedCache | None = None,
+    solve: Solve | None = None,
 ) -> Outcome | None:
     """Solve; None if no choice keeps the limits.
 
@@ -77,7 +81,8 @@ def minimise(
         effort: when to stop.
         start: a choice that may be the first incumbent if it keeps the limits.
         apart: earlier solutions to differ from.
-        padding: what the objective counts by groups of layers, on top.
+        cache: what the objective counts by groups of layers, on top.
+        solve: how to solve a program that is all sums; decomposed if None.
 
     Raises:
         StageError: if the time ran out before any solution was found.
@@ -85,8 +90,52 @@ def minimise(
     began = effort.clock()
     limits = replace(limits, linear=(*limits.linear, *(earlier.as_limit(objective) for earlier in apart)))
     start = start if start is not None and limits.holds(start) else None
-    if padding is not None:
-        return branch_and_bound(objective, limits, effort, start, padding)
+    solve = solve or _decomposed
+    found = (
+        _by_layout(objective, limits, effort, start, cache, solve)
+        if limits.grouped or cache
+        else solve(objective, limits, effort, start)
+    )
+    if found is None:
+        return None
+    assert max((limit.excess(found.choice) for limit in limits.linear), default=0) < 1e-6, limits.broken(found.choice)
+    return replace(found, seconds=effort.clock() - began)
+
+
+def _by_layout(
+    objective: Table,
+    limits: LimitSet,
+    effort: Effort,
+    start: Choice | None,
+    cache: GroupedCache | None,
+    solve: Solve,
+) -> Outcome | None:
+    """Solve for every number of layers per window that may be in a better choice than the best so far."""
+    began, best = effort.clock(), None
+    programs = []
+    for layout in limits.layouts():
+        fixed, extra = limits.at(layout), cache.of(layout) if cache else 0.0
+        relaxation = relax(next(_programs(objective, fixed)))
+        if relaxation is not None:
+            programs.append((relaxation.bound + extra, extra, fixed))
+    bounds = [math.inf]
+    for bound, extra, fixed in sorted(programs, key=lambda program: program[0]):
+        if best is not None and best.objective - bound <= effort.relative_gap * abs(best.objective):
+            bounds.append(bound)
+            break
+        left = replace(effort, time_limit_s=max(0.0, effort.time_limit_s - (effort.clock() - began)))
+        found = solve(objective, fixed, left, start if start is not None and fixed.holds(start) else None)
+        if found is None:
+            continue
+        bounds.append(found.bound + extra)
+        if best is None or found.objective + extra < best.objective:
+            best = replace(found, objective=found.objective + extra)
+    return best and _outcome(best.choice, best.objective, min(bounds), effort)
+
+
+def _decomposed(objective: Table, limits: LimitSet, effort: Effort, start: Choice | None) -> Outcome | None:
+    """Relax, improve, branch."""
+    began = effort.clock()
     bounded = ((program, relax(program)) for program in _programs(objective, limits))
     relaxed = [(program, relaxation) for program, relaxation in bounded if relaxation is not None]
     if not relaxed:
@@ -100,15 +149,12 @@ def minimise(
             best = _branch(objective, limits, attempt, best, relaxed)
         if best is None or best.gap <= effort.relative_gap:
             break
-    if best is None:
-        return None
-    assert max((limit.excess(best.choice) for limit in limits.linear), default=0) < 1e-6, limits.broken(best.choice)
-    return replace(best, seconds=effort.clock() - began)
+    return best
 
 
 def _programs(objective: Table, limits: LimitSet) -> Iterator[Program]:
     """Programs without limits on windows, of which one has all choices that keep those limits, or more."""
-    usage = [dense(_spread(limit)) for limit in limits.linear]
+    usage = [dense(limit.usage) for limit in limits.linear]
     cost = dense(objective, np.inf)
     shape = (len(usage), *cost.shape)
     whole = Program(cost, np.array(usage).reshape(shape), np.array([_room(limit) for limit in limits.linear]))
@@ -119,15 +165,6 @@ def _programs(objective: Table, limits: LimitSet) -> Iterator[Program]:
         return
     for some in combinations(windows, most):
         yield whole.only(_mask(limits, [some] * len(cost), cost.shape[1]))
-
-
-def _spread(limit: Limit) -> Table:
-    """What a limit counts, groups of layers as if they could be filled in part."""
-    if limit.padding is None:
-        return limit.usage
-    share = {window: value / limit.padding.size for window, value in limit.padding.per_group.items()}
-    rows = zip(limit.usage, limit.padding.windows, strict=True)
-    return tuple(tuple(used + share[window] for used, window in zip(*row, strict=True)) for row in rows)
 
 
 def _room(limit: Limit) -> float:
@@ -147,41 +184,21 @@ def _improve(
     """Improve a choice by local search, and bound it; None if no choice is known that keeps the limits."""
     bound = min(relaxation.bound for _, relaxation in relaxed)
     program, relaxation = min(relaxed, key=lambda pair: pair[1].bound)
-    padded = any(limit.padding for limit in limits.linear)
-    proven = False
-    if not padded or start is not None:
-        if padded:
-            program, relaxation = _at_windows_of(start or (), objective, limits)
-        result = improve_choice(
-            program,
-            relaxation,
-            start if start is not None and np.isfinite(program.cost_of(start)) else None,
-            effort.relative_gap,
-            length,
-            PAIRS_PER_S * effort.time_limit_s,
-        )
-        proven = result.proven and not padded and len(relaxed) == 1
-        if limits.holds(result.choice) and (
-            start is None or total(objective, result.choice) <= total(objective, start)
-        ):
-            start = result.choice
+    result = improve_choice(
+        program,
+        relaxation,
+        start if start is not None and np.isfinite(program.cost_of(start)) else None,
+        effort.relative_gap,
+        length,
+        PAIRS_PER_S * effort.time_limit_s,
+    )
+    proven = result.proven and len(relaxed) == 1
+    if limits.holds(result.choice) and (start is None or total(objective, result.choice) <= total(objective, start)):
+        start = result.choice
     if start is None:
         return None
     cost = total(objective, start)
     return _outcome(start, cost, cost if proven else bound, effort)
-
-
-def _at_windows_of(choice: Choice, objective: Table, limits: LimitSet) -> tuple[Program, Relaxation]:
-    """The program in which every layer keeps the window it has, so that padding is known."""
-    cost = dense(objective, np.inf)
-    windows = [(row[index],) for row, index in zip(limits.windows, choice, strict=True)]
-    used = [limit.padding.used(choice) if limit.padding else 0.0 for limit in limits.linear]
-    rooms = np.array([_room(limit) for limit in limits.linear]) - np.array(used)
-    usage = np.array([dense(limit.usage) for limit in limits.linear])
-    program = Program(cost, usage, rooms).only(_mask(limits, windows, cost.shape[1]))
-    relaxation = relax(program)
-    assert relaxation is not None, "the choice itself keeps the limits"
-    return program, relaxation
 
 
 def _outcome(choice: Choice, cost: float, bound: float, effort: Effort) -> Outcome:
@@ -215,7 +232,7 @@ def _kept(limits: LimitSet, best: Outcome | None, relaxed: Relaxed) -> Mask:
         forced = np.min([relaxation.forced() for _, relaxation in relaxed], axis=0)
         program = program.only(forced <= best.objective + ROUNDING * abs(best.objective))
     names = sorted({window for row in limits.windows for window in row}, key=lambda window: window or 0)
-    alike = limits.max_layouts is None and not any(limit.padding for limit in limits.linear)
+    alike = limits.max_layouts is None
     groups = dense(
         tuple(tuple(0.0 if alike else float(names.index(window)) for window in row) for row in limits.windows)
     )
@@ -231,8 +248,5 @@ def _chosen(table: Sequence[Sequence[_T]], kept: Mask) -> tuple[tuple[_T, ...], 
 
 def _restricted(limits: LimitSet, kept: Mask) -> LimitSet:
     """The limits on the kept variants alone."""
-    linear = []
-    for limit in limits.linear:
-        padding = limit.padding and replace(limit.padding, windows=_chosen(limit.padding.windows, kept))
-        linear.append(replace(limit, usage=_chosen(limit.usage, kept), padding=padding))
-    return replace(limits, linear=tuple(linear), windows=_chosen(limits.windows, kept))
+    linear = tuple(replace(limit, usage=_chosen(limit.usage, kept)) for limit in limits.linear)
+    return replace(limits, linear=linear, windows=_chosen(limits.windows, kept))

@@ -1,15 +1,13 @@
 """The mixed-integer program on HiGHS (paper B, its MIP): one variant per layer, least objective, every limit kept.
 
     min  sum_i objective[i, j] x[i, j]      x binary, sum_j x[i, j] = 1 for every layer i
-    s.t. fixed + sum usage[i, j] x[i, j] + sum_w per_group[w] g[w] <= bound    for every limit, the last sum if padded
-         sum_{(i, j) with window w} x[i, j] <= size g[w]                       g integer, the groups of layers
-         x[i, j] <= y[window of (i, j)],  sum_w y[w] <= max_layouts            y binary, the windows in use
+    s.t. fixed + sum usage[i, j] x[i, j] <= bound                       for every limit
+         x[i, j] <= y[window of (i, j)],  sum_w y[w] <= max_layouts     y binary, the windows in use
 
 Rows are scaled by their largest coefficient and the objective by its own, so that HiGHS's absolute tolerances mean the
 same for bytes and for milliseconds. The optimum is proven or the status says that it is not.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count, pairwise
@@ -19,7 +17,7 @@ import numpy as np
 
 from moesaic.core.errors import StageError
 from moesaic.search.library import Choice, Table, total
-from moesaic.search.limits import TOLERANCE, LimitSet, Padding
+from moesaic.search.limits import TOLERANCE, LimitSet
 
 _OPTIMAL = highspy.HighsModelStatus.kOptimal
 _INFEASIBLE = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
@@ -78,33 +76,29 @@ def branch_and_bound(
     limits: LimitSet,
     effort: Effort,
     start: Choice | None = None,
-    padding: Padding | None = None,
 ) -> Outcome | None:
     """Solve; None if no choice keeps the limits.
 
     Args:
         objective: what to minimise, per layer and variant.
-        limits: all of them hold at once.
+        limits: all of them hold at once; none counts groups of layers.
         effort: when to stop.
         start: a choice that keeps the limits, as the first incumbent.
-        padding: what the objective counts by groups of layers, on top.
 
     Raises:
         StageError: if the time ran out before any solution was found.
     """
-    columns = _Columns.of(objective, limits, padding)
+    columns = _Columns.of(objective, limits)
     cost = np.zeros(columns.size)
     cost[: columns.num_choices] = [value for row in objective for value in row]
-    for window, column in columns.groups.items():
-        cost[column] = padding.per_group[window] if padding else 0
     scale = float(np.abs(cost).max()) or 1.0
-    solver = _solver(_rows(columns, limits), cost / scale, columns.upper, effort)
+    solver = _solver(_rows(columns, limits), cost / scale, effort)
     if start is not None:
         solution = highspy.HighsSolution()
         solution.col_value = columns.values(start)
         solver.setSolution(solution)
     solver.run()
-    return _read(solver, objective, columns, scale, padding)
+    return _read(solver, objective, columns, scale)
 
 
 @dataclass(frozen=True)
@@ -115,31 +109,19 @@ class _Columns:
     """For every layer those of its variants."""
     windows: tuple[tuple[int | None, ...], ...]
     layouts: dict[int | None, int]
-    groups: dict[int | None, int]
-    group_size: int
     size: int
 
     @classmethod
-    def of(cls, objective: Table, limits: LimitSet, padding: Padding | None) -> "_Columns":
+    def of(cls, objective: Table, limits: LimitSet) -> "_Columns":
         ends = list(accumulate(map(len, objective), initial=0))
         layers = [range(first, end) for first, end in pairwise(ends)]
         windows = sorted({window for row in limits.windows for window in row}, key=lambda window: window or 0)
-        paddings = [each for each in (padding, *(limit.padding for limit in limits.linear)) if each]
         layouts = dict(zip(windows, count(ends[-1]), strict=False)) if limits.max_layouts else {}
-        groups = dict(zip(windows, count(ends[-1] + len(layouts)), strict=False)) if paddings else {}
-        group_size = paddings[0].size if paddings else 1
-        return cls(layers, limits.windows, layouts, groups, group_size, ends[-1] + len(layouts) + len(groups))
+        return cls(layers, limits.windows, layouts, ends[-1] + len(layouts))
 
     @property
     def num_choices(self) -> int:
         return self.layers[-1].stop
-
-    @property
-    def upper(self) -> np.ndarray:
-        """Upper bounds: all are binary but the numbers of groups."""
-        upper = np.ones(self.size)
-        upper[list(self.groups.values())] = len(self.layers)
-        return upper
 
     def using(self, window: int | None) -> list[int]:
         """The variants with this window."""
@@ -151,12 +133,9 @@ class _Columns:
         values = [0.0] * self.size
         for layer, index in zip(self.layers, choice, strict=True):
             values[layer[index]] = 1.0
-        used = Counter(row[index] for row, index in zip(self.windows, choice, strict=True))
-        for window, number in used.items():
+        for row, index in zip(self.windows, choice, strict=True):
             if self.layouts:
-                values[self.layouts[window]] = 1.0
-            if self.groups:
-                values[self.groups[window]] = -(-number // self.group_size)
+                values[self.layouts[row[index]]] = 1.0
         return values
 
 
@@ -166,8 +145,6 @@ def _rows(columns: _Columns, limits: LimitSet) -> _Rows:
         rows.add(layer, [1.0] * len(layer), 1.0, 1.0)
     for limit in limits.linear:
         usage = dict(enumerate(value for row in limit.usage for value in row))
-        if limit.padding:
-            usage |= {column: limit.padding.per_group[window] for window, column in columns.groups.items()}
         scale = max(map(abs, usage.values())) or 1.0
         room = limit.bound - limit.fixed + TOLERANCE * abs(limit.bound)
         rows.add(list(usage), [value / scale for value in usage.values()], -highspy.kHighsInf, room / scale)
@@ -176,21 +153,18 @@ def _rows(columns: _Columns, limits: LimitSet) -> _Rows:
 
 
 def _add_windows(rows: _Rows, columns: _Columns, limits: LimitSet) -> None:
-    """Which windows are in use, and how many groups of layers each fills."""
+    """Which windows are in use."""
     if columns.layouts:
         rows.add(list(columns.layouts.values()), [1.0] * len(columns.layouts), 0.0, limits.max_layouts or 0)
     for window, column in columns.layouts.items():
         for user in columns.using(window):
             rows.add([user, column], [1.0, -1.0], -highspy.kHighsInf, 0.0)
-    for window, column in columns.groups.items():
-        users = columns.using(window)
-        rows.add([*users, column], [1.0] * len(users) + [-float(columns.group_size)], -highspy.kHighsInf, 0.0)
 
 
-def _solver(rows: _Rows, cost: np.ndarray, upper: np.ndarray, effort: Effort) -> highspy.Highs:
+def _solver(rows: _Rows, cost: np.ndarray, effort: Effort) -> highspy.Highs:
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = len(cost), len(rows.lower)
-    model.col_cost_, model.col_lower_, model.col_upper_ = cost, np.zeros(len(cost)), upper
+    model.col_cost_, model.col_lower_, model.col_upper_ = cost, np.zeros(len(cost)), np.ones(len(cost))
     model.row_lower_, model.row_upper_ = np.array(rows.lower), np.array(rows.upper)
     model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     model.a_matrix_.start_, model.a_matrix_.index_ = np.array(rows.start), np.array(rows.index)
@@ -214,9 +188,7 @@ def _solver(rows: _Rows, cost: np.ndarray, upper: np.ndarray, effort: Effort) ->
     return solver
 
 
-def _read(
-    solver: highspy.Highs, objective: Table, columns: _Columns, scale: float, padding: Padding | None
-) -> Outcome | None:
+def _read(solver: highspy.Highs, objective: Table, columns: _Columns, scale: float) -> Outcome | None:
     status, info = solver.getModelStatus(), solver.getInfo()
     if status in _INFEASIBLE:
         return None
@@ -227,7 +199,7 @@ def _read(
         )
     values = np.array(solver.getSolution().col_value)
     choice = tuple(int(values[layer].argmax()) for layer in columns.layers)
-    reached = total(objective, choice) + (padding.used(choice) if padding else 0.0)
+    reached = total(objective, choice)
     bound = min(info.mip_dual_bound * scale, reached)
     gap = (reached - bound) / max(abs(reached), 1e-12 * scale)
     name = {_OPTIMAL: "optimal", _TIME: "time_limit"}.get(status, solver.modelStatusToString(status))
