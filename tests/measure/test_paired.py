@@ -45,15 +45,15 @@ def test_models_that_agree_everywhere_are_not_equal_for_certain() -> None:
 
 @pytest.mark.parametrize(("win", "loss"), [(0.004, 0.004), (0.02, 0.05), (0.12, 0.08)])
 def test_intervals_hold_what_is_true(win: float, loss: float) -> None:
-    """Six tasks of 50 problems, drawn 300 times; 95 % intervals, give or take what 300 draws leave open."""
+    """Six tasks of 50 problems, drawn 150 times; 95 % intervals, give or take what 150 draws leave open."""
     generator = np.random.default_rng(1)
     covered = 0
-    for _ in range(300):
+    for _ in range(150):
         drawn = generator.choice([-1.0, 0.0, 1.0], (6, 50), p=[loss, 1 - win - loss, win])
-        won = {str(task): {str(place): d for place, d in enumerate(row)} for task, row in enumerate(drawn)}
+        won = {str(task): {str(place): d for place, d in enumerate(row)} for task, row in enumerate(drawn.tolist())}
         found = difference(won, {task: dict.fromkeys(row, 0.0) for task, row in won.items()})
         covered += found.low_points <= 100 * (win - loss) <= found.high_points
-    assert covered >= 0.92 * 300
+    assert covered >= 0.91 * 150
 
 
 def test_averages_pair_by_problem() -> None:
