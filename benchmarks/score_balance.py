@@ -29,11 +29,13 @@ from moesaic.data.sets import DataSets
 from moesaic.measure.paired import Verdicts, average, difference
 from moesaic.pipelines import example
 from moesaic.pipelines.recipes import tiny_cpu
+from moesaic.search.space import SearchSpace
 from moesaic.stages import STAGES
 
 PARENT, DATA = example() / "parent", DataSets.at(example() / "data")
 SEQUENCES = 48
 """Of each calibration set, in each half."""
+SPACE = SearchSpace(expert_counts=(16, 12, 8, 4), windows=(128, 32))
 BALANCES: tuple[Balance, ...] = get_args(Balance)
 
 
@@ -85,7 +87,7 @@ def _child(
     recipe, name = tiny_cpu(), f"{balance}-{half}"
     scores = bench.run(
         STAGES["score_blocks"],
-        recipe.score_blocks.but(balance=balance, max_sequences=SEQUENCES),
+        recipe.score_blocks.but(balance=balance, max_sequences=SEQUENCES, space=SPACE),
         f"scores-{name}",
         parent=PARENT,
         ranking=ranking,
@@ -93,7 +95,10 @@ def _child(
         calibration_long=data.calibration_long,
     )
     costs = bench.run(
-        STAGES["measure_costs"], recipe.measure_costs.but(source="model", hardware="h100"), "costs", parent=PARENT
+        STAGES["measure_costs"],
+        recipe.measure_costs.but(source="model", hardware="h100", space=SPACE),
+        "costs",
+        parent=PARENT,
     )
     limits = {"long": {"memory_ratio": 0.45}, "short": {"memory_ratio": 0.85}}
     architecture = bench.run(

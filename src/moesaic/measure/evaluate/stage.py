@@ -22,7 +22,7 @@ class EvaluateConfig(Config):
     bundle: ExportEngineConfig | None = None
     """How a checkpoint becomes the bundle that the engine serves, where the model is no bundle already."""
     split: Split = "test"
-    """What the problems given are for: choices, or figures that nothing was chosen by. It is recorded, as their digest is."""
+    """What the problems given are for: choices, or figures that nothing was chosen by; recorded with their digest."""
     efforts: Efforts = ("low", "medium", "high")
     """Reasoning efforts to ask for."""
     problems_per_task: Positive = 100
