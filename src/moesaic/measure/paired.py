@@ -16,6 +16,7 @@ problems on which they differ are binomial with probability 1/2.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import comb
 from statistics import fmean
 
@@ -96,7 +97,7 @@ def mcnemar(wins: int, losses: int) -> float:
     """Two-sided p-value of so many problems won and lost, were either equally likely."""
     differing = wins + losses
     tail = sum(comb(differing, count) for count in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**differing)
+    return min(1.0, float(Fraction(2 * tail, 2**differing)))
 
 
 def _resampled(pairs: Sequence[Sequence[float]]) -> np.ndarray:
