@@ -4,8 +4,9 @@
 
 The tiny reasoner's blocks are scored with both balances on two disjoint halves of its calibration sets; each of the
 four score tables is solved under the same limits, with the same modelled costs, and its child assembled and asked the
-validation problems, before any training. Children are compared problem by problem, the mean of the two halves' with
-``trace`` minus the mean of those with ``token``; intervals count the choice of problems, not that of calibration rows.
+validation problems, before any training. The space is small, to keep it short. Children are compared problem by
+problem, ``trace`` minus ``token``; intervals count the choice of problems, not that of calibration rows, for which
+there are the two halves.
 ``between_balances`` is the rank correlation of the damages of one half, ``between_halves`` that of one balance: the
 second says how much of the first is noise. Finished stages are not repeated.
 """
@@ -164,18 +165,20 @@ def _blocks(bench: Workbench, balance: Balance, half: int) -> list[str]:
     return [json.dumps(list(block.values())) for block in blocks]
 
 
-def _differences(solved: dict[tuple[Balance, int], dict[str, Verdicts]]) -> dict[str, Any]:
-    """By effort and over all, in points."""
+def _differences(solved: dict[tuple[Balance, int], dict[str, Verdicts]]) -> dict[str, dict[str, Any]]:
+    """By effort, and of the mean over them; of each half's pair of children, and of the mean of both."""
     efforts = list(solved["trace", 0])
     groups = {**{effort: [effort] for effort in efforts}, "mean": efforts}
-    return {
-        name: asdict(
-            difference(
-                *(average([solved[balance, half][e] for half in range(2) for e in group]) for balance in BALANCES[::-1])
-            )
+
+    def compared(group: Sequence[str], halves: Sequence[int]) -> dict[str, Any]:
+        trace, token = (
+            average([solved[balance, half][effort] for half in halves for effort in group])
+            for balance in ("trace", "token")
         )
-        for name, group in groups.items()
-    }
+        return asdict(difference(trace, token))
+
+    pairs = {"half 0": [0], "half 1": [1], "both": [0, 1]}
+    return {name: {where: compared(group, halves) for where, halves in pairs.items()} for name, group in groups.items()}
 
 
 def _shares(solved: Verdicts) -> list[float]:

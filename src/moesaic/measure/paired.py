@@ -11,7 +11,7 @@ A bootstrap alone takes what did not occur for impossible: two models that agree
 certain. So one win and one loss, spread evenly over the tasks, stand among what is drawn from (Bonett and Price 2012).
 
 The test is McNemar's exact one: were the models equal, as many problems would be won as lost, so the wins among the
-problems on which they differ are binomial with probability 1/2.
+problems on which they differ are binomial with probability 1/2. Where s is a share of several replies, its sign counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,9 +69,9 @@ def difference(model: Verdicts, other: Verdicts) -> Difference:
     low, high = np.quantile(_resampled(list(pairs.values())), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     every = [d for of_task in pairs.values() for d in of_task]
     return Difference(
-        points=100 * fmean(fmean(of_task) for of_task in pairs.values()),
-        low_points=100 * float(low),
-        high_points=100 * float(high),
+        points=_in_points(fmean(fmean(of_task) for of_task in pairs.values())),
+        low_points=_in_points(low),
+        high_points=_in_points(high),
         problems=len(every),
         p_value=mcnemar(sum(d > 0 for d in every), sum(d < 0 for d in every)),
     )
@@ -98,6 +98,11 @@ def mcnemar(wins: int, losses: int) -> float:
     differing = wins + losses
     tail = sum(comb(differing, count) for count in range(min(wins, losses) + 1))
     return min(1.0, float(Fraction(2 * tail, 2**differing)))
+
+
+def _in_points(share: float) -> float:
+    """Without the rounding of sums, which could put an end of an interval on the wrong side of 0."""
+    return round(100 * float(share), 9)
 
 
 def _resampled(pairs: Sequence[Sequence[float]]) -> np.ndarray:
