@@ -228,7 +228,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
         ),
         Step(
             "promote",
-            PromoteConfig(model="killed", min_retention={}, min_request_efficiency={}, max_kv_accuracy_loss=None),
+            PromoteConfig(model="killed", margin_points={}, min_request_efficiency={}, kv_margin_points={}),
             {"child": "calibrate_kv.calibrated", "report": "report.report", "bundle": "export_engine.bundle"},
         ),
     )

@@ -3,15 +3,16 @@
 import argparse
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from examples.tiny_reasoner import tasks
 from examples.tiny_reasoner.tasks import EFFORTS, FAMILIES, FAR_FAMILIES, Effort, Problem, Split
 from examples.tiny_reasoner.tokenizer import render_turns
 
-SEEDS = {"test": 101, "calibration_short": 102, "calibration_long": 103, "prompts": 104}
-TEST_PER_FAMILY = 200
+SEEDS = {"test": 101, "calibration_short": 102, "calibration_long": 103, "prompts": 104, "validation": 105}
+TEST_PER_FAMILY, VALIDATION_PER_FAMILY = 200, 200
 PROMPTS_PER_FAMILY = {"add": 4000, "chain": 1000, "sort": 1000, "logic": 1000, "retrieve": 100, "hops": 100}
 SHORT_ROWS, SHORT_TOKENS = 256, 256
 LONG_ROWS, LONG_TOKENS = 96, (350, 512)
@@ -20,28 +21,47 @@ Row = dict[str, object]
 
 def test_rows(rng: random.Random) -> list[Row]:
     """Distinct test problems, the same number of every family."""
-    return problem_rows(rng, "test", dict.fromkeys(FAMILIES, TEST_PER_FAMILY))
+    return problem_rows(draw_problems(rng, "test", dict.fromkeys(FAMILIES, TEST_PER_FAMILY)))
+
+
+def validation_rows(rng: random.Random) -> list[Row]:
+    """Problems for choices: as unseen as the test's, and none of them, whichever way it is asked."""
+    test = draw_problems(random.Random(SEEDS["test"]), "test", dict.fromkeys(FAMILIES, TEST_PER_FAMILY))
+    taken = {(problem.family, problem.identity) for problem in test}
+    count = dict.fromkeys(FAMILIES, VALIDATION_PER_FAMILY)
+    return problem_rows(draw_problems(rng, "test", count, taken), "validation-")
 
 
 def prompt_rows(rng: random.Random) -> list[Row]:
     """Distinct problems of the training split, for traces and reinforcement learning."""
-    return problem_rows(rng, "train", PROMPTS_PER_FAMILY)
+    return problem_rows(draw_problems(rng, "train", PROMPTS_PER_FAMILY))
 
 
-def problem_rows(rng: random.Random, split: Split, count: Mapping[str, int]) -> list[Row]:
-    """As many distinct problems of every family as `count` says, as a test asks them."""
-    rows: list[Row] = []
+def draw_problems(
+    rng: random.Random, split: Split, count: Mapping[str, int], taken: Collection[tuple[str, str]] = ()
+) -> list[Problem]:
+    """As many distinct problems of every family as `count` says, none of a family and identity in `taken`."""
+    problems: list[Problem] = []
     for family in FAMILIES:
-        seen: set[str] = set()
-        while len(seen) < count[family]:
+        drawn: dict[str, Problem] = {}
+        while len(drawn) < count[family]:
             problem = tasks.draw_problem(rng, family, split)
-            if problem.question in seen:
-                continue
-            prompt = [{"role": "user", "content": problem.question}]
-            name = f"{family}-{len(seen):03d}"
-            question: Row = {"id": name, "task": family, "prompt": prompt}
-            rows.append(question | {"answer": problem.answer, "verifier": "exact_match"})
-            seen.add(problem.question)
+            if (family, problem.identity) not in taken:
+                drawn.setdefault(problem.question, problem)
+        problems += drawn.values()
+    return problems
+
+
+def problem_rows(problems: Iterable[Problem], prefix: str = "") -> list[Row]:
+    """Problems as a test asks them, numbered within their family."""
+    rows: list[Row] = []
+    numbers = Counter[str]()
+    for problem in problems:
+        name = f"{prefix}{problem.family}-{numbers[problem.family]:03d}"
+        numbers[problem.family] += 1
+        prompt = [{"role": "user", "content": problem.question}]
+        question: Row = {"id": name, "task": problem.family, "prompt": prompt}
+        rows.append(question | {"answer": problem.answer, "verifier": "exact_match"})
     return rows
 
 
@@ -115,6 +135,7 @@ def write_datasets(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     makers = {
         "test": test_rows,
+        "validation": validation_rows,
         "calibration_short": calibration_short_rows,
         "calibration_long": calibration_long_rows,
         "prompts": prompt_rows,

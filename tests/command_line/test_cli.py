@@ -120,6 +120,7 @@ def test_a_report_needs_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_report_shows_the_comparison_and_where_things_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report").mkdir()
     accuracy = {"high": {"mean": 0.9, "min": 0.9, "max": 0.9}}
+    difference = {"points": -5, "low_points": -9, "high_points": -1, "problems": 300, "p_value": 0.02}
     summary = {
         "child": "puzzle",
         "experts": {"parent": 128, "child": 96, "ratio": 0.75},
@@ -130,7 +131,7 @@ def test_a_report_shows_the_comparison_and_where_things_are(tmp_path: Path, caps
         "request_efficiency": {"child_over_parent": {"high": 1.25}},
         "efforts": {
             "high": {
-                "accuracy": {"parent": 0.95, "child": 0.9, "retention": 0.947},
+                "accuracy": {"parent": 0.95, "child": 0.9, "retention": 0.947, "difference": difference},
                 "tokens_per_request": {"parent": 40.0, "child": 40.0, "ratio": 1.0},
                 "tasks": {"left": "out"},
             }
@@ -144,7 +145,7 @@ def test_a_report_shows_the_comparison_and_where_things_are(tmp_path: Path, caps
     assert main(["report", str(tmp_path)]) == 0
     lines = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert ["parameters", "2,700,000", "1,800,000", "0.67x"] in lines
-    assert ["accuracy, high effort", "95.0 %", "90.0 %", "94.7 %"] in lines
+    assert ["accuracy, high effort", "95.0 %", "90.0 %", "-5.0 [-9.0, -1.0]"] in lines
     assert ["random", "7.25", "96", "not measured"] in lines
 
 

@@ -17,7 +17,8 @@ from tests.platform.test_promotion import summary
 
 GATE = json.dumps(
     {
-        "min_retention": {"low": 1, "high": 1},
+        "margin_points": {"low": 15, "high": 15},
+        "kv_margin_points": {"low": 15},
         "min_request_efficiency": {"high": 1.9},
         "require_export": False,
         "recipe": "tiny_cpu",
@@ -64,7 +65,7 @@ def test_the_life_of_two_versions(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert "version 1 of moesaic is the champion already" in said("promote", one, "--config", GATE)
     refused = said("promote", two, code=1)
     assert "version 2 of moesaic is the challenger" in refused
-    assert "lines are not met: retention.medium" in refused
+    assert "lines are not met: accuracy_points" in refused
     assert "version 2 of moesaic is the champion now" in said("promote", two, "--config", GATE)
     assert "champion of moesaic: version 2 -> 1" in said("rollback", "--from", "2")
     assert "not 2" in said("rollback", "--from", "2", code=2)

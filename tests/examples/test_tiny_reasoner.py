@@ -311,6 +311,24 @@ def test_committed_data_is_what_the_code_writes(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes()
 
 
+def test_validation_and_test_share_no_problem() -> None:
+    """Whichever way it is asked: what is added or sorted in any order, a far context whatever the question."""
+
+    def asked(name: str) -> list[tuple[str, ...]]:
+        rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+        return [same_problem(row["task"], row["prompt"][0]["content"]) for row in rows]
+
+    def same_problem(family: str, question: str) -> tuple[str, ...]:
+        if family in ("retrieve", "hops"):
+            return family, question.rsplit(" ; ", 1)[0]
+        parts = question.removeprefix(f"{family} ").split(" + " if family == "add" else " ")
+        return family, *(sorted(parts) if family in ("add", "sort") else parts)
+
+    validation, test = asked("validation"), asked("test")
+    assert len(validation) == datasets.VALIDATION_PER_FAMILY * len(FAMILIES)
+    assert not set(validation) & {*test, *asked("prompts")}
+
+
 def test_committed_rows_fit_their_lengths() -> None:
     tokenizer = build_tokenizer()
     for name, shortest, longest in (("calibration_short", 1, 256), ("calibration_long", 350, 512)):

@@ -32,19 +32,25 @@ def solution(blocks: list[tuple[int, int | None]], damage: float, speed: float) 
 
 
 def evaluation(name: str, low: float, high: float, tokens_low: float = 10, tokens_high: float = 100) -> dict[str, Any]:
-    """Two tasks, half a tenth below and above the mean where there is room."""
+    """Two tasks of 20 problems, half a tenth below and above the mean where there is room; the first are solved."""
 
     def effort(mean: float, tokens: float) -> dict[str, Any]:
         def result(accuracy: float) -> dict[str, float]:
             return {"accuracy": accuracy, "tokens_per_request": tokens, "truncated": 0.0}
 
         apart = min(0.05, mean, 1 - mean)
-        tasks = {"add": result(mean + apart) | {"problems": 20}, "hops": result(mean - apart) | {"problems": 20}}
-        return result(mean) | {"tasks": tasks}
+        tasks = {"add": mean + apart, "hops": mean - apart}
+        return result(mean) | {
+            "tasks": {task: result(share) | {"solved": solved(share)} for task, share in tasks.items()}
+        }
+
+    def solved(share: float) -> dict[str, float]:
+        return {f"{number:02d}": min(max(20 * share - number, 0.0), 1.0) for number in range(20)}
 
     return {
         "name": name,
         "parameters": 180 if name == "parent" else 160,
+        "problems": {"split": "test", "count": 40, "digest": "0f"},
         "efforts": {"low": effort(low, tokens_low), "high": effort(high, tokens_high)},
     }
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.data.problems import read_problems
+from moesaic.data.problems import first_of_each_task, problems_digest, read_problems
 from moesaic.measure.evaluate import run as evaluate
 from moesaic.measure.evaluate.run import Sample, judge, summarize
 from moesaic.measure.evaluate.stage import EvaluateConfig
@@ -53,7 +53,12 @@ def test_every_number_follows_from_the_samples(tiny_parent: Path, tests: Path, t
     evaluation = json.loads((output / "evaluation.json").read_text())
     assert evaluation["name"] == "parent"
     assert (evaluation["kv_cache"], evaluation["steps"]) == (None, [])
-    assert evaluation["efforts"]["low"]["tasks"]["hops"]["problems"] == 2
+    assert evaluation["efforts"]["low"]["tasks"]["hops"]["solved"] == {
+        sample["id"]: sample["correct"] for sample in samples if (sample["effort"], sample["task"]) == ("low", "hops")
+    }
+    asked = first_of_each_task(read_problems(tests), 2)
+    assert evaluation["problems"] == {"split": "test", "count": 4, "digest": problems_digest(asked)}
+    assert problems_digest(asked[::-1]) != problems_digest(asked)
     low = [sample for sample in samples if sample["effort"] == "low"]
     assert metrics["tokens_per_request_low"] == pytest.approx(fmean(sample["tokens"] for sample in low))
     assert metrics["truncated_low"] == pytest.approx(fmean(sample["truncated"] for sample in low))

@@ -35,7 +35,14 @@ def test_retention_tokens_and_what_distillation_recovered() -> None:
     assert list(summary["stages"]) == list(ACCURACIES)
     pruned = summary["stages"]["pruned"]["efforts"]["low"]
     assert pruned["retention"] == pytest.approx(0.8)
-    assert pruned["tasks"]["add"] == pytest.approx({"parent": 0.55, "child": 0.45, "retention": 0.45 / 0.55})
+    add = pruned["tasks"]["add"]
+    assert (add["parent"], add["child"], add["retention"]) == pytest.approx((0.55, 0.45, 0.45 / 0.55))
+    assert (add["difference"]["points"], add["difference"]["problems"]) == (pytest.approx(-10), 20)
+    assert in_points(summary["differences"]) == pytest.approx([1, 0], abs=1e-9)
+
+
+def in_points(differences: dict[str, Any]) -> list[float]:
+    return [found["points"] for found in differences.values()]
 
 
 def test_request_efficiency_at_equal_effort_and_at_equal_accuracy() -> None:
@@ -87,11 +94,11 @@ def test_the_frontier_holds_every_model_and_cache() -> None:
 
 def test_the_cache_table_is_relative_to_the_same_model() -> None:
     rows = {(row["model"], row["kv_cache"]): row["efforts"] for row in summarized()["kv_cache"]}
-    changes = {key: [figures["change"] for figures in efforts.values()] for key, efforts in rows.items()}
+    changes = {key: [figures["change"]["points"] for figures in efforts.values()] for key, efforts in rows.items()}
     assert changes["child", "bf16"] == [0, 0]
-    assert changes["child", "fp8_unit"] == pytest.approx([-0.10, -0.04])
-    assert changes["child", "fp8"] == pytest.approx([-0.01, 0])
-    assert changes["parent", "fp8"] == pytest.approx([0, -0.02])
+    assert changes["child", "fp8_unit"] == pytest.approx([-10, -4])
+    assert changes["child", "fp8"] == pytest.approx([-1, 0], abs=1e-9)
+    assert changes["parent", "fp8"] == pytest.approx([0, -2], abs=1e-9)
     assert len(summarized(evaluation_parent_fp8=None)["kv_cache"]) == 3
 
 
@@ -103,12 +110,15 @@ def test_the_standard_error_is_of_a_mean_of_tasks() -> None:
 
 def test_child_and_baseline_after_each_stage() -> None:
     difference = summarized()["baseline"]["differences"]["averaged"]
-    assert difference["efforts"] == pytest.approx({"low": 0.05, "high": 0.1})
-    assert difference["mean"] == pytest.approx(0.075)
-    assert not difference["settled"]
+    assert in_points(difference["efforts"]) == pytest.approx([5, 10])
+    assert (difference["mean"]["points"], difference["mean"]["problems"]) == (pytest.approx(7.5), 40)
+    assert (difference["winner"] == "child") == (difference["mean"]["low_points"] > 0)
     assert summarized()["baseline"]["memory_mib"] == {"long": {"child": 4.0, "baseline": 4.0}}
     far_below = {stage: (0.1, 0.2) for stage in ACCURACIES}
-    assert summarized(recovery_baseline=recovery("greedy", far_below))["baseline"]["differences"]["averaged"]["settled"]
+    assert (
+        summarized(recovery_baseline=recovery("greedy", far_below))["baseline"]["differences"]["averaged"]["winner"]
+        == "child"
+    )
 
 
 def test_the_curve_pairs_training_with_held_out_and_leaves_out_what_was_not_computed() -> None:
@@ -127,35 +137,39 @@ def test_the_sentences_are_computed() -> None:
     shown = text()
     for part in (
         "keeps 89 % of the parameters, 75 % of the experts and 0 of 1 full-attention layers (the others",
-        "Of the parent's accuracy it keeps 102.0 % at low and 100.0 % at high effort.",
+        "Of the parent's accuracy it keeps 102.0 % at low and 100.0 % at high effort, a difference of +1.0 [-6.5,",
         "it is at best 2.00x the parent, at high effort.",
-        "Pruning alone changed accuracy by -10.0 points at low and -10.0 points at high.",
-        "distillation brought back 60.0 % at low and 80.0 % at high.",
-        "policy high -1.0 points at low and +3.0 points at high;",
-        "their average +5.0 points at low and +2.0 points at high.",
+        "Pruning alone changed accuracy by -10.0 [-22.5, +2.5] points at low and -10.0 [-22.5, +2.5] points at high.",
+        "distillation brought back 60.0 % at low and 80.0 % at high: +6.0 [-3.5, +16.0] points at low",
+        "policy high -1.0 [-8.0, +6.5] points at low and +3.0 [-4.5, +10.5] points at high;",
+        "their average +5.0 [-4.0, +14.0] points at low and +2.0 [-5.5, +9.5] points at high.",
         "0.90x at low and 0.75x at high; before recovery 1.00x at low and 1.00x at high.",
         "answers 1.67x as many requests as the parent at low effort and 2.00x as many",
-        "by -10.0 points at low and -4.0 points at high with unit scales, and by -1.0 points at low",
-        "After identical recovery puzzle beats greedy by 7.5 points in the mean over efforts",
-        "so these problems do not settle it.",
+        "by -10.0 [-21.0, +0.5] points at low and -4.0 [-13.0, +5.0] points at high with unit scales, and by -1.0 [",
+        "After identical recovery puzzle and greedy are not told apart in the mean over efforts: +7.5 [-1.5, +15.8]",
     ):
         assert part in shown
 
 
 def test_an_accuracy_that_the_child_does_not_reach_is_said() -> None:
     worse = ACCURACIES | {"averaged": (0.51, 0.89), "fp8": (0.5, 0.89)}
-    assert "At no effort is it as accurate as the parent at high effort." in text(recovery=recovery(accuracies=worse))
+    assert "At no effort is its measured accuracy as high as the parent's at high effort." in text(
+        recovery=recovery(accuracies=worse)
+    )
 
 
 @pytest.mark.parametrize(
     ("accuracies", "words"),
     [
-        ({stage: (low + 0.02, high + 0.04) for stage, (low, high) in ACCURACIES.items()}, "greedy beats puzzle by 3.0"),
-        (ACCURACIES, "puzzle and greedy are equal"),
-        ({stage: (0.1, 0.2) for stage in ACCURACIES}, "more than twice the standard error"),
+        (
+            dict.fromkeys(ACCURACIES, (0.9, 1.0)),
+            "the baseline greedy is ahead of puzzle in the mean over efforts: -24.5",
+        ),
+        (ACCURACIES, "puzzle and greedy are not told apart in the mean over efforts: +0.0"),
+        (dict.fromkeys(ACCURACIES, (0.1, 0.2)), "puzzle is ahead of greedy in the mean over efforts: +55.5"),
     ],
 )
-def test_the_verdict_names_whoever_wins(accuracies: dict[str, tuple[float, float]], words: str) -> None:
+def test_the_verdict_follows_from_the_interval(accuracies: dict[str, tuple[float, float]], words: str) -> None:
     assert words in text(recovery_baseline=recovery("greedy", accuracies))
 
 
@@ -167,7 +181,7 @@ def test_nothing_lost_is_nothing_recovered() -> None:
     assert summary["baseline"] is None
     assert "Pruning lost no accuracy" in text(**given)
     harmed = ACCURACIES | {"pruned": (0.4, 0.9)}
-    assert "60.0 % at low (pruning lost none at high effort)." in text(recovery=recovery(accuracies=harmed))
+    assert "60.0 % at low (pruning lost none at high effort): +6.0" in text(recovery=recovery(accuracies=harmed))
 
 
 def test_a_search_that_began_from_an_earlier_round_is_told_apart() -> None:

@@ -104,7 +104,7 @@ def test_recovery_is_reported_when_it_is_given(stages: dict[str, Path | list[Pat
     assert metrics["recovered_by_distillation_high"] == pytest.approx(0.8)
     assert metrics["tokens_ratio_high"] == pytest.approx(0.75)
     assert metrics["request_efficiency"] == pytest.approx(1.3 / 0.75)
-    assert metrics["accuracy_above_baseline"] == pytest.approx(0.075)
+    assert metrics["points_above_baseline"] == pytest.approx(7.5)
 
 
 def test_recovery_alone_is_enough(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_recovery_alone_is_enough(stages: dict[str, Path | list[Path]], tmp_path
     given = {"recovery": write(tmp_path / "r", "recovery.json", recovery())}
     metrics = report.run(ReportConfig(), **stages, **given, output=output, scratch=tmp_path)
     assert metrics["retention_high"] == pytest.approx(1.0)
-    assert "accuracy_above_baseline" not in metrics
+    assert "points_above_baseline" not in metrics
 
 
 def test_serving_is_reported_when_it_is_given(stages: dict[str, Path | list[Path]], tmp_path: Path) -> None:

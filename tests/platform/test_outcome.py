@@ -22,7 +22,7 @@ def shown(summary: dict[str, Any]) -> list[list[str]]:
 
 def test_without_recovery_the_child_is_the_pruned_one() -> None:
     rows = shown(summarize(read_evidence(**inputs())))
-    assert ["accuracy, low effort", "50.0 %", "45.0 %", "90.0 %"] in rows
+    assert ["accuracy, low effort", "50.0 %", "45.0 %", "-5.0 [-15.0, +5.0]"] in rows
     assert not any(row[0] == "averaged" for row in rows)
 
 

@@ -1,6 +1,7 @@
 """A child is registered, judged and promoted on a registry in a file; the figures are those of ``recovery_inputs``."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from tests.platform.test_promotion import summary
 
 CONFIG = PromoteConfig(
     model="child",
-    min_retention={"low": 1.0, "high": 1.0},
+    margin_points={"low": 15, "high": 15},
+    kv_margin_points={"low": 15},
     min_request_efficiency={"high": 1.9},
     pipeline="compress-0.1.0",
     recipe="tiny_cpu",
@@ -93,7 +95,7 @@ def test_a_child_that_passes_becomes_the_champion(given: Given, registry: Regist
     assert (found["version"], found["champion"], found["outcome"]) == (1, 1, "promoted")
     assert all(line["met"] for line in found["lines"])
     assert found["metrics"]["champion"] == 1
-    assert found["metrics"]["retention.low"] == pytest.approx(1.02)
+    assert found["metrics"]["accuracy_points.low"] == pytest.approx(1)
     version = Registry(registry, "child").version("champion")
     assert version.aliases == ("challenger", "champion")
     assert store_address(version.source) == given.store.directory
@@ -103,6 +105,9 @@ def test_a_child_that_passes_becomes_the_champion(given: Given, registry: Regist
     assert version.tags["moesaic.origin.report"] == given.run.report.record.origin
     assert version.tags["moesaic.pipeline"] == "compress-0.1.0"
     assert version.tags["moesaic.gate.request_efficiency.high"] == "2 (>= 1.9): met"
+    assert re.fullmatch(
+        r"\+1\.0 \[-\S+, \S+\], n = 40 \(interval above -15\): met", version.tags["moesaic.gate.accuracy_points.low"]
+    )
     assert version.tags["moesaic.gate"] == "met"
 
 
@@ -119,11 +124,11 @@ def test_a_child_that_fails_is_the_challenger_with_its_figures(
     given.promote(registry, CONFIG, tmp_path / "first")
     other = prepare(tmp_path, "other")
     del other.paths["bundle"]
-    config = CONFIG.model_copy(update={"max_kv_accuracy_loss": 0.005})
+    config = CONFIG.but(kv_margin_points={"low": 5})
     found = other.promote(registry, config, tmp_path / "second")
     assert (found["version"], found["champion"], found["outcome"]) == (2, 1, "refused")
     failed = {line["name"] for line in found["lines"] if not line["met"]}
-    assert failed == {"kv_accuracy_loss", "export_checked"}
+    assert failed == {"kv_accuracy_points.low", "export_checked"}
     assert "NOT MET" in capsys.readouterr().err
     client = Registry(registry, "child")
     assert client.version("challenger").number == 2

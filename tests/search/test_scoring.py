@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.core.config import Balance
 from moesaic.core.errors import StageError
 from moesaic.data.batches import TokenSequence, make_batches
 from moesaic.models import layers, loading
@@ -41,8 +42,8 @@ def parent(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
     )
 
 
-@pytest.fixture(scope="module")
-def probes() -> list[Probe]:
+@pytest.fixture(scope="module", params=["token", "trace"])
+def probes(request: pytest.FixtureRequest) -> list[Probe]:
     """Two batches: of 12 and 15 tokens, and of 30 and 33."""
     generator = torch.Generator().manual_seed(8)
     sequences = [
@@ -51,7 +52,7 @@ def probes() -> list[Probe]:
         )
         for length in (12, 15, 30, 33)
     ]
-    return [Probe.of(batch) for batch in make_batches(sequences, 66)]
+    return [Probe.of(batch, balance=request.param) for batch in make_batches(sequences, 66)]
 
 
 def score(
@@ -85,11 +86,12 @@ def whole_forward(checkpoint: Checkpoint, tokens: Tensor, layer: int, variant: V
 def naive_metrics(checkpoint: Checkpoint, probes: list[Probe], layer: int, variant: Variant) -> dict[str, float]:
     """The formulas of ``moesaic.search.score_blocks.damage``, token by token."""
     head = loading.load_head(checkpoint).weight
-    rows = []
+    rows, weights = [], []
     for probe in probes:
         tokens = probe.batch.token_ids
         ours, theirs = whole_forward(checkpoint, tokens, layer, variant), whole_forward(checkpoint, tokens, layer, None)
         for row, time in probe.measured.nonzero().tolist():
+            weights.append(1 / int(probe.measured[row].sum()) if probe.balance == "trace" else 1.0)
             child, parent = ours[row, time], theirs[row, time]
             log_q, log_p = (child @ head.T).log_softmax(0), (parent @ head.T).log_softmax(0)
             target = tokens[row, time + 1]
@@ -97,7 +99,8 @@ def naive_metrics(checkpoint: Checkpoint, probes: list[Probe], layer: int, varia
             cosine, differs = F.cosine_similarity(child, parent, 0), log_q.argmax() != log_p.argmax()
             error, energy = ((child - parent) ** 2).sum(), (parent**2).sum()
             rows.append((error, energy, divergence, log_p[target] - log_q[target], 1 - cosine, float(differs)))
-    error, energy, *means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    error, energy, *means = (share @ torch.tensor(rows, dtype=torch.float64)).tolist()
     return dict(zip(damage.METRICS, [error / energy, *means], strict=True))
 
 
@@ -154,7 +157,8 @@ def test_measured_positions_precede_response_tokens(probes: list[Probe]):
 def test_metrics_by_hand():
     """One token, two words, identity head, h = (3, 0), h' = (0, 4): error 25 of energy 9, orthogonal, other word."""
     head = layers.Head(torch.nn.Identity(), torch.eye(2))
-    sums = damage.compare(head, torch.tensor([[3.0, 0.0]]), torch.tensor([[[0.0, 4.0]]]), torch.tensor([0]))
+    parent, children, weights = torch.tensor([[3.0, 0.0]]), torch.tensor([[[0.0, 4.0]]]), torch.ones(1).double()
+    sums = damage.compare(head, parent, children, torch.tensor([0]), weights)
     p, q = torch.tensor([3.0, 0.0]).softmax(0), torch.tensor([0.0, 4.0]).softmax(0)
     assert damage.finish(sums[0]) == pytest.approx(
         {
@@ -168,14 +172,32 @@ def test_metrics_by_hand():
     )
 
 
+@pytest.mark.parametrize(("balance", "share"), [("token", 1 / 5), ("trace", 1 / 2)])
+def test_a_short_reply_counts_as_much_as_a_long_one(balance: Balance, share: float):
+    """A reply of one token changes its only word, one of four tokens none: a fifth of tokens, half of replies."""
+    sequences = [TokenSequence((0,) * (1 + length), (False,) + (True,) * length) for length in (1, 4)]
+    (batch,) = make_batches(sequences, 100)
+    probe = Probe.of(batch, balance=balance)
+    parent = torch.tensor([[3.0, 0.0]] * 5)
+    children = parent.clone().unsqueeze(0)
+    children[0, 0] = torch.tensor([0.0, 4.0])
+    sums = damage.compare(
+        layers.Head(torch.nn.Identity(), torch.eye(2)), parent, children, probe.next_ids, probe.weights
+    )
+    found = damage.finish(sums[0])
+    assert (found["top1"], found["cosine"], found["hidden_mse"]) == pytest.approx((share, share, share * 25 / 9))
+
+
 def test_chunks_of_tokens_change_no_metric(monkeypatch: pytest.MonkeyPatch):
     generator = torch.Generator().manual_seed(0)
     head = layers.Head(torch.nn.Identity(), torch.randn(10, 4, generator=generator))
     parent, children = torch.randn(23, 4, generator=generator), torch.randn(3, 23, 4, generator=generator)
     next_ids = torch.randint(0, 10, (23,), generator=generator)
-    whole = damage.compare(head, parent, children, next_ids)
+    weights = torch.rand(23, generator=generator, dtype=torch.float64)
+    whole = damage.compare(head, parent, children, next_ids, weights)
     monkeypatch.setattr(damage, "_LOGITS", 150)
-    assert_near(damage.compare(head, parent, children, next_ids), whole, 1e-6)  # 8 steps of float32, of the energy
+    chunked = damage.compare(head, parent, children, next_ids, weights)
+    assert_near(chunked, whole, 1e-6)  # 8 steps of float32, of the energy
 
 
 def test_num_steps():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.tree import Tree
 
@@ -16,7 +17,7 @@ from moesaic.core.code import code_digest
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.version import __version__
-from moesaic.platform.promote.gate import gate_table, is_met, shown
+from moesaic.platform.promote.gate import Line, gate_table, is_met
 from moesaic.platform.promote.run import CONFIG_TAG, ORIGIN_TAG, PROMOTION, examine, register_challenger, store_address
 from moesaic.platform.promote.stage import PromoteConfig
 from moesaic.platform.registry.registry import CHAMPION, MANIFEST_TAG, Registry, RegistryAddress, Version
@@ -112,11 +113,8 @@ def say_promotion(run: Path) -> None:
     if not path.is_file():
         return
     promotion = json.loads(path.read_text())
-    failed = [
-        f"{line['name']} {shown(line['figure'])} (asked: {line['asked']})"
-        for line in promotion["lines"]
-        if not line["met"]
-    ]
+    lines = TypeAdapter(list[Line]).validate_python(promotion["lines"])
+    failed = [f"{line.name} {line.shown} (asked: {line.asked})" for line in lines if not line.met]
     print(f"version {promotion['version']} of {promotion['model']} {_OUTCOMES[promotion['outcome']]}", end="")
     print(f"; not met: {', '.join(failed)}" if failed else "")
 

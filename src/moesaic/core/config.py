@@ -15,6 +15,8 @@ from moesaic.core.errors import ConfigError
 
 Effort = Literal["low", "medium", "high"]
 Precision = Literal["float32", "bfloat16"]
+Balance = Literal["token", "trace"]
+"""What counts alike in a mean: every token, or every trace (a sequence), so that short ones weigh as much as long."""
 CacheDtype = Literal["bf16", "fp8"]
 EmulatedCache = Literal["bf16", "fp8_unit", "fp8"]
 ExportTarget = Literal["tensorrt_llm", "vllm"]

@@ -3,9 +3,11 @@
 A data set is JSON lines, one problem each: ``{"id", "task", "prompt": [{"role", "content"}], "answer", "verifier"}``.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,11 @@ def read_problems(path: Path) -> list[Problem]:
     if repeated:
         raise ArtifactError(f"{path}: the id {repeated[0]!r} appears more than once; ids must be unique")
     return problems
+
+
+def problems_digest(problems: Iterable[Problem]) -> str:
+    """SHA-256 of the problems: whoever was asked these and no others has the same."""
+    return hashlib.sha256(json.dumps([asdict(problem) for problem in problems]).encode()).hexdigest()
 
 
 def first_of_each_task(problems: Iterable[Problem], limit: int) -> list[Problem]:

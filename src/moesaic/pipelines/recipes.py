@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from moesaic.core.config import Effort
 from moesaic.core.errors import ConfigError
 from moesaic.core.json_text import read_text
 from moesaic.costs.workload import Workload
@@ -41,6 +42,7 @@ def tiny_cpu() -> Recipe:
     )
     gentler = {"long": Limits(memory_ratio=0.7), "short": Limits(memory_ratio=0.95)}
     distill = _tiny_distill()
+    margins: dict[Effort, float] = {"low": 5.0, "medium": 4.0, "high": 3.0}
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=1024),
         score_blocks=ScoreBlocksConfig(space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192),
@@ -68,7 +70,7 @@ def tiny_cpu() -> Recipe:
         export_engine=ExportEngineConfig(target="vllm", kv_cache="bf16", max_batch_size=16, max_num_tokens=2048),
         validate_bundle=ValidateBundleConfig(prompts_per_effort=50),
         report=ReportConfig(title="The tiny reasoner, compressed on a CPU"),
-        promote=PromoteConfig(model="tiny-reasoner"),
+        promote=PromoteConfig(model="tiny-reasoner", margin_points=margins, kv_margin_points=margins),
     )
 
 
@@ -317,7 +319,6 @@ def _gpt_oss_h100(
             point_timeout_s=36_000,
         ),
         report=ReportConfig(),
-        promote=PromoteConfig(min_retention={"low": 1.0, "medium": 0.99, "high": 0.99}),
     )
 
 
@@ -366,11 +367,13 @@ def _gpt_oss_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
 
 
 def _gpt_oss_evaluation(export: ExportEngineConfig) -> EvaluateConfig:
+    """Two replies to each problem: of 4000 problems they answer the gate's margins of 3 points, one reply would not."""
     return EvaluateConfig(
         engine="tensorrt_llm",
         bundle=export.but(kv_cache="bf16"),
         efforts=("low", "medium", "high"),
         problems_per_task=500,
+        epochs=2,
         max_new_tokens=65_536,
         batch_size=export.max_batch_size,
         temperature=1.0,

@@ -8,7 +8,7 @@ whole: a killed run asks again for what its missing files would hold.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +21,7 @@ from moesaic.core.files import write_text_atomically
 from moesaic.core.json_text import read_json_object
 from moesaic.core.progress import track
 from moesaic.data.chat import load_tokenizer
-from moesaic.data.problems import Problem, first_of_each_task, read_problems, render_prompt
+from moesaic.data.problems import Problem, first_of_each_task, problems_digest, read_problems, render_prompt
 from moesaic.deploy.engines.completions import Completion
 from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
 from moesaic.measure.evaluate.stage import EvaluateConfig
@@ -92,6 +92,7 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
         "steps": read_recovery(model),
         "kv_cache": config.kv_cache,
         "parameters": gpt_oss.num_parameters(checkpoint.shape, checkpoint.architecture),
+        "problems": {"split": config.split, "count": len(problems), "digest": problems_digest(problems)},
         "efforts": {effort: summarize(judged) for effort, judged in samples.items()},
     }
     _write_samples(output / "samples.jsonl", [sample for judged in samples.values() for sample in judged])
@@ -217,15 +218,21 @@ def judge(problem: Problem, reply: Generated, tokenizer: PreTrainedTokenizerBase
 
 
 def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The entry of one effort in ``evaluation.json``; the suite's figures are means over its tasks."""
-    tasks: dict[str, dict[str, float]] = {}
+    """The entry of one effort in ``evaluation.json``; the suite's figures are means over its tasks.
+
+    ``solved`` is by problem the share of replies that are correct, so that models can be compared problem by problem.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
     for task in dict.fromkeys(sample.task for sample in samples):
         of_task = [sample for sample in samples if sample.task == task]
         tasks[task] = {
             "accuracy": fmean(sample.correct for sample in of_task),
             "tokens_per_request": fmean(sample.tokens for sample in of_task),
             "truncated": fmean(sample.truncated for sample in of_task),
-            "problems": len({sample.id for sample in of_task}),
+            "solved": {
+                id: fmean(sample.correct for sample in replies)
+                for id, replies in groupby(of_task, key=lambda sample: sample.id)
+            },
         }
     suite = {key: fmean(task[key] for task in tasks.values()) for key in _FIGURES}
     return {**suite, "tasks": tasks}

@@ -1,12 +1,14 @@
 """Measures accuracy and generated tokens per task and reasoning effort."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Amount, Config, Efforts, EmulatedCache, GeneratingEngine, Positive, Precision
 from moesaic.core.stage import Stage, artifact, dataset, model
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
+
+Split = Literal["validation", "test"]
 
 
 class EvaluateConfig(Config):
@@ -19,6 +21,8 @@ class EvaluateConfig(Config):
     ``trtllm-serve`` or ``vllm serve`` on an export bundle; or one that is running."""
     bundle: ExportEngineConfig | None = None
     """How a checkpoint becomes the bundle that the engine serves, where the model is no bundle already."""
+    split: Split = "test"
+    """What the problems given are for: choices, or figures that nothing was chosen by; recorded with their digest."""
     efforts: Efforts = ("low", "medium", "high")
     """Reasoning efforts to ask for."""
     problems_per_task: Positive = 100

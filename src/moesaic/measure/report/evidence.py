@@ -11,6 +11,8 @@ from moesaic.core.config import CacheDtype, Effort, EmulatedCache
 from moesaic.core.errors import ArtifactError
 from moesaic.costs.block_costs import CostTable
 from moesaic.measure.benchmark_serving.load_sweep import Spread
+from moesaic.measure.evaluate.stage import Split
+from moesaic.measure.paired import Verdicts
 from moesaic.models.architecture import Architecture, Block
 
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
@@ -40,9 +42,15 @@ class Result:
 
 @dataclass(frozen=True)
 class TaskResult(Result):
-    """One task at one effort, each of its problems solved or not."""
+    """One task at one effort."""
 
-    problems: int
+    solved: Mapping[str, float]
+    """By problem, the share of correct replies."""
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """Of this task alone."""
+        return {"": self.solved}
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,24 @@ class EffortResult(Result):
     tasks: Mapping[str, TaskResult]
 
     @property
+    def verdicts(self) -> Verdicts:
+        """Of all tasks."""
+        return {name: task.solved for name, task in self.tasks.items()}
+
+    @property
     def standard_error(self) -> float:
         """Standard error of the accuracy, over the choice of problems of the same tasks."""
-        variance = sum(task.accuracy * (1 - task.accuracy) / task.problems for task in self.tasks.values())
+        variance = sum(task.accuracy * (1 - task.accuracy) / len(task.solved) for task in self.tasks.values())
         return math.sqrt(variance) / len(self.tasks)
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems that an evaluation asked."""
+
+    split: Split
+    count: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,7 @@ class Evaluation:
 
     name: str
     parameters: int
+    problems: ProblemSet
     efforts: Mapping[Effort, EffortResult]
     kv_cache: EmulatedCache | None = None
     """The emulated format of the KV cache; None if nothing was emulated."""
@@ -150,14 +173,25 @@ class Evidence:
 
     @property
     def efforts(self) -> list[Effort]:
-        """The efforts at which both models were evaluated, lowest first."""
-        return common_efforts(self.evaluations.values())
+        """The efforts at which all models were evaluated, lowest first."""
+        return common_efforts([*self.evaluations.values(), *self.baselines])
 
 
 def common_efforts(evaluations: Iterable[Evaluation]) -> list[Effort]:
     """The efforts that all evaluations have, lowest first."""
     evaluations = list(evaluations)
     return [effort for effort in EFFORTS if all(effort in evaluation.efforts for evaluation in evaluations)]
+
+
+def check_problems(evaluations: Iterable[Evaluation]) -> None:
+    """Raise ArtifactError unless all were asked the same problems."""
+    first, *others = evaluations
+    for other in others:
+        if other.problems != first.problems:
+            raise ArtifactError(
+                f"the evaluation of {other.name!r} asked {other.problems}, that of {first.name!r} {first.problems}; "
+                "only figures on the same problems compare: evaluate all with the same config and data"
+            )
 
 
 def read_evidence(
@@ -205,8 +239,9 @@ def _check(evidence: Evidence) -> None:
         if evaluation.name not in evidence.candidates:
             known = ", ".join(evidence.candidates)
             raise ArtifactError(f"the evaluation of {evaluation.name!r} is of none of the candidates found: {known}")
+    check_problems([*evidence.evaluations.values(), *evidence.baselines])
     if not evidence.efforts:
-        raise ArtifactError("parent and child were evaluated at no common effort; evaluate both with the same config")
+        raise ArtifactError("the models were evaluated at no common effort; evaluate all with the same config")
     if not evidence.pairs:
         raise ArtifactError("measurements.json holds no point of both models; run benchmark again")
 

@@ -19,10 +19,8 @@ from moesaic.measure.efficiency import (
     pareto_frontier,
     retention,
 )
-from moesaic.measure.report.evidence import Candidate, EffortResult, Evaluation, Evidence, Pair, Result, Setting
-
-_TIE = 0.005
-"""Mean accuracies closer than half a point are called equal."""
+from moesaic.measure.paired import Verdicts, average, difference
+from moesaic.measure.report.evidence import Candidate, EffortResult, Evaluation, Evidence, Pair, Setting, TaskResult
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
     methods = _selection_methods(evidence)
     return {
         "child": child.name,
+        "problems": asdict(evidence.evaluation_child.problems),
         "parameters": compare(parent.parameters, child.parameters),
         "experts": compare(parent.num_experts, child.num_experts),
         "windowed_layers": _count_windows(evidence),
@@ -57,7 +56,7 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
         "predictions": [asdict(prediction) for prediction in predictions(evidence)],
         "request_efficiency": _request_efficiency(evidence),
         "rivals": methods,
-        "verdicts": _verdicts(methods),
+        "verdicts": _verdicts(evidence, methods),
         "skipped": dict(evidence.skipped),
         "hardware": dict(evidence.hardware),
     }
@@ -68,19 +67,24 @@ def compare(parent: float, child: float) -> dict[str, float]:
     return {"parent": parent, "child": child, "ratio": child / parent}
 
 
-def compare_accuracy(parent: Result, child: Result) -> dict[str, float | None]:
-    """The accuracy of both models, and the share that the child keeps."""
-    kept = retention(child.accuracy, parent.accuracy)
-    return {"parent": parent.accuracy, "child": child.accuracy, "retention": kept}
-
-
-def compare_tasks(parent: EffortResult, child: EffortResult) -> dict[str, dict[str, float | None]]:
-    """The accuracy of both models on every task that both were evaluated on."""
+def compare_accuracy(parent: EffortResult | TaskResult, child: EffortResult | TaskResult) -> dict[str, Any]:
+    """The accuracy of both models, the share that the child keeps, and the difference with its interval."""
     return {
-        task: compare_accuracy(result, child.tasks[task])
-        for task, result in parent.tasks.items()
-        if task in child.tasks
+        "parent": parent.accuracy,
+        "child": child.accuracy,
+        "retention": retention(child.accuracy, parent.accuracy),
+        "difference": asdict(difference(child.verdicts, parent.verdicts)),
     }
+
+
+def compare_tasks(parent: EffortResult, child: EffortResult) -> dict[str, dict[str, Any]]:
+    """The accuracy of both models on every task."""
+    return {task: compare_accuracy(result, child.tasks[task]) for task, result in parent.tasks.items()}
+
+
+def mean_verdicts(evaluations: Iterable[Evaluation], efforts: Sequence[Effort]) -> Verdicts:
+    """The mean over efforts and models, problem by problem."""
+    return average([evaluation.efforts[effort].verdicts for evaluation in evaluations for effort in efforts])
 
 
 def _count_windows(evidence: Evidence) -> dict[str, int]:
@@ -238,10 +242,8 @@ def _selection_methods(evidence: Evidence) -> list[dict[str, Any]]:
 def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> dict[str, Any]:
     """What the assemblies of one method cost, and how they answer before any training."""
     candidates = [evidence.candidates[name] for name in names]
-    evaluations = [
-        evaluation for evaluation in (*evidence.baselines, evidence.evaluation_child) if evaluation.name in names
-    ]
-    results = [(effort, result.accuracy) for run in evaluations for effort, result in run.efforts.items()]
+    evaluations = _evaluations_of(evidence, names)
+    results = [(effort, run.efforts[effort].accuracy) for run in evaluations for effort in evidence.efforts]
     accuracies = {effort: [value for at, value in results if at == effort] for effort in evidence.efforts}
     return {
         "name": group,
@@ -257,10 +259,16 @@ def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> d
     }
 
 
-def _verdicts(methods: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
+def _evaluations_of(evidence: Evidence, names: Sequence[str]) -> list[Evaluation]:
+    every = (*evidence.baselines, evidence.evaluation_child)
+    return [evaluation for evaluation in every if evaluation.name in names]
+
+
+def _verdicts(evidence: Evidence, methods: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
     """The child against the best baseline by predicted damage, and by accuracy before training.
 
-    None where there is no baseline, or none was evaluated. Damages that differ by rounding alone are equal.
+    None where there is no baseline, or none was evaluated. Damages that differ by rounding alone are equal; accuracies
+    are told apart if the interval of their difference excludes 0.
     """
     child, *others = methods
     baselines = [method for method in others if not method["name"].startswith("puzzle")]
@@ -272,9 +280,12 @@ def _verdicts(methods: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] 
         tie = math.isclose(child["damage"], least["damage"], rel_tol=1e-9)
         verdicts["damage"] = _verdict("damage", child, least, 0 if tie else least["damage"] - child["damage"])
     if best and child["mean_accuracy"] is not None:
-        ahead = child["mean_accuracy"] - best["mean_accuracy"]
-        tie = abs(100 * ahead) <= 100 * _TIE
-        verdicts["accuracy"] = _verdict("mean_accuracy", child, best, 0 if tie else ahead)
+        solved = [
+            mean_verdicts(_evaluations_of(evidence, method["models"]), evidence.efforts) for method in (child, best)
+        ]
+        ahead = difference(*solved)
+        verdict = _verdict("mean_accuracy", child, best, ahead.sign)
+        verdicts["accuracy"] = verdict | {"difference": asdict(ahead)}
     return verdicts
 
 

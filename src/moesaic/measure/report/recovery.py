@@ -1,9 +1,7 @@
 """Recovery in the report: the evaluations of child and baseline after every stage, and the figures from them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,11 +18,13 @@ from moesaic.measure.efficiency import (
     rate_ratios,
     recovered_share,
 )
+from moesaic.measure.paired import difference
 from moesaic.measure.report.evidence import (
     EffortResult,
     Evaluation,
     Evidence,
     Pair,
+    check_problems,
     common_efforts,
     read_evaluation,
     read_pairs,
@@ -36,6 +36,7 @@ from moesaic.measure.report.findings import (
     describe_points,
     evaluated_qualities,
     longest_context,
+    mean_verdicts,
     winner,
 )
 
@@ -44,10 +45,6 @@ PRUNED, DISTILLED, AVERAGED, FP8_UNIT, FP8 = "pruned", "distilled", "averaged", 
 _NEEDED = (PRUNED, DISTILLED, AVERAGED, FP8_UNIT, FP8)
 _HELD_OUT = "held_out_"
 """A training curve's ``held_out_x`` is ``x`` on traces that were never trained on."""
-_TIE = 0.0005
-"""Accuracies this close read the same when shown to a tenth of a point."""
-_SETTLED = 2.0
-"""A difference of so many of its standard errors is more than the choice of problems explains."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +109,15 @@ class RecoveryEvidence:
         return [self.child] if self.baseline is None else [self.child, self.baseline]
 
     @property
+    def evaluations(self) -> list[Evaluation]:
+        """All of them, the parent's first."""
+        after_stages = [evaluation for recovery in self.recoveries for evaluation in recovery.stages.values()]
+        return [self.parent, *after_stages, *([self.parent_fp8] if self.parent_fp8 else [])]
+
+    @property
     def efforts(self) -> list[Effort]:
         """The efforts at which everything was evaluated, lowest first."""
-        after_stages = [evaluation for recovery in self.recoveries for evaluation in recovery.stages.values()]
-        return common_efforts([self.parent, *after_stages, *([self.parent_fp8] if self.parent_fp8 else [])])
+        return common_efforts(self.evaluations)
 
     @property
     def fp8_was_timed(self) -> bool:
@@ -165,6 +167,7 @@ def _check(evidence: RecoveryEvidence) -> None:
         raise ArtifactError(f"the recovery given is of {given!r}, but the child evaluated is {wanted!r}; give its own")
     if evidence.baseline and evidence.baseline.candidate == given:
         raise ArtifactError(f"recovery_baseline is of {given!r} itself; give that of another candidate")
+    check_problems(evidence.evaluations)
     if not evidence.efforts:
         raise ArtifactError("recovery and parent were evaluated at no common effort; evaluate all with the same config")
 
@@ -232,6 +235,7 @@ def summarize_recovery(evidence: RecoveryEvidence) -> dict[str, Any]:
         "parent_fp8": evidence.parent_fp8 and _evaluated(evidence.parent_fp8, efforts),
         "stages": stages,
         "retention": {effort: figures["retention"] for effort, figures in final.items()},
+        "differences": {effort: figures["difference"] for effort, figures in final.items()},
         "tokens_ratio": {effort: figures["tokens_ratio"] for effort, figures in final.items()},
         "recovered_by_distillation": {effort: figures["recovered_share"] for effort, figures in distilled.items()},
         "accuracy_changes": _accuracy_changes(evidence),
@@ -255,8 +259,8 @@ def _evaluated(evaluation: Evaluation, efforts: Sequence[Effort]) -> dict[str, A
 
 
 def _figures(result: EffortResult) -> dict[str, Any]:
-    figures = asdict(result) | {"standard_error": result.standard_error}
-    return {name: value for name, value in figures.items() if name != "tasks"}
+    shown = ("accuracy", "tokens_per_request", "truncated", "standard_error")
+    return {name: getattr(result, name) for name in shown}
 
 
 def _stage(evidence: RecoveryEvidence, recovery: Recovery, stage: str) -> dict[str, Any]:
@@ -265,8 +269,10 @@ def _stage(evidence: RecoveryEvidence, recovery: Recovery, stage: str) -> dict[s
     for effort, figures in entry["efforts"].items():
         result, parent = recovery.stages[stage].efforts[effort], evidence.parent.efforts[effort]
         pruned = recovery.stages[PRUNED].efforts[effort]
+        accuracy = compare_accuracy(parent, result)
         figures |= {
-            "retention": compare_accuracy(parent, result)["retention"],
+            "retention": accuracy["retention"],
+            "difference": accuracy["difference"],
             "tokens_ratio": result.tokens_per_request / parent.tokens_per_request,
             "recovered_share": recovered_share(pruned.accuracy, result.accuracy, parent.accuracy),
             "tasks": compare_tasks(parent, result),
@@ -274,16 +280,21 @@ def _stage(evidence: RecoveryEvidence, recovery: Recovery, stage: str) -> dict[s
     return entry
 
 
-def _gains(after: Evaluation, before: Evaluation, efforts: Sequence[Effort]) -> dict[str, float]:
-    return {effort: after.efforts[effort].accuracy - before.efforts[effort].accuracy for effort in efforts}
+def _gains(after: Evaluation, before: Evaluation, efforts: Sequence[Effort]) -> dict[str, dict[str, Any]]:
+    """The difference in accuracy by effort."""
+    return {
+        effort: asdict(difference(after.efforts[effort].verdicts, before.efforts[effort].verdicts))
+        for effort in efforts
+    }
 
 
 def _accuracy_changes(evidence: RecoveryEvidence) -> dict[str, Any]:
-    """Accuracy after pruning minus the parent's, and after reinforcement learning minus the distilled child's."""
+    """What pruning, distillation and reinforcement learning each changed in what they were given."""
     stages, efforts = evidence.child.stages, evidence.efforts
     trained = [*evidence.child.policies, AVERAGED]
     return {
         "pruning": _gains(stages[PRUNED], evidence.parent, efforts),
+        "distillation": _gains(stages[DISTILLED], stages[PRUNED], efforts),
         "reinforcement": {stage: _gains(stages[stage], stages[DISTILLED], efforts) for stage in trained},
     }
 
@@ -335,7 +346,7 @@ def _kv_row(
 
 
 def _against_baseline(evidence: RecoveryEvidence, baseline: Recovery) -> dict[str, Any]:
-    """Child minus baseline after the same stages, with the standard error of the mean difference over efforts."""
+    """Child minus baseline after the same stages."""
     child = evidence.child
     return {
         "name": baseline.candidate,
@@ -361,18 +372,9 @@ def _memories_mib(evidence: RecoveryEvidence, baseline: Recovery) -> dict[str, d
 
 
 def _difference(child: Evaluation, baseline: Evaluation, efforts: Sequence[Effort]) -> dict[str, Any]:
-    """The error as if efforts erred together and models apart: too large a one rather than too small."""
-    by_effort = _gains(child, baseline, efforts)
-    mean = fmean(by_effort.values())
-    errors = [fmean(model.efforts[effort].standard_error for effort in efforts) for model in (child, baseline)]
-    error = math.hypot(*errors)
-    return {
-        "efforts": by_effort,
-        "mean": mean,
-        "standard_error": error,
-        "settled": abs(mean) > _SETTLED * error,
-        "winner": winner(0 if abs(mean) < _TIE else mean),
-    }
+    """By effort, and of the mean over efforts, for which a problem counts once."""
+    mean = difference(*(mean_verdicts([model], efforts) for model in (child, baseline)))
+    return {"efforts": _gains(child, baseline, efforts), "mean": asdict(mean), "winner": winner(mean.sign)}
 
 
 def _distillation(recovery: Recovery) -> dict[str, Any]:

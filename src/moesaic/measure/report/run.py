@@ -94,7 +94,7 @@ def _metrics(summary: dict[str, Any]) -> dict[str, float]:
         metrics |= _per_effort("recovered_by_distillation", recovery["recovered_by_distillation"])
         retained = recovery["retention"]
         if recovery["baseline"]:
-            metrics["accuracy_above_baseline"] = recovery["baseline"]["differences"]["averaged"]["mean"]
+            metrics["points_above_baseline"] = recovery["baseline"]["differences"]["averaged"]["mean"]["points"]
     metrics |= _per_effort("retention", retained)
     for context, entry in summary["throughput"].items():
         metrics[f"speedup_{context.replace('/', '_')}"] = entry["best"]["ratio"]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moesaic.measure.paired import Difference
 from moesaic.measure.report.recovery import AVERAGED, FP8, FP8_UNIT
 
 _STAGE_NAMES = {FP8_UNIT: "FP8, unit scales", FP8: "FP8, calibrated"}
@@ -24,9 +25,9 @@ def tenths(value: float | None) -> str:
     return "undefined" if value is None else f"{100 * value:.1f}"
 
 
-def points(value: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * value:+.1f}"
+def points(difference: Mapping[str, Any]) -> str:
+    """A difference in accuracy in points, with its interval."""
+    return str(Difference(**difference))
 
 
 def ratio(value: float) -> str:
@@ -54,6 +55,7 @@ class ComparedRow:
     parent: str
     child: str
     ratio: str
+    """Child over parent; of accuracies the difference in points, with its interval."""
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> list[ComparedRow]:
@@ -62,9 +64,7 @@ def comparison_rows(summary: Mapping[str, Any]) -> list[ComparedRow]:
     for quantity in ("memory_mib", "kv_mib_per_request"):
         rows += [_compared(quantity, workload, figures) for workload, figures in summary[quantity].items()]
     pruned = {} if summary.get("recovery") else summary["efforts"]
-    for effort, entry in pruned.items():
-        figures = entry["accuracy"] | {"ratio": entry["accuracy"]["retention"]}
-        rows.append(_compared("accuracy", effort, figures, percent, percent))
+    rows += [_compared_accuracy(effort, entry["accuracy"]) for effort, entry in pruned.items()]
     rows += [_compared("tokens_per_request", effort, entry["tokens_per_request"]) for effort, entry in pruned.items()]
     rows += [_compared("throughput", context, entry["best"]) for context, entry in summary["throughput"].items()]
     if serving := summary.get("serving"):
@@ -85,6 +85,11 @@ def _compared(
     return ComparedRow(quantity, of, shown(figures["parent"]), shown(figures["child"]), shown_ratio(figures["ratio"]))
 
 
+def _compared_accuracy(effort: str, accuracy: Mapping[str, Any]) -> ComparedRow:
+    parent, child = percent(accuracy["parent"]), percent(accuracy["child"])
+    return ComparedRow("accuracy", effort, parent, child, points(accuracy["difference"]))
+
+
 @dataclass(frozen=True)
 class StageRow:
     """The figures of a model after a stage of recovery, as text by effort; empty where they do not apply."""
@@ -94,6 +99,8 @@ class StageRow:
     """Whether this is the recovered child."""
     accuracy: list[str]
     kept: list[str]
+    difference: list[str]
+    """From the parent's accuracy, in points."""
     tokens: list[str]
     request_rate: list[str]
     """Over the parent's at equal effort and KV cache."""
@@ -120,6 +127,7 @@ def _stage_row(
         is_child=is_child,
         accuracy=[tenths(figures["accuracy"]) for figures in efforts.values()],
         kept=[tenths(figures["retention"]) if "retention" in figures else "" for figures in efforts.values()],
+        difference=[points(figures["difference"]) if "difference" in figures else "" for figures in efforts.values()],
         tokens=[tokens(figures["tokens_per_request"]) for figures in efforts.values()],
         request_rate=[ratio(rates[effort]) if effort in rates else "" for effort in efforts],
     )

@@ -1,38 +1,47 @@
 """The gate of the model registry: what a child must show before it becomes the champion (paper A, its first figure).
 
-    retention(effort)          = accuracy(child) / accuracy(parent)
+    accuracy_points(effort)    = accuracy(child) - accuracy(parent), on the same problems, in points
+    kv_accuracy_points(effort) = accuracy(KV in FP8, calibrated scales) - accuracy(KV in BF16), of the child
     request_efficiency(effort) = requests/s of the child / requests/s of the parent, at equal effort: through a server,
                                  as deployed, where the report has that; else in process, KV cache in BF16
-    kv_accuracy_loss           = largest, over efforts, of accuracy(KV in BF16) - accuracy(KV in FP8), calibrated scales
 
-All three are the report's figures. Three lines more ask whether they can be trusted: what is known of the exported
-bundle, by its files or by an engine that loaded it; that every input is known by digest; and that report and bundle are
-of this very child. The paper has no such gate.
+All three are the report's figures. Accuracies are asked whether they are *not inferior*: the lower end of the paired
+95 % interval (``moesaic.measure.paired``) must lie above minus a margin. So noise does not refuse a child that is as
+good as its parent, if there are problems enough for the margin, and does not promote one that is worse by more.
+
+Three lines more ask whether the figures can be trusted: what is known of the exported bundle, by its files or by an
+engine that loaded it; that every input is known by digest; and that report and bundle are of this very child. The paper
+has no such gate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
+from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
 from moesaic.core.config import Effort
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.verdict import Verdict
+from moesaic.measure.paired import Difference
 from moesaic.platform.promote.stage import PromoteConfig
 
 _NOT_MEASURED = "not measured"
+_DIFFERENCES = TypeAdapter(dict[str, Difference])
+_Figure = TypeVar("_Figure")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The report's figures of a child; a figure that was not measured is absent or None."""
+    """The report's figures of a child; a figure that was not measured is absent."""
 
-    retention: Mapping[str, float | None]
-    """Accuracy of the child over the parent's, by effort."""
+    accuracy: Mapping[str, Difference]
+    """Of the child to the parent, by effort."""
     request_efficiency: Mapping[str, float]
     """Request rate of the child over the parent's, by effort."""
-    kv_accuracy_loss: float | None
+    kv_accuracy: Mapping[str, Difference]
+    """Of the child's FP8 cache to its BF16 cache, by effort."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,15 @@ class Line:
     figure: float | str
     asked: str
     met: bool
+    difference: Difference | None = None
+    """With its interval, where the figure is one."""
+
+    @property
+    def shown(self) -> str:
+        """The figure as text, with interval and number of problems where it has them."""
+        if self.difference is not None:
+            return f"{self.difference}, n = {self.difference.problems}"
+        return self.figure if isinstance(self.figure, str) else f"{self.figure:.4g}"
 
 
 def read_figures(summary: Mapping[str, Any]) -> Figures:
@@ -66,15 +84,17 @@ def read_figures(summary: Mapping[str, Any]) -> Figures:
     try:
         recovery = summary.get("recovery")
         if recovery is None:
-            retained = {effort: entry["accuracy"]["retention"] for effort, entry in summary["efforts"].items()}
-            return Figures(retained, summary["request_efficiency"]["child_over_parent"], None)
+            differences = {effort: entry["accuracy"]["difference"] for effort, entry in summary["efforts"].items()}
+            rates = summary["request_efficiency"]["child_over_parent"]
+            return Figures(_DIFFERENCES.validate_python(differences), rates, {})
         rows = [row for row in recovery["kv_cache"] if (row["model"], row["kv_cache"]) == ("child", "fp8")]
-        losses = [-entry["change"] for row in rows for entry in row["efforts"].values()]
+        changes = {effort: entry["change"] for row in rows for effort, entry in row["efforts"].items()}
         served = summary.get("serving")
         in_process = recovery["request_efficiency"]["equal_effort"]
         rates = in_process if served is None else served["request_efficiency"]["child_over_parent"]
-        return Figures(recovery["retention"], rates, max(losses, default=None))
-    except (AttributeError, KeyError, TypeError) as broken:
+        accuracy, kv_accuracy = (_DIFFERENCES.validate_python(found) for found in (recovery["differences"], changes))
+        return Figures(accuracy, rates, kv_accuracy)
+    except (AttributeError, KeyError, TypeError, ValidationError) as broken:
         raise ArtifactError(f"summary.json of the report cannot be read ({broken!r}); run report again") from broken
 
 
@@ -82,15 +102,16 @@ def judge(config: PromoteConfig, figures: Figures, bundle: Verdict | None, prove
     """Every line of the gate; the child may become champion if all are met.
 
     Args:
-        config: the thresholds; what it does not ask for has no line.
+        config: the margins and thresholds; what it does not ask for has no line.
         figures: of the report.
         bundle: what is known of the exported bundle; None if there is none.
         provenance: of child and report.
     """
-    lines = _by_effort("retention", figures.retention, config.min_retention)
-    lines += _by_effort("request_efficiency", figures.request_efficiency, config.min_request_efficiency)
-    if config.max_kv_accuracy_loss is not None:
-        lines.append(_at_most("kv_accuracy_loss", figures.kv_accuracy_loss, config.max_kv_accuracy_loss))
+    lines = [
+        *_by_effort("accuracy_points", _not_inferior, figures.accuracy, config.margin_points),
+        *_by_effort("request_efficiency", _at_least, figures.request_efficiency, config.min_request_efficiency),
+        *_by_effort("kv_accuracy_points", _not_inferior, figures.kv_accuracy, config.kv_margin_points),
+    ]
     if config.require_export:
         figure = "no bundle" if bundle is None else bundle.words
         verified = bundle is not None and (bundle.loaded_by is not None or not config.require_engine)
@@ -108,13 +129,8 @@ def gate_table(lines: Sequence[Line]) -> Table:
     """The lines as a table for a terminal or a log."""
     table = Table("line", "figure", "asked", "", title="Gate")
     for line in lines:
-        table.add_row(line.name, shown(line.figure), line.asked, "met" if line.met else "NOT MET")
+        table.add_row(line.name, line.shown, line.asked, "met" if line.met else "NOT MET")
     return table
-
-
-def shown(figure: float | str) -> str:
-    """A figure as text, for the table."""
-    return figure if isinstance(figure, str) else f"{figure:.4g}"
 
 
 def _provenance_lines(provenance: Provenance) -> list[Line]:
@@ -128,19 +144,24 @@ def _provenance_lines(provenance: Provenance) -> list[Line]:
     ]
 
 
-def _by_effort(name: str, figures: Mapping[str, float | None], least: Mapping[Effort, float]) -> list[Line]:
+def _by_effort(
+    name: str,
+    line: Callable[[str, _Figure | None, float], Line],
+    figures: Mapping[str, _Figure],
+    asked: Mapping[Effort, float],
+) -> list[Line]:
     efforts: tuple[Effort, ...] = get_args(Effort)
-    asked = (effort for effort in efforts if effort in least)
-    return [_at_least(f"{name}.{effort}", figures.get(effort), least[effort]) for effort in asked]
+    return [line(f"{name}.{effort}", figures.get(effort), asked[effort]) for effort in efforts if effort in asked]
+
+
+def _not_inferior(name: str, difference: Difference | None, margin_points: float) -> Line:
+    asked = f"interval above -{margin_points:g}"
+    if difference is None:
+        return Line(name, _NOT_MEASURED, asked, False)
+    return Line(name, difference.points, asked, difference.low_points > -margin_points, difference)
 
 
 def _at_least(name: str, figure: float | None, least: float) -> Line:
-    return Line(name, _or_words(figure), f">= {least:g}", figure is not None and figure >= least)
-
-
-def _at_most(name: str, figure: float | None, most: float) -> Line:
-    return Line(name, _or_words(figure), f"<= {most:g}", figure is not None and figure <= most)
-
-
-def _or_words(figure: float | None) -> float | str:
-    return _NOT_MEASURED if figure is None else figure
+    if figure is None:
+        return Line(name, _NOT_MEASURED, f">= {least:g}", False)
+    return Line(name, figure, f">= {least:g}", figure >= least)

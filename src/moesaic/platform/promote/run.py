@@ -13,7 +13,7 @@ from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.bundle_manifest import VALIDATION
 from moesaic.deploy.export_engine.verdict import VERDICT, Verdict
 from moesaic.models.stage_outputs import read_json
-from moesaic.platform.promote.gate import Line, Provenance, gate_table, is_met, judge, read_figures, shown
+from moesaic.platform.promote.gate import Line, Provenance, gate_table, is_met, judge, read_figures
 from moesaic.platform.promote.stage import PromoteConfig
 from moesaic.platform.registry.registry import CHAMPION, Registry, RegistryAddress
 from moesaic.platform.runs.lineage import Input, Origin, find_digest, origins, sources, trace, unknown_inputs, walk
@@ -41,7 +41,7 @@ class Challenger:
     @property
     def description(self) -> str:
         """The gate as Markdown, which MLflow shows with the version."""
-        rows = [f"| {line.name} | {shown(line.figure)} | {line.asked} | {_word(line)} |" for line in self.lines]
+        rows = [f"| {line.name} | {line.shown} | {line.asked} | {_word(line)} |" for line in self.lines]
         return "\n".join(["| gate | figure | asked | |", "|---|---|---|---|", *rows])
 
 
@@ -169,7 +169,7 @@ def _verdict(given: Mapping[str, Path], store: Store) -> Verdict | None:
 
 
 def _gate_tags(lines: list[Line]) -> dict[str, str]:
-    tags = {f"moesaic.gate.{line.name}": f"{shown(line.figure)} ({line.asked}): {_word(line)}" for line in lines}
+    tags = {f"moesaic.gate.{line.name}": f"{line.shown} ({line.asked}): {_word(line)}" for line in lines}
     return tags | {"moesaic.gate": "met" if is_met(lines) else "not met"}
 
 

@@ -14,16 +14,17 @@ from moesaic.core.stage import Stage, artifact, model
 
 
 class PromoteConfig(Config):
-    """What a child must show to become the champion of the model registry, see ``moesaic.promotion``."""
+    """What a child must show to become the champion of the model registry, see ``moesaic.platform.promote.gate``."""
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "moesaic"
     """Name of the registered model whose versions are children of one parent."""
-    min_retention: dict[Effort, Amount] = {"low": 0.98, "medium": 0.98, "high": 0.98}
-    """Least share of the parent's accuracy, by effort."""
+    margin_points: dict[Effort, Amount] = {"low": 3.0, "medium": 3.0, "high": 3.0}
+    """Points of accuracy, by effort: the 95 % interval of child minus parent must lie above minus this. The fewer the
+    problems, the wider the interval, and the wider a margin that an equal child clears; see ``docs/registry.md``."""
     min_request_efficiency: dict[Effort, Amount] = {"low": 1.0, "medium": 1.0, "high": 1.0}
     """Least request rate over the parent's at equal effort."""
-    max_kv_accuracy_loss: Annotated[float, Field(ge=0)] | None = 0.02
-    """Accuracy that the FP8 KV cache may cost, of 1, at the effort where it costs most. None: not asked."""
+    kv_margin_points: dict[Effort, Amount] = {"low": 3.0, "medium": 3.0, "high": 3.0}
+    """The same for the child's calibrated FP8 KV cache against its BF16 cache."""
     require_export: bool = True
     """Whether there must be an exported bundle that no check found wrong."""
     require_engine: bool = False

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesaic.core.config import Amount, Config, Efforts, Positive, Precision
+from moesaic.core.config import Amount, Balance, Config, Efforts, Positive, Precision
 from moesaic.core.errors import ConfigError
 from moesaic.core.stage import Stage, dataset, model
 from moesaic.recover.training import OptimizerConfig, Trainable
 
-Balance = Literal["token", "trace"]
 Context = Literal["trace", "row"]
 
 

@@ -89,6 +89,7 @@ def run(
     rows = [row for layer in layers for row in json.loads(_saved(scratch, layer).read_text())]
     content = {
         "metric": config.metric,
+        "balance": config.balance,
         "long_weight": config.long_weight,
         "parent": [block.as_config() for block in job.checkpoint.architecture.blocks],
         "rows": rows,
@@ -160,7 +161,7 @@ def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, max_t
         max_tokens=min(max_tokens, checkpoint.shape.max_positions),
         batch_tokens=config.batch_tokens // config.variants_per_batch,
     )
-    probes = [probe for probe in (Probe.of(batch, first) for batch in batches) if probe.measured.any()]
+    probes = [probe for probe in (Probe.of(batch, first, config.balance) for batch in batches) if probe.measured.any()]
     if not probes:
         longest = max(batch.num_positions for batch in batches)
         raise ArtifactError(

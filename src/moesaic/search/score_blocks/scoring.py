@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
+from moesaic.core.config import Balance
 from moesaic.core.errors import StageError
 from moesaic.data.batches import Batch
 from moesaic.models.architecture import Architecture, Block
@@ -98,18 +99,26 @@ class Probe:
 
     batch: Batch
     measured: Bool[Tensor, "batch time"]
+    balance: Balance = "trace"
+    """Whether every measured token counts alike, or every sequence."""
 
     @classmethod
-    def of(cls, batch: Batch, first: int = 0) -> "Probe":
+    def of(cls, batch: Batch, first: int = 0, balance: Balance = "trace") -> "Probe":
         """Measure the positions from ``first`` on whose next token is a response token."""
         measured = F.pad(batch.is_response[:, 1:], (0, 1))
         measured[:, :first] = False
-        return cls(batch, measured)
+        return cls(batch, measured, balance)
 
     @property
     def next_ids(self) -> Int[Tensor, " token"]:
         """The token that follows each measured position."""
         return self.batch.token_ids.roll(-1, dims=1)[self.measured]
+
+    @property
+    def weights(self) -> Float[Tensor, " token"]:
+        """What each measured position counts."""
+        ones = self.measured.double()
+        return (ones if self.balance == "token" else ones / ones.sum(1, keepdim=True))[self.measured]
 
     def sees(self, block: Block) -> Block:
         """The block this batch cannot tell from ``block``: a window that covers the whole batch is none."""
@@ -165,7 +174,7 @@ def run_parent(
         output = _continue(parent, module, parent.last, hidden.read().unsqueeze(0), probe.measured).squeeze(0)
         hidden.drop()
         reference = parent.head.normed(output)
-        measurements.append(Measurement(probe, parent.offload(reference), unchanged(reference)))
+        measurements.append(Measurement(probe, parent.offload(reference), unchanged(reference, probe.weights)))
     on_steps(1)
     return measurements
 
@@ -270,7 +279,7 @@ def _score_group(
     results = []
     for batch in batches:
         item, children = measurements[batch.index], parent.head.normed(batch.hidden.read())
-        sums = compare(parent.head, item.reference.read(), children, item.probe.next_ids)
+        sums = compare(parent.head, item.reference.read(), children, item.probe.next_ids, item.probe.weights)
         batch.hidden.drop()
         results.append((batch.index, batch.variants, sums))
     return results

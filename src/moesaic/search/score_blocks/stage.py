@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesaic.core.config import Config, Positive, Precision
+from moesaic.core.config import Balance, Config, Positive, Precision
 from moesaic.core.stage import Stage, artifact, dataset, model
 from moesaic.search.space import SearchSpace
 
@@ -22,6 +22,9 @@ class ScoreBlocksConfig(Config):
     """The metric that becomes the damage; all of them are recorded."""
     long_weight: Annotated[float, Field(ge=0)] = 1.0
     """Damage = short score + long_weight * long score, each normalised as ``scoring.py`` says."""
+    balance: Balance = "trace"
+    """Whether every measured token counts alike, or every sequence: then short replies, as at low effort, weigh as
+    much as long ones."""
     max_sequences: Positive = 128
     """Sequences to use of each calibration set, from its start."""
     max_tokens: Positive = 8192
