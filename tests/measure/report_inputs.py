@@ -80,6 +80,7 @@ def costs() -> str:
         "parent": [block(entry) for entry in PARENT],
         "hardware": {"device": "none"},
         "kv_cache": "bf16",
+        "engine": "moesaic",
         "workloads": [{"name": "long", "input_tokens": 100, "output_tokens": 50, "concurrency": 2}],
         "fixed": {
             "parameters": 100,

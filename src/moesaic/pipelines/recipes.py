@@ -184,8 +184,9 @@ def gpt_oss_120b_h100x8() -> Recipe:
 
     Limits are the paper's results as far as the cost model reproduces them (``benchmarks/cost_model.py``). It published
     throughput at each model's own best number of requests: 1.63 at 64K + 64K. The parent is modelled at 7,097 tokens/s
-    with the 285 requests it holds; 11,400 are 1.61 times that, from 480 requests at once. Memory is the published cache
-    of about 0.6. At 4K + 4K the model explains 1.05 of the published 1.22, so no more than that can be asked of it.
+    with the 285 requests it holds; 11,400 are 1.61 times that, from 480 requests at once, which the released layout
+    holds by the average of their lives. Memory is the published cache of about 0.6, and room to round. At 4K + 4K the
+    model explains 1.05 of the published 1.22, so no more than that can be asked of it.
     """
     costs = _h100_costs(_120B_SPACE, num_gpus=8, long_requests=480, short_requests=512)
     search = SearchArchitectureConfig(
