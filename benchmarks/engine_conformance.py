@@ -1,9 +1,9 @@
 """How far vLLM's greedy replies are those of transformers in float32: a parent and a child of it, BF16 and FP8 caches.
 
-Each model is exported for vLLM by `export_engine` and loaded by vLLM itself; `validate_bundle` asks it 500 prompts at each
-effort and holds its replies against the reference. The child is any checkpoint with scales from `calibrate_kv`, such as
-the demo's. The bars: every bundle is verified, and at least 99 % of the replies are equal at each effort; a reply at low
-effort is often a guess among equals, so that rounding decides, and what was reached is recorded as it is.
+Each model is exported for vLLM by `export_engine` and loaded by vLLM itself; `validate_bundle` asks it 500 prompts at
+each effort and holds its replies against the reference. The child is any checkpoint with scales from `calibrate_kv`,
+such as the demo's. The bars: every bundle is verified, and at least 99 % of the replies are equal at each effort. A
+reply at low effort is often a guess among equals, so that rounding decides; what was reached is recorded as it is.
 
 Run: python benchmarks/engine_conformance.py --child runs/demo/child [--parent MODEL] [--prompts 500] [--record FILE]
 """
