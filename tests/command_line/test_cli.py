@@ -76,7 +76,7 @@ def test_unknown_pipelines_and_recipes_are_named(
     tiny_parent: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "nonsense", "--recipe", "tiny_cpu"]) == 2
-    assert "choose one of compress, compress-2-rounds, search" in capsys.readouterr().err
+    assert "choose one of compress, compress-2-rounds, compress-2-rounds-without-control" in capsys.readouterr().err
     assert main(["run", "search", "--recipe", "huge"]) == 2
     assert "choose one of tiny_cpu" in capsys.readouterr().err
 

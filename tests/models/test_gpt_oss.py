@@ -56,8 +56,8 @@ def test_released_layout() -> None:
     ("tokens", "parent_gb", "child_gb"), [(8192, 0.153, 0.153), (32_768, 0.606, 0.405), (131_072, 2.418, 1.412)]
 )
 def test_kv_cache_of_one_sequence_in_fp8(tokens: int, parent_gb: float, child_gb: float) -> None:
-    parent = request_kv_bytes(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, tokens, "fp8")
-    child = request_kv_bytes(GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS, tokens, "fp8")
+    parent = request_kv_bytes(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, tokens, "fp8", "tensorrt_llm")
+    child = request_kv_bytes(GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS, tokens, "fp8", "tensorrt_llm")
     assert parent / GB == pytest.approx(parent_gb, abs=0.0005)
     assert child / GB == pytest.approx(child_gb, abs=0.0005)
 

@@ -128,7 +128,9 @@ def test_what_is_done_with_a_model_is_about_that_model(
 
 def test_baselines_are_all_candidates_but_the_searchs_own(tiny_parent: Path, tmp_path: Path) -> None:
     found = choose(tmp_path, tiny_parent, 4)
-    assert [json.loads(config) for config in baselines_of(found["architecture"].path)] == [{"candidate": "greedy"}]
+    assert [json.loads(config) for config in baselines_of(found["architecture"].path)] == [
+        {"candidate": "greedy", "yarn_factor": None}
+    ]
 
 
 def test_content_digests_ignore_the_record(tmp_path: Path) -> None:

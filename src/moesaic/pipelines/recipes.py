@@ -158,8 +158,10 @@ def on_a_budget(recipe: Callable[[], Recipe], distill_steps: int, num_prompts: i
     """The same with one policy, no control, and less of everything that is paid by the token.
 
     What fewer tokens of distillation cost is known of paper B alone, on a dense model: 98.8 % of the quality after 3.7B
-    of 45B tokens. A prompt gives about 64K tokens to distil, with replies of medium and high effort.
+    of 45B tokens. A prompt gives about 64K tokens to distil, with replies of medium and high effort. The gate asks no
+    more than 100 problems of a task can answer: a margin of 6 points.
     """
+    margins: dict[Effort, float] = {"low": 6.0, "medium": 6.0, "high": 6.0}
 
     def reduced() -> Recipe:
         whole = recipe()
@@ -174,6 +176,7 @@ def on_a_budget(recipe: Callable[[], Recipe], distill_steps: int, num_prompts: i
             },
             evaluate={"problems_per_task": 100},
             benchmark_serving={"requests_per_user": 1},
+            promote={"margin_points": margins, "kv_margin_points": margins},
         )
 
     return reduced
