@@ -111,7 +111,7 @@ def test_without_an_engine_for_this_machine_a_bundle_is_unverified(
 
 def test_a_cpu_gets_a_cache_that_holds_the_longest_request(bundle: Path) -> None:
     """2 bytes * 2 for padding * 8 layers * (K and V of 2 heads of 32) * 4096 positions; or what is in flight."""
-    arguments = engine._arguments(bundle, 100)
+    arguments = engine._arguments(bundle, 100, on_cpu=True)
     assert arguments[-2:] == ["--kv-cache-memory-bytes", str(2 * 2 * 8 * 128 * 4096)]
-    assert engine._arguments(bundle, 5000)[-1] == str(2 * 2 * 8 * 128 * 5000)
+    assert engine._arguments(bundle, 5000, on_cpu=True)[-1] == str(2 * 2 * 8 * 128 * 5000)
     assert engine.variables(bundle)["PYTHONPATH"] == str(bundle / "vllm_plugin")

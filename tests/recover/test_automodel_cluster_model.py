@@ -3,10 +3,8 @@
 Run as a program, this file is two ranks of a gloo group (see ``test_two_ranks_train_one_model``).
 """
 
-import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +24,7 @@ from moesaic.recover.distill.automodel.expert_parallel import check_expert_paral
 from moesaic.search.prune_model.pruning import prune_layer
 from tests.closeness import assert_near
 from tests.layer_states import layer_state
+from tests.recover.two_ranks import run_two_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed:UserWarning"),
@@ -281,22 +280,12 @@ def test_two_ranks_train_one_model(tiny_parent: Path, tmp_path: Path) -> None:
 
 
 def two_ranks(scratch: Path) -> int:
-    """Both ranks are forks of this process, so that AutoModel is imported once; 0 if both succeed."""
+    """0 if both ranks succeed; AutoModel is imported once for both."""
     import warnings
 
     warnings.simplefilter("ignore")
     torch.compiler.set_stance("force_eager")
-    ranks = []
-    for rank in range(2):
-        if (process := os.fork()) == 0:
-            try:
-                run_rank(rank, scratch)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        ranks.append(process)
-    return int(any([os.waitpid(process, 0)[1] for process in ranks]))
+    return run_two_ranks(run_rank, scratch)
 
 
 def run_rank(rank: int, scratch: Path) -> None:

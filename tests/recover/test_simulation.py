@@ -4,10 +4,8 @@ Run as a program, this file is two ranks of a gloo group.
 """
 
 import json
-import os
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.gpt_oss import ModelShape
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.stage import DistillConfig
+from tests.recover.two_ranks import run_two_ranks
 
 SHAPE = ModelShape(
     hidden_size=64,
@@ -58,20 +57,10 @@ def test_simulated_peaks_are_those_of_real_tensors(tmp_path: Path) -> None:
 
 
 def two_ranks(scratch: Path) -> int:
-    """Both ranks are forks of this process, so that AutoModel is imported once; 0 if both succeed."""
+    """0 if both ranks succeed; AutoModel is imported once for both."""
     import moesaic.recover.distill.automodel.simulation  # noqa: F401
 
-    ranks = []
-    for rank in range(2):
-        if (process := os.fork()) == 0:
-            try:
-                run_rank(rank, scratch)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        ranks.append(process)
-    return int(any([os.waitpid(process, 0)[1] for process in ranks]))
+    return run_two_ranks(run_rank, scratch)
 
 
 def run_rank(rank: int, scratch: Path) -> None:

@@ -77,9 +77,7 @@ class OwnEnvironment:
                 if (build := environment.install_torch(torch, self.torch, say)) != self.torch:
                     raise StageError(f"it needs PyTorch's {self.torch} build, and only the {build} build could be had")
             say(f"{len(pins)} packages into {home}; this takes minutes")
-            environment.install("--requirement", self.pins)
-            if wrong := environment.differences(pins):
-                raise StageError(f"it is not as pinned: {'; '.join(wrong)}")
+            environment.install_pins(self.pins)
         except StageError as failure:
             raise StageError(
                 f"{self.title}'s environment cannot be made: {failure}\nIt needs a package index, once; without one, "

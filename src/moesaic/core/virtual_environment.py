@@ -148,6 +148,18 @@ class VirtualEnvironment:
         (path,) = self.folder.glob("lib/python*/site-packages/torch/version.py")
         return "cpu" if re.search(r"^cuda\b.*= None", path.read_text(), re.MULTILINE) else "cuda"
 
+    def install_pins(self, path: Path) -> None:
+        """Install all that a file of pins names for this machine, and compare what is there with it.
+
+        Raises:
+            StageError: if an installation fails, or a version is another.
+        """
+        self.install("--requirement", path)
+        if wrong := self.differences(pins_here(path)):
+            raise StageError(
+                f"the environment is not as pinned: {'; '.join(wrong)}. Remove {self.folder} and run it again."
+            )
+
     def differences(self, pins: list[str]) -> list[str]:
         """Which installed versions are not the pinned ones."""
         compared = subprocess.run(

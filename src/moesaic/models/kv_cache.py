@@ -123,6 +123,16 @@ def read_scales(checkpoint: Checkpoint) -> list[KvScales]:
     return [KvScales(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
 
 
+def scales_for(kind: str | None, checkpoint: Checkpoint) -> list[KvScales]:
+    """The scales that a cache of this kind has on a checkpoint: its own if they are calibrated, else 1.
+
+    Raises:
+        ConfigError: if there should be calibrated scales and are none.
+        ArtifactError: if one is not a positive number.
+    """
+    return read_scales(checkpoint) if kind == "fp8" else [UNIT] * checkpoint.num_layers
+
+
 def fold(tensors: Mapping[str, Tensor], layer: int, scales: KvScales) -> dict[str, Tensor]:
     """The attention tensors of a layer that its scales change, by name, such that a cache with scales of 1 serves.
 

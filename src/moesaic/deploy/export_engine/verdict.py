@@ -1,7 +1,8 @@
 """What may be said of a bundle: what was checked, which engine has loaded it, and what that engine found."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 VERDICT = "verdict.json"
@@ -23,6 +24,21 @@ class Verdict:
     """What the engine refused, or does otherwise than the reference."""
     replies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By effort, how its replies compare with the reference."""
+
+    def to_json(self) -> str:
+        """The content of its file."""
+        return json.dumps({"verdict": self.words, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Verdict":
+        """A verdict out of its file, or out of what the export recorded; what is not said is not known."""
+        return cls(
+            passed=content.get("passed") is True,
+            loaded_by=content.get("loaded_by"),
+            why_unverified=content.get("why_unverified", cls.why_unverified),
+            problems=tuple(content.get("problems", ())),
+            replies=content.get("replies", {}),
+        )
 
     @property
     def words(self) -> str:

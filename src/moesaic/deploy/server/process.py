@@ -50,7 +50,7 @@ def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limit
         ConfigError: if ``fp8`` is asked for and the checkpoint has no scales.
     """
     checkpoint = Checkpoint.open(directory)
-    scales = kv_cache.read_scales(checkpoint) if kv_dtype == "fp8" else [kv_cache.UNIT] * checkpoint.num_layers
+    scales = kv_cache.scales_for(kv_dtype, checkpoint)
     tokenizer = load_tokenizer(directory)
     device = choose_device()
     dtype = getattr(torch, precision or ("float32" if device.type == "cpu" else "bfloat16"))

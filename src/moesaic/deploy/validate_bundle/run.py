@@ -1,6 +1,5 @@
 """Let the engine load a bundle, and write its word on it."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +31,7 @@ def run(config: ValidateBundleConfig, *, bundle: Path, prompts: Path, output: Pa
     """Write ``verdict.json``. What an engine finds wrong is a result, not an error."""
     check_files(bundle, BundleManifest.read(bundle))
     verdict = validate_by_engine(config, bundle, prompts, scratch)
-    (output / VERDICT).write_text(json.dumps({"verdict": verdict.words, **asdict(verdict)}, indent=1) + "\n")
+    (output / VERDICT).write_text(verdict.to_json())
     compared = sum(one["replies"] for one in verdict.replies.values())
     metrics = {"loaded": float(verdict.loaded_by is not None), "passed": float(verdict.passed)}
     if compared:
@@ -109,8 +108,7 @@ def _compare(
 ) -> dict[Effort, Agreement]:
     model = load_model(bundle, getattr(torch, config.precision)).to(choose_device())
     kind = manifest.kv_cache.kind
-    checkpoint = Checkpoint.open(bundle)
-    scales = kv_cache.read_scales(checkpoint) if kind == "fp8" else [kv_cache.UNIT] * checkpoint.num_layers
+    scales = kv_cache.scales_for(kind, Checkpoint.open(bundle))
     kv_cache.emulate(model, kv_cache.roundings(kind, scales, toward_zero=loaded.on_cpu))
     given = iter(loaded.replies)
     pairs = [(effort, prompt, next(given)) for effort, prompts in asked.items() for prompt in prompts]

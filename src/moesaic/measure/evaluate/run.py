@@ -103,18 +103,12 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
 def _answer_here(
     config: EvaluateConfig, checkpoint: Checkpoint, problems: Sequence[Problem], efforts: Sequence[Effort]
 ) -> Answered:
-    scales = _scales(config, checkpoint)
+    scales = kv_cache.scales_for(config.kv_cache, checkpoint)
     tokenizer = load_tokenizer(checkpoint.directory)
     if efforts:
         model = _load(checkpoint.directory, config, scales)
         for effort in efforts:
             yield effort, answer_problems(model, tokenizer, problems, effort, config)
-
-
-def _scales(config: EvaluateConfig, checkpoint: Checkpoint) -> Sequence[kv_cache.KvScales]:
-    if config.kv_cache == "fp8":
-        return kv_cache.read_scales(checkpoint)
-    return [kv_cache.UNIT] * checkpoint.num_layers
 
 
 def _load(model: Path, config: EvaluateConfig, scales: Sequence[kv_cache.KvScales]) -> PreTrainedModel:
@@ -136,7 +130,7 @@ def _answer_by_server(
     if not efforts:
         return
     if config.engine == "moesaic":
-        _scales(config, checkpoint)
+        kv_cache.scales_for(config.kv_cache, checkpoint)
     tokenizer = load_tokenizer(checkpoint.directory)
     chunks = [chunk for effort in efforts for chunk in _plan(config, problems, tokenizer, effort, scratch)]
     missing = [chunk for chunk in chunks if not chunk.file.is_file()]

@@ -151,21 +151,14 @@ def _verdict(given: Mapping[str, Path], store: Store) -> Verdict | None:
     if "bundle" not in given:
         return None
     if "verdict" in given:
-        said = read_json(given["verdict"] / VERDICT)
-        return Verdict(
-            passed=said.get("passed") is True,
-            loaded_by=said.get("loaded_by"),
-            why_unverified=said.get("why_unverified", ""),
-            problems=tuple(said.get("problems", ())),
-            replies=said.get("replies", {}),
-        )
+        return Verdict.read(read_json(given["verdict"] / VERDICT))
     bundle = given["bundle"]
     if (bundle / MANIFEST).is_file():
         entries = [entry for entry in Manifest.read(bundle).files if entry.path == VALIDATION]
         validation = json.loads(store.read_range(entries[0], 0, entries[0].size_bytes)) if entries else {}
     else:
         validation = read_json(bundle / VALIDATION)
-    return Verdict(passed=validation.get("passed") is True)
+    return Verdict.read(validation)
 
 
 def _gate_tags(lines: list[Line]) -> dict[str, str]:

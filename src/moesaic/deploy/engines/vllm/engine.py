@@ -69,7 +69,8 @@ def server_command(bundle: Path, cache_tokens: int) -> list[str]:
         ConfigError: if there is no vLLM for this machine.
         StageError: if its environment cannot be made.
     """
-    return [str(vllm_environment().find_program()), *_SERVER, *_arguments(bundle, cache_tokens)]
+    vllm = vllm_environment()
+    return [str(vllm.find_program()), *_SERVER, *_arguments(bundle, cache_tokens, vllm.torch == "cpu")]
 
 
 def variables(bundle: Path) -> dict[str, str]:
@@ -105,12 +106,13 @@ def load(
         ArtifactError: if the engine refuses the bundle, with its own words.
         StageError: if its environment cannot be made, or it takes longer.
     """
-    program = vllm_environment().find_program()
+    vllm = vllm_environment()
+    program = vllm.find_program()
     longest = max(map(len, prompts), default=0) + max_tokens
     request, answer, log = (scratch / name for name in ("asked.json", "answered.json", "engine.log"))
     answer.unlink(missing_ok=True)
     asked = {
-        "arguments": [*_arguments(bundle, longest * len(prompts)), "--enforce-eager"],
+        "arguments": [*_arguments(bundle, longest * len(prompts), vllm.torch == "cpu"), "--enforce-eager"],
         "prompts": [list(prompt) for prompt in prompts],
         "stop_ids": sorted(stop_ids),
         "max_tokens": max_tokens,
@@ -136,10 +138,10 @@ def _read(answer: dict[str, Any]) -> LoadedBundle:
     )
 
 
-def _arguments(bundle: Path, cache_tokens: int) -> list[str]:
+def _arguments(bundle: Path, cache_tokens: int, on_cpu: bool) -> list[str]:
     """The bundle's own; on a CPU the cache's size is given, since a share of the machine's memory is too much there."""
     arguments = ["--model", str(bundle), *shlex.split((bundle / ARGUMENTS).read_text(), comments=True)]
-    if vllm_environment().torch == "cuda":
+    if not on_cpu:
         return arguments
     config = json.loads((bundle / CONFIG).read_text())
     longest = int(arguments[arguments.index("--max-model-len") + 1])
