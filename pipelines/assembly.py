@@ -1,7 +1,7 @@
 """From a model to a child of it: rank, score and cost every block, solve for the best assembly, prune.
 
 rank_experts -> score_blocks -+
-measure_costs ----------------+-> search_architecture -> prune_model
+measure_costs ----------------+-> search_architecture -> refine_architecture -> prune_model
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from components.evaluate.component import evaluate
 from components.measure_costs.component import measure_costs
 from components.prune_model.component import prune_model
 from components.rank_experts.component import rank_experts
+from components.refine_architecture.component import refine_architecture
 from components.score_blocks.component import score_blocks
 from components.search_architecture.component import search_architecture
 
@@ -26,6 +27,7 @@ class AssemblyConfigs:
     score_blocks: Any
     measure_costs: Any
     search_architecture: Any
+    refine_architecture: Any
     prune_model: Any
 
 
@@ -57,11 +59,22 @@ def assemble(configs: AssemblyConfigs, parent: Any, calibration_short: Any, cali
         calibration_long=calibration_long,
     ).outputs["scores"]
     costs = measure_costs(config=configs.measure_costs, version=version, parent=parent).outputs["costs"]
-    found = search_architecture(
+    chosen = search_architecture(
         config=configs.search_architecture, version=version, parent=parent, scores=scores, costs=costs
+    ).outputs["architecture"]
+    found = refine_architecture(
+        config=configs.refine_architecture,
+        version=version,
+        parent=parent,
+        ranking=ranking,
+        scores=scores,
+        costs=costs,
+        architecture=chosen,
+        calibration_short=calibration_short,
+        calibration_long=calibration_long,
     ).outputs
-    child = prune(configs.prune_model, version, parent, ranking, found["architecture"])
-    return Assembly(ranking, scores, costs, found["architecture"], child, found["Output"])
+    child = prune(configs.prune_model, version, parent, ranking, found["refined"])
+    return Assembly(ranking, scores, costs, found["refined"], child, found["Output"])
 
 
 def prune(config: Any, version: Any, parent: Any, ranking: Any, architecture: Any) -> Any:

@@ -26,7 +26,7 @@ from pipelines.assembly import Assembly, AssemblyConfigs, assemble, evaluate_riv
 from pipelines.deployment import DeploymentConfigs, deploy, put_forward
 from pipelines.recovery import Material, RecoveryConfigs, learn, recover
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 ROUNDS = (1, 2)
 """Numbers of rounds that are compiled and committed."""
 
@@ -58,6 +58,7 @@ def compress(rounds: int, control: bool = True) -> Any:
         earlier_search_architecture_config: str,
         earlier_distill_config: str,
         search_architecture_config: str,
+        refine_architecture_config: str,
         prune_model_config: str,
         distill_blocks_config: str,
         distill_config: str,
@@ -152,6 +153,7 @@ class _Tasks:
             score_blocks=self._given.score_blocks_config,
             measure_costs=self._given.measure_costs_config,
             search_architecture=search_config,
+            refine_architecture=self._given.refine_architecture_config,
             prune_model=self._given.prune_model_config,
         )
         return assemble(configs, model, self._inputs["calibration_short"], self._inputs["calibration_long"])

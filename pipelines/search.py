@@ -16,7 +16,7 @@ from components.ingest.component import ingest
 from components.report.component import report
 from pipelines.assembly import AssemblyConfigs, assemble, evaluate_rivals
 
-VERSION = "0.4.0"
+VERSION = "0.5.0"
 
 
 class Outputs(NamedTuple):
@@ -34,6 +34,7 @@ def search(
     score_blocks_config: str,
     measure_costs_config: str,
     search_architecture_config: str,
+    refine_architecture_config: str,
     prune_model_config: str,
     evaluate_config: str,
     benchmark_config: str,
@@ -48,6 +49,7 @@ def search(
         score_blocks=score_blocks_config,
         measure_costs=measure_costs_config,
         search_architecture=search_architecture_config,
+        refine_architecture=refine_architecture_config,
         prune_model=prune_model_config,
     )
     found = assemble(configs, parent, given["calibration_short"], given["calibration_long"])

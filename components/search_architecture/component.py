@@ -15,11 +15,11 @@ def search_architecture(
     costs: Input[Artifact],
     architecture: Output[Artifact],
     metrics: Output[Metrics],
-) -> list[str]:
+):
     """Solves for one block per layer with the least damage under all limits at once; sweeps the frontier and
     makes baselines of equal budget.
     """
-    from moesaic.platform.runs.runtime import baselines_of, run_stage
+    from moesaic.platform.runs.runtime import run_stage
 
     run_stage(
         "search_architecture",
@@ -34,4 +34,3 @@ def search_architecture(
             "metrics": metrics,
         },
     )
-    return baselines_of(architecture.path)

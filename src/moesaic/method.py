@@ -2,7 +2,7 @@
 
     from moesaic.method import compress, search
 
-    found = search(parent, data, recipe, directory)      # rank, score, cost, solve, prune
+    found = search(parent, data, recipe, directory)      # rank, score, cost, solve, refine, prune
     made = compress(parent, data, recipe, directory)     # the same, then recover and measure
 
 Each line below is one stage, whose folder holds everything about it. The compiled pipelines run the same stages in the
@@ -117,6 +117,17 @@ def _search(bench: Workbench, parent: Path, data: DataSets, recipe: Recipe, pref
         calibration_long=long,
     )
     costs = run("measure_costs", recipe.measure_costs, parent=parent)
-    architecture = run("search_architecture", limits, parent=parent, scores=scores, costs=costs)
+    chosen = run("search_architecture", limits, parent=parent, scores=scores, costs=costs)
+    architecture = run(
+        "refine_architecture",
+        recipe.refine_architecture,
+        parent=parent,
+        ranking=ranking,
+        scores=scores,
+        costs=costs,
+        architecture=chosen,
+        calibration_short=short,
+        calibration_long=long,
+    )
     child = run("prune_model", recipe.prune_model, parent=parent, ranking=ranking, architecture=architecture)
     return Found(ranking, scores, costs, architecture, child)

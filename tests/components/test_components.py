@@ -93,7 +93,7 @@ def test_the_body_calls_its_own_stage_with_all_it_was_given(name: str, monkeypat
     assert positional == (name, "{}")
     assert named["inputs"] == {key: given[key] for key in (*stage.required, *stage.optional)}
     assert named["outputs"] == {key: given[key] for key in (*stage.output_names, "metrics")}
-    assert returned == (["architecture"] if name == "search_architecture" else None)
+    assert returned == (["refined"] if name == "refine_architecture" else None)
 
 
 def test_ingest_runs_as_kubeflow_would_call_it(

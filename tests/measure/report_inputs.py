@@ -19,8 +19,11 @@ def block(entry: tuple[int, int | None]) -> dict[str, int | None]:
     return {"num_local_experts": entry[0], "sliding_window": entry[1]}
 
 
-def solution(blocks: list[tuple[int, int | None]], damage: float, speed: float) -> dict[str, Any]:
+def solution(
+    blocks: list[tuple[int, int | None]], damage: float, speed: float, measured: float | None = None
+) -> dict[str, Any]:
     return {
+        "measured": measured,
         "blocks": [block(entry) for entry in blocks],
         "damage": damage,
         "parameters": 100 + sum(COSTS[entry][0] for entry in blocks),
@@ -107,8 +110,8 @@ def inputs() -> dict[str, Any]:
     architecture = {
         "parent": solution(PARENT, 0.0, 500.0),
         "candidates": {
-            "puzzle": solution(CHILD, 0.2, 600.0),
-            "greedy": solution([(2, 8), (4, None)], 0.3, 600.0),
+            "puzzle": solution(CHILD, 0.2, 600.0, measured=0.22),
+            "greedy": solution([(2, 8), (4, None)], 0.3, 600.0, measured=0.33),
             "random-0": solution([(4, 8), (4, 8)], 0.4, 600.0),
             "random-1": solution(CHILD, 0.6, 600.0),
         },
@@ -116,6 +119,14 @@ def inputs() -> dict[str, Any]:
         "swept": "throughput of long",
         "frontier": [solution(PARENT, 0.0, 500.0), solution(CHILD, 0.2, 600.0)],
         "limits": {},
+        "refinement": {
+            "metric": "hidden_mse",
+            "evaluations": [
+                {"blocks": [], "sum": 0.18, "expected": 0.18, "measured": 0.24},
+                {"blocks": [], "sum": 0.3, "expected": 0.37, "measured": 0.33},
+                {"blocks": [], "sum": 0.2, "expected": 0.25, "measured": 0.22},
+            ],
+        },
     }
     return {
         "ranking": {"criterion": "reap", "layers": [{"order": [3, 1, 0, 2]}, {"order": [0, 1, 2, 3]}]},
@@ -140,7 +151,7 @@ def inputs() -> dict[str, Any]:
     }
 
 
-SEARCH_PICTURES = ("architecture", "importance", "damage", "search", "throughput", "predictions")
+SEARCH_PICTURES = ("architecture", "importance", "damage", "search", "refinement", "throughput", "predictions")
 PICTURES = (
     *("frontier", "efforts", *SEARCH_PICTURES, "contributions", "retention", "tokens", "distillation"),
     *("served_frontier", "served_throughput", "served_latency"),

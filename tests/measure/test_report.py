@@ -74,6 +74,15 @@ def test_a_workload_that_was_not_measured_says_so() -> None:
     assert summary(**given)["predictions"][0]["measured"] is None
 
 
+def test_refinement_compares_what_was_measured_with_what_was_expected() -> None:
+    """Sums miss by 0.06, 0.03 and 0.02, learnt expectations by 0.06, 0.04 and 0.03."""
+    found = summary()["refinement"]
+    assert found["misses"] == pytest.approx({"sum": 0.11 / 3, "expected": 0.13 / 3})
+    shown = text()
+    assert "The search's own choice has a damage of 0.24 where the sum of its scores says 0.18. 3 assemblies" in shown
+    assert "the best of them, the child, has 0.22 (-8.3 %)" in shown
+
+
 def test_seeds_of_random_are_one_rival_with_a_spread() -> None:
     rivals = {rival["name"]: rival for rival in summary()["rivals"]}
     assert list(rivals) == ["puzzle", "greedy", "random"]
@@ -103,7 +112,7 @@ def test_the_headline_is_computed() -> None:
 )
 def test_the_verdict_follows_from_the_interval(greedy: tuple[float, float], words: str) -> None:
     shown = text(baselines=[evaluation("greedy", *greedy)])
-    assert "By the sum of scores puzzle wins: damage 0.2 against 0.3 of greedy" in shown
+    assert "By the damage of the whole model puzzle wins: 0.22 against 0.33 of greedy" in shown
     assert f"mean over tasks and efforts, {words} of greedy" in shown
 
 
@@ -111,7 +120,7 @@ def test_missing_evaluations_are_said() -> None:
     assert "No baseline was evaluated" in text(baselines=[])
     alone = inputs()["architecture"]
     alone["candidates"] = {"puzzle": alone["candidates"]["puzzle"]}
-    assert "There is no baseline to compare the child with." in text(architecture=alone, baselines=[])
+    assert "No baseline was run whole to compare the child with." in text(architecture=alone, baselines=[])
 
 
 def test_a_parent_without_accuracy_leaves_retention_undefined() -> None:
@@ -141,7 +150,7 @@ def test_the_page_needs_nothing_beside_it() -> None:
     evidence = read_evidence(**inputs())
     pictures = draw_pictures(evidence)
     page = render_page("A <title>", evidence, summarize(evidence), pictures)
-    assert page.count('src="data:image/png;base64,') == len(pictures) == 8
+    assert page.count('src="data:image/png;base64,') == len(pictures) == 9
     assert "http" not in page
     assert "<script" not in page
     assert "A &lt;title&gt;" in page

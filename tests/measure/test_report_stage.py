@@ -22,7 +22,17 @@ from tests.measure.serving_inputs import serving
 
 SPACE = SearchSpace(expert_counts=(8, 4, 2), windows=(64, 8))
 LONG = Workload(name="long", input_tokens=256, output_tokens=64, concurrency=4)
-NAMES = {"frontier", "efforts", "architecture", "importance", "damage", "search", "throughput", "predictions"}
+NAMES = {
+    "frontier",
+    "efforts",
+    "architecture",
+    "importance",
+    "damage",
+    "search",
+    "refinement",
+    "throughput",
+    "predictions",
+}
 
 
 def write(directory: Path, name: str, content: object) -> Path:
@@ -56,6 +66,10 @@ def stages(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path) -> di
     wanted = SearchArchitectureConfig(max_experts_ratio=0.75, min_windowed_share=0.5, frontier_points=3)
     given = {"parent": tiny_parent, "scores": scores, "costs": costs}
     search_architecture.run(wanted, **given, output=architecture, scratch=tmp_path)
+    found = json.loads((architecture / "architecture.json").read_text())
+    measured = {"blocks": [], "sum": 0.3, "expected": 0.3, "measured": 0.35}
+    found["refinement"] = {"metric": "hidden_mse", "evaluations": [measured]}
+    write(architecture, "architecture.json", found)
     points = [point(model, (256, 64, 4), speed) for model, speed in (("parent", 100.0), ("child", 130.0))]
     hardware = {"device": "cpu", "name": "test", "num_threads": 1, "by_block": False}
     return {

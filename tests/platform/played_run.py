@@ -105,7 +105,16 @@ def play(store: Store, recipe: Recipe, scratch: Path, name: str = "puzzle") -> P
         )
         costs = player.run("measure_costs", recipe.measure_costs, parent=model)
         found = player.run("search_architecture", search_config, parent=model, scores=scores, costs=costs)
-        return {"ranking": ranking, "scores": scores, "costs": costs, "architecture": found}
+        refined = player.run(
+            "refine_architecture",
+            recipe.refine_architecture,
+            parent=model,
+            ranking=ranking,
+            scores=scores,
+            costs=costs,
+            architecture=found,
+        )
+        return {"ranking": ranking, "scores": scores, "costs": costs, "architecture": refined}
 
     def prune(config: PruneModelConfig, model: Made, found: dict[str, Made]) -> Made:
         given = {"ranking": found["ranking"], "architecture": found["architecture"]}

@@ -37,6 +37,7 @@ def test_from_the_child_back_to_the_parent_and_the_calibration_data(store: Store
     stages = {origin.stage for origin in origins(child).values()}
     assert stages == {
         *("ingest", "generate_traces", "rank_experts", "score_blocks", "measure_costs", "search_architecture"),
+        "refine_architecture",
         *("prune_model", "distill_blocks", "distill", "reinforce", "average_checkpoints", "calibrate_kv"),
     }
     assert sources(child) == {

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import Self
 
+from pydantic import model_validator
+
 from moesaic.core.config import Config, ServingEngine
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
@@ -22,6 +24,7 @@ from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.search.rank_experts.stage import RankExpertsConfig
+from moesaic.search.refine_architecture.stage import RefineArchitectureConfig
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 
@@ -40,6 +43,7 @@ class Recipe(Config):
     search_architecture: SearchArchitectureConfig
     earlier_search_architecture: SearchArchitectureConfig
     """For all rounds but the last."""
+    refine_architecture: RefineArchitectureConfig
     generate_traces: GenerateTracesConfig
     distill_blocks: DistillBlocksConfig
     distill: DistillConfig
@@ -63,6 +67,14 @@ class Recipe(Config):
     promote: PromoteConfig = PromoteConfig()
     rounds: int = 1
     """Rounds of pruning and distillation before the child is recovered whole."""
+
+    @model_validator(mode="after")
+    def _measures_as_scored(self) -> Self:
+        for name in ("metric", "balance", "long_weight"):
+            scored, refined = getattr(self.score_blocks, name), getattr(self.refine_architecture, name)
+            if scored != refined:
+                raise ValueError(f"score_blocks.{name} is {scored!r}, refine_architecture.{name} {refined!r}; use one")
+        return self
 
     def seeded(self, seed: int) -> Self:
         """The same with other random draws in all that learns: 0 changes nothing."""

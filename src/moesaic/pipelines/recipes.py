@@ -24,6 +24,7 @@ from moesaic.recover.reinforce.stage import ReinforceConfig, RewardConfig
 from moesaic.recover.training import OptimizerConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.rank_experts.stage import RankExpertsConfig
+from moesaic.search.refine_architecture.stage import RefineArchitectureConfig
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
 from moesaic.search.search_architecture.stage import Limits, SearchArchitectureConfig
 from moesaic.search.space import SearchSpace
@@ -41,14 +42,16 @@ def tiny_cpu() -> Recipe:
         random_seeds=(0,),
     )
     gentler = {"long": Limits(memory_ratio=0.7), "short": Limits(memory_ratio=0.95)}
+    scores = ScoreBlocksConfig(space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192)
     distill = _tiny_distill()
     margins: dict[Effort, float] = {"low": 5.0, "medium": 4.0, "high": 3.0}
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=1024),
-        score_blocks=ScoreBlocksConfig(space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192),
+        score_blocks=scores,
         measure_costs=MeasureCostsConfig(space=space, workloads=(long, short), repeats=3),
         search_architecture=search,
         earlier_search_architecture=search.but(limits=gentler, max_experts_ratio=0.85, min_windowed_share=0.0),
+        refine_architecture=RefineArchitectureConfig.like(scores),
         generate_traces=GenerateTracesConfig(max_prompts=1200, max_new_tokens=128),
         distill_blocks=DistillBlocksConfig(),
         distill=distill,
@@ -137,6 +140,7 @@ def tiny_cpu_fast() -> Recipe:
     return demo.but(
         rank_experts={"max_sequences": 32},
         score_blocks={"max_sequences": 4},
+        refine_architecture={"max_sequences": 4, "evaluations": 4},
         measure_costs={"repeats": 1},
         generate_traces={"max_prompts": 120},
         distill=few_steps,
@@ -281,22 +285,24 @@ def _gpt_oss_h100(
         expert_parallel_size=costs.num_gpus if costs.expert_parallel else 1,
         compare_outputs=False,
     )
+    scores = ScoreBlocksConfig(
+        space=costs.space,
+        metric="kl",
+        max_sequences=64,
+        max_tokens=8192,
+        max_long_tokens=131_072,
+        batch_tokens=262_144,
+        variants_per_batch=2,
+        precision="bfloat16",
+    )
     distill = _gpt_oss_distill(distill_steps)
     return Recipe(
         rank_experts=RankExpertsConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536, precision="bfloat16"),
-        score_blocks=ScoreBlocksConfig(
-            space=costs.space,
-            metric="kl",
-            max_sequences=64,
-            max_tokens=8192,
-            max_long_tokens=131_072,
-            batch_tokens=262_144,
-            variants_per_batch=2,
-            precision="bfloat16",
-        ),
+        score_blocks=scores,
         measure_costs=costs,
         search_architecture=search,
         earlier_search_architecture=earlier_search,
+        refine_architecture=RefineArchitectureConfig.like(scores).but(assemblies_per_round=2),
         generate_traces=_gpt_oss_traces(export),
         distill_blocks=DistillBlocksConfig(precision="bfloat16"),
         distill=distill,

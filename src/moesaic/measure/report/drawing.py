@@ -14,7 +14,13 @@ PARENT = "#5b6470"
 CHILD = "#0072b2"
 COLOURS = {"parent": PARENT, "child": CHILD}
 CHOSEN = "#00a5e0"
-RIVALS = {"greedy": "#d55e00", "uniform": "#009e73", "random": "#cc79a7", "max_parameters": "#e69f00"}
+RIVALS = {
+    "unrefined": "#56b4e9",
+    "greedy": "#d55e00",
+    "uniform": "#009e73",
+    "random": "#cc79a7",
+    "max_parameters": "#e69f00",
+}
 STAGES = {"parent": PARENT, "pruned": "#d55e00", "distilled": "#56b4e9", "averaged": CHILD}
 _POLICIES = ("#cc79a7", "#e69f00", "#a6761d", "#6a3d9a")
 EFFORT_COLOURS = {"low": "#7fb8da", "medium": "#2f7fb8", "high": "#0b2f5b"}

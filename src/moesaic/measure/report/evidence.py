@@ -25,6 +25,9 @@ class Candidate:
     name: str
     architecture: Architecture
     damage: float
+    """The sum of its blocks' scores."""
+    measured: float | None
+    """The damage of the whole assembly; None if it was not run."""
     parameters: int
     num_experts: int
     memory_mib: Mapping[str, float]
@@ -140,6 +143,17 @@ class Damage:
 
 
 @dataclass(frozen=True)
+class MeasuredAssembly:
+    """An assembly that the search ran whole, and what was expected of it."""
+
+    sum: float
+    """The sum of its blocks' scores."""
+    expected: float
+    """By that sum and the assemblies measured before."""
+    measured: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The evidence of the search and its child."""
 
@@ -153,6 +167,8 @@ class Evidence:
     skipped: Mapping[str, str]
     swept: str
     frontier: Sequence[Candidate]
+    refinement: Sequence[MeasuredAssembly]
+    """In the order in which they were run."""
     evaluation_parent: Evaluation
     evaluation_child: Evaluation
     baselines: Sequence[Evaluation]
@@ -221,6 +237,10 @@ def read_evidence(
             skipped=architecture.get("skipped", {}),
             swept=architecture["swept"],
             frontier=[_read_candidate("frontier", entry) for entry in architecture["frontier"]],
+            refinement=[
+                MeasuredAssembly(row["sum"], row["expected"], row["measured"])
+                for row in architecture["refinement"]["evaluations"]
+            ],
             evaluation_parent=read_evaluation(evaluation_parent),
             evaluation_child=read_evaluation(evaluation_child),
             baselines=[read_evaluation(entry) for entry in baselines],
@@ -249,7 +269,9 @@ def _check(evidence: Evidence) -> None:
 def _read_candidate(name: str, entry: Mapping[str, Any]) -> Candidate:
     architecture = Architecture.of(Block.from_config(block) for block in entry["blocks"])
     figures = ("damage", "parameters", "num_experts", "memory_mib", "throughput_tokens_per_s")
-    return Candidate(name, architecture, **{figure: entry[figure] for figure in figures})
+    return Candidate(
+        name, architecture, measured=entry.get("measured"), **{figure: entry[figure] for figure in figures}
+    )
 
 
 def _read_damage(row: Mapping[str, Any], metric: str) -> Damage:

@@ -55,6 +55,7 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
         },
         "predictions": [asdict(prediction) for prediction in predictions(evidence)],
         "request_efficiency": _request_efficiency(evidence),
+        "refinement": _refinement(evidence),
         "rivals": methods,
         "verdicts": _verdicts(evidence, methods),
         "skipped": dict(evidence.skipped),
@@ -230,6 +231,17 @@ def _request_efficiency(evidence: Evidence) -> dict[str, Any]:
     return at | compare_request_rates(points)
 
 
+def _refinement(evidence: Evidence) -> dict[str, Any]:
+    """What measuring whole assemblies gave: the search's own choice comes first, the best one became the child."""
+    first = evidence.refinement[0]
+    best = min(evidence.refinement, key=lambda assembly: assembly.measured)
+    misses = {
+        name: fmean(abs(assembly.measured - getattr(assembly, name)) for assembly in evidence.refinement)
+        for name in ("sum", "expected")
+    }
+    return {"evaluations": len(evidence.refinement), "first": asdict(first), "best": asdict(best), "misses": misses}
+
+
 def _selection_methods(evidence: Evidence) -> list[dict[str, Any]]:
     """The child first, then the other ways of choosing blocks; the seeds of random are taken together."""
     groups = {evidence.child.name: [evidence.child.name]}
@@ -242,6 +254,7 @@ def _selection_methods(evidence: Evidence) -> list[dict[str, Any]]:
 def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> dict[str, Any]:
     """What the assemblies of one method cost, and how they answer before any training."""
     candidates = [evidence.candidates[name] for name in names]
+    measured = [candidate.measured for candidate in candidates]
     evaluations = _evaluations_of(evidence, names)
     results = [(effort, run.efforts[effort].accuracy) for run in evaluations for effort in evidence.efforts]
     accuracies = {effort: [value for at, value in results if at == effort] for effort in evidence.efforts}
@@ -249,6 +262,7 @@ def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> d
         "name": group,
         "models": list(names),
         "damage": fmean(candidate.damage for candidate in candidates),
+        "measured": None if None in measured else fmean(damage for damage in measured if damage is not None),
         "parameters": fmean(candidate.parameters for candidate in candidates),
         "experts": fmean(candidate.num_experts for candidate in candidates),
         "accuracy": {
@@ -265,20 +279,21 @@ def _evaluations_of(evidence: Evidence, names: Sequence[str]) -> list[Evaluation
 
 
 def _verdicts(evidence: Evidence, methods: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """The child against the best baseline by predicted damage, and by accuracy before training.
+    """The child against the best baseline by measured damage, and by accuracy before training.
 
     None where there is no baseline, or none was evaluated. Damages that differ by rounding alone are equal; accuracies
     are told apart if the interval of their difference excludes 0.
     """
     child, *others = methods
     baselines = [method for method in others if not method["name"].startswith("puzzle")]
-    least = min(baselines, key=lambda method: method["damage"], default=None)
+    ran = [method for method in baselines if method["measured"] is not None and method["name"] != "unrefined"]
+    least = min(ran, key=lambda method: method["measured"], default=None)
     evaluated = [method for method in baselines if method["mean_accuracy"] is not None]
     best = max(evaluated, key=lambda method: method["mean_accuracy"], default=None)
     verdicts: dict[str, dict[str, Any] | None] = {"damage": None, "accuracy": None}
-    if least:
-        tie = math.isclose(child["damage"], least["damage"], rel_tol=1e-9)
-        verdicts["damage"] = _verdict("damage", child, least, 0 if tie else least["damage"] - child["damage"])
+    if least and child["measured"] is not None:
+        tie = math.isclose(child["measured"], least["measured"], rel_tol=1e-9)
+        verdicts["damage"] = _verdict("measured", child, least, 0 if tie else least["measured"] - child["measured"])
     if best and child["mean_accuracy"] is not None:
         solved = [
             mean_verdicts(_evaluations_of(evidence, method["models"]), evidence.efforts) for method in (child, best)

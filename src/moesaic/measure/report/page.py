@@ -24,6 +24,7 @@ from moesaic.measure.report.recovery_figures import (
 from moesaic.measure.report.result_figures import (
     draw_efforts,
     draw_predictions,
+    draw_refinement,
     draw_request_frontier,
     draw_search,
     draw_served_frontier,
@@ -38,6 +39,7 @@ _SEARCH: Mapping[str, Callable[[Evidence], Figure]] = {
     "importance": draw_importance,
     "damage": draw_damage,
     "search": draw_search,
+    "refinement": draw_refinement,
     "throughput": draw_throughput,
     "predictions": draw_predictions,
 }

@@ -24,7 +24,7 @@ from moesaic.measure.report.evidence import Candidate, Evidence
 from moesaic.measure.report.findings import context_pairs, contexts, predictions, request_frontier
 from moesaic.measure.report.serving import MODELS, ServingEvidence, served_frontier
 
-_BASELINE_MARKERS = {"greedy": "D", "uniform": "s", "random": "X", "max_parameters": "P"}
+_BASELINE_MARKERS = {"unrefined": "*", "greedy": "D", "uniform": "s", "random": "X", "max_parameters": "P"}
 
 
 def draw_search(evidence: Evidence) -> Figure:
@@ -51,6 +51,27 @@ def draw_search(evidence: Evidence) -> Figure:
     swept = "parameters" if _workload(evidence) is None else f"predicted {evidence.swept}"
     axes.set(xlabel=f"{swept}, relative to the parent [x]", ylabel="damage: sum of scores")
     figure.legend(loc="outside right upper")
+    return figure
+
+
+def draw_refinement(evidence: Evidence) -> Figure:
+    """Measured damage of whole assemblies against the sum of their blocks' scores."""
+    figure = new_figure(6.4, 4.4)
+    axes = figure.subplots()
+    best = min(evidence.refinement, key=lambda assembly: assembly.measured)
+    for number, assembly in enumerate(evidence.refinement, 1):
+        marker, size = ("*", 18) if assembly is best else ("o", 7)
+        axes.plot(assembly.sum, assembly.measured, marker, color=CHILD, markersize=size, markeredgecolor="white")
+        place = assembly.sum, assembly.measured
+        axes.annotate(str(number), place, (6, 4), textcoords="offset points", fontsize=8, color=PARENT)
+    sums = [assembly.sum for assembly in evidence.refinement]
+    axes.axline((min(sums), min(sums)), slope=1, linestyle="--", color=PARENT, linewidth=1)
+    tidy(axes)
+    axes.set(xlabel="sum of the scores of its blocks", ylabel=f"measured damage ({evidence.metric})")
+    axes.plot([], [], "*", color=CHILD, markersize=12, label="the child")
+    axes.plot([], [], "--", color=PARENT, label="damages add up")
+    axes.margins(0.08)
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

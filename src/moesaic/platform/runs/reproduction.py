@@ -54,17 +54,27 @@ def _unambiguous(*roots: Origin) -> Values:
 
 def _of_rounds(pruned: Origin) -> Values:
     """What the last round of pruning was, what the earlier ones were, and how many there were."""
-    search = _one(pruned.given("architecture"), "the search")
-    values: Values = {"prune_model": pruned.record.config, "search_architecture": search.record.config}
+    search, refined = _searched(pruned)
+    values: Values = {
+        "prune_model": pruned.record.config,
+        "refine_architecture": refined.record.config,
+        "search_architecture": search.record.config,
+    }
     rounds, earlier, before = 1, search, _one(pruned.given("parent"), "the parent")
     while before.stage == "distill":
         values["earlier_distill"] = before.record.config
         blocks = _one(before.given("child"), "an earlier child")
         pruned = _one(blocks.given("child"), "an earlier child") if blocks.stage == "distill_blocks" else blocks
-        earlier = _one(pruned.given("architecture"), "an earlier search")
+        earlier, _ = _searched(pruned)
         before = _one(pruned.given("parent"), "the parent")
         rounds += 1
     return values | {"earlier_search_architecture": earlier.record.config, "rounds": rounds}
+
+
+def _searched(pruned: Origin) -> tuple[Origin, Origin]:
+    """The search that chose a pruned child, and its refinement."""
+    refined = _one(pruned.given("architecture"), "the refined search")
+    return _one(refined.given("architecture"), "the search"), refined
 
 
 def _one(matches: tuple[Origin, ...], what: str) -> Origin:

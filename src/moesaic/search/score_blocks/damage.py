@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.models.layers import Head
-from moesaic.search.score_blocks.stage import DamageMetric
+from moesaic.search.damage_config import DamageMetric
 
 METRICS: tuple[DamageMetric, ...] = ("hidden_mse", "kl", "lm_loss", "cosine", "top1")
 NUM_SUMS = len(METRICS) + 2

@@ -9,24 +9,22 @@ from typing import Any
 
 import torch
 
-from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.errors import ConfigError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.process_group import BatchShare, share
 from moesaic.core.progress import count_steps
-from moesaic.data.calibration import load_batches
-from moesaic.models import loading
+from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.layers import check_finite
 from moesaic.models.stage_outputs import read_orders
-from moesaic.models.streaming import LayerReader, StateOffloader, state_memory_bytes
 from moesaic.search.library import variants_of
+from moesaic.search.probing import Probes, embed, open_parent
 from moesaic.search.prune_model.pruning import kept_experts
 from moesaic.search.score_blocks.scoring import (
     Measurement,
     Offloaded,
     OnSteps,
     Parent,
-    Probe,
     Variant,
     advance,
     check_identity,
@@ -50,19 +48,7 @@ class _Job:
     checkpoint: Checkpoint
     variants: Sequence[Sequence[Variant]]
     """By layer, the parent's own block first."""
-    short: Sequence[Probe]
-    long: Sequence[Probe]
-
-    @property
-    def probes(self) -> list[Probe]:
-        """The probes of both sets, the short ones first."""
-        return [*self.short, *self.long]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What layers compute in."""
-        dtype: torch.dtype = getattr(torch, self.config.precision)
-        return dtype
+    probes: Probes
 
     @property
     def num_steps(self) -> int:
@@ -83,7 +69,7 @@ def run(
     """Write ``scores.json``: a row per layer and variant. Layers that ``scratch`` holds are not scored again."""
     inputs = dict(zip(_INPUTS, (parent, ranking, calibration_short, calibration_long), strict=True))
     job = _prepare(config, **inputs)
-    if not all(_finished(job, scratch)) and not share(config, inputs, scratch, len(job.probes)):
+    if not all(_finished(job, scratch)) and not share(config, inputs, scratch, len(job.probes.all)):
         _run_through(job, scratch, BatchShare())
     layers = range(job.checkpoint.num_layers)
     rows = [row for layer in layers for row in json.loads(_saved(scratch, layer).read_text())]
@@ -97,8 +83,8 @@ def run(
     (output / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
     return {
         "num_rows": float(len(rows)),
-        "short_tokens": float(sum(int(probe.measured.sum()) for probe in job.short)),
-        "long_tokens": float(sum(int(probe.measured.sum()) for probe in job.long)),
+        "short_tokens": float(sum(int(probe.measured.sum()) for probe in job.probes.short)),
+        "long_tokens": float(sum(int(probe.measured.sum()) for probe in job.probes.long)),
         "block_forwards": float(job.num_steps),
         "block_forwards_naive": float((len(rows) + 1) * len(layers)),
     }
@@ -118,19 +104,23 @@ def work(
     _run_through(_prepare(config, parent, ranking, calibration_short, calibration_long), scratch, batch_share)
 
 
-def _choose_variants(space: SearchSpace, checkpoint: Checkpoint, ranking: Path) -> list[list[Variant]]:
+def choose_variants(offers: Sequence[Sequence[Block]], checkpoint: Checkpoint, ranking: Path) -> list[list[Variant]]:
+    """Every layer's variants, with the ids of the parent's experts that each keeps."""
+    orders = read_orders(ranking, checkpoint.architecture)
+    return [
+        [Variant(block, kept_experts(order, block.num_experts)) for block in offer]
+        for offer, order in zip(offers, orders, strict=True)
+    ]
+
+
+def _offers(space: SearchSpace, checkpoint: Checkpoint) -> list[tuple[Block, ...]]:
     for window in space.windows:
         if window >= checkpoint.shape.max_positions:
             raise ConfigError(
                 f"window {window} is not smaller than the parent's context of {checkpoint.shape.max_positions} tokens; "
                 "a window that covers everything is full attention, which is always on offer"
             )
-    orders = read_orders(ranking, checkpoint.architecture)
-    offers = [variants_of(own, space, checkpoint.shape.experts_per_token) for own in checkpoint.architecture.blocks]
-    return [
-        [Variant(block, kept_experts(order, block.num_experts)) for block in offer]
-        for offer, order in zip(offers, orders, strict=True)
-    ]
+    return [variants_of(own, space, checkpoint.shape.experts_per_token) for own in checkpoint.architecture.blocks]
 
 
 def _prepare(
@@ -138,65 +128,26 @@ def _prepare(
 ) -> _Job:
     """Read and check everything but weights."""
     checkpoint = Checkpoint.open(parent)
-    variants = _choose_variants(config.space, checkpoint, ranking / "ranking.json")
+    variants = choose_variants(_offers(config.space, checkpoint), checkpoint, ranking / "ranking.json")
     windows = config.space.windows if any(block.window is None for block in checkpoint.architecture.blocks) else ()
-    short_probes = _probes(config, checkpoint, calibration_short, config.max_tokens, first=0)
-    long_tokens = config.max_long_tokens or config.max_tokens
-    long_probes = _probes(config, checkpoint, calibration_long, long_tokens, first=min(windows, default=0))
-    furthest = max(int(probe.measured.any(0).nonzero().max()) for probe in long_probes)
-    if max(windows, default=0) > furthest:
-        raise ArtifactError(
-            f"{calibration_long}: its last response token is at position {furthest}, where a window of {max(windows)} "
-            "cannot do harm and would score 0; use longer sequences (max_tokens cuts them) or smaller windows"
-        )
-    return _Job(config, checkpoint, variants, short_probes, long_probes)
-
-
-def _probes(config: ScoreBlocksConfig, checkpoint: Checkpoint, data: Path, max_tokens: int, first: int) -> list[Probe]:
-    """The batches of a set that have something to measure; variants together fill ``batch_tokens``."""
-    batches = load_batches(
-        data,
-        checkpoint.directory,
-        max_sequences=config.max_sequences,
-        max_tokens=min(max_tokens, checkpoint.shape.max_positions),
-        batch_tokens=config.batch_tokens // config.variants_per_batch,
+    probes = Probes.read(
+        config, checkpoint, calibration_short, calibration_long, windows, at_once=config.variants_per_batch
     )
-    probes = [probe for probe in (Probe.of(batch, first, config.balance) for batch in batches) if probe.measured.any()]
-    if not probes:
-        longest = max(batch.num_positions for batch in batches)
-        raise ArtifactError(
-            f"{data} has no response token at or beyond position {first} (its longest sequence has {longest} tokens); "
-            "use longer conversations that end in an assistant's turn, or smaller windows"
-        )
-    return probes
+    return _Job(config, checkpoint, variants, probes)
 
 
 def _run_through(job: _Job, scratch: Path, batch_share: BatchShare) -> None:
     """Score this process's share of the batches; the first process saves and shows how far all are."""
-    device = loading.choose_device()
-    reader = LayerReader(job.checkpoint, job.dtype, device)
-    offloader = StateOffloader(state_memory_bytes(batch_share.count), scratch / f"states-{batch_share.rank}", device)
-    longest = max(probe.batch.num_positions for probe in job.probes)
-    parent = Parent(
-        job.checkpoint.architecture,
-        reader.load,
-        loading.load_head(job.checkpoint, job.dtype, device),
-        loading.rotary(job.checkpoint, longest, job.dtype, device),
-        offloader.offload,
-    )
     shown = count_steps(job.num_steps, "scoring blocks") if batch_share.rank == 0 else nullcontext(lambda _: None)
-    try:
-        with shown as on_steps:
-            _score(job, parent, scratch, batch_share, on_steps)
-    finally:
-        reader.close()
+    with open_parent(job.config, job.checkpoint, job.probes, scratch, batch_share) as parent, shown as on_steps:
+        _score(job, parent, scratch, batch_share, on_steps)
 
 
 def _score(job: _Job, parent: Parent, scratch: Path, batch_share: BatchShare, on_steps: OnSteps) -> None:
     """Score layer after layer and save each."""
-    finished, probes = _finished(job, scratch), batch_share.mine(job.probes)
-    measurements = run_parent(parent, _embed(job, parent, probes), probes, on_steps)
-    states = _embed(job, parent, probes)
+    finished, probes = _finished(job, scratch), batch_share.mine(job.probes.all)
+    measurements = run_parent(parent, embed(job.config, job.checkpoint, parent, probes), probes, on_steps)
+    states = embed(job.config, job.checkpoint, parent, probes)
     for layer, variants in enumerate(job.variants):
         if finished[layer]:
             on_steps(len(variants) * (len(job.variants) - layer))
@@ -207,11 +158,6 @@ def _score(job: _Job, parent: Parent, scratch: Path, batch_share: BatchShare, on
         if layer < parent.last:
             states = advance(parent, layer, states)
         on_steps(1)
-
-
-def _embed(job: _Job, parent: Parent, probes: Sequence[Probe]) -> list[Offloaded]:
-    token_ids = [probe.batch.token_ids for probe in probes]
-    return [parent.offload(states) for states in loading.embed_each(job.checkpoint, token_ids, job.dtype)]
 
 
 def _score_layer(
@@ -228,7 +174,7 @@ def _score_layer(
     mine = score_layer(parent, layer, states, measurements, variants, size, on_steps, prove=batch_share.rank == 0)
     batches = batch_share.gather([torch.stack(parts) for parts in zip(*mine, strict=True)])
     sums = [[batch[index] for batch in batches] for index in range(len(variants))]
-    scores = [(total(parts[: len(job.short)]), total(parts[len(job.short) :])) for parts in sums]
+    scores = [(total(parts[: len(job.probes.short)]), total(parts[len(job.probes.short) :])) for parts in sums]
     for variant, parts in zip(variants, sums, strict=True):
         check_finite(layer, f"the sums of {variant.block.label}", torch.stack(parts))
     check_identity(layer, scores[0][0])

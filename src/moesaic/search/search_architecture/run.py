@@ -30,24 +30,34 @@ def run(
     Candidates are ``puzzle``, the diverse ``puzzle-2``, ``puzzle-3``, ..., and the baselines ``greedy``, ``uniform``,
     ``max_parameters`` and ``random-<seed>``.
     """
-    table = CostTable.from_json(read_text(costs / "costs.json"))
-    shape, blocks = gpt_oss.read_config(read_config_file(parent))
-    _check_parent(table, shape, blocks)
-    search = Search.of(_read_library(scores / "scores.json", blocks, table), config, time.perf_counter)
+    search = read_search(config, parent, scores, costs)
     candidates, skipped = find_candidates(search)
     swept, frontier = search.frontier()
     whole = search.assembled(search.library.parent_choice, "parent")
     content = {
-        "parent": _describe(whole),
-        "candidates": {name: _describe(solution) for name, solution in candidates.items()},
+        "config": config.model_dump(mode="json"),
+        "parent": describe(whole),
+        "candidates": {name: describe(solution) for name, solution in candidates.items()},
         "skipped": skipped,
         "swept": swept,
-        "frontier": [_describe(solution) for solution in frontier],
+        "frontier": [describe(solution) for solution in frontier],
         "limits": _describe_limits(search),
         "is_sorting": search.is_sorting,
     }
     (output / ARCHITECTURE).write_text(json.dumps(content, indent=1) + "\n")
     return _metrics(whole, candidates)
+
+
+def read_search(config: SearchArchitectureConfig, parent: Path, scores: Path, costs: Path) -> Search:
+    """Join a parent's scores and costs under a config's limits.
+
+    Raises:
+        ArtifactError: if they do not belong together.
+    """
+    table = CostTable.from_json(read_text(costs / "costs.json"))
+    shape, blocks = gpt_oss.read_config(read_config_file(parent))
+    _check_parent(table, shape, blocks)
+    return Search.of(_read_library(scores / "scores.json", blocks, table), config, time.perf_counter)
 
 
 def find_candidates(search: Search) -> tuple[dict[str, Solution], dict[str, str]]:
@@ -97,7 +107,8 @@ def _read_library(path: Path, parent: Architecture, table: CostTable) -> BlockLi
     return BlockLibrary.of(parent, damages, table)
 
 
-def _describe(solution: Solution) -> dict[str, Any]:
+def describe(solution: Solution) -> dict[str, Any]:
+    """A candidate's entry in ``architecture.json``."""
     return {
         "blocks": [block.as_config() for block in solution.architecture.blocks],
         "damage": solution.damage,

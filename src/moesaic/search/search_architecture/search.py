@@ -29,8 +29,9 @@ from moesaic.search.solver.mip import Effort, Outcome, stopped_clock
 class Solution:
     """One assembly with its damage, its cost, and how good it is known to be.
 
-    ``status`` is ``optimal`` or ``time_limit`` from the solver, ``heuristic`` for a baseline that proves nothing and
-    ``parent`` for the parent; ``bound`` and ``gap`` are those of what the solver minimised, ``objective``.
+    ``status`` is ``optimal`` or ``time_limit`` from the solver, ``heuristic`` for a baseline that proves nothing,
+    ``refined`` for a choice by measurement and ``parent`` for the parent; ``bound`` and ``gap`` are those of what the
+    solver minimised, ``objective``.
     """
 
     choice: Choice

@@ -1,5 +1,5 @@
 """Solves for one block per layer with the least damage under all limits at once; sweeps the frontier and makes
-baselines of equal budget. Returns the `prune_model` configs of the baselines it found.
+baselines of equal budget.
 """
 
 from typing import Annotated
@@ -60,7 +60,6 @@ STAGE = Stage(
     name="search_architecture",
     config=SearchArchitectureConfig,
     runtime="search",
-    returns="baselines_of",
     inputs=(
         model("parent", "limits may be relative to it"),
         artifact("scores", "damage"),
