@@ -45,6 +45,7 @@ STRUCTURE_ONLY = {
 """Stages of which no two runs are equal, and why: their payloads must have the same fields and lengths instead."""
 NOT_COMPARED = {
     "search_architecture": ("seconds",),  # how long each solve took
+    "refine_architecture": ("seconds",),
     "promote": ("outcome",),  # "already" where the attempt that was killed had promoted the child
 }
 """Fields of a payload that tell how it was made."""

@@ -25,6 +25,7 @@ from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.search.rank_experts.stage import RankExpertsConfig
+from moesaic.search.refine_architecture.stage import RefineArchitectureConfig
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 from moesaic.search.space import SearchSpace
@@ -122,6 +123,19 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
             SearchArchitectureConfig(max_experts_ratio=0.7, frontier_points=2, random_seeds=(0,)),
             {"parent": "ingest.parent", "scores": "score_blocks.scores", "costs": "measure_costs.costs"},
         ),
+        Step(
+            "refine_architecture",
+            RefineArchitectureConfig(max_sequences=4, max_tokens=512, evaluations=4, assemblies_per_round=2),
+            {
+                "parent": "ingest.parent",
+                "ranking": "rank_experts.ranking",
+                "scores": "score_blocks.scores",
+                "costs": "measure_costs.costs",
+                "architecture": "search_architecture.architecture",
+                "calibration_short": short,
+                "calibration_long": "ingest.calibration_long",
+            },
+        ),
         *(
             Step(
                 name,
@@ -129,7 +143,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
                 {
                     "parent": "ingest.parent",
                     "ranking": "rank_experts.ranking",
-                    "architecture": "search_architecture.architecture",
+                    "architecture": "refine_architecture.refined",
                 },
                 stage,
             )
@@ -218,7 +232,7 @@ def steps(parent: str, sets: Mapping[str, str]) -> tuple[Step, ...]:
                 "ranking": "rank_experts.ranking",
                 "scores": "score_blocks.scores",
                 "costs": "measure_costs.costs",
-                "architecture": "search_architecture.architecture",
+                "architecture": "refine_architecture.refined",
                 "evaluation_parent": "evaluate.evaluation",
                 "evaluation_child": "evaluate_child.evaluation",
                 "baselines": ["evaluate_uniform.evaluation"],

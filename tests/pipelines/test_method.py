@@ -34,6 +34,7 @@ def recipe() -> Recipe:
         score_blocks={"space": space, "max_sequences": 2},
         measure_costs={"source": "model", "hardware": "h100", "space": space},
         search_architecture={"limits": {}, "frontier_points": 2},
+        refine_architecture={"max_sequences": 2, "evaluations": 3},
         generate_traces={"max_prompts": 24, "max_new_tokens": 32, "keep_truncated": True},
         distill={"steps": 0},
         policies=tuple(one.but(steps=0) for one in find_recipe("tiny_cpu_fast").policies),
@@ -50,6 +51,7 @@ def only_search(
     score_blocks_config: str,
     measure_costs_config: str,
     search_architecture_config: str,
+    refine_architecture_config: str,
     prune_model_config: str,
 ) -> dsl.Model:
     """What ``search`` does, of the same parts as the whole pipeline."""
@@ -60,6 +62,7 @@ def only_search(
         score_blocks=score_blocks_config,
         measure_costs=measure_costs_config,
         search_architecture=search_architecture_config,
+        refine_architecture=refine_architecture_config,
         prune_model=prune_model_config,
     )
     return assemble(configs, given["parent"], given["calibration_short"], given["calibration_long"]).child
@@ -80,7 +83,7 @@ def run_pipeline(recipe: Recipe, directory: Path) -> Manifest:
         "version",
         *(f"{name}_config" for name in ("ingest", "rank_experts", "score_blocks", "measure_costs")),
     ]
-    parameters += ["search_architecture_config", "prune_model_config"]
+    parameters += ["search_architecture_config", "refine_architecture_config", "prune_model_config"]
     arguments = recipe.arguments(IngestConfig(parent=model, **sets), "1", parameters)
     (child,) = run_compiled(directory / "only-search.yaml", arguments, context, Console(file=io.StringIO())).values()
     return Manifest.read(child)
