@@ -23,6 +23,7 @@ from moesaic.core.errors import ConfigError, MoesaicError, StageError
 from moesaic.core.redaction import redact
 from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.runs.runtime import FAILURE
+from moesaic.platform.runs.task_processes import forked_tasks
 
 LOG = "kubeflow.log"
 _INPUT_BEGINS, _INPUT_ENDS = "Got executor_input:", "}"
@@ -61,7 +62,7 @@ def run_compiled(
         cache_root=str(directory / "cache"),
     )
     pipeline = components.load_component_from_file(str(manifest))
-    with _task_variables(context), _shown_stages(directory / LOG, console):
+    with _task_variables(context), _shown_stages(directory / LOG, console), forked_tasks():
         try:
             finished = pipeline(**arguments)
         except RuntimeError as failure:
