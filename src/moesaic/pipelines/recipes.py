@@ -302,7 +302,7 @@ def _gpt_oss_h100(
         measure_costs=costs,
         search_architecture=search,
         earlier_search_architecture=earlier_search,
-        refine_architecture=RefineArchitectureConfig.like(scores).but(assemblies_per_round=2),
+        refine_architecture=RefineArchitectureConfig.like(scores, evaluations=32).but(assemblies_per_round=2),
         generate_traces=_gpt_oss_traces(export),
         distill_blocks=DistillBlocksConfig(precision="bfloat16"),
         distill=distill,
