@@ -88,6 +88,6 @@ def test_counters_that_are_none_are_left_out(text: str, odd: OddServer) -> None:
 )
 def test_what_is_no_address_of_a_server(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESAIC_SERVER_URL_MODEL", url)
-    with pytest.raises(ConfigError, match="MOESAIC_SERVER_URL_MODEL is .* an address like") as failed:
+    with pytest.raises(ConfigError, match=r"MOESAIC_SERVER_URL_MODEL is .* an address like") as failed:
         start(tmp_path)
     assert "secret" not in str(failed.value)

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import proxy_bypass_environment
 
 from moesaic.core.errors import ConfigError
 
@@ -133,10 +132,10 @@ def _is_here(host: str) -> bool:
 
 def _is_exempt(host: str, port: int | None, no_proxy: str) -> bool:
     """Whether ``no_proxy`` names it: as host, domain, host and port, or as a network that holds its address."""
-    if proxy_bypass_environment(f"{host}:{port}" if port else host, {"no": no_proxy}):
-        return True
-    for network in no_proxy.split(","):
+    for name in (part.strip().lower().lstrip(".") for part in no_proxy.split(",")):
+        if name == "*" or (name and (name in (host, f"{host}:{port}") or host.endswith(f".{name}"))):
+            return True
         with suppress(ValueError):
-            if ipaddress.ip_address(host) in ipaddress.ip_network(network.strip(), strict=False):
+            if ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False):
                 return True
     return False

@@ -93,8 +93,7 @@ async def _next(server: Server, arrivals: asyncio.Queue[Arrival], asking: asynci
 async def _ask_all(
     server: Server, wanted: Sequence[Completion], settings: RequestSettings, arrivals: asyncio.Queue[Arrival]
 ) -> None:
-    """The first failure ends the other requests before the client closes: a connection made later would stay open.
-    """
+    """The first failure ends the other requests before the client closes: a connection made later would stay open."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     async with AsyncOpenAI(
@@ -146,7 +145,7 @@ async def _ask(client: "AsyncOpenAI", server: Server, wanted: Completion) -> str
             seed=wanted.seed,
             extra_body=server.token_options,
         )
-        text = answer.content.decode()
+        text = str(answer.content.decode())
     except APIStatusError as refusal:
         server.check_alive()
         status, said = refusal.status_code, refusal.response.text

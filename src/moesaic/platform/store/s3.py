@@ -24,7 +24,7 @@ from moesaic.core.progress import count_bytes
 from moesaic.platform.store.manifest import FileEntry, StoredObject
 from moesaic.platform.store.root import OTHER_CONTENT, Item, describe_problem, file_range, object_key, problem_of_size
 from moesaic.platform.store.s3_cache import Cache
-from moesaic.platform.store.s3_errors import error_code, explained_failures, status_of
+from moesaic.platform.store.s3_errors import error_code, explained_failures, odd_answer, status_of
 from moesaic.platform.store.s3_options import S3Options, split_address
 from moesaic.platform.store.s3_upload import Sender
 
@@ -133,6 +133,8 @@ class S3Root:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._full(prefix))
         with explained_failures(self.address):
             for page in pages:
+                if "Name" not in page and "IsTruncated" not in page:
+                    raise odd_answer(self.address, "a list of objects was expected")
                 for entry in page.get("Contents", []):
                     key = entry["Key"].removeprefix(self._full(""))
                     yield Item(key, entry["Size"], entry["LastModified"].timestamp())
@@ -156,7 +158,9 @@ class S3Root:
         """Botocore signs the SHA-256 of the content, so that the server refuses other bytes than were sent."""
         # A file object is sent in small pieces, and the time limit holds for each of them, not for the whole.
         body = io.BytesIO(content)
-        self.client.put_object(Body=body, **self._location(key), **self.options.encryption, **condition)
+        answer = self.client.put_object(Body=body, **self._location(key), **self.options.encryption, **condition)
+        if not answer.get("ETag"):
+            raise odd_answer(self.address, "an ETag was expected after a put")
 
     def _put_part(self, moved: Callable[[int], None], part: bytes) -> str:
         sha256 = hashlib.sha256(part).hexdigest()

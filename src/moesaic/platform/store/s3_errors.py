@@ -16,6 +16,7 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.parsers import ResponseParserError
 
 from moesaic.core.errors import ConfigError, MoesaicError, StageError
 
@@ -30,6 +31,7 @@ _REFUSED = (
 _CORRUPTED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch")
 """The server got other bytes than were sent."""
 _FULL = ("InsufficientStorage", "QuotaExceeded", "StorageFull", "XMinioStorageFull")
+_SHOWN = 400
 _NO_CREDENTIALS = (
     CredentialRetrievalError,
     NoCredentialsError,
@@ -58,6 +60,12 @@ def explained_failures(address: str) -> Iterator[None]:
             f"the server of {address} cannot be reached or broke off again and again ({type(failure).__name__}); "
             "check the network and AWS_ENDPOINT_URL_S3, then run again: finished parts are kept"
         ) from failure
+    except RecursionError:  # botocore asks a server that redirects for the bucket's region, which redirects, and so on
+        raise ConfigError(
+            f"the server of {address} redirects, maybe to log in, instead of answering; is AWS_ENDPOINT_URL_S3 right?"
+        ) from None
+    except ResponseParserError as failure:
+        raise odd_answer(address, " ".join(str(failure).split())[:_SHOWN]) from failure
     except BotoCoreError as failure:
         raise StageError(f"{address} cannot be used ({type(failure).__name__}): {failure}") from failure
 
@@ -72,9 +80,17 @@ def status_of(failure: ClientError) -> int:
     return int(failure.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+def odd_answer(address: str, what: str) -> ConfigError:
+    """The error for an answer of status 200 that S3 does not give, such as a page to log in."""
+    return ConfigError(
+        f"the server of {address} answers otherwise than S3, maybe with a page to log in ({what}); is "
+        "AWS_ENDPOINT_URL_S3 right?"
+    )
+
+
 def _explain(address: str, failure: ClientError) -> MoesaicError:
     code, status = error_code(failure), status_of(failure)
-    said = f"{code}: {failure.response.get('Error', {}).get('Message', '')}"
+    said = f"{code or status}: {failure.response.get('Error', {}).get('Message', '')}"
     if code == "NoSuchBucket" or (status == 404 and failure.operation_name == "HeadBucket"):
         return ConfigError(f"there is no bucket for {address}; create it, or correct MOESAIC_STORE or --store")
     if code in _FULL or status == 507:
