@@ -1,4 +1,4 @@
-"""What somebody writes into a message stays text: by token ids, for a word-level and for gpt-oss's kind of tokenizer."""
+"""What somebody writes into a message stays text: by token ids, for two kinds of tokenizers."""
 
 import json
 import string

@@ -3,8 +3,8 @@
 A reply is messages ``<|channel|>NAME<|message|>TEXT``, each closed by another marker. The first message of the
 ``final`` channel is the answer (``content``); the analysis, and any other text the model writes, is ``reasoning``, one
 message per line. Of a whole reply, ``content`` is ``verifiers.split_reply(text).final``, and ``reasoning`` begins with
-its ``analysis``; of one that was cut off, ``content`` is as much of the answer as there is. A stop text ends the reply only in the answer:
-clients do not see the reasoning as the text that they ask for.
+its ``analysis``; of one that was cut off, ``content`` is as much of the answer as there is. A stop text ends the reply
+only in the answer: the reasoning is not the text that a client asks for.
 """
 
 from collections.abc import Mapping, Sequence
