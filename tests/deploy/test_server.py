@@ -223,9 +223,7 @@ def test_the_openapi_description_and_the_model_list_are_there(parent: Running) -
     (entry,) = parent.client.get("/v1/models").json()["data"]
     assert (entry["id"], entry["max_model_len"]) == ("tiny", 512)
     described = parent.client.get("/openapi.json").json()
-    assert set(described["paths"]) == {
-        *("/health", "/metrics", "/v1/models", "/v1/models/{model}", CHAT, COMPLETIONS)
-    }
+    assert set(described["paths"]) == {*("/health", "/metrics", "/v1/models", "/v1/models/{model}", CHAT, COMPLETIONS)}
     assert "reasoning_effort" in described["components"]["schemas"]["ChatRequest"]["properties"]
 
 
