@@ -1,0 +1,178 @@
+"""Servers that speak less of S3 than AWS: everything works without a feature, or one line says which is missing."""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.core.errors import ConfigError, MoesaicError
+from moesaic.platform.store import Manifest, S3Options, Store
+from moesaic.platform.store.upkeep import delete, find_garbage
+
+from .conftest import PART_BYTES
+from .faulty_proxy import Fault, FaultyProxy, Kind, Request
+from .test_s3_store import add, assert_same, entry_of
+
+ALWAYS = 10**6
+
+
+def has(*headers: str) -> Callable[[Request], bool]:
+    return lambda one: any(name.startswith(header) for name in one.headers for header in headers)
+
+
+def asks(text: str, *methods: str) -> Callable[[Request], bool]:
+    return lambda one: text in one.path and one.method in (methods or ("GET", "PUT", "POST", "HEAD", "DELETE"))
+
+
+def is_bucket_head(one: Request) -> bool:
+    return one.method == "HEAD" and "/team/" not in one.path
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """A feature, and requests that use it."""
+
+    uses: Callable[[Request], bool]
+    ignored: str = ""
+    """The header that the server ignores, instead of refusing it."""
+
+
+FEATURES = {
+    "CRC32": Lacking(has("x-amz-checksum-crc32")),
+    "CRC32C": Lacking(has("x-amz-checksum-crc32c")),
+    "CRC64NVME": Lacking(has("x-amz-checksum-crc64nvme")),
+    "SHA1": Lacking(has("x-amz-checksum-sha1")),
+    "SHA256": Lacking(has("x-amz-checksum-sha256")),
+    "the algorithm of a checksum": Lacking(has("x-amz-checksum-algorithm", "x-amz-sdk-checksum-algorithm")),
+    "the mode of checksums": Lacking(has("x-amz-checksum-mode")),
+    "Content-MD5": Lacking(has("content-md5")),
+    "trailers": Lacking(has("x-amz-trailer", "x-amz-decoded-content-length")),
+    "tags and ACLs": Lacking(has("x-amz-tagging", "x-amz-acl", "x-amz-grant", "x-amz-storage-class")),
+    "conditional puts": Lacking(has("if-none-match")),
+    "conditional puts, ignored": Lacking(has("if-none-match"), "if-none-match"),
+    "listing of uploads": Lacking(asks("uploads")),
+    "multipart": Lacking(asks("uploadId")),
+    "copies": Lacking(has("x-amz-copy-source")),
+    "HEAD of a bucket": Lacking(is_bucket_head),
+    "HEAD of an object": Lacking(lambda one: one.method == "HEAD"),
+    "location of a bucket": Lacking(asks("?location")),
+    "versions": Lacking(asks("version")),
+    "the second form of listing": Lacking(asks("list-type=2")),
+    "encoding of listed keys": Lacking(asks("encoding-type")),
+    "ranges": Lacking(has("range")),
+    "ranges, ignored": Lacking(has("range"), "range"),
+    "deletion of several": Lacking(asks("?delete")),
+}
+
+
+def use_all(store: Store, elsewhere: Store, model: Path) -> Manifest:
+    """What the store does, once; from another machine too."""
+    manifest = add(store, model)
+    assert add(elsewhere, model) == manifest
+    assert [one.id for one in elsewhere.manifests()] == [manifest.id]
+    assert not list(store.root.problems(manifest.files, read=True))
+    content, entry = (model / "weights.bin").read_bytes(), entry_of(manifest, "weights.bin")
+    for start, stop in [(0, 1), (PART_BYTES - 1, 3 * PART_BYTES + 5), (len(content) - 3, len(content))]:
+        assert elsewhere.read_range(entry, start, stop - start) == content[start:stop]
+    assert_same(elsewhere.materialize(manifest, verify=True), model)
+    for item in list(store.root.items("manifests/")):
+        store.root.delete(item)
+    assert list(store.manifests()) == []
+    return manifest
+
+
+USED = ("conditional puts", "HEAD of an object", "the second form of listing", "ranges")
+"""Of these we make use where they are there; they are refused in several ways."""
+REFUSALS = [(501, "NotImplemented"), (400, "InvalidArgument"), (405, "MethodNotAllowed")]
+
+
+@pytest.mark.parametrize(
+    ("feature", "status"),
+    [(feature, status) for feature in FEATURES for status in REFUSALS[: 3 if feature in USED else 1]],
+)
+def test_all_works_without(
+    feature: str,
+    status: tuple[int, str],
+    address: str,
+    options: S3Options,
+    model: Path,
+    proxy: FaultyProxy,
+    tmp_path: Path,
+) -> None:
+    lacking = FEATURES[feature]
+    kind: Kind = "ignore" if lacking.ignored else "status"
+    proxy.faults.append(Fault(kind, lacking.uses, ALWAYS, *status, header=lacking.ignored))
+    use_all(Store.at(address, options), Store(_root(address, options, tmp_path), tmp_path / "other"), model)
+
+
+def _root(address: str, options: S3Options, tmp_path: Path) -> Any:
+    from moesaic.platform.store.s3 import S3Root
+
+    return S3Root(address, tmp_path / "other", options)
+
+
+@pytest.mark.parametrize("kind", ["status", "ignore"])
+def test_writers_at_once_are_safe_without_conditional_puts(
+    kind: Kind, store: Store, elsewhere: Store, model: Path, proxy: FaultyProxy
+) -> None:
+    """Their manifests differ in the parts; none sees the others', and the last one's stays."""
+    proxy.faults.append(Fault(kind, has("if-none-match"), ALWAYS, 501, "NotImplemented", header="if-none-match"))
+    proxy.faults.append(Fault("status", lambda one: one.method == "HEAD" and "manifests" in one.path, ALWAYS, 404))
+    writers = [
+        Store.at(store.root.address, replace(store.root.options, part_bytes=size))
+        for size in (PART_BYTES, PART_BYTES // 2, PART_BYTES // 4)
+    ]
+    with ThreadPoolExecutor(len(writers)) as pool:
+        manifests = list(pool.map(lambda one: add(one, model), writers))
+    proxy.faults.clear()
+    delete(elsewhere, find_garbage(elsewhere, 0, time.time() + 60))
+    for manifest in manifests:
+        assert_same(elsewhere.materialize(manifest, verify=True), model)
+        shutil.rmtree(elsewhere.directory)
+    assert elsewhere.manifest(manifests[0].id) in manifests
+
+
+def test_a_list_that_goes_on_without_a_token_is_read_in_its_first_form(store: Store, client: Any, bucket: str) -> None:
+    for index in range(5):
+        client.put_object(Bucket=bucket, Key=f"team/models/x/{index}", Body=b"1")
+    list_objects = store.root.client.list_objects_v2
+
+    def old_server(**asked: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = list_objects(**asked, MaxKeys=2)
+        answer.pop("NextContinuationToken")
+        return answer
+
+    store.root.client.list_objects_v2 = old_server
+    assert [item.key for item in store.root.items("x/")] == [f"x/{index}" for index in range(5)]
+
+
+NEEDED: dict[str, Callable[[Request], bool]] = {
+    "ListObjects": lambda one: one.method == "GET" and "prefix" in one.path,
+    "PutObject": lambda one: one.method == "PUT",
+    "GetObject": lambda one: one.method == "GET" and "/team/" in one.path,
+    "DeleteObject": lambda one: one.method == "DELETE",
+}
+
+
+@pytest.mark.parametrize("operation", NEEDED)
+def test_what_is_needed_is_named_once(
+    operation: str, address: str, options: S3Options, model: Path, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    proxy.faults.append(Fault("status", NEEDED[operation], ALWAYS, 501, "NotImplemented"))
+    with pytest.raises(
+        ConfigError, match=rf"cannot do {operation} \(NotImplemented: injected\); running again will"
+    ) as one:
+        use_all(Store.at(address, options), Store(_root(address, options, tmp_path), tmp_path / "other"), model)
+    assert "\n" not in str(one.value)
+
+
+def test_a_server_without_kms_is_told_which_setting_needs_it(store: Store, model: Path, proxy: FaultyProxy) -> None:
+    with_key = Store.at(store.root.address, replace(store.root.options, kms_key="alias/models"))
+    proxy.faults.append(Fault("status", has("x-amz-server-side-encryption"), ALWAYS, 501, "NotImplemented"))
+    with pytest.raises(MoesaicError, match=r"cannot encrypt with a KMS key \(NotImpl.*unset MOESAIC_S3_KMS_KEY"):
+        add(with_key, model)
