@@ -537,7 +537,12 @@ def test_refused_credentials_are_told_and_no_secret_is(options: S3Options, caplo
         (403, "AccessDenied", ConfigError, "refused the credentials for PutObject"),
         (507, "XMinioStorageFull", StageError, "no space left.*free space there"),
         (400, "EntityTooLarge", StageError, r"answered PutObject with 400 \(EntityTooLarge: injected\)"),
-        (501, "NotImplemented", ConfigError, r"cannot do PutObject \(NotImplemented: injected\); running again will not help: use"),
+        (
+            501,
+            "NotImplemented",
+            ConfigError,
+            r"cannot do PutObject \(NotImplemented: injected\); running again will",
+        ),
         (404, "NoSuchBucket", ConfigError, "there is no bucket"),
     ],
 )

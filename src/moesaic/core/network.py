@@ -14,10 +14,11 @@ ones, so that whatever opens a connection agrees; what is set for one of them al
 import ipaddress
 import os
 import ssl
+import urllib.request
+from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from moesaic.core.errors import ConfigError
 
@@ -26,8 +27,8 @@ CLIENT_CERTIFICATE = "SSL_CLIENT_CERT"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 """Variables that are for every connection; the first that is set counts."""
-_AUTHORITIES_OF = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "PIP_CERT")
-"""What reads them: OpenSSL, httpx and uv; requests, so MLflow; botocore; pip."""
+_AUTHORITIES_OF = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT")
+"""What reads them: OpenSSL, httpx and uv; requests, so MLflow; pip."""
 _CERTIFICATE_OF = ("PIP_CLIENT_CERT", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -70,6 +71,23 @@ def proxy_for(url: str, variables: Mapping[str, str] | None = None) -> str | Non
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
+def proxy_headers(proxy: str) -> dict[str, str]:
+    """What shows the user of a proxy's address to it, for libraries that do not read it there."""
+    parts = urlsplit(proxy)
+    if not parts.username:
+        return {}
+    user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"proxy-authorization": f"Basic {b64encode(user.encode()).decode()}"}
+
+
+def opener(url: str, *handlers: urllib.request.BaseHandler) -> urllib.request.OpenerDirector:
+    """What opens an address by the site's proxy and certificates."""
+    proxy = proxy_for(url)
+    by_proxy = urllib.request.ProxyHandler({"http": proxy, "https": proxy} if proxy else {})
+    secure = [urllib.request.HTTPSHandler(context=tls_context())] if url.startswith("https:") else []
+    return urllib.request.build_opener(by_proxy, *secure, *handlers)
+
+
 def tls_context() -> ssl.SSLContext:
     """What our own connections trust, and the certificate that they show.
 
@@ -78,7 +96,14 @@ def tls_context() -> ssl.SSLContext:
     """
     variables = site_variables(os.environ)
     check_files(variables)
-    context = ssl.create_default_context(cafile=variables.get("SSL_CERT_FILE") or None)
+    context = ssl.create_default_context()
+    if authorities := variables.get("SSL_CERT_FILE"):
+        try:
+            context.load_verify_locations(authorities)
+        except (OSError, ValueError) as broken:
+            raise ConfigError(
+                f"SSL_CERT_FILE is {authorities!r}, which holds no certificates in PEM ({broken}); correct it"
+            ) from broken
     if certificate := variables.get(CLIENT_CERTIFICATE):
         try:
             context.load_cert_chain(certificate)
@@ -90,7 +115,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 def check_files(variables: Mapping[str, str]) -> None:
-    """Refuse variables that name files which cannot be read, or authorities that are none.
+    """Refuse variables that name files which cannot be read.
 
     Raises:
         ConfigError: that names the first.
@@ -98,13 +123,6 @@ def check_files(variables: Mapping[str, str]) -> None:
     for name in (*_AUTHORITIES_OF, CLIENT_CERTIFICATE, *_CERTIFICATE_OF):
         if (value := variables.get(name)) and not os.access(value, os.R_OK):
             raise ConfigError(f"{name} is {value!r}, which is no file that can be read; correct it, or unset it")
-    if (authorities := variables.get("SSL_CERT_FILE")) and Path(authorities).is_file():
-        try:
-            ssl.create_default_context(cafile=authorities)
-        except (OSError, ValueError) as broken:
-            raise ConfigError(
-                f"SSL_CERT_FILE is {authorities!r}, which holds no certificates in PEM ({broken}); correct it"
-            ) from broken
 
 
 def _for_all(variables: Mapping[str, str]) -> str | None:

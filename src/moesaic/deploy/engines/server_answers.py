@@ -8,7 +8,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 from moesaic.core.errors import ConfigError, MoesaicError, StageError
-from moesaic.core.network import proxy_for, tls_context
+from moesaic.core.network import opener
 from moesaic.core.redaction import redact
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -39,7 +39,7 @@ def fetch(url: str, key: str | None, expected: str) -> str:
     """
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with _opener(url).open(request, timeout=_ANSWER_WITHIN_S) as answer:
+        with opener(url, _NoRedirects()).open(request, timeout=_ANSWER_WITHIN_S) as answer:
             text = _read(answer).decode()
             if answer.status != 200:
                 raise explain(url, answer.status, text, expected)
@@ -106,15 +106,6 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         """None: the answer is an error."""
-
-
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    proxy = proxy_for(url)
-    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-    handlers.append(urllib.request.ProxyHandler({"http": proxy, "https": proxy} if proxy else {}))
-    if url.startswith("https:"):
-        handlers.append(urllib.request.HTTPSHandler(context=tls_context()))
-    return urllib.request.build_opener(*handlers)
 
 
 def _read(answer: HTTPResponse) -> bytes:

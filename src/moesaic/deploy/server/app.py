@@ -42,7 +42,7 @@ def create_app(served: ServedModel, batcher: Batcher) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(Exception, _fail)
     endpoints = Endpoints(served, batcher, exchanges, metrics)
-    pages = {
+    pages: dict[str, Callable[..., Coroutine[Any, Any, Response]]] = {
         "/health": endpoints.health,
         "/metrics": endpoints.prometheus,
         "/v1/models": endpoints.models,

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moesaic.core.errors import ConfigError, MoesaicError
+from moesaic.core.network import CLIENT_CERTIFICATE, check_files, proxy_for, proxy_headers, site_variables
 from moesaic.core.redaction import HIDDEN
 from moesaic.platform.cluster.following import RunStatus, TaskStatus, Unavailable, numbered
 
@@ -250,14 +251,27 @@ def _client(host: str) -> Any:
     if os.environ.get(_TOKEN_FILE_VARIABLE) and not os.access(token_file, os.R_OK):
         raise ConfigError(f"{_TOKEN_FILE_VARIABLE} names {token_file}, which cannot be read")
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+    variables, proxy = site_variables(os.environ), proxy_for(host)
+    check_files(variables)
+
+    class SiteClient(client.Client):
+        """What the client's own arguments leave out."""
+
+        def _load_config(self, *arguments: Any, **named: Any) -> Any:
+            config = super()._load_config(*arguments, **named)
+            config.cert_file = variables.get(CLIENT_CERTIFICATE) or None
+            config.proxy_headers = proxy_headers(proxy) if proxy else None
+            return config
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return client.Client(
+        return SiteClient(
             host,
             namespace="moesaic",
             existing_token=os.environ.get(_TOKEN_VARIABLE),
             credentials=client.ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file.is_file() else None,
-            ssl_ca_cert=os.environ.get("SSL_CERT_FILE"),
+            proxy=proxy,
+            ssl_ca_cert=variables.get("SSL_CERT_FILE"),
         )
 
 

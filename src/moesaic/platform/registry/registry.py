@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError, StageError
+from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.platform.registry.champions import History, Kind, Move, replay
 
@@ -66,6 +67,7 @@ class Registry:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        use_site_variables()
         self.address, self.model = address, model
         self._record = f"{model}.promotions"
         with self._explained():

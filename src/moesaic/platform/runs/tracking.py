@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moesaic.core.errors import StageError
+from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.platform.runs.records import Record
 from moesaic.platform.store import Item, Store
@@ -279,6 +280,7 @@ def _connect(uri: str) -> tuple[Any, str]:
     """A client and the id of the experiment; with a local database, artifacts lie in a folder beside it."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    use_site_variables()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)

@@ -8,6 +8,7 @@ is fetched, and the whole file before it becomes visible.
 
 import hashlib
 import io
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 from botocore.handlers import set_list_objects_encoding_type_url
 
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.network import CLIENT_CERTIFICATE, check_files, proxy_for, site_variables
 from moesaic.core.progress import count_bytes
 from moesaic.platform.store.manifest import FileEntry, StoredObject
 from moesaic.platform.store.root import OTHER_CONTENT, Item, describe_problem, file_range, object_key, problem_of_size
@@ -320,6 +323,9 @@ def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
 
 def connect(options: S3Options) -> Any:
     """A client for any S3 server; it sends no checksums beside the signature, which not all servers support."""
+    variables, session = site_variables(os.environ), botocore.session.get_session()
+    check_files(variables)
+    proxy = proxy_for(options.endpoint_url) if options.endpoint_url else None
     config = Config(
         connect_timeout=min(10.0, options.timeout_s),
         read_timeout=options.timeout_s,
@@ -327,11 +333,17 @@ def connect(options: S3Options) -> Any:
         retries={"mode": "standard", "total_max_attempts": options.attempts},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        client_cert=variables.get(CLIENT_CERTIFICATE) or None,
+        proxies={"http": proxy, "https": proxy} if proxy else {} if options.endpoint_url else None,
         s3={"addressing_style": {True: "path", False: "virtual", None: "auto"}[options.path_style]},
     )
     try:
-        client = boto3.session.Session().client(
-            "s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config
+        client = boto3.session.Session(botocore_session=session).client(
+            "s3",
+            endpoint_url=options.endpoint_url,
+            region_name=options.region,
+            config=config,
+            verify=session.get_config_variable("ca_bundle") or variables.get("SSL_CERT_FILE"),
         )
     except ValueError as invalid:
         raise ConfigError(f"the S3 endpoint cannot be used: {invalid}; correct AWS_ENDPOINT_URL_S3") from invalid

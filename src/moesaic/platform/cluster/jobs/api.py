@@ -13,6 +13,7 @@ from math import ceil
 from typing import Any, TypeVar
 
 from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.network import proxy_for, proxy_headers
 from moesaic.platform.cluster.jobs.settings import JobSettings
 
 Object = dict[str, Any]
@@ -134,7 +135,7 @@ class JobsApi:
 
 
 def _configuration() -> Any:
-    """The server that the pod's account, or a kubeconfig, names."""
+    """The server that the pod's account, or a kubeconfig, names with its certificates; a pod asks its own directly."""
     from kubernetes import client, config
 
     configuration = client.Configuration()
@@ -144,6 +145,8 @@ def _configuration() -> Any:
             config.load_incluster_config(client_configuration=configuration)
         else:
             config.load_kube_config(config_file=os.environ.get("KUBECONFIG"), client_configuration=configuration)
+            configuration.proxy = proxy_for(configuration.host)
+            configuration.proxy_headers = proxy_headers(configuration.proxy or "")
     except config.ConfigException as missing:
         raise ConfigError(f"a job needs a Kubernetes API server: {missing}") from missing
     return configuration
