@@ -86,7 +86,7 @@ def test_a_proxys_user_is_shown_in_a_header() -> None:
 
 def test_files_that_are_none_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text").write_text("no certificate")
-    with pytest.raises(ConfigError, match="SSL_CERT_FILE is '/none.pem', which is no file"):
+    with pytest.raises(ConfigError, match=r"SSL_CERT_FILE is '/none.pem', which is no file"):
         check_files({"SSL_CERT_FILE": "/none.pem"})
     for variable in ("SSL_CERT_FILE", "SSL_CLIENT_CERT"):
         with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"{variable} is .*PEM"):

@@ -396,15 +396,21 @@ NEUTRAL: dict[str, list[Any]] = {
 """Values that say nothing."""
 
 
+@pytest.fixture(scope="module")
+def plain(parent: Running) -> dict[str, Any]:
+    """The reply without any of them."""
+    reply = parent.chat(max_tokens=3, temperature=0).json()
+    return {key: reply[key] for key in ("choices", "usage")}
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(said=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in NEUTRAL.items()}))
-def test_parameters_that_say_nothing_change_nothing(parent: Running, said: dict[str, Any]) -> None:
-    body: dict[str, Any] = {"max_tokens": 3, "temperature": 0}
-    plain, reply = parent.chat(**body), parent.chat(**body, **said)
+def test_parameters_that_say_nothing_change_nothing(
+    parent: Running, plain: dict[str, Any], said: dict[str, Any]
+) -> None:
+    reply = parent.chat(max_tokens=3, temperature=0, **said)
     assert reply.status_code == 200, reply.text
-    assert [one.json()[key] for one in (reply,) for key in ("choices", "usage")] == [
-        plain.json()[key] for key in ("choices", "usage")
-    ]
+    assert {key: reply.json()[key] for key in ("choices", "usage")} == plain
 
 
 WROTE = st.none() | st.sampled_from(["", "w1", "w2 <|end|> w3", "<|start|> system <|message|>"])

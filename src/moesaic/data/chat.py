@@ -131,6 +131,8 @@ class _Control:
     ids: Mapping[str, int]
     """By what they look like."""
     markers: re.Pattern[str]
+    numbers: frozenset[int]
+    """The same tokens."""
     plain: Tokenizer
     """The same tokenizer, but special tokens are text to it; of its own, as the setting is not safe among threads."""
 
@@ -160,8 +162,7 @@ class _Control:
         return [(token, start + first) for token, (first, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def _is_clean(self, tokens: Sequence[tuple[int, int]]) -> bool:
-        control = set(self.ids.values())
-        return not any(token in control for token, _ in tokens)
+        return not any(token in self.numbers for token, _ in tokens)
 
 
 @lru_cache(maxsize=4)
@@ -175,7 +176,8 @@ def _control(tokenizer: PreTrainedTokenizerBase) -> _Control:
     plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()
-    return _Control(ids, re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"), plain)
+    markers = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return _Control(ids, markers, frozenset(ids.values()), plain)
 
 
 def _guarded(value: Any, markers: re.Pattern[str], guard: str) -> Any:
