@@ -12,6 +12,7 @@ import pytest
 
 from moesaic.core.errors import ConfigError, MoesaicError
 from moesaic.platform.store import Manifest, S3Options, Store
+from moesaic.platform.store.s3 import S3Root
 from moesaic.platform.store.upkeep import delete, find_garbage
 
 from .conftest import PART_BYTES
@@ -35,7 +36,7 @@ def is_bucket_head(one: Request) -> bool:
 
 @dataclass(frozen=True)
 class Lacking:
-    """A feature, and requests that use it."""
+    """A feature that is used where it is there, and requests that use it."""
 
     uses: Callable[[Request], bool]
     ignored: str = ""
@@ -43,30 +44,32 @@ class Lacking:
 
 
 FEATURES = {
-    "CRC32": Lacking(has("x-amz-checksum-crc32")),
-    "CRC32C": Lacking(has("x-amz-checksum-crc32c")),
-    "CRC64NVME": Lacking(has("x-amz-checksum-crc64nvme")),
-    "SHA1": Lacking(has("x-amz-checksum-sha1")),
-    "SHA256": Lacking(has("x-amz-checksum-sha256")),
-    "the algorithm of a checksum": Lacking(has("x-amz-checksum-algorithm", "x-amz-sdk-checksum-algorithm")),
-    "the mode of checksums": Lacking(has("x-amz-checksum-mode")),
-    "Content-MD5": Lacking(has("content-md5")),
-    "trailers": Lacking(has("x-amz-trailer", "x-amz-decoded-content-length")),
-    "tags and ACLs": Lacking(has("x-amz-tagging", "x-amz-acl", "x-amz-grant", "x-amz-storage-class")),
     "conditional puts": Lacking(has("if-none-match")),
     "conditional puts, ignored": Lacking(has("if-none-match"), "if-none-match"),
-    "listing of uploads": Lacking(asks("uploads")),
-    "multipart": Lacking(asks("uploadId")),
-    "copies": Lacking(has("x-amz-copy-source")),
-    "HEAD of a bucket": Lacking(is_bucket_head),
-    "HEAD of an object": Lacking(lambda one: one.method == "HEAD"),
-    "location of a bucket": Lacking(asks("?location")),
-    "versions": Lacking(asks("version")),
+    "HEAD": Lacking(lambda one: one.method == "HEAD"),
     "the second form of listing": Lacking(asks("list-type=2")),
-    "encoding of listed keys": Lacking(asks("encoding-type")),
     "ranges": Lacking(has("range")),
     "ranges, ignored": Lacking(has("range"), "range"),
-    "deletion of several": Lacking(asks("?delete")),
+}
+NEVER_USED = {
+    "CRC32": has("x-amz-checksum-crc32"),
+    "CRC32C": has("x-amz-checksum-crc32c"),
+    "CRC64NVME": has("x-amz-checksum-crc64nvme"),
+    "SHA1": has("x-amz-checksum-sha1"),
+    "SHA256": has("x-amz-checksum-sha256"),
+    "the algorithm of a checksum": has("x-amz-checksum-algorithm", "x-amz-sdk-checksum-algorithm"),
+    "the mode of checksums": has("x-amz-checksum-mode"),
+    "Content-MD5": has("content-md5"),
+    "trailers": has("x-amz-trailer", "x-amz-decoded-content-length"),
+    "tags, ACLs, classes": has("x-amz-tagging", "x-amz-acl", "x-amz-grant", "x-amz-storage-class"),
+    "listing of uploads": asks("?uploads"),
+    "multipart": asks("uploadId"),
+    "copies": has("x-amz-copy-source"),
+    "HEAD of a bucket": is_bucket_head,
+    "location of a bucket": asks("?location"),
+    "versions": asks("version"),
+    "encoding of listed keys": asks("encoding-type"),
+    "deletion of several": asks("?delete"),
 }
 
 
@@ -86,14 +89,12 @@ def use_all(store: Store, elsewhere: Store, model: Path) -> Manifest:
     return manifest
 
 
-USED = ("conditional puts", "HEAD of an object", "the second form of listing", "ranges")
-"""Of these we make use where they are there; they are refused in several ways."""
 REFUSALS = [(501, "NotImplemented"), (400, "InvalidArgument"), (405, "MethodNotAllowed")]
 
 
 @pytest.mark.parametrize(
     ("feature", "status"),
-    [(feature, status) for feature in FEATURES for status in REFUSALS[: 3 if feature in USED else 1]],
+    [(name, status) for name, one in FEATURES.items() for status in REFUSALS[: 1 if one.ignored else 3]],
 )
 def test_all_works_without(
     feature: str,
@@ -107,13 +108,21 @@ def test_all_works_without(
     lacking = FEATURES[feature]
     kind: Kind = "ignore" if lacking.ignored else "status"
     proxy.faults.append(Fault(kind, lacking.uses, ALWAYS, *status, header=lacking.ignored))
-    use_all(Store.at(address, options), Store(_root(address, options, tmp_path), tmp_path / "other"), model)
+    use_all(Store.at(address, options), another(address, options, tmp_path), model)
+    assert proxy.faults[0].times < ALWAYS, "it is used where it is there"
 
 
-def _root(address: str, options: S3Options, tmp_path: Path) -> Any:
-    from moesaic.platform.store.s3 import S3Root
+def test_what_is_never_asked_for_may_be_refused(
+    address: str, options: S3Options, model: Path, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    proxy.faults += [Fault("status", uses, ALWAYS, 501, "NotImplemented") for uses in NEVER_USED.values()]
+    use_all(Store.at(address, options), another(address, options, tmp_path), model)
+    assert [name for name, uses in NEVER_USED.items() if any(uses(one) for one in proxy.log)] == []
 
-    return S3Root(address, tmp_path / "other", options)
+
+def another(address: str, options: S3Options, tmp_path: Path) -> Store:
+    """The store from a machine that has fetched nothing yet."""
+    return Store(S3Root(address, tmp_path / "other", options), tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["status", "ignore"])
@@ -167,7 +176,7 @@ def test_what_is_needed_is_named_once(
     with pytest.raises(
         ConfigError, match=rf"cannot do {operation} \(NotImplemented: injected\); running again will"
     ) as one:
-        use_all(Store.at(address, options), Store(_root(address, options, tmp_path), tmp_path / "other"), model)
+        use_all(Store.at(address, options), another(address, options, tmp_path), model)
     assert "\n" not in str(one.value)
 
 
