@@ -26,6 +26,8 @@ from images.requirements import GPU_ONLY
 from moesaic.core.errors import MoesaicError, StageError
 from moesaic.deploy.engines.vllm.environment import VLLM
 from moesaic.measure.benchmark_serving.aiperf.environment import AIPERF
+from tests.deploy.api_clients.environment import API_CLIENTS
+from tests.deploy.api_clients.environment import WANTED as API_CLIENTS_WANTED
 
 PYTHONS = ("3.11", "3.12", "3.13")
 SOURCES = ("antlr4-python3-runtime", "kfp-server-api", "crick")
@@ -122,6 +124,7 @@ PINNED = (
     Pinned("moesaic", PINS["cuda"], "cuda", _OURS),
     Pinned("moesaic", PINS["cpu"], "cpu", _OURS),
     Pinned("AIPerf", AIPERF.pins, "cpu", ("aiperf",)),
+    Pinned("API clients", API_CLIENTS.pins, "cpu", API_CLIENTS_WANTED),
     Pinned(
         "vLLM",
         VLLM["cpu"].pins,

@@ -149,3 +149,10 @@ def test_a_stop_token_is_not_drawn_before_the_least_length() -> None:
     logits = torch.tensor([[0.0, 9.0]]).expand(3, -1)
     sampling = SamplingParams(8, min_tokens=2, temperature=0, stop_ids=frozenset({1}))
     assert choose(logits, [Draw(sampling, 0, 0), Draw(sampling, 0, 1), Draw(sampling, 0, 2)]).tolist() == [0, 0, 1]
+
+
+def test_a_stop_text_ends_the_answer_and_not_the_reasoning_before_it() -> None:
+    reasoned = "<|channel|> analysis <|message|> a b c <|end|> <|start|> assistant "
+    answered = reasoned + "<|channel|> final <|message|> c b a <|return|>"
+    assert write(answered, ("b",)) == ("c", "a b c", True)
+    assert write(reasoned, ("b",)) == (None, "a b c", False)

@@ -23,6 +23,7 @@ Kind = Literal[
     "corrupt request",
     "corrupt response",
     "drop response",
+    "ignore",
 ]
 
 
@@ -58,6 +59,8 @@ class Fault:
     status: int = 500
     code: str = "InternalError"
     seconds: float = 0.0
+    header: str = ""
+    """The one that is ignored."""
 
 
 @dataclass
@@ -150,11 +153,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._cut()
         if fault and kind == "status":
             return self._refuse(fault.status, fault.code)
-        if not _digest_fits(body, self._request.headers):
+        headers = dict(self._request.headers)
+        if fault and kind == "ignore":
+            headers.pop(fault.header, None)
+        if not _digest_fits(body, headers):
             return self._refuse(400, "XAmzContentSHA256Mismatch")
         if fault and kind == "slow":
             time.sleep(fault.seconds)
-        status, headers, content = self._ask(body, self._request.headers)
+        status, answered, content = self._ask(body, headers)
         if kind == "drop response":
             return self._cut()
         if kind == "corrupt response":
@@ -162,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "cut response":
             self.close_connection = True
             content = content[: len(content) // 2]
-        self._answer(status, headers, content)
+        self._answer(status, answered, content)
 
     def _read_slowly(self, length: int, seconds: float) -> bytes:
         pieces = []

@@ -293,7 +293,7 @@ def test_a_deleted_move_is_noticed(registry: Registry) -> None:
 
 def test_whom_the_server_does_not_know(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-password")
-    with pytest.raises(ConfigError, match="does not know the user; set MLFLOW_TRACKING_USERNAME") as refused:
+    with pytest.raises(ConfigError, match=r"does not know the user \(401\); set MLFLOW_TRACKING_USERNAME") as refused:
         Registry(RegistryAddress(server.uri), "child").create()
     assert "a-wrong-password" not in str(refused.value)
 

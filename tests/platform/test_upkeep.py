@@ -122,7 +122,9 @@ def test_leftovers_of_interrupted_writers_go_after_the_grace(tmp_path: Path) -> 
 def test_parts_of_an_interrupted_upload_go_after_the_grace(
     store: Store, model: Path, parts: list[str], proxy: FaultyProxy
 ) -> None:
-    proxy.faults.append(Fault("status", lambda one: one.object == parts[3], status=403, code="AccessDenied"))
+    proxy.faults.append(
+        Fault("status", lambda one: one.method == "PUT" and one.object == parts[3], status=403, code="AccessDenied")
+    )
     with pytest.raises(ConfigError):
         add(store, model)
     sent = {object_key(sha256) for sha256 in proxy.sent()}

@@ -23,6 +23,7 @@ from moesaic.command_line.submit_commands import add_submit_commands
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.json_text import read_text
+from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.core.version import __version__
 from moesaic.data.sets import FILES, DataSets
@@ -33,6 +34,7 @@ from moesaic.platform.store import Address, parse_address
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
+    use_site_variables()
     try:
         options.command(options)
     except MoesaicError as failure:

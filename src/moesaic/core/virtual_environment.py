@@ -13,9 +13,11 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 from moesaic.core.errors import StageError
+from moesaic.core.network import opener, site_variables
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """Where PyTorch publishes its CPU builds; the registry has the CUDA build for Linux."""
@@ -50,8 +52,8 @@ for name, version in (line.split("==") for line in sys.stdin.read().split()):
 
 
 def clean_variables() -> dict[str, str]:
-    """This process's environment variables without those that would bring packages into another environment."""
-    return {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+    """This process's environment variables, the site's completed, without what would bring packages elsewhere."""
+    return {name: value for name, value in site_variables(os.environ).items() if name not in _FOREIGN}
 
 
 def has_nvidia_gpu() -> bool:
@@ -66,9 +68,9 @@ def has_nvidia_gpu() -> bool:
 def why_unreachable(url: str) -> str | None:
     """Why nothing answers at this address; None if something does."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_REACH_WITHIN_S):
+        with opener(url).open(urllib.request.Request(url, method="HEAD"), timeout=_REACH_WITHIN_S):
             return None
-    except OSError as failure:
+    except (OSError, HTTPException) as failure:
         return str(getattr(failure, "reason", failure))
 
 

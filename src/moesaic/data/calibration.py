@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
 from moesaic.data.batches import Batch, TokenSequence, make_batches
-from moesaic.data.chat import PROMPT_DATE, load_tokenizer
+from moesaic.data.chat import GuardedChat, load_tokenizer
 from moesaic.data.datasets import Row, check_keys, read_rows
 from moesaic.data.messages import read_effort, read_message
 
@@ -63,14 +63,18 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: 
     for key in ("thinking", "tool_calls"):
         if any(message.get(key) for message in row.messages) and key not in str(tokenizer.chat_template):
             raise ArtifactError(f"{row.place} has {key}, which the chat template never reads; use another template")
-    text = _render(tokenizer, row, len(row.messages))
-    spans = _response_spans(tokenizer, row, text)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    written = [any(start <= first < stop for start, stop in spans) for first, _ in encoded["offset_mapping"]]
-    return TokenSequence(tuple(encoded["input_ids"][:max_tokens]), tuple(written[:max_tokens]))
+    try:
+        chat = GuardedChat.of(row.messages, tokenizer)
+        text = chat.render(row.effort, prompt=False)
+        spans = _response_spans(chat, row, text)
+        tokens = chat.encode(text)[:max_tokens]
+    except ArtifactError as refused:
+        raise ArtifactError(f"{row.place}: {refused}") from refused
+    written = tuple(any(start <= first < stop for start, stop in spans) for _, first in tokens)
+    return TokenSequence(tuple(token for token, _ in tokens), written)
 
 
-def _response_spans(tokenizer: PreTrainedTokenizerFast, row: Conversation, text: str) -> list[tuple[int, int]]:
+def _response_spans(chat: GuardedChat, row: Conversation, text: str) -> list[tuple[int, int]]:
     """Where in ``text`` each assistant turn stands as it was generated.
 
     A turn counts if ``text`` begins with what was rendered when the turn was the last. Templates that rewrite earlier
@@ -79,20 +83,8 @@ def _response_spans(tokenizer: PreTrainedTokenizerFast, row: Conversation, text:
     spans = []
     for index, message in enumerate(row.messages):
         if message["role"] == "assistant":
-            prompt = _render(tokenizer, row, index, prompt=True)
-            answered = _render(tokenizer, row, index + 1)
+            prompt = chat.render(row.effort, prompt=True, num_messages=index)
+            answered = chat.render(row.effort, prompt=False, num_messages=index + 1)
             if text.startswith(answered) and answered.startswith(prompt):
                 spans.append((len(prompt), len(answered)))
     return spans
-
-
-def _render(tokenizer: PreTrainedTokenizerFast, row: Conversation, num_messages: int, prompt: bool = False) -> str:
-    """The text of the first messages, and the generation prompt if asked for."""
-    messages = [dict(message) for message in row.messages[:num_messages]]
-    values: dict[str, Any] = {"strftime_now": PROMPT_DATE.strftime}
-    if row.effort is not None:
-        values["reasoning_effort"] = row.effort
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **values))
-    except Exception as refused:  # the template is the user's program and may raise anything
-        raise ArtifactError(f"{row.place}: the chat template refuses this conversation: {refused}") from refused

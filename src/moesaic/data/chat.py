@@ -1,12 +1,27 @@
-"""A checkpoint's tokenizer and the chat template that comes with it."""
+"""A checkpoint's tokenizer and the chat template that comes with it.
 
+What stands in a message stays text. Control tokens come from the template alone: a marker such as ``<|start|>`` that
+somebody has written is guarded by a character inside it before the template is filled, so that the markers without
+guard are the template's own; the text between those is encoded without control tokens, and without the guards.
+"""
+
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
+
+_MARKER = re.compile(r"<\|(\w+)\|>")
+_GUARDS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
+"""Unicode's noncharacters: text that is exchanged has none of them."""
 
 PROMPT_DATE = date(2025, 8, 5)
 """What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
@@ -29,23 +44,151 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def find_markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The name of every token that is a marker, such as ``channel`` for ``<|channel|>``."""
+    matches = ((token, _MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
+    return {token: match[1] for token, match in matches if match}
+
+
 def render_conversation(
-    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, effort: str
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, effort: str
 ) -> list[int]:
     """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins.
 
     Raises:
         ArtifactError: if the template refuses them.
     """
-    try:
-        ids = tokenizer.apply_chat_template(
-            list(messages),
-            reasoning_effort=effort,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            strftime_now=PROMPT_DATE.strftime,
-        )
-    except Exception as refused:  # the template is the user's program and may raise anything
-        raise ArtifactError(f"the chat template refuses {messages!r:.200}: {refused}") from refused
-    return [int(token) for token in ids]
+    chat = GuardedChat.of(messages, tokenizer)
+    return [token for token, _ in chat.encode(chat.render(effort, prompt=True))]
+
+
+@dataclass(frozen=True)
+class GuardedChat:
+    """A conversation whose markers are guarded, to be rendered and encoded."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    guard: str
+    """A character that occurs nowhere else in them."""
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> "GuardedChat":
+        """Guard the markers in every text of the messages, those of calls and their arguments included."""
+        written = json.dumps(list(messages), ensure_ascii=False, default=str)
+        guard = next((guard for guard in _GUARDS if guard not in written), None)
+        if guard is None:
+            raise ArtifactError("the messages hold all of U+FDD0 to U+FDEF, which stand for no character; remove them")
+        markers = _control(tokenizer).markers
+        return cls(tuple(_guarded(dict(message), markers, guard) for message in messages), guard, tokenizer)
+
+    def render(self, effort: str | None, *, prompt: bool, num_messages: int | None = None) -> str:
+        """The template filled with the first messages, guards included.
+
+        Args:
+            effort: None leaves it to the template.
+            prompt: go on to where the model's reply begins.
+            num_messages: None: all.
+
+        Raises:
+            ArtifactError: if the template refuses them.
+        """
+        values = {} if effort is None else {"reasoning_effort": effort}
+        messages = [dict(message) for message in self.messages[:num_messages]]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt, strftime_now=PROMPT_DATE.strftime, **values
+                )
+            )
+        except Exception as refused:  # the template is the user's program and may raise anything
+            shown = json.dumps(messages, ensure_ascii=False, default=str).replace(self.guard, "")[:200]
+            raise ArtifactError(f"the chat template refuses {shown}: {refused}") from refused
+
+    def encode(self, text: str) -> list[tuple[int, int]]:
+        """Every token of a rendered text, and where in it the token begins.
+
+        Raises:
+            ArtifactError: if it is no Unicode, or the tokenizer has no way to write a marker as text.
+        """
+        control = _control(self.tokenizer)
+        tokens: list[tuple[int, int]] = []
+        end = 0
+        for marker in control.markers.finditer(text):
+            tokens += self._encode_text(control, text[end : marker.start()], end)
+            tokens.append((control.ids[marker[0]], marker.start()))
+            end = marker.end()
+        return tokens + self._encode_text(control, text[end:], end)
+
+    def _encode_text(self, control: "_Control", text: str, start: int) -> list[tuple[int, int]]:
+        places = [place for place, character in enumerate(text) if character != self.guard]
+        return [(token, start + places[first]) for token, first in control.encode(text.replace(self.guard, ""))]
+
+
+@dataclass(frozen=True)
+class _Control:
+    """A tokenizer's control tokens, and how to write text without them."""
+
+    ids: Mapping[str, int]
+    """By what they look like."""
+    markers: re.Pattern[str]
+    numbers: frozenset[int]
+    """The same tokens."""
+    plain: Tokenizer
+    """The same tokenizer, but special tokens are text to it; of its own, as the setting is not safe among threads."""
+
+    def encode(self, text: str) -> list[tuple[int, int]]:
+        """Text as tokens and their places, none of them a control token."""
+        if not text:
+            return []
+        tokens = self._plain(text, 0)
+        if self._is_clean(tokens):
+            return tokens
+        tokens, end = [], 0  # the vocabulary has a marker as a word as well: it is written letter by letter
+        for marker in self.markers.finditer(text):
+            tokens += self._plain(text[end : marker.start()], end)
+            for place in range(*marker.span()):
+                tokens += self._plain(text[place], place)
+            end = marker.end()
+        tokens += self._plain(text[end:], end)
+        if not self._is_clean(tokens):
+            raise ArtifactError(f"this tokenizer cannot write {text[:100]!r} without control tokens; remove them")
+        return tokens
+
+    def _plain(self, text: str, start: int) -> list[tuple[int, int]]:
+        try:
+            encoding = self.plain.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as broken:
+            raise ArtifactError(f"{text[:100]!r} is no Unicode text: {broken}") from broken
+        return [(token, start + first) for token, (first, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def _is_clean(self, tokens: Sequence[tuple[int, int]]) -> bool:
+        return not any(token in self.numbers for token, _ in tokens)
+
+
+@lru_cache(maxsize=4)
+def _control(tokenizer: PreTrainedTokenizerBase) -> _Control:
+    """What is called special, and what looks like a marker; not what stands for unknown words."""
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = special | {f"<|{name}|>": number for number, name in find_markers(tokenizer).items()}
+    ids = {text: number for text, number in ids.items() if number != tokenizer.unk_token_id}
+    longest_first = sorted(ids, key=len, reverse=True)
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+    markers = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return _Control(ids, markers, frozenset(ids.values()), plain)
+
+
+def _guarded(value: Any, markers: re.Pattern[str], guard: str) -> Any:
+    """The same with guards in its texts; the role of a message is the format's own word."""
+    if isinstance(value, str):
+        return markers.sub(lambda marker: marker[0][0] + guard + marker[0][1:], value)
+    if isinstance(value, Mapping):
+        return {
+            _guarded(key, markers, guard): inner if key == "role" else _guarded(inner, markers, guard)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_guarded(inner, markers, guard) for inner in value]
+    return value

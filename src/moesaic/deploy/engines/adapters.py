@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from moesaic.core.config import EmulatedCache, Precision, ServingEngine
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.redaction import redact
 from moesaic.deploy.engines.vllm import engine as vllm
 from moesaic.deploy.engines.vllm.environment import vllm_environment
 
@@ -96,11 +98,21 @@ def running_url(role: str) -> str:
     """The address of a server that runs already.
 
     Raises:
-        ConfigError: if none is named.
+        ConfigError: if none is named, or it is no address.
     """
     variable = URL_VARIABLE.format(role=role.upper())
     if not (url := os.environ.get(variable)):
         raise ConfigError(f"engine 'running' needs the server's address; set {variable}, such as http://host:8000")
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # a port that is no number
+        named = False
+    if not named or "@" in url or "?" in url or "#" in url:
+        raise ConfigError(
+            f"{variable} is {redact(url, {})!r}; it must be an address like http://host:8000, with nothing but a path "
+            "behind it and no name or password in it (a server's key goes into OPENAI_API_KEY)"
+        )
     return url.rstrip("/").removesuffix("/v1")
 
 

@@ -1,19 +1,18 @@
 """Starting and stopping a server process, and its state as HTTP shows it."""
 
-import json
+import os
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moesaic.core.child_processes import last_lines, tethered
 from moesaic.core.config import ServingEngine
-from moesaic.core.errors import StageError
+from moesaic.core.errors import MoesaicError, StageError
 from moesaic.deploy.engines.adapters import (
     COUNTERS,
     HOST,
@@ -24,9 +23,10 @@ from moesaic.deploy.engines.adapters import (
     model_name,
     running_url,
 )
+from moesaic.deploy.engines.server_answers import KEY_VARIABLE, NotYetError, fetch, fetch_json, unexpected
 
 _POLL_S = 0.2
-_ANSWER_WITHIN_S = 10.0
+_MODELS, _METRICS = "the list of models of an OpenAI-compatible server", "counters in Prometheus' text format"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Server:
     log: Path
     owner: str = "vllm"
     """Who owns the model by its own word: what kind of server it is. Those that are not known are asked as vLLM is."""
+    key: str | None = field(default=None, repr=False)
+    """The key that it asks for."""
 
     @property
     def token_options(self) -> dict[str, Any]:
@@ -59,10 +61,10 @@ class Server:
         """Its own counters since its start, by field of a load sweep's ``Counts``; only those it has."""
         for counters in COUNTERS:
             try:
-                values = read_counters(_get(self.url + counters.path), counters.names.values())
-            except OSError:
+                text = fetch(self.url + counters.path, self.key, _METRICS)
+            except MoesaicError:
                 continue  # no such page: another kind of server
-            if values:
+            if values := read_counters(text, counters.names.values()):
                 return {field: values.get(name, 0) for field, name in counters.names.items()}
         return {}
 
@@ -78,20 +80,20 @@ def started_server(engine: ServingEngine, spec: ServerSpec, log: Path, timeout_s
         timeout_s: how long it may take to answer.
 
     Raises:
+        ConfigError: if what answers at the address is no such server, or refuses the key.
         StageError: if it dies or does not answer in time, with the end of its log.
     """
     if engine == "running":
-        url = running_url(spec.role)
-        _await_health(url, None, log, timeout_s)
-        name, owner = next(iter(_models(url).items()))
-        yield Server(url, name, None, log, owner)
+        url, key = running_url(spec.role), os.environ.get(KEY_VARIABLE)
+        models = _await_models(url, key, None, log, timeout_s)
+        name, owner = next(iter(models.items()))
+        yield Server(url, name, None, log, owner, key)
         return
     port = _free_port()
     url = f"http://{HOST}:{port}"
     name = model_name(engine, spec)
     with tethered(command(engine, spec, port), log, environment(engine, spec)) as process:
-        _await_health(url, process, log, timeout_s)
-        if name not in (models := _models(url)):
+        if name not in (models := _await_models(url, None, process, log, timeout_s)):
             raise StageError(f"{url} serves {[*models]}, not {name!r}: another server took the port; start again")
         yield Server(url, name, process, log, models[name])
 
@@ -102,35 +104,36 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _await_health(url: str, process: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float) -> None:
+def _await_models(
+    url: str, key: str | None, process: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float
+) -> dict[str, str]:
+    """Who owns each model that is served, once the server answers; what refuses for good is not asked again."""
     end = time.monotonic() + timeout_s
-    while not _is_healthy(url):
+    while True:
+        try:
+            return _models(url, key)
+        except NotYetError as failure:
+            why = str(failure)
         if process is not None and process.poll() is not None:
             raise StageError(f"the server ended with status {process.returncode} before it served; {last_lines(log)}")
         if time.monotonic() > end:
             seen = last_lines(log) if process is not None else f"is {url} right?"
-            raise StageError(f"the server at {url} was not ready after {timeout_s:g} s (startup_timeout_s); {seen}")
+            raise StageError(
+                f"the server at {url} was not ready after {timeout_s:g} s (startup_timeout_s): {why}; {seen}"
+            )
         time.sleep(_POLL_S)
 
 
-def _is_healthy(url: str) -> bool:
+def _models(url: str, key: str | None) -> dict[str, str]:
+    page = f"{url}/v1/models"
+    listed = fetch_json(page, key, _MODELS)
     try:
-        _get(f"{url}/health")
-    except OSError:
-        return False
-    return True
-
-
-def _models(url: str) -> dict[str, str]:
-    """Who owns each model that is served."""
-    return {entry["id"]: entry.get("owned_by", "") for entry in json.loads(_get(f"{url}/v1/models"))["data"]}
-
-
-def _get(url: str) -> str:
-    """The body of a reply of status 200; the server is near, so no proxy is asked."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(url, timeout=_ANSWER_WITHIN_S) as answer:
-        return str(answer.read().decode())
+        models = {str(entry["id"]): str(entry.get("owned_by") or "") for entry in listed["data"]}
+    except (AttributeError, KeyError, TypeError) as strange:
+        raise unexpected(page, str(listed), _MODELS) from strange
+    if not models:
+        raise unexpected(page, "no model", _MODELS)
+    return models
 
 
 def read_counters(text: str, names: Collection[str]) -> dict[str, int]:
@@ -139,6 +142,7 @@ def read_counters(text: str, names: Collection[str]) -> dict[str, int]:
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in names:
-            value = line.rpartition("}")[2].removeprefix(name).split()[0]
-            values[name] = values.get(name, 0) + int(float(value))
+            with suppress(IndexError, OverflowError, ValueError):  # a line without a number, or NaN
+                value = int(float(line.rpartition("}")[2].removeprefix(name).split()[0]))
+                values[name] = values.get(name, 0) + value
     return values

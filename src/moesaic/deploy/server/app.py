@@ -42,9 +42,15 @@ def create_app(served: ServedModel, batcher: Batcher) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(Exception, _fail)
     endpoints = Endpoints(served, batcher, exchanges, metrics)
-    app.add_api_route("/health", endpoints.health)
-    app.add_api_route("/metrics", endpoints.prometheus)
-    app.add_api_route("/v1/models", endpoints.models)
+    pages: dict[str, Callable[..., Coroutine[Any, Any, Response]]] = {
+        "/health": endpoints.health,
+        "/metrics": endpoints.prometheus,
+        "/v1/models": endpoints.models,
+        "/v1/models/{model:path}": endpoints.model,
+    }
+    for path, endpoint in pages.items():
+        app.add_api_route(path, endpoint)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"])
     describe(app, served.name)
@@ -71,8 +77,12 @@ class Endpoints:
 
     async def models(self) -> Response:
         """The one model there is."""
-        entry = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "moesaic"}
-        return JSONResponse({"object": "list", "data": [entry | {"max_model_len": self.served.limits.max_context}]})
+        return JSONResponse({"object": "list", "data": [self.served.entry]})
+
+    async def model(self, model: str) -> Response:
+        """The model of this name."""
+        self.served.check_name(model)
+        return JSONResponse(self.served.entry)
 
     async def chat_completions(self, request: Request) -> Response:
         """Reply to a conversation; the analysis is ``reasoning_content``, the answer ``content``."""

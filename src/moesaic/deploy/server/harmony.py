@@ -3,23 +3,13 @@
 A reply is messages ``<|channel|>NAME<|message|>TEXT``, each closed by another marker. The first message of the
 ``final`` channel is the answer (``content``); the analysis, and any other text the model writes, is ``reasoning``, one
 message per line. Of a whole reply, ``content`` is ``verifiers.split_reply(text).final``, and ``reasoning`` begins with
-its ``analysis``; of one that was cut off, ``content`` is as much of the answer as there is.
+its ``analysis``; of one that was cut off, ``content`` is as much of the answer as there is. A stop text ends the reply
+only in the answer: the reasoning is not the text that a client asks for.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from moesaic.deploy.server.replies import Decode, IncrementalDetokenizer, Kind, Piece, StopTextFilter
-
-_MARKER = re.compile(r"<\|(\w+)\|>")
-
-
-def find_markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The name of every token that is a marker, such as ``channel`` for ``<|channel|>``."""
-    matches = ((token, _MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
-    return {token: match[1] for token, match in matches if match}
 
 
 class ChatWriter:
@@ -64,7 +54,7 @@ class ChatWriter:
         """From here on text is of another message, or behind another marker."""
         self._kind, self._marker, self._header = kind, marker, ""
         self._text = IncrementalDetokenizer(self._decode)
-        self._visible = StopTextFilter(self._stops, strip=True)
+        self._visible = StopTextFilter(self._stops if kind == "content" else (), strip=True)
         self._at_start = True
 
     def _show(self, text: str, may_stop: bool) -> list[Piece]:

@@ -15,10 +15,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.chat import load_tokenizer
+from moesaic.data.chat import find_markers, load_tokenizer
 from moesaic.deploy.server.app import create_app
 from moesaic.deploy.server.batching import Batcher
-from moesaic.deploy.server.harmony import find_markers
 from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.served_model import ServedModel
 from moesaic.models import kv_cache

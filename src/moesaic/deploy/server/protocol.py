@@ -1,7 +1,8 @@
 """What a client may ask for: the OpenAI API's requests, as far as they are served here.
 
 Parameters of the API that are not served are accepted at the value that means nothing, and refused at any other, so
-that no client believes in something that is not done. Unknown names are refused.
+that no client believes in something that is not done. Unknown names are refused, unless they are null. What the server
+replied is accepted as history.
 """
 
 import re
@@ -15,7 +16,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -26,7 +29,6 @@ Effort = Literal["low", "medium", "high"]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
 def _whole(value: Any) -> Any:
@@ -40,7 +42,23 @@ def _is_false(value: bool) -> bool:
     return value
 
 
+def _is_empty(value: list[Any]) -> list[Any]:
+    if value:
+        raise ValueError("it is not served here; leave it out, or give an empty list")
+    return value
+
+
+def _only_text(content: Any) -> Any:
+    """Refuse parts of other kinds by name, before each of their keys is."""
+    for place, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"part {place} is of type {kind[:50]!r}; this model reads text alone, as type 'text'")
+    return content
+
+
 Whole = BeforeValidator(_whole)
+Nothing = Annotated[list[Any], AfterValidator(_is_empty), WithJsonSchema({"type": "array", "maxItems": 0})]
 No = Annotated[bool, AfterValidator(_is_false), WithJsonSchema({"type": "boolean", "const": False})]
 
 
@@ -61,6 +79,14 @@ class RequestError(Exception):
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """Clients send what is not set as null."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
+
 
 class StreamOptions(_Part):
     """How a stream is to be sent."""
@@ -75,6 +101,7 @@ class TextPart(_Part):
 
     type: Literal["text"]
     text: str
+    annotations: Nothing | None = None
 
 
 class Message(_Part):
@@ -82,9 +109,17 @@ class Message(_Part):
 
     role: Literal["system", "developer", "user", "assistant"]
     """``system`` is read as ``developer``: gpt-oss's own system message holds the reasoning effort."""
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        BeforeValidator(_only_text),
+        Field(validate_default=True),
+    ] = None
+    """Only an assistant's may be null: its reply was cut off before the answer."""
     reasoning_content: str | None = None
-    """Of an assistant: its analysis, which the chat template may leave out."""
+    """Of an assistant: its analysis, which the chat template may leave out; ``reasoning`` and ``thinking`` mean the
+    same."""
+    reasoning: str | None = None
+    thinking: str | None = None
     name: str | None = None
     refusal: None = None
     audio: None = None
@@ -92,10 +127,31 @@ class Message(_Part):
     annotations: Nothing | None = None
     tool_calls: Nothing | None = None
 
+    @field_validator("content", mode="after")
+    @classmethod
+    def _is_there(cls, content: Any, message: ValidationInfo) -> Any:
+        if content is None and message.data.get("role") != "assistant":
+            raise ValueError("it must be a text or a list of text parts")
+        return content
+
+    @model_validator(mode="after")
+    def _thinks_once(self) -> Self:
+        thoughts = {self.reasoning_content, self.reasoning, self.thinking} - {None, ""}
+        if len(thoughts) > 1:
+            raise ValueError("reasoning_content, reasoning and thinking are the same thing, but differ; keep one")
+        if thoughts and self.role != "assistant":
+            raise ValueError("only an assistant has reasoning")
+        return self
+
     @property
     def text(self) -> str:
         """The content without its parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+
+    @property
+    def analysis(self) -> str | None:
+        """The reasoning from whichever place."""
+        return self.reasoning_content or self.reasoning or self.thinking
 
 
 class TemplateOptions(_Part):
@@ -160,9 +216,15 @@ class ChatRequest(_Generation):
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, Any] | None = None
-    store: bool | None = None
+    store: No | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    verbosity: Literal["medium"] | None = None
+    prediction: None = None
+    audio: None = None
+    web_search_options: None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -40,6 +40,7 @@ def _schema(app: FastAPI, model: str) -> dict[str, Any]:
         schema["components"] = {"schemas": schemas}
         for path, kind in _REQUESTS.items():
             schema["paths"][path]["post"].update(_operation(kind))
+        schema["paths"]["/v1/models/{model}"]["get"]["responses"]["404"] = _refusal(_REFUSALS["404"])
         schema["paths"]["/health"]["get"]["responses"]["503"] = _refusal(_REFUSALS["503"])
         schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {
             "text/plain": {"schema": {"type": "string"}}

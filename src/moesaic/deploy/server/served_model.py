@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ class ServedModel:
         Raises:
             RequestError: if the template refuses the messages, or the request exceeds a limit.
         """
-        self._check_name(asked.model)
+        self.check_name(asked.model)
         given = asked.max_completion_tokens
         if given is not None and asked.max_tokens not in (None, given):
             raise RequestError(400, "max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
@@ -58,13 +59,20 @@ class ServedModel:
         Raises:
             RequestError: if a prompt is empty, names unknown tokens, or the request exceeds a limit.
         """
-        self._check_name(asked.model)
+        self.check_name(asked.model)
         prompts = [self._encode(prompt) for prompt in asked.prompts]
         samplings = self._sampling(asked, prompts, asked.max_tokens or _COMPLETION_TOKENS, "prompt")
         decode = self._decoder(asked.skip_special_tokens is not False)
         return [Reply(prompt, sampling, PlainWriter(decode, asked.stops)) for prompt, sampling in samplings]
 
-    def _check_name(self, name: str) -> None:
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The model in the API's list of models."""
+        entry = {"id": self.name, "object": "model", "created": self.created, "owned_by": "moesaic"}
+        return entry | {"max_model_len": self.limits.max_context}
+
+    def check_name(self, name: str) -> None:
+        """Raise RequestError, 404, for the name of another model."""
         if name != self.name:
             raise RequestError(
                 404, f"there is no model {name[:100]!r} here, only {self.name!r}", "model", "model_not_found"
@@ -75,7 +83,7 @@ class ServedModel:
             {
                 "role": "developer" if message.role == "system" else message.role,
                 "content": message.text,
-                **({"thinking": message.reasoning_content} if message.reasoning_content else {}),
+                **({"thinking": message.analysis} if message.analysis else {}),
             }
             for message in asked.messages
         ]

@@ -82,7 +82,7 @@ class ChatShape(Shape):
 
     def choice(self, texts: dict[str, str]) -> dict[str, Any]:
         """The assistant's message."""
-        message = {"reasoning_content": texts.get("reasoning"), "content": texts.get("content")}
+        message = {"reasoning_content": texts.get("reasoning"), "content": texts.get("content"), "refusal": None}
         return {"message": {"role": "assistant", **message}}
 
     def deltas(self, event: Event, is_first: bool) -> Iterator[dict[str, Any]]:

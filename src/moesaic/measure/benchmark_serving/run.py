@@ -198,7 +198,7 @@ def _measure(client: Client, server: Server, load: Load, artifacts: Path, timeou
     """Measure one point; StageError unless client and server agree on the counts."""
     before = server.counts()
     try:
-        run = client.run(server.url, server.model, load, artifacts, timeout_s)
+        run = client.run(server.url, server.model, load, artifacts, timeout_s, server.key)
     finally:
         server.check_alive()
     after = server.counts()

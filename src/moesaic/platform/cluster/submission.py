@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moesaic.core.errors import ConfigError, MoesaicError
+from moesaic.core.network import CLIENT_CERTIFICATE, check_files, proxy_for, proxy_headers, site_variables
 from moesaic.core.redaction import HIDDEN
 from moesaic.platform.cluster.following import RunStatus, TaskStatus, Unavailable, numbered
 
@@ -97,7 +98,7 @@ class Kubeflow:
         wanted = self._client.api_models.V2beta1Pipeline(display_name=pipeline, **self._in(namespace))
         pipeline_id, _ = _find_or_make(
             lambda: self._find(pipelines.pipeline_service_list_pipelines, "pipelines", pipeline, **self._in(namespace)),
-            lambda: self._call(pipelines.pipeline_service_create_pipeline, wanted).pipeline_id,
+            lambda: self._made(pipelines.pipeline_service_create_pipeline, "pipeline", wanted),
         )
         version_id, is_new = _find_or_make(
             lambda: self._find(
@@ -116,7 +117,7 @@ class Kubeflow:
         wanted = self._client.api_models.V2beta1Experiment(display_name=name, **self._in(namespace))
         experiment_id, _ = _find_or_make(
             lambda: self._find_experiment(name, namespace),
-            lambda: self._call(experiments.experiment_service_create_experiment, wanted).experiment_id,
+            lambda: self._made(experiments.experiment_service_create_experiment, "experiment", wanted),
         )
         return experiment_id
 
@@ -139,12 +140,12 @@ class Kubeflow:
             runtime_config=models.V2beta1RuntimeConfig(parameters=dict(arguments)),
             service_account=service_account,
         )
-        return str(self._call(self._client.runs.run_service_create_run, run).run_id)
+        return self._made(self._client.runs.run_service_create_run, "run", run)
 
     def run(self, run_id: str) -> RunStatus:
         """A run with its tasks."""
         run = self._of_run(self._client.runs.run_service_get_run, run_id)
-        if run.run_id != run_id:
+        if getattr(run, "run_id", None) != run_id:
             raise _unexpected_answer(self.host)
         details = run.run_details.task_details if run.run_details else None
         return _run_status(run, _tasks(details or [], self._stage_names(run)))
@@ -172,7 +173,15 @@ class Kubeflow:
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         with _explained(self.host):
-            return method(*arguments, _request_timeout=_REQUEST_TIMEOUT_S, **named)
+            answer = method(*arguments, _request_timeout=_REQUEST_TIMEOUT_S, **named)
+        return answer
+
+    def _made(self, method: Callable[..., Any], kind: str, *arguments: Any, **named: Any) -> str:
+        """The id of what a call has made."""
+        made = getattr(self._call(method, *arguments, **named), f"{kind}_id", None)
+        if not made:
+            raise _unexpected_answer(self.host)
+        return str(made)
 
     def _of_run(self, method: Callable[..., Any], run_id: str) -> Any:
         try:
@@ -187,7 +196,10 @@ class Kubeflow:
     def _find(self, listing: Callable[..., Any], kind: str, name: str, **named: Any) -> str | None:
         """The id of the object of this kind and name; None if there is none."""
         equal = {"operation": "EQUALS", "key": "display_name", "string_value": name}
-        objects = getattr(self._call(listing, filter=json.dumps({"predicates": [equal]}), **named), kind)
+        page = self._call(listing, filter=json.dumps({"predicates": [equal]}), **named)
+        if not hasattr(page, kind):
+            raise _unexpected_answer(self.host)
+        objects = getattr(page, kind)
         return getattr(objects[0], f"{kind.removesuffix('s')}_id") if objects else None
 
     def _find_experiment(self, name: str, namespace: str) -> str | None:
@@ -199,8 +211,7 @@ class Kubeflow:
             path = Path(directory, f"{version}.yaml")
             path.write_text(text)
             uploading = self._client.pipeline_uploads.upload_pipeline_version
-            made = self._call(uploading, str(path), name=version, pipelineid=pipeline_id)
-        return str(made.pipeline_version_id)
+            return self._made(uploading, "pipeline_version", str(path), name=version, pipelineid=pipeline_id)
 
     def _stage_names(self, run: Any) -> frozenset[str] | None:
         """Names of the tasks that run stages, which Kubeflow lists among many of its own; None if unknown."""
@@ -240,14 +251,27 @@ def _client(host: str) -> Any:
     if os.environ.get(_TOKEN_FILE_VARIABLE) and not os.access(token_file, os.R_OK):
         raise ConfigError(f"{_TOKEN_FILE_VARIABLE} names {token_file}, which cannot be read")
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+    variables, proxy = site_variables(os.environ), proxy_for(host)
+    check_files(variables)
+
+    class SiteClient(client.Client):
+        """What the client's own arguments leave out."""
+
+        def _load_config(self, *arguments: Any, **named: Any) -> Any:
+            config = super()._load_config(*arguments, **named)
+            config.cert_file = variables.get(CLIENT_CERTIFICATE) or None
+            config.proxy_headers = proxy_headers(proxy) if proxy else None
+            return config
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return client.Client(
+        return SiteClient(
             host,
             namespace="moesaic",
             existing_token=os.environ.get(_TOKEN_VARIABLE),
             credentials=client.ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file.is_file() else None,
-            ssl_ca_cert=os.environ.get("SSL_CERT_FILE"),
+            proxy=proxy,
+            ssl_ca_cert=variables.get("SSL_CERT_FILE"),
         )
 
 

@@ -10,12 +10,14 @@ is killed in between, the next command corrects the alias.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError, StageError
+from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.platform.registry.champions import History, Kind, Move, replay
 
@@ -24,6 +26,7 @@ _OURS = "moesaic."
 MANIFEST_TAG = f"{_OURS}manifest"
 _KIND, _VERSION, _AFTER, _BEFORE = (f"{_OURS}move.{name}" for name in ("kind", "version", "after", "before"))
 _PAGE = 1000
+_SHOWN = 400
 
 Outcome = Literal["promoted", "already", "superseded", "overtaken"]
 """The result of a promotion: the version became champion, is champion already, was champion and has been replaced, or
@@ -64,6 +67,7 @@ class Registry:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        use_site_variables()
         self.address, self.model = address, model
         self._record = f"{model}.promotions"
         with self._explained():
@@ -191,7 +195,9 @@ class Registry:
 
     def _aliases(self) -> dict[str, int]:
         with self._explained():
-            aliases = self._client.get_registered_model(self.model).aliases
+            model = self._client.get_registered_model(self.model)
+            _check_named(model, self.model)
+        aliases = model.aliases
         return {alias: int(number) for alias, number in aliases.items()}
 
     def _versions_of(self, manifest_id: str) -> list[Version]:
@@ -227,7 +233,7 @@ class Registry:
 
     def _create(self, name: str) -> None:
         with self._explained(), _accepted("RESOURCE_ALREADY_EXISTS"):
-            self._client.create_registered_model(name)
+            _check_named(self._client.create_registered_model(name), name)
 
     @contextmanager
     def _explained(self, wanted: str = "") -> Iterator[None]:
@@ -235,22 +241,31 @@ class Registry:
 
         try:
             yield
+        except MoesaicError:
+            raise
         except MlflowException as failure:
             raise self._explain(failure, wanted or f"registered model {self.model}") from failure
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as strange:
+            said = redact(f"{type(strange).__name__}: {strange}", os.environ)
+            raise StageError(
+                f"the model registry at {self.address.shown} does not answer as MLflow does, maybe with a page to log "
+                f"in ({said}); is MLFLOW_TRACKING_URI right?"
+            ) from strange
 
     def _explain(self, failure: Any, wanted: str) -> Exception:
         where = f"the model registry at {self.address.shown}"
         if failure.error_code == "UNAUTHENTICATED":
             return ConfigError(
-                f"{where} does not know the user; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                f"{where} does not know the user (401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "MLFLOW_TRACKING_TOKEN"
             )
         if failure.error_code == "PERMISSION_DENIED":
             return ConfigError(
-                f"{where} does not allow that; ask for the right to edit {self.model} and {self._record} there"
+                f"{where} does not allow that (403); ask for the right to edit {self.model} and {self._record} there"
             )
         if failure.error_code == "RESOURCE_DOES_NOT_EXIST":
             return ArtifactError(f"{where} has no {wanted}; `moesaic promote` makes one")
-        said = redact(str(failure), {"uri": self.address.uri})
+        said = redact(" ".join(str(failure).split()), {**os.environ, "uri": self.address.uri})[:_SHOWN]
         return StageError(f"{where} failed: {said}")
 
 
@@ -264,6 +279,12 @@ def _accepted(error_code: str) -> Iterator[None]:
     except MlflowException as failure:
         if failure.error_code != error_code:
             raise
+
+
+def _check_named(model: Any, name: str) -> None:
+    """Raise ValueError for an answer that is no such registered model: MLflow's client reads any JSON as one."""
+    if model.name != name:
+        raise ValueError(f"a registered model {name} was expected")
 
 
 def _read_version(entry: Any, aliases: Mapping[str, int]) -> Version:

@@ -28,6 +28,7 @@ from moesaic.core.child_processes import end_with
 from moesaic.core.config import Config
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.core.files import write_text_atomically
+from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.core.stage import Stage
 from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
@@ -98,6 +99,7 @@ def run_stage(
         SystemExit: with the error's exit code, if it failed; all that is printed of it is free of secrets.
     """
     gc.set_threshold(*_GC_THRESHOLDS)
+    use_site_variables()
     context = RunContext.from_environment()
     if context.driver_pid:
         end_with(context.driver_pid)

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moesaic.core.errors import StageError
+from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.platform.runs.records import Record
 from moesaic.platform.store import Item, Store
@@ -33,6 +34,7 @@ _ATTEMPT_TAG = "moesaic.attempt"
 _ERROR_TAG = "moesaic.error"
 _PARENT_TAG = "mlflow.parentRunId"
 _PARAM_LENGTH = 500
+_SHOWN = 400
 _SQLITE = "sqlite:///"
 _FILES = {".json", ".html", ".png"}
 _FILE_BYTES = 8 * 2**20
@@ -208,9 +210,11 @@ def pipeline_run(uri: str, name: str, arguments: Mapping[str, Any], arguments_di
         client, experiment_id = _connect(uri)
         run_id = _find_or_open_parent(client, experiment_id, name, arguments, arguments_digest)
     except Exception as lost:
+        said = redact(" ".join(str(lost).split()), os.environ)[:_SHOWN]
         raise StageError(
-            f"MLflow at {redact(uri, {})} cannot be used ({type(lost).__name__}) and nothing has run yet; start it, or "
-            "unset MLFLOW_TRACKING_URI to log into a file beside the run"
+            f"MLflow at {redact(uri, {})} cannot be used ({type(lost).__name__}: {said}) and nothing has run yet; "
+            "start it, correct its address or the user (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, "
+            "MLFLOW_TRACKING_TOKEN), or unset MLFLOW_TRACKING_URI to log into a file beside the run"
         ) from lost
     status = "FAILED"
     try:
@@ -255,7 +259,7 @@ def _find_or_open(client: Any, experiment_id: str, log: StageLog) -> str:
     tags = {"moesaic.stage": log.stage, "moesaic.subject": log.subject, _ATTEMPT_TAG: log.attempt}
     if log.parent_run_id:
         tags[_PARENT_TAG] = log.parent_run_id
-    return str(client.create_run(experiment_id, start_time=log.started_ms, run_name=name, tags=tags).info.run_id)
+    return _known(client.create_run(experiment_id, start_time=log.started_ms, run_name=name, tags=tags).info.run_id)
 
 
 def _find_or_open_parent(
@@ -267,7 +271,7 @@ def _find_or_open_parent(
         client.update_run(run_id, status="RUNNING")
         return run_id
     tags = {_ARGUMENTS_TAG: arguments_digest}
-    run_id = str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
+    run_id = _known(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
     _log_values(client, run_id, flatten(arguments))
     return run_id
 
@@ -276,17 +280,25 @@ def _connect(uri: str) -> tuple[Any, str]:
     """A client and the id of the experiment; with a local database, artifacts lie in a folder beside it."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    use_site_variables()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
-        return client, experiment.experiment_id
+        return client, _known(experiment.experiment_id)
     beside = None
     if uri.startswith(_SQLITE):
         beside = Path(uri.removeprefix(_SQLITE)).absolute().with_name("mlflow-artifacts").as_uri()
-    return client, client.create_experiment(EXPERIMENT, artifact_location=beside)
+    return client, _known(client.create_experiment(EXPERIMENT, artifact_location=beside))
+
+
+def _known(answered: str) -> str:
+    """The id in an answer; MLflow's client reads an answer that is no such one as an object without it."""
+    if not answered:
+        raise StageError("what answers there is no MLflow, maybe a page to log in")
+    return answered
 
 
 def _log_values(

@@ -1,12 +1,14 @@
 """A root in an S3 bucket, or on any server that speaks S3's protocol.
 
 A large file is cut into parts, each an object named by its own SHA-256; the manifest lists them. So a server need only
-put, get, list and delete objects. Resuming skips the parts that are there. Each part is checked when it is fetched, and
-the whole file before it becomes visible.
+put, get, list and delete objects: what else is asked for (conditions, HEAD, ranges, the second form of listing) has
+another way where a server refuses or ignores it. Resuming skips the parts that are there. Each part is checked when it
+is fetched, and the whole file before it becomes visible.
 """
 
 import hashlib
 import io
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +18,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+from botocore.handlers import set_list_objects_encoding_type_url
 
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.network import CLIENT_CERTIFICATE, check_files, proxy_for, site_variables
 from moesaic.core.progress import count_bytes
 from moesaic.platform.store.manifest import FileEntry, StoredObject
 from moesaic.platform.store.root import OTHER_CONTENT, Item, describe_problem, file_range, object_key, problem_of_size
 from moesaic.platform.store.s3_cache import Cache
-from moesaic.platform.store.s3_errors import error_code, explained_failures, status_of
+from moesaic.platform.store.s3_errors import (
+    error_code,
+    explained_failures,
+    lacks_feature,
+    odd_answer,
+    status_of,
+)
 from moesaic.platform.store.s3_options import S3Options, split_address
 from moesaic.platform.store.s3_upload import Sender
 
@@ -49,7 +60,7 @@ class S3Root:
         self._address = address
         with explained_failures(address):
             self.client = connect(options)
-            self.client.head_bucket(Bucket=self.bucket)
+            self._found("")  # HEAD would not say why it is refused
 
     @property
     def address(self) -> str:
@@ -64,7 +75,8 @@ class S3Root:
             except ClientError as failure:
                 if status_of(failure) == 404:
                     return None
-                raise
+                found = self._found(key)  # HEAD is refused, without words
+        return None if found is None or found.key != key else found.size_bytes
 
     def read(self, key: str) -> bytes:
         """The content of a small object."""
@@ -76,8 +88,8 @@ class S3Root:
             return file_range(cached, start, length)
 
         def read(part: StoredObject) -> bytes:
-            first, last = max(start, part.start) - part.start, min(start + length, part.stop) - part.start - 1
-            return self._repeated(lambda: b"".join(self._part_chunks(entry, part, Range=f"bytes={first}-{last}")))
+            first, stop = max(start, part.start) - part.start, min(start + length, part.stop) - part.start
+            return self._repeated(lambda: self._part_range(entry, part, first, stop))
 
         wanted = [part for part in entry.objects if max(start, part.start) < min(start + length, part.stop)]
         with _threads(self.options.connections) as pool:
@@ -91,15 +103,21 @@ class S3Root:
             return [problem for problem in results if problem]
 
     def write(self, key: str, content: bytes) -> None:
-        """Store a small object. Of two writers at once the first one's content stays, if the server can tell."""
+        """Store a small object, unless it exists. Of two writers at once the first one's stays, if the server can tell.
+
+        Where it cannot, because it refuses or ignores conditions, the last one's stays: both are whole, and both name
+        objects that are there.
+        """
         for _ in range(self.options.attempts):
-            with explained_failures(self.address):
+            if self.size(key) is not None:
+                return
+            with explained_failures(self.address, bool(self.options.kms_key)):
                 try:
                     return self._put(key, content, IfNoneMatch="*")
                 except ClientError as failure:
                     if status_of(failure) == 412:
                         return None  # The object exists.
-                    if status_of(failure) == 501:
+                    if lacks_feature(failure) or status_of(failure) == 400:
                         return self._put(key, content)  # The server knows no conditions.
                     if status_of(failure) != 409:
                         raise
@@ -130,9 +148,10 @@ class S3Root:
 
     def items(self, prefix: str) -> Iterator[Item]:
         """All objects whose keys start with ``prefix``."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._full(prefix))
         with explained_failures(self.address):
-            for page in pages:
+            for page in self._pages(self._full(prefix)):
+                if "Name" not in page and "IsTruncated" not in page:
+                    raise odd_answer(self.address, "a list of objects was expected")
                 for entry in page.get("Contents", []):
                     key = entry["Key"].removeprefix(self._full(""))
                     yield Item(key, entry["Size"], entry["LastModified"].timestamp())
@@ -146,6 +165,28 @@ class S3Root:
         with explained_failures(self.address):
             self.client.delete_object(**self._location(item.key))
 
+    def _pages(self, prefix: str, **limits: int) -> Iterator[dict[str, Any]]:
+        """The pages of a list of objects, in the second form or, where the server has only that, in the first."""
+        asked = {"Bucket": self.bucket, "Prefix": prefix, **limits}
+        try:
+            first = self.client.list_objects_v2(**asked)
+            if not first.get("IsTruncated"):
+                yield first
+                return
+            if first.get("NextContinuationToken"):
+                yield first
+                more = self.client.get_paginator("list_objects_v2")
+                yield from more.paginate(**asked, ContinuationToken=first["NextContinuationToken"])
+                return
+        except ClientError as failure:
+            if not (lacks_feature(failure) or status_of(failure) == 400):
+                raise
+        yield from self.client.get_paginator("list_objects").paginate(**asked)
+
+    def _found(self, prefix: str) -> Item | None:
+        """The first object whose key begins so; a key comes before all that it is the beginning of."""
+        return next(self.items(prefix), None)
+
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
 
@@ -156,12 +197,15 @@ class S3Root:
         """Botocore signs the SHA-256 of the content, so that the server refuses other bytes than were sent."""
         # A file object is sent in small pieces, and the time limit holds for each of them, not for the whole.
         body = io.BytesIO(content)
-        self.client.put_object(Body=body, **self._location(key), **self.options.encryption, **condition)
+        answer = self.client.put_object(Body=body, **self._location(key), **self.options.encryption, **condition)
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        if "etag" not in headers and headers.get("content-type", "").startswith("text/html"):
+            raise odd_answer(self.address, "a page after a put")
 
     def _put_part(self, moved: Callable[[int], None], part: bytes) -> str:
         sha256 = hashlib.sha256(part).hexdigest()
         if self.size(object_key(sha256)) != len(part):
-            with explained_failures(self.address):
+            with explained_failures(self.address, bool(self.options.kms_key)):
                 self._put(object_key(sha256), part)
         moved(len(part))
         return sha256
@@ -220,20 +264,37 @@ class S3Root:
 
         self._repeated(read)
 
-    def _part_chunks(self, entry: FileEntry, part: StoredObject, **limits: str) -> Iterator[bytes]:
-        missing = ArtifactError(describe_problem(entry, part.sha256, self.address, "is missing"))
-        return self._chunks(object_key(part.sha256), missing, **limits)
+    def _part_chunks(self, entry: FileEntry, part: StoredObject) -> Iterator[bytes]:
+        return self._chunks(object_key(part.sha256), self._missing(entry, part))
 
-    def _chunks(self, key: str, missing: Exception, **limits: str) -> Iterator[bytes]:
-        """The content of an object; raises ``missing`` if there is none."""
+    def _part_range(self, entry: FileEntry, part: StoredObject, first: int, stop: int) -> bytes:
+        """Some bytes of a part, cut out of the whole where the server gives no ranges."""
         try:
-            answer = self.client.get_object(**self._location(key), **limits)
+            answer = self._get(object_key(part.sha256), self._missing(entry, part), Range=f"bytes={first}-{stop - 1}")
+        except ClientError as failure:
+            if not (lacks_feature(failure) or status_of(failure) == 400):
+                raise
+            return b"".join(self._part_chunks(entry, part))[first:stop]
+        with closing(answer["Body"]) as body:
+            content = b"".join(body.iter_chunks(_CHUNK_BYTES))
+        return content if answer.get("ContentRange") else content[first:stop]
+
+    def _missing(self, entry: FileEntry, part: StoredObject) -> Exception:
+        return ArtifactError(describe_problem(entry, part.sha256, self.address, "is missing"))
+
+    def _chunks(self, key: str, missing: Exception) -> Iterator[bytes]:
+        """The content of an object; raises ``missing`` if there is none."""
+        with closing(self._get(key, missing)["Body"]) as body:
+            yield from body.iter_chunks(_CHUNK_BYTES)
+
+    def _get(self, key: str, missing: Exception, **limits: str) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = self.client.get_object(**self._location(key), **limits)
+            return answer
         except ClientError as failure:
             if error_code(failure) == "NoSuchKey":
                 raise missing from failure
             raise
-        with closing(answer["Body"]) as body:
-            yield from body.iter_chunks(_CHUNK_BYTES)
 
     def _repeated(self, action: Callable[[], Result]) -> Result:
         """Repeat an action whose answer breaks off or is damaged; botocore repeats only requests."""
@@ -262,6 +323,9 @@ def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
 
 def connect(options: S3Options) -> Any:
     """A client for any S3 server; it sends no checksums beside the signature, which not all servers support."""
+    variables, session = site_variables(os.environ), botocore.session.get_session()
+    check_files(variables)
+    proxy = proxy_for(options.endpoint_url) if options.endpoint_url else None
     config = Config(
         connect_timeout=min(10.0, options.timeout_s),
         read_timeout=options.timeout_s,
@@ -269,11 +333,20 @@ def connect(options: S3Options) -> Any:
         retries={"mode": "standard", "total_max_attempts": options.attempts},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        client_cert=variables.get(CLIENT_CERTIFICATE) or None,
+        proxies={"http": proxy, "https": proxy} if proxy else {} if options.endpoint_url else None,
         s3={"addressing_style": {True: "path", False: "virtual", None: "auto"}[options.path_style]},
     )
     try:
-        return boto3.session.Session().client(
-            "s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config
+        client = boto3.session.Session(botocore_session=session).client(
+            "s3",
+            endpoint_url=options.endpoint_url,
+            region_name=options.region,
+            config=config,
+            verify=session.get_config_variable("ca_bundle") or variables.get("SSL_CERT_FILE"),
         )
     except ValueError as invalid:
         raise ConfigError(f"the S3 endpoint cannot be used: {invalid}; correct AWS_ENDPOINT_URL_S3") from invalid
+    for operation in ("ListObjects", "ListObjectsV2"):  # our keys need no encoding, and not all servers know it
+        client.meta.events.unregister(f"before-parameter-build.s3.{operation}", set_list_objects_encoding_type_url)
+    return client

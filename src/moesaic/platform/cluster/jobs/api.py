@@ -8,10 +8,12 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from math import ceil
 from typing import Any, TypeVar
 
 from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.network import proxy_for, proxy_headers
 from moesaic.platform.cluster.jobs.settings import JobSettings
 
 Object = dict[str, Any]
@@ -45,14 +47,18 @@ class JobsApi:
     def jobs(self, selector: str) -> list[Object]:
         """All jobs with these labels."""
         ask = self._custom.list_namespaced_custom_object
-        answer = self._ask("list", lambda: ask(*self._resource, label_selector=selector, _request_timeout=_TIMEOUT_S))
-        return [{"kind": self._kind} | one for one in answer["items"]]
+        options = {"label_selector": selector, "_request_timeout": _TIMEOUT_S}
+        jobs: list[Object] = self._ask(
+            "list", lambda: [self._read(one) for one in ask(*self._resource, **options)["items"]]
+        )
+        return jobs
 
     def job(self, name: str) -> Object | None:
         """One job; None if there is none of this name."""
         ask = self._custom.get_namespaced_custom_object
-        job = self._ask("get", lambda: ask(*self._resource, name, _request_timeout=_TIMEOUT_S), (_GONE,))
-        return None if job is None else {"kind": self._kind} | job
+        get = partial(ask, *self._resource, name, _request_timeout=_TIMEOUT_S)
+        job: Object | None = self._ask("get", lambda: self._read(get()), (_GONE,))
+        return job
 
     def create(self, job: Object) -> None:
         """Create a job. If one of its name exists, it is this one: the answer to an earlier request was lost."""
@@ -68,8 +74,8 @@ class JobsApi:
     def pods(self, selector: str) -> list[Object]:
         """All pods with these labels."""
         ask, options = self._core.list_namespaced_pod, {"label_selector": selector, **_AS_IT_IS}
-        answer = self._ask("list pods", lambda: ask(self._namespace, **options).data)
-        pods: list[Object] = json.loads(answer)["items"]
+        read = lambda: list(json.loads(ask(self._namespace, **options).data)["items"])  # noqa: E731
+        pods: list[Object] = self._ask("list pods", read)
         return pods
 
     def log(self, pod: str, since_s: float | None = None, last_lines: int | None = None) -> str:
@@ -89,6 +95,10 @@ class JobsApi:
 
         content = self._ask("read a pod's log", ask, absent=(_GONE, _NOT_YET))
         return "" if content is None else content.decode(errors="replace")
+
+    def _read(self, answer: Object) -> Object:
+        """A job as the API gave it; lists leave out what kind it is. KeyError: it is no object of that API."""
+        return {"kind": self._kind, **answer, "metadata": answer["metadata"]}
 
     def _ask(self, what: str, request: Callable[[], Answer], absent: tuple[int, ...] = ()) -> Answer | Any:
         """Ask until there is an answer; None for a status in ``absent``."""
@@ -110,6 +120,11 @@ class JobsApi:
                     ) from answer
             except HTTPError as cut:
                 lost = f"{type(cut).__name__}: {cut}"
+            except (AttributeError, KeyError, TypeError, ValueError) as strange:
+                raise StageError(
+                    f"what should be the Kubernetes API answers otherwise when asked to {what} "
+                    f"({type(strange).__name__}), maybe with a page to log in; is the server in KUBECONFIG right?"
+                ) from strange
             if time.monotonic() - begun > self._patience_s:
                 raise StageError(
                     f"the Kubernetes API has not answered for {self._patience_s:.0f} s ({lost}); the job is left as it "
@@ -120,7 +135,7 @@ class JobsApi:
 
 
 def _configuration() -> Any:
-    """The server that the pod's account, or a kubeconfig, names."""
+    """The server that the pod's account, or a kubeconfig, names with its certificates; a pod asks its own directly."""
     from kubernetes import client, config
 
     configuration = client.Configuration()
@@ -130,6 +145,8 @@ def _configuration() -> Any:
             config.load_incluster_config(client_configuration=configuration)
         else:
             config.load_kube_config(config_file=os.environ.get("KUBECONFIG"), client_configuration=configuration)
+            configuration.proxy = proxy_for(configuration.host)
+            configuration.proxy_headers = proxy_headers(configuration.proxy or "")
     except config.ConfigException as missing:
         raise ConfigError(f"a job needs a Kubernetes API server: {missing}") from missing
     return configuration
