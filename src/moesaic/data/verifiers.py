@@ -7,8 +7,11 @@ the text is, the verdict is True or False.
 """
 
 import json
+import logging
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -18,8 +21,10 @@ Verifier = Callable[[str, str], bool]
 
 _MARKER = re.compile(r"<\|(\w+)\|>")
 
-_LIMIT_S = 2
-"""For each reading and each comparison of mathematics; what takes longer is not equal."""
+_LIMIT_S = 4.0
+"""For reading and comparing mathematics; what takes longer is not equal."""
+_AGAIN_S = 0.2
+"""After this long code that goes on is interrupted again."""
 _READ_CHARACTERS = 4096
 """Mathematics is looked for in this much of a reply's end."""
 
@@ -67,8 +72,8 @@ def exact_match(final: str, answer: str) -> bool:
 def math(final: str, answer: str) -> bool:
     """Whether the reply's answer equals the expected one as mathematics, by math-verify: numbers, sets, expressions.
 
-    Boxes close together are one set; otherwise the last counts. Call it in a process's main thread: its limits of
-    time are alarms.
+    Boxes close together are one set; otherwise the last counts. What takes longer than a few seconds is not equal. Call
+    it in a process's main thread: the limit is an alarm.
 
     Args:
         final: the reply; its answer may be boxed, in LaTeX or plain.
@@ -76,11 +81,30 @@ def math(final: str, answer: str) -> bool:
     """
     from math_verify import parse, verify
 
-    given = parse(final[-_READ_CHARACTERS:], parsing_timeout=_LIMIT_S)
-    return any(
-        verify(parse(f"\\boxed{{{accepted}}}", parsing_timeout=_LIMIT_S), given, timeout_seconds=_LIMIT_S)
-        for accepted in _accepted(answer)
-    )
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it says that the limit is ours
+    try:
+        with _time_limit():
+            given = parse(final[-_READ_CHARACTERS:], parsing_timeout=None)
+            expected = (parse(f"\\boxed{{{accepted}}}", parsing_timeout=None) for accepted in _accepted(answer))
+            return any(verify(each, given, timeout_seconds=None) for each in expected)
+    except TimeoutError:
+        return False
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise TimeoutError inside, again and again: code that was interrupted may catch it, and go on."""
+
+    def interrupt(*_: object) -> None:
+        raise TimeoutError(f"not decided within {_LIMIT_S} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _LIMIT_S, _AGAIN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _accepted(answer: str) -> list[str]:
