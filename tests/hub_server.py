@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -198,10 +200,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def start(hub: Hub) -> ThreadingHTTPServer:
-    """Serve it in a thread until the server is shut down."""
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+@contextmanager
+def serving(repositories: dict[str, Repository], patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """A hub in a thread of this process, which huggingface_hub in this process asks."""
+    hub = Hub(repositories)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    return server
+    hub.use(patch, cache)
+    yield hub
+    server.shutdown()
+    server.server_close()

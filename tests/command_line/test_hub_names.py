@@ -17,7 +17,7 @@ from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.named_model import NamedModel, find_model
 from moesaic.platform.store import Store
 from tests.data_sets import write_sets
-from tests.hub_server import Hub, Repository, start
+from tests.hub_server import Hub, Repository, serving
 
 NAME = "openai/gpt-oss-tiny"
 
@@ -30,12 +30,8 @@ def hub(tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"never fetched")
     (folder / "LICENSE").write_text("a licence")
-    hub = Hub({NAME: Repository(folder)})
-    server = start(hub)
-    hub.use(monkeypatch, tmp_path / "cache")
-    yield hub
-    server.shutdown()
-    server.server_close()
+    with serving({NAME: Repository(folder)}, monkeypatch, tmp_path / "cache") as hub:
+        yield hub
 
 
 def _refusal(kind: type[MoesaicError], revision: str | None = None, name: str = NAME) -> str:

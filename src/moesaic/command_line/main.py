@@ -17,13 +17,12 @@ from moesaic.command_line.config_option import read_config
 from moesaic.command_line.export_commands import add_export_commands
 from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.command_line.planning_commands import add_planning_commands
+from moesaic.command_line.prepare_command import add_prepare_command
 from moesaic.command_line.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
 from moesaic.command_line.serve_command import add_serve_command
 from moesaic.command_line.store_commands import add_store_commands
 from moesaic.command_line.submit_commands import add_submit_commands
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
-from moesaic.core.files import write_text_atomically
-from moesaic.core.json_text import read_text
 from moesaic.core.redaction import redact
 from moesaic.core.version import __version__
 from moesaic.data.sets import FILES, DataSets
@@ -83,11 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--store", type=parse_address, help="directory or s3://bucket/prefix of the store, where an input is a manifest"
     )
 
-    prompts = commands.add_parser("prompts", help="turn rows of a public set into prompts to train policies on")
-    prompts.set_defaults(command=_prompts)
-    prompts.add_argument("source", help="whose rows they are: dapo_math_17k, skywork_or1 or nemo_gym")
-    prompts.add_argument("rows", type=Path, nargs="+", help="JSON-lines files of that set")
-    prompts.add_argument("--output", type=Path, required=True, help="prompts.jsonl to make, or to append to")
+    add_prepare_command(commands)
 
     inspect = commands.add_parser("inspect", help="sizes and layout of a checkpoint, from its headers alone")
     inspect.set_defaults(command=_inspect)
@@ -288,22 +283,6 @@ def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path |
         else:
             named[name] = Path(path)
     return named
-
-
-def _prompts(options: argparse.Namespace) -> None:
-    from moesaic.data.datasets import read_rows
-    from moesaic.data.prompt_sources import convert
-
-    conversion = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
-    if not conversion.problems:
-        raise ArtifactError(f"no row of {options.source} can be verified here: {conversion.left_out}")
-    before = read_text(options.output) if options.output.is_file() else ""
-    write_text_atomically(
-        options.output, before + "".join(json.dumps(problem) + "\n" for problem in conversion.problems)
-    )
-    print(f"{options.output}: {len(conversion.problems)} prompts of {options.source}")
-    for reason, count in conversion.left_out.items():
-        print(f"left out {count}: {reason}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

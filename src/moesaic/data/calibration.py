@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
 from moesaic.data.batches import Batch, TokenSequence, make_batches
-from moesaic.data.chat import PROMPT_DATE, load_tokenizer
+from moesaic.data.chat import PROMPT_DATE, TemplateError, load_tokenizer
 from moesaic.data.datasets import Row, check_keys, read_rows
 from moesaic.data.messages import read_effort, read_message
 
@@ -46,10 +46,11 @@ def load_batches(data: Path, model: Path, *, max_sequences: int, max_tokens: int
 
 def read_conversations(data: Path) -> list[Conversation]:
     """All rows of a calibration set; an ArtifactError names the line that is not a conversation."""
-    return [_read_conversation(row) for row in read_rows(data)]
+    return [read_conversation(row) for row in read_rows(data)]
 
 
-def _read_conversation(row: Row) -> Conversation:
+def read_conversation(row: Row) -> Conversation:
+    """One row of a calibration set; an ArtifactError says why it is none."""
     messages = row.values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ArtifactError(f"{row.place} has no conversation; a row needs messages, each with role and content")
@@ -59,10 +60,14 @@ def _read_conversation(row: Row) -> Conversation:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: int) -> TokenSequence:
-    """Render one conversation, mark its response tokens, cut it at ``max_tokens``."""
+    """Render one conversation, mark its response tokens, cut it at ``max_tokens``.
+
+    Raises:
+        TemplateError: if the chat template refuses it, or never reads a part of it.
+    """
     for key in ("thinking", "tool_calls"):
         if any(message.get(key) for message in row.messages) and key not in str(tokenizer.chat_template):
-            raise ArtifactError(f"{row.place} has {key}, which the chat template never reads; use another template")
+            raise TemplateError(f"{row.place} has {key}, which the chat template never reads; use another template")
     text = _render(tokenizer, row, len(row.messages))
     spans = _response_spans(tokenizer, row, text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -95,4 +100,4 @@ def _render(tokenizer: PreTrainedTokenizerFast, row: Conversation, num_messages:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **values))
     except Exception as refused:  # the template is the user's program and may raise anything
-        raise ArtifactError(f"{row.place}: the chat template refuses this conversation: {refused}") from refused
+        raise TemplateError(f"{row.place}: the chat template refuses this conversation: {refused}") from refused

@@ -12,6 +12,10 @@ PROMPT_DATE = date(2025, 8, 5)
 """What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
 
 
+class TemplateError(ArtifactError):
+    """A chat template cannot render a conversation."""
+
+
 def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     """Read ``tokenizer.json``; no code that comes with a checkpoint is run.
 
@@ -35,7 +39,7 @@ def render_conversation(
     """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins.
 
     Raises:
-        ArtifactError: if the template refuses them.
+        TemplateError: if the template refuses them.
     """
     try:
         ids = tokenizer.apply_chat_template(
@@ -47,5 +51,5 @@ def render_conversation(
             strftime_now=PROMPT_DATE.strftime,
         )
     except Exception as refused:  # the template is the user's program and may raise anything
-        raise ArtifactError(f"the chat template refuses {messages!r:.200}: {refused}") from refused
+        raise TemplateError(f"the chat template refuses {messages!r:.200}: {refused}") from refused
     return [int(token) for token in ids]
