@@ -20,15 +20,20 @@ if sys.version_info < (3, 12):  # NeMo-RL's own Python is newer; pydantic reads 
 
 def main(config: Path, model: Path) -> None:
     from nemo_rl.algorithms.grpo import MasterConfig
+    from nemo_rl.models.generation.vllm import VllmConfig
 
     from moesaic.recover.reinforce.nemo_rl import driver, surface
 
     rendered = yaml.safe_load(config.read_text())
     found: dict[str, Any] = {"lacking": lacking_names(surface.IMPORTED)}
-    master = MasterConfig(**rendered)
-    found["unknown"] = list(unknown_keys(MasterConfig, rendered, ""))
+    master = MasterConfig(**yaml.safe_load(config.read_text()))
+    generation = rendered["policy"].pop("generation")  # the type of this key is that of any engine's
+    found["unknown"] = [
+        *unknown_keys(MasterConfig, rendered, ""),
+        *unknown_keys(VllmConfig, generation, "policy.generation."),
+    ]
     driver.register()
-    found |= data_of(master, rendered) | policy_of(master, model)
+    found |= policy_of(master, model) | data_of(master)
     print(json.dumps(found))
 
 
@@ -75,7 +80,7 @@ def declared_keys(kind: Any) -> dict[str, Any]:
     return {}
 
 
-def data_of(master: Any, rendered: dict[str, Any]) -> dict[str, Any]:
+def data_of(master: Any) -> dict[str, Any]:
     """What NeMo-RL's own data loading and an actor of ours in a Ray of its own make of our prompts."""
     import ray
     from nemo_rl.algorithms.utils import get_tokenizer
@@ -103,9 +108,27 @@ def data_of(master: Any, rendered: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class CpuTorch:
+    """What AutoModel's module that loads models calls torch: on it every device is a CPU."""
+
+    cuda = types.SimpleNamespace(current_device=lambda: "cpu", is_available=lambda: False)
+
+    @staticmethod
+    def device(*_: object) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch, name)
+
+
 def policy_of(master: Any, model: Path) -> dict[str, Any]:
     """What NeMo-RL's worker would train, and the names and shapes under which it sends weights to vLLM."""
     import torch
+    from nemo_automodel._transformers import auto_model
     from nemo_rl.models.automodel import setup
 
     from moesaic.models.gpt_oss_puzzle import load_model
@@ -116,14 +139,15 @@ def policy_of(master: Any, model: Path) -> dict[str, Any]:
     runtime = setup.validate_and_prepare_config(config=master.policy, processor=None, rank=0)
     options = dict(master.policy["dtensor_cfg"]["automodel_kwargs"])
     setup._maybe_set_force_hf(options, runtime.model_config)
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    auto_model.torch = CpuTorch()
+    setup._disable_automodel_checkpoint_dtype_restore()
     names = json.loads(Path(master.policy["dtensor_cfg"]["env_vars"]["MOESAIC_TRAINABLE"]).read_text())
     loaded = trainable.PartlyTrainable(runtime.model_class, names).from_pretrained(
-        str(model), torch_dtype="float32", trust_remote_code=True, **options
+        str(model), torch_dtype=str(runtime.model_config.torch_dtype), trust_remote_code=True, **options
     )
     tokens = torch.arange(3, 23).unsqueeze(0) % 40
     with torch.no_grad():
-        ours, reference = loaded(tokens).logits, load_model(model)(tokens).logits
+        ours, reference = loaded(tokens).logits, load_model(model).float()(tokens).logits
     sent = dict(
         pair
         for name, tensor in loaded.state_dict().items()
@@ -135,7 +159,7 @@ def policy_of(master: Any, model: Path) -> dict[str, Any]:
         "options": options,
         "difference": (ours - reference).abs().max().item() / reference.abs().max().item(),
         "learns": sorted(name for name, weight in loaded.named_parameters() if weight.requires_grad),
-        "expert_type": str(loaded.model.layers["0"].mlp.experts.down_projs.dtype),
+        "types": {name: str(weight.dtype) for name, weight in loaded.named_parameters()},
         "sent": {name: list(tensor.shape) for name, tensor in sent.items()},
     }
 

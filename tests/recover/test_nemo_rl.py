@@ -260,7 +260,7 @@ def test_only_the_named_tensors_learn(tiny_parent: Path) -> None:
 def test_wrapped_and_renamed_tensors_are_known_by_their_checkpoint_names() -> None:
     class Adapter:
         @staticmethod
-        def _model_to_hf_key(name: str) -> str:
+        def checkpoint_name(name: str) -> str:
             return name.replace("gate", "router")
 
     model = nn.ModuleDict({"_checkpoint_wrapped_module": nn.ModuleDict({"gate": nn.Linear(2, 2)})})

@@ -271,11 +271,15 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         return CausalLMOutputWithPast(logits=logits, hidden_states=None if all_hidden is None else tuple(all_hidden))
 
     @torch.no_grad()
-    def initialize_weights(
-        self, buffer_device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
-        """Random weights where the parameters are; AutoModel's own default is a GPU."""
-        super().initialize_weights(buffer_device or self.lm_head.weight.device, dtype)
+    def initialize_weights(self, buffer_device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Random weights where the parameters are: in the config's type, if no other is asked for; experts in bfloat16.
+
+        AutoModel's own defaults are a GPU, and bfloat16, in which steps as small as a policy's would be rounded away.
+        """
+        super().initialize_weights(buffer_device or self.lm_head.weight.device, dtype or _dtype(self.config))
+        for part in self.modules():
+            if isinstance(part, StreamedExperts):
+                part.to(torch.bfloat16)
 
 
 def moe_config(config: GptOssConfig, num_experts: int) -> MoEConfig:
