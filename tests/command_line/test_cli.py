@@ -10,7 +10,6 @@ import pytest
 
 import moesaic
 from moesaic.command_line.main import main
-from moesaic.data.problems import read_problems
 from moesaic.platform.runs.records import Record
 from tests.data_sets import write_sets
 
@@ -196,16 +195,3 @@ def test_a_bad_stage_request_exits_with_2(
     assert main(["stage", "prune_model", config, *inputs, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_public_rows_become_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"prompt": [{"role": "user", "content": "1 + 1?"}], "reward_model": {"ground_truth": "2"}}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    output = tmp_path / "prompts.jsonl"
-    given = ["prompts", "dapo_math_17k", str(tmp_path / "rows.jsonl"), "--output", str(output)]
-    assert main(given) == 0
-    assert "1 prompts of dapo_math_17k" in capsys.readouterr().out
-    (problem,) = read_problems(output)
-    assert (problem.answer, problem.verifier) == ("2", "math")
-    assert main(["prompts", "another_set", *given[2:]]) == 2
-    assert "another_set" in capsys.readouterr().err

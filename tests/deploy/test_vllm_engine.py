@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.own_environment import own_variables
 from moesaic.data.calibration import load_batches
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import read_problems, render_prompt, spread_over_tasks
@@ -26,7 +27,7 @@ from moesaic.deploy.engines import ServerSpec, check_available, started_server
 from moesaic.deploy.engines.completions import Completion, RequestSettings, complete
 from moesaic.deploy.engines.vllm.engine import load
 from moesaic.deploy.engines.vllm.environment import vllm_environment, why_unsupported
-from moesaic.deploy.export_engine.bundle import write_bundle
+from moesaic.deploy.export_engine.bundle import write_bundle, write_vllm_plugin
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.export_engine.verdict import Verdict
 from moesaic.deploy.validate_bundle.conformance import judge
@@ -331,3 +332,37 @@ def test_scales_that_are_missing_are_refused_and_wrong_ones_are_named(
         bundle, tmp_path / "b", lambda copy: edit_shard(copy, shard, lambda tensors: tensors[name].mul_(64))
     )
     assert "layer 1: value_scale is" in asked_of(wrong, bundle, tmp_path).problems[0]
+
+
+def test_a_trainers_weights_come_in_parts_and_unpacked(models: dict[str, Path], tmp_path: Path) -> None:
+    """As NeMo-RL sends them to a model that begins with dummies, of a checkpoint whose experts are packed."""
+    model = load_model(models["child"], torch.bfloat16)
+    save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, tmp_path / "sent.safetensors")
+    tokenizer = load_tokenizer(models["child"])
+    prompts = [render_prompt(problem, tokenizer, "low") for problem in read_problems(PROMPTS)[::1200]]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    done = subprocess.run(
+        [
+            vllm_environment().find_program(),
+            Path(__file__).with_name("refit_program.py"),
+            *(models["child"], tmp_path / "sent.safetensors", tmp_path / "prompts.json"),
+        ],
+        env=own_variables() | {"PYTHONPATH": str(write_vllm_plugin(tmp_path))},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    replies = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("[["))
+    stops = read_stop_ids(models["child"])
+    equal = sum(reply == _greedy(model, prompt, stops, 16) for prompt, reply in zip(prompts, replies, strict=True))
+    assert equal >= len(prompts) - 1  # one near tie may be rounded the other way
+
+
+def _greedy(model: Any, prompt: list[int], stops: set[int], most: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) - len(prompt) < most and (len(ids) == len(prompt) or ids[-1] not in stops):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]

@@ -26,6 +26,7 @@ _PACKAGES = {
     "torch": "model",
     "transformers": "model",
     "safetensors": "model",
+    "pyarrow": "data",
     "highspy": "search",
     "nemo-automodel": "train",
     "nemo-toolkit": "nemo",

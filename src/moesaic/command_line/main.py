@@ -15,14 +15,14 @@ from rich.table import Table
 
 from moesaic.command_line.config_option import read_config
 from moesaic.command_line.export_commands import add_export_commands
+from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.command_line.planning_commands import add_planning_commands
+from moesaic.command_line.prepare_command import add_prepare_command
 from moesaic.command_line.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
 from moesaic.command_line.serve_command import add_serve_command
 from moesaic.command_line.store_commands import add_store_commands
 from moesaic.command_line.submit_commands import add_submit_commands
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
-from moesaic.core.files import write_text_atomically
-from moesaic.core.json_text import read_text
 from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.core.version import __version__
@@ -84,15 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         "--store", type=parse_address, help="directory or s3://bucket/prefix of the store, where an input is a manifest"
     )
 
-    prompts = commands.add_parser("prompts", help="turn rows of a public set into prompts to train policies on")
-    prompts.set_defaults(command=_prompts)
-    prompts.add_argument("source", help="whose rows they are: dapo_math_17k, skywork_or1 or nemo_gym")
-    prompts.add_argument("rows", type=Path, nargs="+", help="JSON-lines files of that set")
-    prompts.add_argument("--output", type=Path, required=True, help="prompts.jsonl to make, or to append to")
+    add_prepare_command(commands)
 
     inspect = commands.add_parser("inspect", help="sizes and layout of a checkpoint, from its headers alone")
     inspect.set_defaults(command=_inspect)
-    inspect.add_argument("model", type=Path, help="checkpoint directory")
+    inspect.add_argument("model", help=MODEL)
+    add_revision(inspect)
 
     report = commands.add_parser("report", help="show the outcome of a finished run")
     report.set_defaults(command=_report)
@@ -123,9 +120,8 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="another number draws anew in all that learns (%(default)s)"
     )
-    parser.add_argument(
-        "--parent", type=Path, default=example() / "parent", help="checkpoint directory (the tiny reasoner)"
-    )
+    parser.add_argument("--parent", default=str(example() / "parent"), help=f"{MODEL} (the tiny reasoner)")
+    add_revision(parser)
     parser.add_argument(
         "--data", type=Path, default=example() / "data", help=f"directory of {', '.join(FILES.values())} (its data)"
     )
@@ -169,7 +165,9 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
     wanted = options.recipe + "_fast" * options.fast
     recipe = find_recipe(wanted).seeded(options.seed)
     manifest = find_pipeline(options.pipeline, recipe.rounds, recipe.baseline is not None)
-    _check_inputs(options.parent, options.data)
+    DataSets.at(options.data).check()
+    options.source = find_named(options, "parent")
+    _check_parent(options.parent)
     labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
     return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"
 
@@ -179,27 +177,26 @@ def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Ad
     from moesaic.core.code import code_version
     from moesaic.platform.runs.local import parameters_of
 
-    inputs = _add_inputs(store, options.parent, options.data)
+    inputs = _add_inputs(store, options.parent, options.data, options.source)
     arguments: dict[str, Any] = recipe.arguments(inputs, code_version(), parameters_of(manifest))
     return arguments
 
 
-def _check_inputs(parent: Path, data: Path) -> None:
-    """Raise an error for unusable inputs before anything is copied or started."""
+def _check_parent(parent: Path) -> None:
+    """Raise an error for an unusable parent before anything is copied or started."""
     from moesaic.platform.ingest.run import check_model
 
     check_model(parent)
-    DataSets.at(data).check()
 
 
-def _add_inputs(store: Address, parent: Path, data: Path) -> Any:
+def _add_inputs(store: Address, parent: Path, data: Path, source: str | None = None) -> Any:
     from moesaic.models.checkpoint import Checkpoint
     from moesaic.platform.ingest.stage import IngestConfig
     from moesaic.platform.store import Store
 
     contents = Store.at(store)
     parts = Checkpoint.open(parent).parts
-    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest", only=parts)
+    model = contents.add_directory(parent, "model", format="safetensors", producer="ingest", source=source, only=parts)
     sets = {
         name: contents.add_file(file, "dataset", format="jsonl", producer="ingest").id
         for name, file in DataSets.at(data).by_name().items()
@@ -290,27 +287,12 @@ def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path |
     return named
 
 
-def _prompts(options: argparse.Namespace) -> None:
-    from moesaic.data.datasets import read_rows
-    from moesaic.data.prompt_sources import convert
-
-    conversion = convert(options.source, [row.values for path in options.rows for row in read_rows(path)])
-    if not conversion.problems:
-        raise ArtifactError(f"no row of {options.source} can be verified here: {conversion.left_out}")
-    before = read_text(options.output) if options.output.is_file() else ""
-    write_text_atomically(
-        options.output, before + "".join(json.dumps(problem) + "\n" for problem in conversion.problems)
-    )
-    print(f"{options.output}: {len(conversion.problems)} prompts of {options.source}")
-    for reason, count in conversion.left_out.items():
-        print(f"left out {count}: {reason}")
-
-
 def _inspect(options: argparse.Namespace) -> None:
     from moesaic.costs import block_costs as costs
     from moesaic.models import gpt_oss
     from moesaic.models.checkpoint import Checkpoint
 
+    find_named(options)
     checkpoint = Checkpoint.open(options.model)
     shape, architecture = checkpoint.shape, checkpoint.architecture
     console = Console()

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.core.config import Config
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.costs.facts import Assumed, Facts, PipelineTask
@@ -61,8 +62,9 @@ def add_planning_commands(commands: Any) -> None:
     planning.add_argument("pipeline", help="compress (the whole method) or search")
     planning.add_argument("--recipe", required=True, help="a recipe, such as gpt_oss_120b_h100x8")
     model = planning.add_mutually_exclusive_group(required=True)
-    model.add_argument("--parent", type=Path, help="checkpoint directory; only its headers are read")
+    model.add_argument("--parent", help=f"{MODEL}; only its headers are read")
     model.add_argument("--like", help="instead of a checkpoint: gpt-oss-120b or gpt-oss-20b at full size")
+    add_revision(planning)
     planning.add_argument("--data", type=Path, help="directory of the data sets, to count problems (assumed otherwise)")
     planning.add_argument("--store", help="s3://bucket/prefix of the store, to plan its traffic")
     planning.add_argument(
@@ -175,6 +177,7 @@ def _sizes(options: argparse.Namespace) -> tuple[Any, Any, bool]:
         return model.shape, model.architecture, True
     from moesaic.models.checkpoint import Checkpoint
 
+    find_named(options, "parent")
     checkpoint = Checkpoint.open(options.parent)
     return checkpoint.shape, checkpoint.architecture, checkpoint.packed
 

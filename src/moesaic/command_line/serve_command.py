@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+from moesaic.command_line.model_option import MODEL, find_named
 from moesaic.core.config import EmulatedCache, Precision
 from moesaic.core.errors import ConfigError
 
@@ -23,7 +24,8 @@ def add_serve_command(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(command=_serve)
-    parser.add_argument("model", type=Path, help="checkpoint directory")
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("--revision", help="branch, tag or commit of a model named on a hub", default=None)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all of this machine's")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--name", help="what clients call the model (the directory's name)", default=argparse.SUPPRESS)
@@ -84,7 +86,9 @@ def _serve(options: argparse.Namespace) -> None:
         max_choices=options.max_choices,
         max_body_bytes=options.max_body_mib * 2**20,
     )
-    name = given.get("name") or options.model.resolve().name
+    called = options.model
+    find_named(options)
+    name = given.get("name") or Path(called).resolve().name
     with bind(options.host, options.port) as listener:
         served = load(options.model, name, options.kv_cache_dtype, given.get("precision"), limits)
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -60,10 +60,12 @@ def _open(options: argparse.Namespace) -> Store:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    table = Table("manifest", "kind", "producer", "files", "MiB", box=None)
+    table = Table("manifest", "kind", "producer", "files", "MiB", "from", box=None)
     for manifest in _open(options).manifests():
         size = f"{manifest.size_bytes / 2**20:,.1f}"
-        table.add_row(manifest.id[:12], manifest.kind, manifest.producer, str(len(manifest.files)), size)
+        table.add_row(
+            manifest.id[:12], manifest.kind, manifest.producer, str(len(manifest.files)), size, manifest.source or ""
+        )
     Console().print(table)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
 from moesaic.data.batches import Batch, TokenSequence, make_batches
-from moesaic.data.chat import GuardedChat, load_tokenizer
+from moesaic.data.chat import GuardedChat, TemplateError, load_tokenizer
 from moesaic.data.datasets import Row, check_keys, read_rows
 from moesaic.data.messages import read_effort, read_message
 
@@ -46,10 +46,11 @@ def load_batches(data: Path, model: Path, *, max_sequences: int, max_tokens: int
 
 def read_conversations(data: Path) -> list[Conversation]:
     """All rows of a calibration set; an ArtifactError names the line that is not a conversation."""
-    return [_read_conversation(row) for row in read_rows(data)]
+    return [read_conversation(row) for row in read_rows(data)]
 
 
-def _read_conversation(row: Row) -> Conversation:
+def read_conversation(row: Row) -> Conversation:
+    """One row of a calibration set; an ArtifactError says why it is none."""
     messages = row.values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ArtifactError(f"{row.place} has no conversation; a row needs messages, each with role and content")
@@ -59,17 +60,21 @@ def _read_conversation(row: Row) -> Conversation:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: int) -> TokenSequence:
-    """Render one conversation, mark its response tokens, cut it at ``max_tokens``."""
+    """Render one conversation, mark its response tokens, cut it at ``max_tokens``.
+
+    Raises:
+        TemplateError: if the chat template refuses it, or never reads a part of it.
+    """
     for key in ("thinking", "tool_calls"):
         if any(message.get(key) for message in row.messages) and key not in str(tokenizer.chat_template):
-            raise ArtifactError(f"{row.place} has {key}, which the chat template never reads; use another template")
+            raise TemplateError(f"{row.place} has {key}, which the chat template never reads; use another template")
     try:
         chat = GuardedChat.of(row.messages, tokenizer)
         text = chat.render(row.effort, prompt=False)
         spans = _response_spans(chat, row, text)
         tokens = chat.encode(text)[:max_tokens]
     except ArtifactError as refused:
-        raise ArtifactError(f"{row.place}: {refused}") from refused
+        raise TemplateError(f"{row.place}: {refused}") from refused
     written = tuple(any(start <= first < stop for start, stop in spans) for _, first in tokens)
     return TokenSequence(tuple(token for token, _ in tokens), written)
 

@@ -27,6 +27,10 @@ PROMPT_DATE = date(2025, 8, 5)
 """What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
 
 
+class TemplateError(ArtifactError):
+    """A chat template cannot render a conversation."""
+
+
 def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     """Read ``tokenizer.json``; no code that comes with a checkpoint is run.
 
@@ -56,7 +60,7 @@ def render_conversation(
     """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins.
 
     Raises:
-        ArtifactError: if the template refuses them.
+        TemplateError: if the template refuses them.
     """
     chat = GuardedChat.of(messages, tokenizer)
     return [token for token, _ in chat.encode(chat.render(effort, prompt=True))]
@@ -90,7 +94,7 @@ class GuardedChat:
             num_messages: None: all.
 
         Raises:
-            ArtifactError: if the template refuses them.
+            TemplateError: if the template refuses them.
         """
         values = {} if effort is None else {"reasoning_effort": effort}
         messages = [dict(message) for message in self.messages[:num_messages]]
@@ -102,7 +106,7 @@ class GuardedChat:
             )
         except Exception as refused:  # the template is the user's program and may raise anything
             shown = json.dumps(messages, ensure_ascii=False, default=str).replace(self.guard, "")[:200]
-            raise ArtifactError(f"the chat template refuses {shown}: {refused}") from refused
+            raise TemplateError(f"the chat template refuses {shown}: {refused}") from refused
 
     def encode(self, text: str) -> list[tuple[int, int]]:
         """Every token of a rendered text, and where in it the token begins.

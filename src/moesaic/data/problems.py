@@ -58,7 +58,7 @@ def read_problems(path: Path) -> list[Problem]:
     Raises:
         ArtifactError: if it is missing, empty or a line is not a problem; the message names the line.
     """
-    problems = [_parse_problem(row) for row in read_rows(path)]
+    problems = [read_problem(row) for row in read_rows(path)]
     repeated = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
     if repeated:
         raise ArtifactError(f"{path}: the id {repeated[0]!r} appears more than once; ids must be unique")
@@ -98,7 +98,8 @@ def render_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, effort: 
     return render_conversation(messages, tokenizer, effort)
 
 
-def _parse_problem(row: Row) -> Problem:
+def read_problem(row: Row) -> Problem:
+    """One row of a problem set; an ArtifactError says why it is none."""
     entry = row.values
     for key in _TEXT_KEYS:
         if not isinstance(entry.get(key), str):

@@ -20,7 +20,7 @@ from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 from moesaic.recover.distill.stage import DistillConfig
 from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
-from moesaic.recover.reinforce.stage import ReinforceConfig, RewardConfig
+from moesaic.recover.reinforce.stage import NemoRlConfig, ReinforceConfig, RewardConfig
 from moesaic.recover.training import OptimizerConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.rank_experts.stage import RankExpertsConfig
@@ -171,7 +171,7 @@ def on_a_budget(recipe: Callable[[], Recipe], distill_steps: int, num_prompts: i
         whole = recipe()
         return whole.but(
             baseline=None,
-            policies=(whole.policies[0].but(steps=100),),
+            policies=(whole.policies[0].but(steps=100, max_new_tokens=32_768),),
             generate_traces={"max_prompts": num_prompts},
             distill={
                 "steps": distill_steps,
@@ -307,7 +307,7 @@ def _gpt_oss_h100(
         distill_blocks=DistillBlocksConfig(precision="bfloat16"),
         distill=distill,
         earlier_distill=distill.but(steps=distill_steps // 10),
-        policies=_gpt_oss_policies(),
+        policies=_gpt_oss_policies(costs.space.expert_parallel_size),
         calibrate_kv=CalibrateKvConfig(max_sequences=128, max_tokens=8192, batch_tokens=65_536),
         evaluate=_gpt_oss_evaluation(export),
         benchmark=BenchmarkConfig(
@@ -358,7 +358,8 @@ def _gpt_oss_distill(steps: int) -> DistillConfig:
     )
 
 
-def _gpt_oss_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
+def _gpt_oss_policies(gpus_of_a_model: int) -> tuple[ReinforceConfig, ReinforceConfig]:
+    """Rollouts as long as evaluation lets replies be; vLLM holds the policy on as many GPUs as share its experts."""
     high = ReinforceConfig(
         engine="nemo_rl",
         name="high",
@@ -368,9 +369,14 @@ def _gpt_oss_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
         generations_per_prompt=16,
         replies_per_forward=1,
         batch_size=1024,
-        max_new_tokens=32_768,
+        max_new_tokens=65_536,
         optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=10),
         checkpoint_every_steps=10,
+        nemo_rl=NemoRlConfig(
+            expert_parallel=gpus_of_a_model,
+            generation_tensor_parallel=gpus_of_a_model,
+            generation_expert_parallel=gpus_of_a_model,
+        ),
     )
     mixed = high.but(name="mixed", efforts=("low", "medium", "high"), rewards=RewardConfig(length=0.5), seed=1)
     return high, mixed

@@ -155,11 +155,18 @@ def _write_engine_files(output: Path, manifest: BundleManifest, packed: bool) ->
         shutil.copyfile(MODELLING / _CONFIG_CLASS, output / tensorrt_llm.MODULES / _CONFIG_CLASS)
         texts = tensorrt_llm.files(manifest, packed)
     else:
-        package = output / vllm.PLUGIN / vllm.PACKAGE
-        _copy_tree(BUNDLED / vllm.PLUGIN / vllm.PACKAGE, package)
-        shutil.copyfile(MODELLING / _CONFIG_CLASS, package / _CONFIG_CLASS)
+        write_vllm_plugin(output)
         texts = vllm.files(manifest)
     write_files(output, {**texts, "README.md": _readme(manifest)})
+
+
+def write_vllm_plugin(output: Path) -> Path:
+    """Write vLLM's plugin into a new folder of ``output``; with that on ``PYTHONPATH`` an engine finds it."""
+    package = output / vllm.PLUGIN / vllm.PACKAGE
+    _copy_tree(BUNDLED / vllm.PLUGIN / vllm.PACKAGE, package)
+    shutil.copyfile(MODELLING / _CONFIG_CLASS, package / _CONFIG_CLASS)
+    write_files(output, vllm.installed_plugin())
+    return package.parent
 
 
 def _copy_tree(source: Path, target: Path) -> None:

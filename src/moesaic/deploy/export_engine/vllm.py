@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
 
-VERSIONS = ">=0.32,<0.34"
+VERSIONS = ">=0.29,<0.34"
 PLUGIN = "vllm_plugin"
 """The folder of the plugin; with it on ``PYTHONPATH`` the engine finds it, and nothing is installed."""
 PACKAGE = "gpt_oss_puzzle_vllm"
@@ -22,9 +22,13 @@ _INSTALLED = f"{PLUGIN}/{PACKAGE}-1.0.dist-info"
 
 
 def files(manifest: BundleManifest) -> dict[str, str]:
-    """The engine's files by name: the arguments, one a line, and what makes the plugin an installed one."""
+    """The engine's files by name: the arguments, one a line."""
+    return {ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest))}
+
+
+def installed_plugin() -> dict[str, str]:
+    """The files, by name, that make the plugin an installed one."""
     return {
-        ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest)),
         f"{_INSTALLED}/METADATA": "Metadata-Version: 2.1\nName: gpt-oss-puzzle-vllm\nVersion: 1.0\n",
         f"{_INSTALLED}/entry_points.txt": f"[vllm.general_plugins]\ngpt_oss_puzzle = {PACKAGE}:register\n",
     }

@@ -62,6 +62,7 @@ class Store:
         producer: str,
         parents: tuple[str, ...] = (),
         config_digest: str | None = None,
+        source: str | None = None,
         move: bool = False,
         only: Iterable[Path] | None = None,
     ) -> Manifest:
@@ -80,7 +81,13 @@ class Store:
             raise ArtifactError(f"{directory} holds no files to add as a {kind}")
         entries = self.root.put_files(dict(sorted(files.items())), move=move)
         manifest = Manifest(
-            kind=kind, format=format, producer=producer, parents=parents, config_digest=config_digest, files=entries
+            kind=kind,
+            format=format,
+            producer=producer,
+            parents=parents,
+            config_digest=config_digest,
+            source=source,
+            files=entries,
         )
         return self.commit(manifest)
 

@@ -99,6 +99,8 @@ class Manifest(_Frozen):
     """Ids of the manifests of the inputs."""
     config_digest: Sha256 | None = None
     """Digest of the stage's config."""
+    source: str | None = None
+    """Where the files were fetched from, with the commit: ``hf://OWNER/NAME@COMMIT``."""
     files: tuple[FileEntry, ...]
     """All files, sorted by path."""
 
@@ -113,6 +115,11 @@ class Manifest(_Frozen):
         if clash := folders.intersection(paths):
             raise ValueError(f"{sorted(clash)} are both files and folders")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_source(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.source else {name: value for name, value in fields.items() if name != "source"}
 
     @classmethod
     def parse(cls, text: str | bytes, where: object) -> Self:

@@ -1,6 +1,7 @@
 """What ``reinforce`` needs."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 from moesaic.costs.facts import (
     TRAINED_BYTES,
@@ -17,13 +18,13 @@ from moesaic.costs.facts import (
 )
 from moesaic.costs.times import generate_ms, learn_ms
 from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.recover.training import Trainable
 
 
 def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Replies = steps * prompts_per_step * generations_per_prompt: generated, then learnt from in one pass.
 
-    Memory of one process: the policy in the config's precision and ``trainable * 16``; NeMo-RL shards both over its
-    GPUs. A reply of the longest length is kept for the backward, ``replies_per_forward`` of them at once.
+    Memory of one process: see :func:`peak_bytes`.
     """
     config = task.config
     replies = config.steps * config.prompts_per_step * config.generations_per_prompt
@@ -32,16 +33,34 @@ def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Sh
     generating = generate_ms(facts, facts.child, replies, mean)
     learning = learn_ms(facts, replies * length, length, config.trainable, teacher=False)
     trainable = trainable_parameters(facts, config.trainable)
-    ranks = facts.target.num_gpus if facts.target and config.engine == "nemo_rl" else 1
-    weights = resident(facts, facts.child, config.precision) + trainable * TRAINED_BYTES
-    longest = config.replies_per_forward * (facts.assumed.prompt_tokens + config.max_new_tokens)
-    states = longest * facts.shape.hidden_size * (facts.child.num_layers + 1) * WIDTH[config.precision]
     made = retrained(inputs[0], task.name, config.trainable) if config.steps else inputs[0]
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=new_bytes(made, inputs[0]),
-        peak_bytes=weights / ranks + states,
+        peak_bytes=peak_bytes(config, facts),
         gpu_ms=None if generating is None or learning is None else generating + learning,
         counts={"replies": replies, "tokens": replies * mean, "trainable_parameters": trainable},
         made=made,
     )
+
+
+def peak_bytes(config: ReinforceConfig, facts: Facts) -> float:
+    """Memory of one process while the policy learns, by a formula: neither engine has been run at this size.
+
+    TRL: the policy in the config's precision, ``trainable * 16``, and the states of every layer of
+    ``replies_per_forward`` replies of the longest length. NeMo-RL, on each of the GPUs that share the weights: what is
+    no expert in float32, experts in bfloat16, gradient and moments of what learns; the states that go into each layer,
+    the logits of a row in bfloat16 and their gradient.
+    """
+    trainable = trainable_parameters(facts, config.trainable)
+    row = facts.assumed.prompt_tokens + config.max_new_tokens
+    state = facts.shape.hidden_size * (facts.child.num_layers + 1) * WIDTH[config.precision]
+    if config.engine == "trl":
+        weights = resident(facts, facts.child, config.precision) + trainable * TRAINED_BYTES
+        return weights + config.replies_per_forward * row * state
+    ranks = facts.training_gpus
+    rest = trainable_parameters(facts, get_args(Trainable))
+    experts = resident(facts, facts.child, "bfloat16") - rest * WIDTH["bfloat16"]
+    sharded = experts + rest * WIDTH["float32"] + trainable * (TRAINED_BYTES - WIDTH["float32"])
+    rows = max(1, config.replies_per_forward // ranks)
+    return sharded / ranks + rows * row * (state + 2 * facts.shape.vocab_size * WIDTH["bfloat16"])

@@ -33,6 +33,34 @@ class RewardConfig(Config):
         return self
 
 
+class NemoRlConfig(Config):
+    """How NeMo-RL shares a policy out over the GPUs that it is given."""
+
+    expert_parallel: Positive = 1
+    """GPUs that share a layer's experts in training; it divides every layer's number of them."""
+    generation_tensor_parallel: Positive = 1
+    """GPUs of one vLLM: it holds the policy in bfloat16, experts unpacked, beside the sleeping trainer."""
+    generation_expert_parallel: Positive = 1
+    """GPUs that share a layer's experts in vLLM: 1, or a multiple of its tensor parallelism."""
+    generation_memory: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of a GPU that vLLM may take while it generates."""
+    logprob_chunk_tokens: Positive = 1024
+    """Tokens whose probabilities are computed at once in float32; their logits are held whole in bfloat16."""
+    activation_checkpointing: bool = True
+    """A layer keeps its input only and is computed again for its gradient."""
+    cpu_offload: bool = False
+    """Weights and optimizer wait in the hosts' memory."""
+
+    @model_validator(mode="after")
+    def _vllm_shares_experts_evenly(self) -> Self:
+        experts, tensors = self.generation_expert_parallel, self.generation_tensor_parallel
+        if experts > 1 and experts % tensors:
+            raise ValueError(
+                f"generation_expert_parallel {experts} must be 1 or a multiple of generation_tensor_parallel {tensors}"
+            )
+        return self
+
+
 class ReinforceConfig(Config):
     """One policy trained by GRPO on verifiable rewards, experts and router frozen (paper A trains two)."""
 
@@ -81,6 +109,8 @@ class ReinforceConfig(Config):
     """For the order of prompts and the rollouts."""
     precision: Precision = "bfloat16"
     """What the model computes in."""
+    nemo_rl: NemoRlConfig = NemoRlConfig()
+    """How NeMo-RL shares the policy out; the other engine does not read it."""
 
 
 STAGE = Stage(

@@ -21,6 +21,8 @@ unpacked children, logits and gradients against transformers, and the same on gl
 FSDP2, expert parallelism with activation checkpointing, and both at once. Written for GPUs but not run on one: the
 compiled FlexAttention kernel (its mask and formula are checked uncompiled), NCCL, bfloat16 mixed precision, the fused
 dispatchers. Tensor, context and pipeline parallelism it lacks, as AutoModel's gpt-oss does.
+
+It takes from AutoModel only what both 0.7 and the commit that NeMo-RL pins (24b47e85) have.
 """
 
 from dataclasses import replace
@@ -29,14 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemo_automodel._transformers.registry import register_architecture
+from nemo_automodel._transformers.registry import ModelRegistry
 from nemo_automodel.components.models.common import (
     BackendConfig,
     initialize_linear_module,
     initialize_rms_norm_module,
 )
-from nemo_automodel.components.models.common.tie_word_embeddings import reject_unsupported_tie_word_embeddings
-from nemo_automodel.components.models.common.utils import compute_lm_head_logits
 from nemo_automodel.components.models.gpt_oss.layers import GptOssAttention
 from nemo_automodel.components.models.gpt_oss.model import Block, GptOssForCausalLM, GptOssModel
 from nemo_automodel.components.models.gpt_oss.rope_utils import (
@@ -47,6 +47,7 @@ from nemo_automodel.components.models.gpt_oss.rope_utils import (
 from nemo_automodel.components.moe.config import MoEConfig
 from nemo_automodel.shared.utils import dtype_from_str
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import GptOssConfig
@@ -221,7 +222,8 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         nn.Module.__init__(self)
         if moe_config is not None:
             raise ConfigError("a child has a mixture config per layer, out of block_configs; leave moe_config unset")
-        reject_unsupported_tie_word_embeddings(type(self), config)
+        if config.tie_word_embeddings:
+            raise ConfigError("tie_word_embeddings is true, but a gpt-oss has a head of its own; set it to false")
         if not isinstance(config, GptOssPuzzleConfig):
             config = GptOssPuzzleConfig.from_dict(config.to_dict())
         self.config = config
@@ -265,16 +267,19 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
             padding_mask=padding_mask,
             all_hidden=all_hidden,
         )
-        output = compute_lm_head_logits(self.lm_head, hidden, logits_to_keep)
-        output.hidden_states = None if all_hidden is None else tuple(all_hidden)
-        return output
+        logits = self.lm_head(_kept(hidden, logits_to_keep).to(_compute_dtype(self.lm_head)))
+        return CausalLMOutputWithPast(logits=logits, hidden_states=None if all_hidden is None else tuple(all_hidden))
 
     @torch.no_grad()
-    def initialize_weights(
-        self, buffer_device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
-        """Random weights where the parameters are; AutoModel's own default is a GPU."""
-        super().initialize_weights(buffer_device or self.lm_head.weight.device, dtype)
+    def initialize_weights(self, buffer_device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Random weights where the parameters are: in the config's type, if no other is asked for; experts in bfloat16.
+
+        AutoModel's own defaults are a GPU, and bfloat16, in which steps as small as a policy's would be rounded away.
+        """
+        super().initialize_weights(buffer_device or self.lm_head.weight.device, dtype or _dtype(self.config))
+        for part in self.modules():
+            if isinstance(part, StreamedExperts):
+                part.to(torch.bfloat16)
 
 
 def moe_config(config: GptOssConfig, num_experts: int) -> MoEConfig:
@@ -314,7 +319,20 @@ def register() -> None:
     """Let AutoModel's auto classes build children and parents of this class; repeating it changes nothing."""
     gpt_oss_puzzle.register()
     for architecture in (gpt_oss.CHILD_CLASS, GptOssForCausalLM.__name__):
-        register_architecture(architecture, GptOssPuzzleForCausalLM, exist_ok=True)
+        ModelRegistry.register(architecture, GptOssPuzzleForCausalLM, exist_ok=True)
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions whose logits are wanted; all for 0, without a slice, which a sharded tensor would not take."""
+    if isinstance(logits_to_keep, Tensor):
+        return hidden[:, logits_to_keep]
+    return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+
+
+def _compute_dtype(head: nn.Module) -> torch.dtype:
+    """What the head computes in: under FSDP its policy says so, before the weights are in that type."""
+    policy = head._get_fsdp_state()._mp_policy.param_dtype if isinstance(head, FSDPModule) else None
+    return policy or next(head.parameters()).dtype
 
 
 def _dtype(config: GptOssConfig) -> torch.dtype:

@@ -26,13 +26,19 @@ from moesaic.models.parameter_names import unwrapped_name
 class PuzzleStateDictAdapter(GPTOSSStateDictAdapter):
     """AutoModel's gpt-oss adapter for any sizes, and for a different number of experts in every layer."""
 
+    def checkpoint_name(self, fqn: str) -> str:
+        """The checkpoint's name of one tensor of the model."""
+        ends = ((ours, theirs) for ours, theirs in self.internal_to_hf_map.items() if fqn.endswith(ours))
+        ours, theirs = next(ends, ("", ""))
+        return fqn.removesuffix(ours) + theirs
+
     def convert_single_tensor_to_hf(self, fqn: str, tensor: Tensor, **kwargs: Any) -> list[tuple[str, Tensor]]:
-        """The checkpoint's name of one tensor of the model.
+        """One tensor of the model under the checkpoint's name.
 
         With ``quantization=True`` an expert weight becomes the empty packed pair that a loader fills in; its values
         are not packed, because recovery never changes them.
         """
-        name = self._model_to_hf_key(fqn)
+        name = self.checkpoint_name(fqn)
         if kwargs.get("quantization") and name.endswith(gpt_oss.PACKED_PROJECTIONS):
             experts, columns, rows = tensor.shape
             packed = (experts, rows, columns // mxfp4.BLOCK)
@@ -101,5 +107,5 @@ def checkpoint_name(model: nn.Module, name: str) -> str:
     """What a checkpoint calls a parameter of the model, wrapped or not; an expert weight by its unpacked name."""
     adapter = model.state_dict_adapter
     assert isinstance(adapter, PuzzleStateDictAdapter)
-    renamed: str = adapter._model_to_hf_key(unwrapped_name(name))
+    renamed: str = adapter.checkpoint_name(unwrapped_name(name))
     return renamed

@@ -6,10 +6,14 @@ Choices that are NeMo-RL's own matter and ours alone [the papers say nothing of 
 - One optimiser step per batch of rollouts. vLLM's probabilities differ from the trainer's by rounding, and a router
   makes more of that; the loss weighs tokens by the ratio of the two, cut at 2.
 - Rows of a step are batched by length and padded. NeMo-RL's packing goes through FlashAttention 2, which has no
-  attention sinks, so it can be asked for but is off.
+  attention sinks, so it is off.
+- vLLM begins with random weights and gets the trainer's, unpacked. So its config must not say that they are packed:
+  NeMo-RL sees to that for the architecture ``GptOssForCausalLM`` alone. Our plugin, by which vLLM knows a child, is put
+  on its workers' ``PYTHONPATH``.
 - There is no validation inside: ``evaluate`` is a stage. Checkpoints are kept by age.
 """
 
+import os
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -17,7 +21,7 @@ from typing import Any
 
 from moesaic.core.errors import ConfigError
 from moesaic.models.checkpoint import CURVE
-from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.recover.reinforce.stage import NemoRlConfig, ReinforceConfig
 from moesaic.recover.training import OptimizerConfig
 
 ENVIRONMENT = "moesaic"
@@ -38,16 +42,6 @@ class Placement:
 
     num_nodes: int = 1
     gpus_per_node: int = 8
-    expert_parallel_size: int = 1
-    """Ranks that share a layer's experts; every layer's number of experts must be divisible by it."""
-    generation_tensor_parallel_size: int = 1
-    """GPUs of one vLLM engine."""
-    gpu_memory_utilization: float = 0.6
-    """Share of a GPU that vLLM may take while it generates."""
-    activation_checkpointing: bool = True
-    cpu_offload: bool = False
-    sequence_packing: bool = False
-    """Needs an attention that has sinks in FlashAttention 2's place, see the module."""
 
     @property
     def num_gpus(self) -> int:
@@ -63,6 +57,8 @@ class Run:
     prompts: Path
     """Rows of ``processor.prompt_row``."""
     trainable: Path
+    plugin: Path
+    """The folder with vLLM's plugin."""
     directory: Path
     """Checkpoints, logs and the training curve go here."""
     first_step: int
@@ -71,6 +67,8 @@ class Run:
     longest_prompt_tokens: int
     stop_ids: tuple[int, ...]
     log_to_mlflow: bool
+    python_path: tuple[str, ...] = ()
+    """What ``PYTHONPATH`` has already."""
 
     @property
     def checkpoints(self) -> Path:
@@ -111,10 +109,8 @@ def _check_sizes(config: ReinforceConfig, placement: Placement, run: Run) -> Non
             f"prompts_per_step * generations_per_prompt = {replies} replies cannot be spread evenly over "
             f"{placement.num_gpus} GPUs; use a multiple"
         )
-    for name, size in (
-        ("expert_parallel_size", placement.expert_parallel_size),
-        ("generation_tensor_parallel_size", placement.generation_tensor_parallel_size),
-    ):
+    for name in ("expert_parallel", "generation_tensor_parallel", "generation_expert_parallel"):
+        size = getattr(config.nemo_rl, name)
         if placement.num_gpus % size:
             raise ConfigError(f"{name} {size} does not divide the {placement.num_gpus} GPUs; use a divisor")
     if run.num_prompts < config.prompts_per_step:
@@ -179,28 +175,26 @@ def _policy(config: ReinforceConfig, placement: Placement, run: Run) -> dict[str
     max_tokens = _max_tokens(config, run)
     rows = max(1, config.replies_per_forward // placement.num_gpus)
     sizes = {"train_mb_tokens": rows * max_tokens, "logprob_mb_tokens": rows * max_tokens}
-    dynamic = {"enabled": True, **sizes, "sequence_length_round": _LENGTH_ROUND}
-    packed = {"enabled": True, **sizes, "algorithm": "modified_first_fit_decreasing"}
     return {
         "model_name": str(run.model),
         "tokenizer": {"name": str(run.model), "chat_template_kwargs": None},
         "train_global_batch_size": config.prompts_per_step * config.generations_per_prompt,
         "train_micro_batch_size": rows,
         "logprob_batch_size": rows,
-        "logprob_chunk_size": None,
+        "logprob_chunk_size": config.nemo_rl.logprob_chunk_tokens,
         "max_total_sequence_length": max_tokens,
         "make_sequence_length_divisible_by": 1,
         "precision": config.precision,
         "hf_config_overrides": {},
-        "dtensor_cfg": _dtensor(placement, run),
+        "dtensor_cfg": _dtensor(config.nemo_rl, run),
         "megatron_cfg": {"enabled": False},
         "draft": {"enabled": False},
-        "dynamic_batching": {"enabled": False} if placement.sequence_packing else dynamic,
-        "sequence_packing": packed if placement.sequence_packing else {"enabled": False},
+        "dynamic_batching": {"enabled": True, **sizes, "sequence_length_round": _LENGTH_ROUND},
+        "sequence_packing": {"enabled": False},
         "max_grad_norm": config.optimizer.max_gradient_norm,
         "optimizer": _optimizer(config.optimizer),
         "scheduler": _scheduler(config.optimizer, config.steps),
-        "generation": _generation(config, placement, run),
+        "generation": _generation(config, run),
     }
 
 
@@ -209,17 +203,17 @@ def _max_tokens(config: ReinforceConfig, run: Run) -> int:
     return run.longest_prompt_tokens + config.max_new_tokens + 1
 
 
-def _dtensor(placement: Placement, run: Run) -> dict[str, Any]:
+def _dtensor(config: NemoRlConfig, run: Run) -> dict[str, Any]:
     return {
         "enabled": True,
         "_v2": True,
         "env_vars": {TRAINABLE_VARIABLE: str(run.trainable)},
         "tensor_parallel_size": 1,
         "context_parallel_size": 1,
-        "expert_parallel_size": placement.expert_parallel_size,
+        "expert_parallel_size": config.expert_parallel,
         "sequence_parallel": False,
-        "activation_checkpointing": placement.activation_checkpointing,
-        "cpu_offload": placement.cpu_offload,
+        "activation_checkpointing": config.activation_checkpointing,
+        "cpu_offload": config.cpu_offload,
         "automodel_kwargs": {"force_hf": False, "use_liger_kernel": False},
     }
 
@@ -253,27 +247,28 @@ def _scheduler(optimizer: OptimizerConfig, steps: int) -> list[dict[str, Any]]:
     return [rise, cosine, {"milestones": [warmup]}] if warmup else [cosine, {"milestones": []}]
 
 
-def _generation(config: ReinforceConfig, placement: Placement, run: Run) -> dict[str, Any]:
+def _generation(config: ReinforceConfig, run: Run) -> dict[str, Any]:
+    sampling = {"temperature": config.temperature, "top_p": 1.0, "top_k": None}
     return {
         "backend": "vllm",
         "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_p": 1.0,
-        "top_k": None,
+        **sampling,
+        **{f"val_{name}": value for name, value in sampling.items()},
         "stop_token_ids": list(run.stop_ids),
         "stop_strings": None,
         "vllm_cfg": {
             "async_engine": False,
             "precision": config.precision,
             "kv_cache_dtype": "auto",
-            "tensor_parallel_size": placement.generation_tensor_parallel_size,
+            "tensor_parallel_size": config.nemo_rl.generation_tensor_parallel,
             "pipeline_parallel_size": 1,
-            "expert_parallel_size": 1,
-            "gpu_memory_utilization": placement.gpu_memory_utilization,
+            "expert_parallel_size": config.nemo_rl.generation_expert_parallel,
+            "gpu_memory_utilization": config.nemo_rl.generation_memory,
             "max_model_len": _max_tokens(config, run),
             "enforce_eager": False,
+            "env_vars": {"PYTHONPATH": os.pathsep.join([str(run.plugin), *run.python_path])},
         },
-        "vllm_kwargs": {},
+        "vllm_kwargs": {"hf_overrides": {"quantization_config": {}}},
         "colocated": {"enabled": True, "resources": {"gpus_per_node": None, "num_nodes": None}},
     }
 

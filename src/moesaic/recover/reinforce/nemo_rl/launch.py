@@ -6,6 +6,7 @@ this one, or the same command as a RayJob on nodes of its own; NeMo-RL attaches 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from moesaic.core.progress import say
 from moesaic.core.training_curve import resume_curve
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Question, render_prompt
+from moesaic.deploy.export_engine.bundle import write_vllm_plugin
+from moesaic.deploy.export_engine.vllm import PLUGIN
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import check_lengths, read_stop_ids
@@ -100,7 +103,8 @@ def plan(
         ConfigError: if it cannot be trained.
     """
     checkpoint = Checkpoint.open(model)
-    check_expert_parallel(checkpoint.architecture, placement.expert_parallel_size)
+    check_expert_parallel(checkpoint.architecture, config.nemo_rl.expert_parallel)
+    check_expert_parallel(checkpoint.architecture, config.nemo_rl.generation_expert_parallel)
     tokenizer = load_tokenizer(model)
     rendered = [render_prompt(problem, tokenizer, effort) for problem, effort in questions]
     check_lengths(rendered, config.max_new_tokens, checkpoint.shape.max_positions)
@@ -108,11 +112,13 @@ def plan(
         model=model.absolute(),
         prompts=scratch.absolute() / "prompts.jsonl",
         trainable=scratch.absolute() / "trainable.json",
+        plugin=scratch.absolute() / PLUGIN,
         directory=scratch.absolute(),
         first_step=_last_step(scratch / "checkpoints"),
         num_prompts=len(questions),
         longest_prompt_tokens=max(map(len, rendered), default=0),
         stop_ids=tuple(sorted(read_stop_ids(model))),
+        python_path=tuple(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
         log_to_mlflow=bool(os.environ.get("MLFLOW_RUN_ID") and os.environ.get("MLFLOW_TRACKING_URI")),
     )
     render(config, placement, run)
@@ -131,6 +137,8 @@ def _write(
     run.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     learns = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable)
     run.trainable.write_text(json.dumps(learns))
+    shutil.rmtree(run.plugin, ignore_errors=True)
+    write_vllm_plugin(run.directory)
     (run.directory / CONFIG).write_text(yaml.safe_dump(render(config, placement, run)))
     resume_curve(run.curve, run.first_step)
 

@@ -1,10 +1,17 @@
 """Every name of NeMo-RL that we import or hand to it as text, with the file of its source that defines it.
 
-For a new version: read these files again, and the ones that ``tests/unit/nemo_rl_schema.py`` cites.
+For a new version: change ``COMMIT``, run ``make test-engine``, and read what fails in these files.
 """
 
-VERSION = "0.7.0"
-"""The release that was read, ``NVIDIA-NeMo/RL`` on GitHub."""
+VERSION = "0.8.0"
+"""The release whose container is used."""
+
+COMMIT = "7ea279abfbeb698b092856d0dab61e7cf39bc909"
+"""What was read and is tested against, of ``NVIDIA-NeMo/RL`` on GitHub: its main branch of 2026-08-22, the last before
+that release whose source was to be had (the package ``nemo-rl`` of the registry is empty)."""
+
+AUTOMODEL_COMMIT = "24b47e856263d313b942f0ed666c63fff83306b4"
+"""The ``NVIDIA-NeMo/Automodel`` that it pins."""
 
 IMAGE = f"nvcr.io/nvidia/nemo-rl:v{VERSION}"
 """The container that has it."""

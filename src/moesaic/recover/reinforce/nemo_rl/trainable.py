@@ -54,6 +54,6 @@ def _checkpoint_naming(model: nn.Module) -> Callable[[str], str]:
 
     def name_of(name: str) -> str:
         name = unwrapped_name(name)
-        return name if adapter is None else str(adapter._model_to_hf_key(name))
+        return name if adapter is None else str(adapter.checkpoint_name(name))
 
     return name_of

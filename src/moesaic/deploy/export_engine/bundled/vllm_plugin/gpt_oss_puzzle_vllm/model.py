@@ -5,8 +5,8 @@ attention has its own window instead of one on every even layer, its weights are
 the scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word, and
 weights that are missing or of another shape are refused, which the engine would leave at zero or fill in part.
 
-Written to ``vllm.model_executor.models.gpt_oss`` of vLLM 0.32 and 0.33. vLLM 0.32 for CPUs serves with it; it was never
-run on a GPU.
+Written to ``vllm.model_executor.models.gpt_oss`` of vLLM 0.29 to 0.33. vLLM 0.29 and 0.32 for CPUs serve with it; it
+was never run on a GPU.
 """
 
 import copy
@@ -150,13 +150,12 @@ class GptOssPuzzleModel(GptOssModel):
 
 def _of_right_shape(weights: Iterable[tuple[str, Tensor]], config: Any, seen: set[str]) -> Iterable[tuple[str, Tensor]]:
     """The same, noting names; where the engine would copy a part of a weight, its shape must be right."""
-    shapes = {
-        "w13": (config.num_local_experts, 2 * config.intermediate_size),
-        "w2": (config.num_local_experts, config.hidden_size),
-        "sinks": (config.num_attention_heads,),
-    }
+    experts, inner, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
+    shapes = {"w13": (experts, 2 * inner), "w2": (experts, hidden), "sinks": (config.num_attention_heads,)}
+    unpacked = {"w13": (experts, hidden, 2 * inner), "w2": (experts, inner, hidden)}
     for name, weight in weights:
-        shape = shapes.get(name.rsplit(".", 1)[-1].split("_")[0])
+        is_unpacked = weight.ndim == 3 and weight.is_floating_point()
+        shape = (unpacked if is_unpacked else shapes).get(name.rsplit(".", 1)[-1].split("_")[0])
         if shape is not None and weight.shape[: len(shape)] != shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, its layer's config asks for {shape}")
         seen.add(name)
@@ -188,9 +187,13 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load all of them; ValueError unless they are this model's, each and every one."""
+        """Load them; ValueError unless they are this model's, each and every one.
+
+        A model made of dummies gets its weights from a trainer, in parts: then a part may be all there is.
+        """
         loaded: set[str] = super().load_weights(weights)
-        self.model.check_names()
+        if self.vllm_config.load_config.load_format != "dummy":
+            self.model.check_names()
         return loaded
 
 

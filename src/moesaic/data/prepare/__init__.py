@@ -1,0 +1,1 @@
+"""Public sets and a user's own files to the data sets of a run; start in run.py. Formats: docs/data.md."""
