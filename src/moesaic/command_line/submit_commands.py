@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import shlex
+import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.files import describe_owner
 from moesaic.platform.cluster import ClusterProfile, placed_text, read_profile
 from moesaic.platform.cluster.following import RunStatus, follow
 from moesaic.platform.cluster.submission import HOST_VARIABLE, Kubeflow
@@ -101,7 +104,20 @@ def _shared_store(given: Address | None, profile: ClusterProfile) -> Address:
             f"the tasks' store is the volume at {theirs}, and {store} is no directory here; run this where the volume "
             "is mounted, and give --store if it is mounted elsewhere"
         )
+    if isinstance(store, Path) and not _is_writable(store, profile.user_id):
+        print(
+            f"warning: tasks run as the user {profile.user_id} in group 0, who cannot write to "
+            f"{describe_owner(store)}, if the cluster sees the same; chgrp 0 and chmod g+rwx let them",
+            file=sys.stderr,
+        )
     return store
+
+
+def _is_writable(directory: Path, user: int) -> bool:
+    """Whether a task, of group 0, may write to the directory."""
+    status = directory.stat()
+    right = stat.S_IWUSR if status.st_uid == user else stat.S_IWGRP if status.st_gid == 0 else stat.S_IWOTH
+    return bool(status.st_mode & right)
 
 
 def _status(options: argparse.Namespace) -> None:

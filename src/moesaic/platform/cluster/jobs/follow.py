@@ -224,7 +224,7 @@ def _copied(path: Path, target: Path) -> Path:
     """Copy a directory to ``target``, which appears only when it is complete."""
     if not target.exists():
         with written_atomically(target) as partial:
-            shutil.copytree(path, partial)
+            shutil.copytree(path, partial, copy_function=shutil.copyfile)
     return target
 
 
