@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from moesaic.command_line.planning_commands import read_tasks
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import describe_owner
 from moesaic.platform.cluster import ClusterProfile, placed_text, read_profile
+from moesaic.platform.cluster.agreement import check_agreement
 from moesaic.platform.cluster.following import RunStatus, follow
 from moesaic.platform.cluster.submission import HOST_VARIABLE, Kubeflow
 from moesaic.platform.store import Address, parse_address
-from moesaic.recover.distill.stage import check_batch
 from moesaic.stages import STAGES
 
 _PROFILE = Path("manifests/profiles/single-node.yaml")
@@ -70,9 +71,7 @@ def _submit(options: argparse.Namespace, choose: Choose, prepare: Prepare) -> No
     profile = read_profile(options.profile)
     store = _shared_store(options.store, profile)
     text = placed_text(manifest, profile, STAGES)
-    if "comp-distill:" in text:
-        for config in (recipe.distill, recipe.earlier_distill)[: recipe.rounds]:
-            check_batch(config, profile.num_processes("distill"))
+    check_agreement(read_tasks(manifest, recipe), profile)
     server = Kubeflow.connect(options.host)
     arguments = prepare(options, manifest, recipe, store)
     version_name = f"{manifest.stem}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"

@@ -17,7 +17,7 @@ from typing import Any
 
 from moesaic.core.errors import ConfigError
 from moesaic.models.checkpoint import CURVE
-from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.recover.reinforce.stage import ReinforceConfig, check_placement
 from moesaic.recover.training import OptimizerConfig
 
 ENVIRONMENT = "moesaic"
@@ -103,14 +103,7 @@ def render(config: ReinforceConfig, placement: Placement, run: Run) -> dict[str,
 
 
 def _check_sizes(config: ReinforceConfig, placement: Placement, run: Run) -> None:
-    replies = config.prompts_per_step * config.generations_per_prompt
-    if placement.num_gpus < 1:
-        raise ConfigError("NeMo-RL trains on GPUs, and there is none here; run the stage on a node that has them")
-    if replies % placement.num_gpus:
-        raise ConfigError(
-            f"prompts_per_step * generations_per_prompt = {replies} replies cannot be spread evenly over "
-            f"{placement.num_gpus} GPUs; use a multiple"
-        )
+    check_placement(config, placement.num_gpus, on_job=placement.num_nodes > 1)
     for name, size in (
         ("expert_parallel_size", placement.expert_parallel_size),
         ("generation_tensor_parallel_size", placement.generation_tensor_parallel_size),
