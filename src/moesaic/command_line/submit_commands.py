@@ -18,7 +18,7 @@ from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import describe_owner
 from moesaic.platform.cluster import ClusterProfile, placed_text, read_profile
 from moesaic.platform.cluster.agreement import check_agreement
-from moesaic.platform.cluster.following import RunStatus, follow
+from moesaic.platform.cluster.following import RunStatus, follow, no_names
 from moesaic.platform.cluster.submission import HOST_VARIABLE, Kubeflow
 from moesaic.platform.store import Address, parse_address
 from moesaic.stages import STAGES
@@ -39,8 +39,8 @@ def add_submit_commands(
     """Add the commands to the command line; ``add_choice`` adds the options that ``moesaic run`` has too."""
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument("--host", help=f"address of Kubeflow Pipelines (the value of {HOST_VARIABLE})")
+    server.add_argument("--profile", type=Path, default=_PROFILE, help="what the cluster has (%(default)s)")
     cluster = argparse.ArgumentParser(add_help=False, parents=[server])
-    cluster.add_argument("--profile", type=Path, default=_PROFILE, help="what the cluster has (%(default)s)")
     cluster.add_argument("--experiment", default=_EXPERIMENT, help="Kubeflow's group of runs (%(default)s)")
 
     submit = commands.add_parser("submit", parents=[cluster], help="run a whole pipeline on a cluster, and follow it")
@@ -73,6 +73,7 @@ def _submit(options: argparse.Namespace, choose: Choose, prepare: Prepare) -> No
     text = placed_text(manifest, profile, STAGES)
     check_agreement(read_tasks(manifest, recipe), profile)
     server = Kubeflow.connect(options.host)
+    print(server.check_namespace(profile.namespace))
     arguments = prepare(options, manifest, recipe, store)
     version_name = f"{manifest.stem}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
     pipeline = manifest.stem.rpartition("-")[0]
@@ -130,6 +131,8 @@ def _status(options: argparse.Namespace) -> None:
         run = server.run(options.run)
         print(f"{run.name}: {run.state.lower()}{_took(run)}\n{server.link(run.id)}")
         Console().print(_tasks_table(run))
+        if run.named_until:
+            print(no_names(run))
 
 
 def _cancel(options: argparse.Namespace) -> None:
@@ -167,8 +170,9 @@ def _follow(server: Kubeflow, run_id: str) -> None:
 def _explanation(run: RunStatus, link: str) -> str:
     lines = [f"{run.name}: {run.state.lower()}{_took(run)}{f': {run.message}' if run.message else ''}"]
     for task in run.failures:
-        lines.append(f"  {task.name}: {task.message or 'Kubeflow says nothing of why; its log does'}")
-    return "\n".join([*lines, f"Logs: {link}; the stages' own errors are in MLflow, as `moesaic.error`"])
+        reason = task.message or "neither Kubeflow nor a log says why; its error is in MLflow, as `moesaic.error`"
+        lines.append(f"  {task.name}: {reason}")
+    return "\n".join([*lines, f"Logs: {link}"])
 
 
 def _took(run: RunStatus) -> str:
@@ -183,8 +187,12 @@ def _runs_table(runs: list[RunStatus]) -> Table:
 
 
 def _tasks_table(run: RunStatus) -> Table:
-    table = Table(Column("task", no_wrap=True), "state", "s", "message", box=None)
+    table = Table(Column("task", no_wrap=True), "state", "s", "attempt", "message", box=None)
     for task in run.tasks:
         took = "" if task.duration_s is None else f"{task.duration_s:.0f}"
-        table.add_row(escape(task.name), task.state.lower(), took, escape(task.message))
+        attempt = task.changes[-1].attempt if task.changes else 1
+        state = "from the cache" if task.cached else task.state.lower()
+        if run.named_until and task.state == "RUNNING":
+            state = f"running at {run.seconds_until(run.named_until):.0f} s"
+        table.add_row(escape(task.name), state, took, str(attempt) if attempt > 1 else "", escape(task.message))
     return table
