@@ -128,6 +128,7 @@ def test_a_job_waits_in_the_queue_starts_prints_and_completes(
     trainer = api.jobs[NAME]["spec"]["trainer"]  # it is still there: nothing but time removes it
     assert [*trainer["command"], *trainer["args"]] == ["python3", "-m", "train"]
     assert {"name": "MLFLOW_RUN_ID", "value": "abc"} in trainer["env"]
+    assert {one["name"] for one in trainer["env"]} >= {"LOGNAME", "USER"}, "a node's user may have no name"
 
 
 @pytest.mark.parametrize(
@@ -437,6 +438,9 @@ def test_a_task_finds_its_job_in_its_environment(monkeypatch: pytest.MonkeyPatch
             found[stage] = variables
             image = container["image"]
             assert "$" not in variables["MOESAIC_JOB"]
+            asked = container["resources"]
+            assert (asked["resourceCpuRequest"], asked["resourceMemoryRequest"]) == ("50m", "256Mi"), "it only waits"
+            assert asked["resourceMemoryLimit"] == "4Gi" and "accelerator" not in asked
             assert JobSettings.parse(variables["MOESAIC_JOB"]) == job_settings(profile(), stage, image)
     assert set(found) == {"distill", "reinforce"}
     for name, value in found["distill"].items():

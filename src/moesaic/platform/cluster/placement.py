@@ -25,6 +25,7 @@ from moesaic.platform.cluster.profile import (
 )
 
 _OUR_IMAGE = re.compile(r"(?:.*/)?(?P<image>moesaic/[^/]+)")
+_WAITING_CPU, _WAITING_MEMORY = "50m", "256Mi"
 _STAGE_ARGUMENT = "--function_to_execute"
 
 
@@ -55,7 +56,7 @@ def place(pipeline: Mapping[str, Any], profile: ClusterProfile, stages: Collecti
     for name, stage in running.items():
         if stage in profile.images:
             executors[name]["container"]["image"] = profile.images[stage]
-        _equip(executors[name]["container"], profile, profile.node_for(stage))
+        _equip(executors[name]["container"], profile, profile.node_for(stage), waits=stage in profile.jobs)
         if stage in profile.jobs:
             job = job_settings(profile, stage, executors[name]["container"]["image"])
             executors[name]["container"]["env"].append({"name": JOB_VARIABLE, "value": job.to_variable()})
@@ -69,17 +70,20 @@ def stage_of(container: Mapping[str, Any]) -> str:
     return arguments[arguments.index(_STAGE_ARGUMENT) + 1]
 
 
-def _equip(container: dict[str, Any], profile: ClusterProfile, node: Node) -> None:
-    """Set what a container's own specification has: image, resources, variables."""
+def _equip(container: dict[str, Any], profile: ClusterProfile, node: Node, *, waits: bool) -> None:
+    """Set what a container's own specification has: image, resources, variables.
+
+    A task that ``waits`` for its job asks for next to nothing, so that it leaves its job the room.
+    """
     if profile.registry and (ours := _OUR_IMAGE.fullmatch(container["image"])):
         container["image"] = f"{profile.registry.rstrip('/')}/{ours['image']}"
     container["resources"] = {
-        "resourceCpuRequest": node.cpu,
+        "resourceCpuRequest": _WAITING_CPU if waits else node.cpu,
         "resourceCpuLimit": node.cpu,
-        "resourceMemoryRequest": node.memory,
+        "resourceMemoryRequest": _WAITING_MEMORY if waits else node.memory,
         "resourceMemoryLimit": node.memory,
     }
-    if node.accelerators:
+    if node.accelerators and not waits:
         accelerator = {"resourceType": node.accelerator, "resourceCount": str(node.accelerators)}
         container["resources"]["accelerator"] = accelerator
     container["env"] = [{"name": name, "value": value} for name, value in sorted(profile.environment.items())]

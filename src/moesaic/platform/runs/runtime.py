@@ -29,6 +29,7 @@ from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
 from moesaic.core.files import explained_file_errors, locked, make_folder, write_text_atomically
 from moesaic.core.redaction import redact
 from moesaic.core.stage import Stage
+from moesaic.core.user_name import user_variables
 from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
 from moesaic.platform.registry.registry import RegistryAddress
 from moesaic.platform.runs import records
@@ -163,6 +164,8 @@ def perform(
     extra = _services(run.stage, store, registry)
     if job:
         extra |= {"nodes": ClusterJob(job, run.key)}
+    for name, value in user_variables().items():
+        os.environ.setdefault(name, value)
     started, clock = datetime.now(UTC), time.monotonic()
     with explained_file_errors(output):
         metrics = run.stage.run(run.config, **run.inputs, **extra, output=output, scratch=scratch)

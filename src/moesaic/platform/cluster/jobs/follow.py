@@ -19,6 +19,7 @@ from types import FrameType
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.nodes import Work
+from moesaic.core.user_name import user_variables
 from moesaic.platform.cluster.jobs.api import JobsApi, Object
 from moesaic.platform.cluster.jobs.job_template import JOB_LABEL, render_job
 from moesaic.platform.cluster.jobs.settings import JobSettings
@@ -91,7 +92,8 @@ class ClusterJob:
                 else:
                     prepare()
                     work.log.unlink(missing_ok=True)
-                    api.create(render_job(self.settings, name, task, work.command, work.environment, work.log))
+                    environment = user_variables() | dict(work.environment)
+                    api.create(render_job(self.settings, name, task, work.command, environment, work.log))
                     _say(f"{self.settings.kind} {name} is created")
                 _Follower(api, self.settings, name, work.log, show).wait()
         except (_Terminated, KeyboardInterrupt):
