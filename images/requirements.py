@@ -31,6 +31,7 @@ EVERYWHERE = ("kfp", "mlflow-skinny")
 """What a task needs beside its stage: Kubeflow's executor (which imports nothing but kfp), and the MLflow client."""
 WITHOUT_DEPENDENCIES = frozenset({"kfp"})
 
+_AIPERF = ROOT / "src/moesaic/measure/benchmark_serving/aiperf/constraints.txt"
 _TORCH = ("torch", "numpy", "setuptools")
 _COMPILED = (
     *("torchao", "triton", "quack-kernels", "ninja", "pandas", "pillow", "pyarrow", "scikit-learn", "onnx"),
@@ -71,9 +72,10 @@ RUNTIMES = {
     "serve": Runtime(
         ("evaluate", "export", "serve", "s3"),
         _MODELS,
-        {"aiperf": ROOT / "src/moesaic/measure/benchmark_serving/aiperf/constraints.txt"},
+        {"aiperf": _AIPERF},
     ),
     "kv": Runtime(("kv", "s3"), (*_TORCH, "ninja", "nvidia-ml-py", "scipy")),
+    "cpu": Runtime(("local", "nemo", "jobs", "evaluate"), (), {"aiperf": _AIPERF}),
 }
 """By name: the folder under ``images/``, the ``runtime`` in a component's metadata, the constant in ``components``."""
 

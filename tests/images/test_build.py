@@ -43,7 +43,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program.write_text(ENGINE.format(python=sys.executable, log=str(log)))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(build, "fetch_wheels", lambda pins, target, python, machine: None)
+    monkeypatch.setattr(build, "fetch_wheels", lambda pins, target, python, machine, index=None: None)
     monkeypatch.setattr(build, "LOCK", tmp_path / "lock.json")
     monkeypatch.setattr(build, "ROOT", tmp_path)
     (tmp_path / "pyproject.toml").write_text(

@@ -4,6 +4,7 @@ It says *where*; recipes say *what*. Secrets are named, never given: whatever lo
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,6 +28,7 @@ MountPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$")]
 
 SCRATCH, TEMPORARY, SHARED_MEMORY = "/scratch", "/tmp", "/dev/shm"
 """Where our images write, and nowhere else."""
+_OUR_IMAGE = re.compile(r"(?:.*/)?(?P<image>moesaic/[^/]+)")
 QUEUE_LABEL, STAGE_LABEL = "kueue.x-k8s.io/queue-name", "moesaic/stage"
 JOB_KINDS = {"distill": "TrainJob", "reinforce": "RayJob"}
 """Stages that can run on several nodes, and what starts them there."""
@@ -45,9 +47,13 @@ class Node(Config):
     """A kind of node, and how much of one a task gets."""
 
     cpu: Quantity
-    """Cores, asked for and at most."""
+    """Cores that are asked for."""
     memory: Quantity
-    """Asked for and at most; what lies in shared memory counts too."""
+    """Asked for; what lies in shared memory counts too."""
+    cpu_limit: Quantity | None = None
+    """Most cores; None: as many as are asked for."""
+    memory_limit: Quantity | None = None
+    """Most memory; None: as much as is asked for."""
     accelerators: Annotated[int, Field(ge=0, le=16)] = 0
     """GPUs; torchrun starts one process on each."""
     accelerator: str = "nvidia.com/gpu"
@@ -147,6 +153,8 @@ class ClusterProfile(Config):
     """The kind for every stage that ``stages`` does not name."""
     stages: dict[str, str] = Field(default_factory=dict)
     """Kinds of nodes by stage."""
+    image: str | None = None
+    """The image that every stage runs in, in place of its component's: ``moesaic/cpu`` on clusters without a GPU."""
     images: dict[str, str] = Field(default_factory=dict)
     """By stage the image that it runs in, where that is not its component's own: an evaluation through ``trtllm-serve``
     needs ``moesaic/serve``, with its digest of ``images/lock.json``."""
@@ -194,6 +202,12 @@ class ClusterProfile(Config):
     def node_for(self, stage: str) -> Node:
         """The kind of node that a stage runs on."""
         return self.nodes[self.stages.get(stage, self.default)]
+
+    def image_for(self, stage: str, own: str) -> str:
+        """The image that a stage runs in, ``own`` being its component's; the profile's registry stands before ours."""
+        image = self.images.get(stage) or self.image or own
+        ours = _OUR_IMAGE.fullmatch(image)
+        return f"{self.registry.rstrip('/')}/{ours['image']}" if self.registry and ours else image
 
     def num_gpus(self, stage: str) -> int:
         """GPUs of all nodes that a stage's engine has."""
