@@ -91,6 +91,7 @@ def training(api: KubernetesApi) -> Iterator[None]:
     yield
     api.condition(NAME, "Suspended", True, message="TrainJob is suspended")
     yield
+    api.set_workload(NAME, "insufficient quota for cpu, 80 more needed")
     yield
     api.jobs[NAME]["spec"]["suspend"] = False
     api.condition(NAME, "Suspended", False, "Resumed")
@@ -121,6 +122,7 @@ def test_a_job_waits_in_the_queue_starts_prints_and_completes(
     assert capsys.readouterr().err.splitlines() == [
         f"TrainJob {NAME} is created",
         f"TrainJob {NAME}: waits in the queue moesaic",
+        f"TrainJob {NAME}: waits in the queue moesaic: insufficient quota for cpu, 80 more needed",
         f"TrainJob {NAME}: 0 of 3 nodes run; node 1 waits: ImagePullBackOff: Back-off pulling image; "
         "node 2 waits: ImagePullBackOff: Back-off pulling image",
         f"TrainJob {NAME}: 3 of 3 nodes run",

@@ -127,12 +127,16 @@ class _Follower:
                 return
             if state.phase == "failed":
                 raise StageError(self._explain(state.message, pods))
-            self._report(self._queue() if state.phase == "queued" else describe_nodes(pods, self._settings.num_nodes))
+            waits = state.phase == "queued"
+            self._report(self._queue(job) if waits else describe_nodes(pods, self._settings.num_nodes))
             time.sleep(self._settings.poll_s)
 
-    def _queue(self) -> str:
+    def _queue(self, job: Object) -> str:
         queue = self._settings.template["metadata"]["labels"].get(QUEUE_LABEL)
-        return f"waits in the queue {queue}" if queue else "is suspended"
+        if not queue:
+            return "is suspended"
+        reason = self._api.queue_message(job["metadata"]["uid"])
+        return f"waits in the queue {queue}{f': {reason}' if reason else ''}"
 
     def _report(self, what: str) -> None:
         if what != self._said:
