@@ -121,10 +121,11 @@ def test_bad_requests_are_refused_before_anything_is_built(
 
 
 def test_an_image_names_what_nobody_brought() -> None:
-    assert missing(["pydantic", "rich"], []) == []
-    assert missing(["pydantic", "no-such-package", "another-one[x]"], []) == ["another-one", "no-such-package"]
+    assert missing(["pydantic", "rich"], [], []) == []
+    assert missing(["pydantic", "no-such-package", "another-one[x]"], [], []) == ["another-one", "no-such-package"]
+    assert missing(["pydantic", "no-such-package"], [], ["no-such-package"]) == []
 
 
 def test_an_image_does_not_look_into_what_its_base_brings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert missing(["pydantic>=99"], ["pydantic"]) == []
+    assert missing(["pydantic>=99"], ["pydantic"], []) == []
     assert "is not pydantic>=99" in capsys.readouterr().err
