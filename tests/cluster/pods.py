@@ -260,7 +260,7 @@ def seconds_of(stamp: str) -> float:
 
 
 class Reader:
-    """A pod that reads the store's volume."""
+    """A pod with the store's volume and the account of tasks, in which commands are run."""
 
     name = "store-reader"
 
@@ -273,7 +273,8 @@ class Reader:
             "env": [{"name": "HOME", "value": "/scratch"}],
         }
         kubectl("delete", "pod", self.name, "--ignore-not-found", "--wait", "--grace-period=1")
-        pod = restricted_pod(container, profile, terminationGracePeriodSeconds=1)
+        account = {"serviceAccountName": profile.service_account, "terminationGracePeriodSeconds": 1}
+        pod = restricted_pod(container, profile, **account)
         apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": self.name}, "spec": pod})
         wait_until(lambda: get("pod", self.name)["status"]["phase"] == "Running", "the store's reader runs", 300)
 

@@ -15,6 +15,7 @@ from moesaic.pipelines import compiled, example
 from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import find_recipe
 from moesaic.platform.cluster import ClusterProfile
+from moesaic.platform.cluster.jobs.job_template import job_settings
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.runs.local import run_compiled
 from moesaic.platform.runs.run_context import RunContext
@@ -69,6 +70,16 @@ def searched(
     return driver, done
 
 
+@pytest.fixture(scope="session")
+def traces(searched: tuple[PipelineDriver, dict[str, Finished]], profile: ClusterProfile, reader: Reader) -> list[Any]:
+    """The parent's replies to some prompts, as an artifact."""
+    _, done = searched
+    driver = PipelineDriver(compiled()["compress"], profile, {"version": code_version()}, reader)
+    given = {"model": done["ingest"].artifacts["parent"], "prompts": done["ingest"].artifacts["prompts"]}
+    config = tiny().generate_traces.but(max_prompts=24)
+    return driver.run_task("generate-traces", config.to_json(), given).artifacts["traces"]
+
+
 def by_stage(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], Any]:
     """The inputs of every stage run, by stage, subject and config; those that hold times left out."""
     return {
@@ -116,7 +127,7 @@ def test_a_pod_in_the_image_is_tight_and_says_what_is_usable(reader: Reader) -> 
 
 def test_distillation_over_two_pods_ends_like_one_process(
     searched: tuple[PipelineDriver, dict[str, Finished]],
-    ingest: IngestConfig,
+    traces: list[Any],
     profile: ClusterProfile,
     reader: Reader,
     record: dict[str, Any],
@@ -126,18 +137,14 @@ def test_distillation_over_two_pods_ends_like_one_process(
     two = ClusterProfile.model_validate(
         profile.model_dump() | {"jobs": {"distill": {"template": template, "node": "cpu", "num_nodes": 2}}}
     )
-    recipe = tiny()
-    config = recipe.distill.but(steps=6, rows_per_step=4, rows_per_forward=2, evaluate_every_steps=3)
+    config = tiny().distill.but(steps=6, rows_per_step=4, rows_per_forward=2, evaluate_every_steps=3)
     curves = {}
     for name, chosen in (("one", profile), ("two", two)):
         driver = PipelineDriver(compiled()["compress"], chosen, {"version": code_version()}, reader)
-        if name == "one":
-            prompts = {"model": done["ingest"].artifacts["parent"], "prompts": done["ingest"].artifacts["prompts"]}
-            traces = driver.run_task("generate-traces", recipe.generate_traces.but(max_prompts=24).to_json(), prompts)
         given = {
             "child": done["prune-model"].artifacts["child"],
             "parent": done["ingest"].artifacts["parent"],
-            "traces": traces.artifacts["traces"],
+            "traces": traces,
         }
         begun = time.monotonic()
         trained = driver.run_task("distill", config.to_json(), given)
@@ -153,8 +160,8 @@ def test_distillation_over_two_pods_ends_like_one_process(
     assert losses["two"][-1] < losses["two"][0]
 
 
-def test_reinforcement_on_nodes_without_a_gpu_ends_with_its_clear_error(
-    searched: tuple[PipelineDriver, dict[str, Finished]], profile: ClusterProfile, reader: Reader
+def test_reinforcement_without_nemo_rl_ends_with_its_clear_error(
+    searched: tuple[PipelineDriver, dict[str, Finished]], traces: list[Any], profile: ClusterProfile, reader: Reader
 ) -> None:
     _, done = searched
     template = yaml.safe_load((MANIFESTS / "jobs" / "rayjob.yaml").read_text())
@@ -166,7 +173,37 @@ def test_reinforcement_on_nodes_without_a_gpu_ends_with_its_clear_error(
     given = {
         "model": done["prune-model"].artifacts["child"],
         "prompts": done["ingest"].artifacts["prompts"],
-        "traces": done["ingest"].artifacts["prompts"],
+        "traces": traces,
     }
-    with pytest.raises(AssertionError, match="error: reinforce: "):
+    with pytest.raises(AssertionError, match=r"error: reinforce: engine .nemo_rl. needs NeMo-RL"):
         driver.run_task("reinforce", config.to_json(), given)
+
+
+RAY_IMAGE = os.environ.get("MOESAIC_CLUSTER_RAY_IMAGE")
+_FOLLOW = """
+import sys
+from pathlib import Path
+from moesaic.core.nodes import Work
+from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
+command = ["python3", "-m", "moesaic.recover.reinforce.nemo_rl.driver", "/store/none.yaml"]
+job = ClusterJob(JobSettings.parse(sys.argv[1]), "8" * 64)
+job.run(Work(command, {}, Path("/store/nemo_rl.log")), prepare=lambda: None, show=print)
+"""
+
+
+@pytest.mark.skipif(RAY_IMAGE is None, reason="MOESAIC_CLUSTER_RAY_IMAGE names no image with ray[default]")
+def test_a_rayjob_runs_nemo_rls_driver_up_to_its_import(profile: ClusterProfile, reader: Reader) -> None:
+    template = yaml.safe_load((MANIFESTS / "jobs" / "rayjob.yaml").read_text())
+    template["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"][2]["emptyDir"]["sizeLimit"] = (
+        "1Gi"
+    )
+    node = {"cpu": "500m", "memory": "1Gi", "memory_limit": "4Gi"}
+    jobs = {"reinforce": {"template": template, "node": "cpu", "num_nodes": 1}}
+    mine = ClusterProfile.model_validate(profile.model_dump() | {"nodes": {"cpu": node}, "jobs": jobs})
+    settings = job_settings(mine, "reinforce", str(RAY_IMAGE)).but(poll_s=1.0)
+    with pytest.raises(AssertionError) as failed:
+        reader.run("python3", "-c", _FOLLOW, settings.to_json())
+    said = str(failed.value)
+    assert "waits in the queue moesaic" in said and "1 of 1 nodes run" in said
+    assert "RayJob moesaic-reinforce-888888888888-1 failed: " in said
+    assert "No module named 'nemo_rl'" in said
