@@ -20,6 +20,7 @@ from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.runs.local import run_compiled
 from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.store import Store
+from moesaic.search.search_architecture.stage import Limits
 from tests.cluster.conftest import MANIFESTS
 from tests.cluster.pods import STORE, Finished, PipelineDriver, Reader, kubectl, volume_here
 
@@ -31,7 +32,9 @@ TIMED = {"benchmark"}
 
 def tiny() -> Recipe:
     """The short recipe with modelled costs: nothing but `benchmark` depends on how fast a machine is."""
-    return find_recipe("tiny_cpu_fast").but(measure_costs={"source": "model", "hardware": "h100"})
+    limits = {"long": Limits(memory_ratio=0.45), "short": Limits(memory_ratio=0.85)}  # on a GPU it is launch-bound
+    costs = {"source": "model", "hardware": "h100"}
+    return find_recipe("tiny_cpu_fast").but(measure_costs=costs, search_architecture={"limits": limits})
 
 
 def put_inputs(store: Store) -> IngestConfig:
