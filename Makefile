@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TOOLS := build/tools
 
 .DEFAULT_GOAL := help
-.PHONY: setup check test test-engine demo parent compile build-images test-images sbom audit pins check-pins help
+.PHONY: setup check test test-engine test-cluster demo parent compile build-images test-images sbom audit pins check-pins help
 
 setup: $(STAMP) ## make .venv with the pinned packages, once; PYTHON=python3.12, TORCH=cpu|cuda choose
 
@@ -23,11 +23,14 @@ check: $(STAMP) ## style, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --quiet tests/core/test_imports.py
 
-test: $(STAMP) ## all tests that need neither a GPU nor an engine
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu and not engine"
+test: $(STAMP) ## all tests that need neither a GPU nor an engine nor a cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu and not engine and not cluster"
 
 test-engine: $(STAMP) ## vLLM, AIPerf and clients of the API, in environments of their own that are made once (3 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/deploy tests/measure tests/recover
+
+test-cluster: $(STAMP) ## overlays, rights, pipelines as pods, jobs and faults on the cluster that KUBECONFIG names (docs/cluster.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
 demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: short; ENGINE=moesaic: without vLLM); run again to go on
 	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) $(if $(ENGINE),--engine $(ENGINE)) \
@@ -42,9 +45,9 @@ compile: $(STAMP) ## write the components from the stages' declarations, compile
 	$(BIN)/python -m components.generate
 	$(BIN)/python -m pipelines.compiling
 
-build-images: $(STAMP) ## build all images; ENGINE=docker|podman|buildah, REGISTRY=host/path pushes and writes the lock, VERSION=
+build-images: $(STAMP) ## build all images; ENGINE=docker|podman|buildah, REGISTRY=host/path pushes and writes the lock, VERSION=, ONLY=name
 	$(BIN)/python -m images.build $(if $(ENGINE),--engine $(ENGINE)) $(if $(REGISTRY),--registry $(REGISTRY)) \
-		$(if $(VERSION),--version $(VERSION))
+		$(if $(VERSION),--version $(VERSION)) $(if $(ONLY),--only $(ONLY))
 
 test-images: $(STAMP) ## build one image for real and run components in it (root; Debian's buildah, crun, mmdebstrap)
 	$(BIN)/python benchmarks/image_build.py

@@ -28,5 +28,7 @@ RL = reference("rl")
 """TRL, or NeMo-RL: reinforcement learning."""
 SERVE = reference("serve")
 """TensorRT-LLM: serving, and benchmarks of what is served."""
+CPU = reference("cpu")
+"""Everything, without a GPU: for small clusters, whose profile names it for all stages."""
 KV = reference("kv")
 """NVIDIA ModelOpt: calibration of the KV cache."""

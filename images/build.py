@@ -20,6 +20,7 @@ from pathlib import Path
 
 from images.requirements import FOLDER, PYTHON, ROOT, RUNTIMES, path_of, pins_in
 from moesaic.core.errors import ConfigError, MoesaicError, StageError
+from moesaic.core.virtual_environment import CPU_INDEX, why_unreachable
 
 LOCK = FOLDER / "lock.json"
 CONTEXT = ROOT / "build" / "images"
@@ -79,6 +80,7 @@ def prepare(context: Path, names: Sequence[str], python: str, machine: str) -> N
     (context / "wheels").mkdir(parents=True)
     shutil.copy(FOLDER / "install.py", context)
     pins: set[str] = set()
+    of_programs: dict[Path, set[str]] = {}  # their versions may be others
     for name in names:
         (context / name).mkdir()
         shutil.copy(path_of(name), context / name)
@@ -86,18 +88,28 @@ def prepare(context: Path, names: Sequence[str], python: str, machine: str) -> N
         pins.update(pins_in(path_of(name)))
         for program, path in RUNTIMES[name].programs.items():
             (context / name / f"{program}.txt").write_text("\n".join(pins_in(path)) + "\n")
-            pins.update(pins_in(path))
-    fetch_wheels(sorted(pins), context / "wheels", python, machine)
+            of_programs[path] = set(pins_in(path))
+    torch = {pin for pin in pins if pin.startswith("torch==")}  # only the image without a GPU brings its own
+    if torch:
+        fetch_wheels(sorted(torch), context / "wheels", python, machine, index=cpu_index())
+    for group in (pins - torch, *(program - pins for program in of_programs.values())):
+        fetch_wheels(sorted(group), context / "wheels", python, machine)
     _call([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", context / "wheels", ROOT])
 
 
-def fetch_wheels(pins: Sequence[str], target: Path, python: str, machine: str) -> None:
+def cpu_index() -> str | None:
+    """PyTorch's own index of CPU builds; None where it cannot be reached, and pip's own settings must name one."""
+    return None if why_unreachable(f"{CPU_INDEX}/torch/") else CPU_INDEX
+
+
+def fetch_wheels(pins: Sequence[str], target: Path, python: str, machine: str, index: str | None = None) -> None:
     """Download wheels for an image's Python; what is only published as source is made a wheel here."""
     glibc = [f"manylinux_2_{minor}_{machine}" for minor in range(34, 4, -1)]
     platforms = [*glibc, f"manylinux2014_{machine}", f"linux_{machine}", "any"]
     for_images = ["--python-version", python, *(part for one in platforms for part in ("--platform", one))]
     quiet = [sys.executable, "-m", "pip", "--quiet"]
-    _call([*quiet, "download", "--no-deps", "--dest", target, *for_images, *pins])
+    where = ["--index-url", index] if index else []
+    _call([*quiet, "download", "--no-deps", "--dest", target, *where, *for_images, *pins])
     if sources := [path for path in target.iterdir() if path.suffix != ".whl"]:
         _call([*quiet, "wheel", "--no-deps", "--wheel-dir", target, *sources])
         for path in sources:

@@ -48,8 +48,11 @@ def add_user() -> None:
     SCRATCH.chmod(0o770)
 
 
-def missing(wanted: list[str], opaque: list[str]) -> list[str]:
-    """Packages that the wanted ones need, however deep, and that are not there; into opaque ones we do not look."""
+def missing(wanted: list[str], opaque: list[str], without: list[str]) -> list[str]:
+    """Packages that the wanted ones need, however deep, and that are not there, but for those that it does without.
+
+    Into opaque ones we do not look.
+    """
     from packaging.requirements import Requirement  # It may have come only now.
     from packaging.utils import canonicalize_name
 
@@ -59,6 +62,8 @@ def missing(wanted: list[str], opaque: list[str]) -> list[str]:
         if (key := (canonicalize_name(requirement.name), *sorted(requirement.extras))) in seen:
             continue
         seen.add(key)
+        if key[0] in without:
+            continue
         try:
             found = distribution(requirement.name)
         except PackageNotFoundError:
@@ -83,7 +88,7 @@ def main(runtime: str) -> None:
     add_user()
     sys.path.insert(0, TARGET)
     importlib.invalidate_caches()
-    if lacking := missing(facts["wanted"], facts["opaque"]):
+    if lacking := missing(facts["wanted"], facts["opaque"], facts["without"]):
         sys.exit(f"neither the base nor images/{runtime}/requirements.txt brings {', '.join(lacking)}")
 
 

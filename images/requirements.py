@@ -31,6 +31,7 @@ EVERYWHERE = ("kfp", "mlflow-skinny")
 """What a task needs beside its stage: Kubeflow's executor (which imports nothing but kfp), and the MLflow client."""
 WITHOUT_DEPENDENCIES = frozenset({"kfp"})
 
+_AIPERF = ROOT / "src/moesaic/measure/benchmark_serving/aiperf/constraints.txt"
 _TORCH = ("torch", "numpy", "setuptools")
 _COMPILED = (
     *("torchao", "triton", "quack-kernels", "ninja", "pandas", "pillow", "pyarrow", "scikit-learn", "onnx"),
@@ -49,11 +50,13 @@ class Runtime:
     """Packages that stay as the base has them, with all that they need."""
     programs: dict[str, Path] = field(default_factory=dict)
     """Commands with packages of their own, and the file of their pins."""
+    without: tuple[str, ...] = ()
+    """Packages that it does not have, though others ask for them."""
 
     def requirements(self, python: str = PYTHON) -> list[str]:
         """``name==version`` of all that is to be installed, sorted."""
         wanted = [*moesaic_requirements(self.extras), *(Requirement(name) for name in EVERYWHERE)]
-        names = closure(wanted, python) - closure(map(Requirement, self.base_brings), python)
+        names = closure(wanted, python) - closure(map(Requirement, self.base_brings), python) - {*self.without}
         pins = constraints()
         return [f"{name}=={pins[name]}" for name in sorted(names)]
 
@@ -61,7 +64,8 @@ class Runtime:
         """What ``install.py`` checks once all is installed."""
         wanted = [f"moesaic[{','.join(self.extras)}]", *EVERYWHERE]
         opaque = sorted({*self.base_brings, *WITHOUT_DEPENDENCIES})
-        return {"wanted": wanted, "opaque": opaque, "programs": sorted(self.programs)}
+        without = sorted(self.without)
+        return {"wanted": wanted, "opaque": opaque, "programs": sorted(self.programs), "without": without}
 
 
 RUNTIMES = {
@@ -71,9 +75,10 @@ RUNTIMES = {
     "serve": Runtime(
         ("evaluate", "export", "serve", "s3"),
         _MODELS,
-        {"aiperf": ROOT / "src/moesaic/measure/benchmark_serving/aiperf/constraints.txt"},
+        {"aiperf": _AIPERF},
     ),
     "kv": Runtime(("kv", "s3"), (*_TORCH, "ninja", "nvidia-ml-py", "scipy")),
+    "cpu": Runtime(("local", "nemo", "jobs", "evaluate"), (), {"aiperf": _AIPERF}, without=GPU_ONLY),
 }
 """By name: the folder under ``images/``, the ``runtime`` in a component's metadata, the constant in ``components``."""
 

@@ -43,7 +43,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program.write_text(ENGINE.format(python=sys.executable, log=str(log)))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(build, "fetch_wheels", lambda pins, target, python, machine: None)
+    monkeypatch.setattr(build, "fetch_wheels", lambda pins, target, python, machine, index=None: None)
     monkeypatch.setattr(build, "LOCK", tmp_path / "lock.json")
     monkeypatch.setattr(build, "ROOT", tmp_path)
     (tmp_path / "pyproject.toml").write_text(
@@ -121,10 +121,11 @@ def test_bad_requests_are_refused_before_anything_is_built(
 
 
 def test_an_image_names_what_nobody_brought() -> None:
-    assert missing(["pydantic", "rich"], []) == []
-    assert missing(["pydantic", "no-such-package", "another-one[x]"], []) == ["another-one", "no-such-package"]
+    assert missing(["pydantic", "rich"], [], []) == []
+    assert missing(["pydantic", "no-such-package", "another-one[x]"], [], []) == ["another-one", "no-such-package"]
+    assert missing(["pydantic", "no-such-package"], [], ["no-such-package"]) == []
 
 
 def test_an_image_does_not_look_into_what_its_base_brings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert missing(["pydantic>=99"], ["pydantic"]) == []
+    assert missing(["pydantic>=99"], ["pydantic"], []) == []
     assert "is not pydantic>=99" in capsys.readouterr().err

@@ -2,7 +2,8 @@
 
 It keeps pipelines, versions, experiments and runs in memory. Requests are read by the real client's models: a path, a
 query parameter or a field that it does not know is refused, and what is uploaded must parse as Kubeflow's own messages.
-Runs do what their script says, a step each time they are read.
+Runs do what their script says, a step each time they are read, or what was recorded of a real server's. Answers and
+refusals have the form that was recorded of Kubeflow Pipelines 2.17.
 """
 
 import email
@@ -11,7 +12,7 @@ import json
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,8 +25,10 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 from kfp_server_api import models
 
-PREFIX = "/apis/v2beta1"
-ENDED = ("SUCCEEDED", "FAILED", "CANCELED")
+from .workflow import Workflow, recorded
+
+PREFIX, LOGS = "/apis/v2beta1", r"/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log"
+ENDED = ("SUCCEEDED", "FAILED")
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 _API = kfp_server_api.ApiClient()
 _LISTING = ("page_token", "page_size", "sort_by", "filter", "namespace")
@@ -35,7 +38,10 @@ _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Step:
-    """What a run and its tasks are like at one reading: ``{"rank-experts": "RUNNING"}``, or state and message."""
+    """What a run and its tasks are like at one reading: ``{"rank-experts": "RUNNING"}``, or state and message.
+
+    ``CACHED`` is what succeeds without having run.
+    """
 
     state: str
     tasks: Mapping[str, str | tuple[str, str]] = field(default_factory=dict)
@@ -60,6 +66,10 @@ class KubeflowApi:
     faults: list[Fault] = field(default_factory=list)
     log: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request."""
+    logs: dict[str, str] = field(default_factory=dict)
+    """By pod."""
+    forbidden: str | None = None
+    """A namespace that the user may not use."""
 
     def __post_init__(self) -> None:
         self.pipelines: dict[str, Any] = {}
@@ -67,6 +77,9 @@ class KubeflowApi:
         self.experiments: dict[str, Any] = {}
         self.runs: dict[str, Any] = {}
         self._steps: dict[str, int] = {}
+        self.workflows: dict[str, Workflow] = {}
+        self._recordings: dict[str, Iterator[dict[str, Any]]] = {}
+        self.played_until: dict[str, str] = {}
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"api": self}))
         self._server.daemon_threads = True
@@ -150,8 +163,18 @@ class KubeflowApi:
         """Begin a run."""
         run.run_id = f"run-{len(self.runs)}"
         run.created_at, run.finished_at, run.state = START, _NEVER, "PENDING"
+        run.state_history = [models.V2beta1RuntimeStatus(update_time=START, state="PENDING")]
         self.runs[run.run_id], self._steps[run.run_id] = run, 0
+        self.workflows[run.run_id] = Workflow(START, _loops(run.pipeline_spec))
         return run
+
+    def play(self, recording: str) -> str:
+        """Begin a run that goes as it was recorded; returns its id."""
+        run_id = f"run-{len(self.runs)}"
+        *_, last = recorded(recording)
+        self._recordings[run_id], self.played_until[run_id] = recorded(recording), last["finished_at"]
+        self.runs[run_id] = next(self._recordings[run_id]) | {"run_id": run_id}
+        return run_id
 
     def list_runs(self, query: dict[str, str], **_: Any) -> Any:
         chosen = [one for one in self.runs.values() if one.experiment_id == query["experiment_id"]]
@@ -160,31 +183,44 @@ class KubeflowApi:
 
     def get_run(self, run_id: str, **_: Any) -> Any:
         run = _get(self.runs, run_id)
+        if isinstance(run, dict):
+            self.runs[run_id] = next(self._recordings[run_id], run) | {"run_id": run_id}
+            return run
         number = self._steps[run_id]
-        if number < len(self.script) and run.state not in ENDED:
+        if run.state == "CANCELING":
+            self._set_state(run, "FAILED", number)
+        elif number < len(self.script) and run.state not in ENDED:
             step = self.script[number]
             self._steps[run_id] += 1
-            run.state = step.state
-            run.run_details = models.V2beta1RunDetails(task_details=_details(run, step, number))
-            if step.state in ("SUCCEEDED", "FAILED"):
-                run.finished_at = START + timedelta(seconds=100 * (number + 1))
+            rows = self.workflows[run_id].update(100 * number + 10, step.tasks)
+            run.run_details = models.V2beta1RunDetails(task_details=rows)
+            self._set_state(run, step.state, number)
         return run
+
+    def _set_state(self, run: Any, state: str, number: int) -> None:
+        moment = START + timedelta(seconds=100 * (number + 1))
+        if state != run.state:
+            run.state = state
+            run.state_history.append(models.V2beta1RuntimeStatus(update_time=moment, state=state))
+        run.finished_at = moment if state in ENDED else _NEVER
 
     def terminate_run(self, run_id: str, **_: Any) -> None:
         run = _get(self.runs, run_id)
         if run.state in ENDED:
             raise Refused(400, f"Failed to terminate a run {run_id}. Row not found.")
-        run.state = "CANCELED"
+        self._set_state(run, "CANCELING", self._steps[run_id])
 
     def retry_run(self, run_id: str, **_: Any) -> None:
         run = _get(self.runs, run_id)
-        if run.state not in ("FAILED", "CANCELED"):
+        if run.state != "FAILED":
             raise Refused(400, f"Workflow cannot be retried: {run_id} is {run.state}")
-        run.state, run.finished_at = "RUNNING", _NEVER
+        self._set_state(run, "RUNNING", self._steps[run_id])
 
     def _check_namespace(self, namespace: str | None) -> None:
         if bool(namespace) != self.multi_user:
-            raise Refused(400, f"namespace {namespace!r} with multi_user={self.multi_user}")
+            raise Refused(400, "Invalid input error: An experiment cannot have an empty namespace in multi-user mode")
+        if namespace and namespace == self.forbidden:
+            raise Refused(403, f"Check if you have permission to access namespace {namespace}: PermissionDenied")
 
 
 class Refused(Exception):
@@ -239,7 +275,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(fault.status, fault.body) if fault.status else self.connection.close()
         given = self.headers.get("Authorization")
         if self.api.token and given != f"Bearer {self.api.token}":
-            return self._send(401, json.dumps({"message": f"not authenticated: {given}"}))
+            message = f"Unauthenticated: User identity is empty in the request header, which has {given}"
+            return self._send(401, json.dumps({"code": 16, "message": message}))
+        if log := re.fullmatch(LOGS, url.path):
+            found = self.api.logs.get(log[2])
+            return self._send(500, '{"error_message": "no such pod"}') if found is None else self._send(200, found)
         try:
             answer = self._dispatch(path, url.query, content)
         except Refused as refused:
@@ -286,6 +326,8 @@ def _read_model(content: bytes, model: str | None) -> Any:
 
 def _filtered(kept: Mapping[str, Any], query: Mapping[str, str]) -> list[Any] | None:
     """Those of a name, by the only filter that is asked for here; nothing is None, as the real server has it."""
+    if "filter" not in query:
+        return list(kept.values())[: int(query["page_size"])] or None
     (predicate,) = _read_model(query["filter"].encode(), "V2beta1Filter").predicates
     assert (predicate.operation, predicate.key) == ("EQUALS", "display_name")
     return [one for one in kept.values() if one.display_name == predicate.string_value] or None
@@ -298,29 +340,15 @@ def _check_new(kept: Mapping[str, Any], wanted: Any) -> None:
 
 def _get(kept: Mapping[str, Any], key: str) -> Any:
     if key not in kept:
-        raise Refused(404, f"Failed to get it: ResourceNotFoundError: {key} not found.")
+        raise Refused(404, f"Failed to authorize the request: ResourceNotFoundError: {key} not found")
     return kept[key]
 
 
-def _details(run: Any, step: Step, number: int) -> list[Any]:
-    """Tasks as the real server lists them: among drivers, executors and the workflow itself."""
-    names = {"search-x2x4b": step.state, "root-driver": "SUCCEEDED", "executor": "RUNNING"}
-    names |= {f"{name}-driver": "SUCCEEDED" for name in step.tasks if not name.endswith("-driver")} | dict(step.tasks)
-    details = []
-    for index, (name, given) in enumerate(names.items()):
-        state, message = (given, "") if isinstance(given, str) else given
-        assert state in models.V2beta1RuntimeState.allowable_values
-        ended = state in (*ENDED, "SKIPPED")
-        details.append(
-            models.V2beta1PipelineTaskDetail(
-                run_id=run.run_id,
-                task_id=f"{run.run_id}-{name}",
-                display_name=re.sub(r"#\d+", "", name),
-                create_time=START + timedelta(seconds=index),
-                start_time=START + timedelta(seconds=10),
-                end_time=START + timedelta(seconds=10 + 100 * (number + 1)) if ended else _NEVER,
-                state=state,
-                error=models.GoogleRpcStatus(code=2, message=message) if message else None,
-            )
-        )
-    return details
+def _loops(specification: Mapping[str, Any] | None) -> dict[str, str]:
+    """The loop of each task that is in one."""
+    components = (specification or {}).get("components", {})
+    return {
+        inner: name.removeprefix("comp-")
+        for name, component in components.items()
+        for inner in component.get("dag", {}).get("tasks", {})
+    }

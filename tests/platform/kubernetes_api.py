@@ -26,6 +26,7 @@ from tests.manifests.validation import problems
 
 Object = dict[str, Any]
 _JOBS = re.compile(r"/apis/(?P<api>[^/]+/[^/]+)/namespaces/moesaic/(?P<kind>trainjobs|rayjobs)(/(?P<name>[^/]+))?")
+_WORKLOADS = "/apis/kueue.x-k8s.io/v1beta2/namespaces/moesaic/workloads"
 _PODS = re.compile(r"/api/v1/namespaces/moesaic/pods(/(?P<name>[^/]+)/log)?")
 
 
@@ -45,6 +46,7 @@ class KubernetesApi:
     """The server's state; tests read and change it."""
 
     jobs: dict[str, Object] = field(default_factory=dict)
+    workloads: dict[str, Object] = field(default_factory=dict)
     pods: dict[str, Object] = field(default_factory=dict)
     logs: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -64,6 +66,12 @@ class KubernetesApi:
         conditions = self.jobs[name].setdefault("status", {}).setdefault("conditions", [])
         conditions[:] = [one for one in conditions if one["type"] != kind]
         conditions.append({"type": kind, "status": str(value), "reason": reason or kind, "message": message})
+
+    def set_workload(self, job: str, message: str) -> None:
+        """Let Kueue say why it does not admit a job."""
+        condition = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": message}
+        labels = {"kueue.x-k8s.io/job-uid": self.jobs[job]["metadata"]["uid"]}
+        self.workloads[job] = {"metadata": {"name": job, "labels": labels}, "status": {"conditions": [condition]}}
 
     def set_pod(self, job: str, rank: int, phase: str, state: Object | None = None, suffix: str = "abcde") -> str:
         """Set the pod of a TrainJob's node, as JobSet labels it, and return its name."""
@@ -94,6 +102,8 @@ class KubernetesApi:
             self.requests.append((method, parts.path))
             if found := _PODS.fullmatch(parts.path):
                 return self._log(found["name"], query) if found["name"] else self._list(self.pods, query)
+            if parts.path == _WORKLOADS:
+                return self._list(self.workloads, query)
             found = _JOBS.fullmatch(parts.path)
             assert found, parts.path
             if method == "POST":

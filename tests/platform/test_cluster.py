@@ -156,6 +156,21 @@ def test_examples_fit_their_overlays() -> None:
         assert all(node.selector == labels for node in example.nodes.values() if node.accelerators)
 
 
+def test_one_image_for_all_stages_and_limits_above_what_is_asked_for() -> None:
+    nodes = {"cpu": {"cpu": "250m", "cpu_limit": 2, "memory": "1Gi", "memory_limit": "4Gi"}}
+    containers, _ = placed(
+        image="moesaic/cpu:1", images={"evaluate": "own:1"}, registry="localhost:5000", nodes=nodes, stages={}
+    )
+    assert containers["exec-rank-experts"]["image"] == "localhost:5000/moesaic/cpu:1"
+    assert containers["exec-evaluate"]["image"] == "own:1"
+    assert containers["exec-ingest"]["resources"] == {
+        "resourceCpuRequest": "250m",
+        "resourceCpuLimit": "2",
+        "resourceMemoryRequest": "1Gi",
+        "resourceMemoryLimit": "4Gi",
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -91,6 +91,7 @@ def training(api: KubernetesApi) -> Iterator[None]:
     yield
     api.condition(NAME, "Suspended", True, message="TrainJob is suspended")
     yield
+    api.set_workload(NAME, "insufficient quota for cpu, 80 more needed")
     yield
     api.jobs[NAME]["spec"]["suspend"] = False
     api.condition(NAME, "Suspended", False, "Resumed")
@@ -121,6 +122,7 @@ def test_a_job_waits_in_the_queue_starts_prints_and_completes(
     assert capsys.readouterr().err.splitlines() == [
         f"TrainJob {NAME} is created",
         f"TrainJob {NAME}: waits in the queue moesaic",
+        f"TrainJob {NAME}: waits in the queue moesaic: insufficient quota for cpu, 80 more needed",
         f"TrainJob {NAME}: 0 of 3 nodes run; node 1 waits: ImagePullBackOff: Back-off pulling image; "
         "node 2 waits: ImagePullBackOff: Back-off pulling image",
         f"TrainJob {NAME}: 3 of 3 nodes run",
@@ -128,6 +130,7 @@ def test_a_job_waits_in_the_queue_starts_prints_and_completes(
     trainer = api.jobs[NAME]["spec"]["trainer"]  # it is still there: nothing but time removes it
     assert [*trainer["command"], *trainer["args"]] == ["python3", "-m", "train"]
     assert {"name": "MLFLOW_RUN_ID", "value": "abc"} in trainer["env"]
+    assert {one["name"] for one in trainer["env"]} >= {"LOGNAME", "USER"}, "a node's user may have no name"
 
 
 @pytest.mark.parametrize(
@@ -437,6 +440,9 @@ def test_a_task_finds_its_job_in_its_environment(monkeypatch: pytest.MonkeyPatch
             found[stage] = variables
             image = container["image"]
             assert "$" not in variables["MOESAIC_JOB"]
+            asked = container["resources"]
+            assert (asked["resourceCpuRequest"], asked["resourceMemoryRequest"]) == ("50m", "256Mi"), "it only waits"
+            assert asked["resourceMemoryLimit"] == "4Gi" and "accelerator" not in asked
             assert JobSettings.parse(variables["MOESAIC_JOB"]) == job_settings(profile(), stage, image)
     assert set(found) == {"distill", "reinforce"}
     for name, value in found["distill"].items():

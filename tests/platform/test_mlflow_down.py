@@ -124,7 +124,7 @@ def test_a_server_killed_under_a_training_stage_costs_nothing_but_time(
     with pipeline_run(server.uri, "recover", {}, "digest") as pipeline:
         monkeypatch.setenv("MOESAIC_PARENT_RUN_ID", pipeline)
         stage = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _STAGE, reinforce(tiny_parent, place)])
-        curves = place / "store" / "scratch"
+        curves = place / "store" / "scratch" / str(os.geteuid())
         while stage.poll() is None and not any(path.stat().st_size for path in curves.glob("*/scratch/training.jsonl")):
             time.sleep(0.02)
         server.stop(signal.SIGKILL)

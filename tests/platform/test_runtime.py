@@ -1,6 +1,7 @@
 """A stage inside a task: config, inputs, scratch, store, record and failure, with the real ingest and prune_model."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_ingest_hands_on_manifests_with_records(
         "tests_rows": 2,
     }
     assert outputs["metrics"].values == record.metrics == json.loads(Path(outputs["metrics"].path).read_text())
-    assert list((context.store / "scratch").glob("*/")) == []
+    assert list((context.store / "scratch").glob("*/*/")) == []
 
 
 def test_weights_go_to_the_store_and_only_their_manifest_on(
@@ -236,7 +237,7 @@ def test_scratch_survives_a_failure_and_not_a_success(
     outputs = artifacts(tmp_path / "out", "child", "metrics")
     with pytest.raises(SystemExit):
         run_stage("prune_model", "{}", inputs, outputs)
-    (kept,) = (context.store / "scratch").glob("*/")
+    (kept,) = (context.store / "scratch").glob("*/*/")
     assert (kept / "scratch").is_dir()
     assert not Path(outputs["child"].path).exists()
 
@@ -244,7 +245,7 @@ def test_scratch_survives_a_failure_and_not_a_success(
 def test_what_a_kill_left_behind_is_swept_and_an_older_output_gives_way(
     ingest_config: IngestConfig, context: RunContext, tmp_path: Path
 ) -> None:
-    half_removed = context.store / "scratch" / "key.0123.done"
+    half_removed = context.store / "scratch" / str(os.geteuid()) / "key.0123.done"
     for folder in (half_removed, tmp_path / "out" / ".parent.arriving", tmp_path / "out" / "parent"):
         folder.mkdir(parents=True)
         (folder / "left").write_text("")

@@ -18,10 +18,10 @@ from moesaic.core.code import code_version
 from moesaic.pipelines import compiled
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.cluster import following, placed_text, read_profile
-from moesaic.platform.cluster.following import numbered
 from moesaic.stages import STAGES
 from tests.data_sets import write_sets
 from tests.platform.kubeflow_api import PREFIX, Fault, KubeflowApi, Step
+from tests.platform.workflow import fnv1a
 
 TOKEN = "ey.secret-of-this-test"
 PROFILE = {
@@ -49,12 +49,15 @@ TASKS = {
 SUCCESS = [
     Step("RUNNING", {"rank-experts": "RUNNING"}),
     Step("RUNNING", {"rank-experts": "RUNNING"}),
-    Step("RUNNING", {"rank-experts": "SUCCEEDED", "reinforce": "RUNNING", "reinforce#1": "PENDING"}),
-    Step("SUCCEEDED", {"rank-experts": "SUCCEEDED", "reinforce": "SUCCEEDED", "reinforce#1": "SUCCEEDED"}),
+    Step("RUNNING", {"rank-experts": "SUCCEEDED", "reinforce": "RUNNING", "reinforce#1": "CACHED"}),
+    Step("SUCCEEDED", {"rank-experts": "SUCCEEDED", "reinforce": "SUCCEEDED", "reinforce#1": "CACHED"}),
 ]
 FAILURE = [
     Step("RUNNING", {"rank-experts": "RUNNING"}),
-    Step("FAILED", {"rank-experts": ("FAILED", "OOMKilled: exit code 137"), "reinforce": "FAILED"}),
+    Step(
+        "FAILED",
+        {"rank-experts": ("FAILED", "OOMKilled: exit code 137"), "reinforce": "FAILED", "reinforce#1": "FAILED"},
+    ),
 ]
 
 
@@ -178,7 +181,7 @@ def test_submitting_follows_to_the_end(submit: list[str], api: KubeflowApi, caps
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-2:] == [
         "[   10 s] rank_experts: running",
-        "[  210 s] rank_experts: succeeded after 200 s",
+        "[  110 s] rank_experts: succeeded after 100 s",
     ]
     assert captured.out.splitlines()[-1].endswith("(tiny_cpu, seed 0): succeeded after 200 s")
     assert api.count("GET", "/versions/version-0") == 1, "it is asked once for the names of the tasks"
@@ -240,11 +243,10 @@ def test_each_change_of_a_task_is_one_line(run: str, api: KubeflowApi, capsys: p
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [
         "[   10 s] rank_experts: running",
-        "[  310 s] rank_experts: succeeded after 300 s",
-        "[   10 s] reinforce: running",
-        "[   10 s] reinforce[1]: pending",
-        "[  410 s] reinforce: succeeded after 400 s",
-        "[  410 s] reinforce[1]: succeeded after 400 s",
+        "[  210 s] rank_experts: succeeded after 200 s",
+        "[  210 s] reinforce: running",
+        "[  210 s] reinforce[1]: succeeded, from the cache",
+        "[  310 s] reinforce: succeeded after 100 s",
     ]
     assert captured.out == "a run: succeeded after 400 s\n"
 
@@ -253,11 +255,16 @@ def test_a_failed_run_exits_with_1_and_says_which_tasks_failed(
     run: str, api: KubeflowApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.script = FAILURE
+    workflow = api.workflows[run]
+    api.logs = {
+        workflow.pod("reinforce"): "reinforce: started\nTraceback\nerror: reinforce: no prompt is left\nadd some\n"
+    }
     assert of(run, api, "status", "--follow") == 1
     err = capsys.readouterr().err
     assert "error: a run: failed after 200 s\n" in err
     assert "\n  rank_experts: OOMKilled: exit code 137\n" in err
-    assert "\n  reinforce: Kubeflow says nothing of why; its log does\n" in err
+    assert "\n  reinforce: reinforce: no prompt is left\nadd some\n" in err
+    assert "\n  reinforce[1]: neither Kubeflow nor a log says why; its error is in MLflow" in err
     assert f"{api.url}/#/runs/details/{run}" in err
 
 
@@ -313,14 +320,14 @@ def test_an_interruption_leaves_the_run_and_says_how_to_go_on(
 def test_status_of_a_run_and_of_all(
     run: str, submit: list[str], api: KubeflowApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api.script = [Step("FAILED", {"rank-experts": "SUCCEEDED", "reinforce": "FAILED", "reinforce#1": "SKIPPED"})]
+    api.script = [Step("FAILED", {"rank-experts": "SUCCEEDED", "reinforce": "FAILED", "reinforce#1": "CACHED"})]
     assert of(run, api, "status") == 0
     out = capsys.readouterr().out
     assert out.startswith("a run: failed after 100 s\n")
     assert [line.split() for line in out.splitlines()[3:]] == [
-        ["rank_experts", "succeeded", "100"],
-        ["reinforce", "failed", "100"],
-        ["reinforce[1]", "skipped", "100"],
+        ["rank_experts", "succeeded"],
+        ["reinforce", "failed"],
+        ["reinforce[1]", "from", "the", "cache"],
     ]
     assert main([*submit, "--no-wait"]) == 0
     capsys.readouterr()
@@ -335,10 +342,12 @@ def test_status_of_a_run_and_of_all(
 def test_a_cancelled_run_ends_and_cannot_be_cancelled_again(
     run: str, api: KubeflowApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert of(run, api, "cancel") == 0
+    assert of(run, api, "cancel", "--profile", "any.yaml") == 0
     assert f"run {run} is being cancelled" in capsys.readouterr().out
-    assert of(run, api, "status", "--follow") == 1
+    assert api.runs[run].state == "CANCELING"
+    assert of(run, api, "status", "--follow", "--profile", "any.yaml") == 1
     assert "error: a run: canceled" in capsys.readouterr().err
+    assert api.runs[run].state == "FAILED", "as the real server has it"
     assert of(run, api, "cancel") == 2
     assert "refuses (400): Failed to terminate" in capsys.readouterr().err
 
@@ -346,9 +355,16 @@ def test_a_cancelled_run_ends_and_cannot_be_cancelled_again(
 def test_a_failed_run_is_retried_and_followed(run: str, api: KubeflowApi, capsys: pytest.CaptureFixture[str]) -> None:
     api.script = [*FAILURE, Step("RUNNING", {"rank-experts": "RUNNING"}), SUCCESS[-1]]
     assert of(run, api, "status", "--follow") == 1
-    assert of(run, api, "retry", "--follow") == 0
+    capsys.readouterr()
+    assert of(run, api, "retry", "--follow", "--profile", "any.yaml") == 0
     captured = capsys.readouterr()
     assert f"run {run} runs again" in captured.out and "a run: succeeded" in captured.out
+    assert [line for line in captured.err.splitlines() if "rank_experts" in line] == [
+        "[   10 s] rank_experts: running",
+        "[  110 s] rank_experts: failed after 100 s",
+        "[  210 s] rank_experts: running, attempt 2",
+        "[  310 s] rank_experts: succeeded after 100 s, attempt 2",
+    ]
     assert of(run, api, "retry") == 2
     assert "cannot be retried" in capsys.readouterr().err
 
@@ -478,5 +494,80 @@ def test_the_stub_refuses_what_kubeflow_does_not_know(path: str, body: str, stat
     assert found == status
 
 
-def test_tasks_of_a_loop_are_told_apart() -> None:
-    assert numbered(["a", "b", "a", "a"]) == ["a", "b", "a[1]", "a[2]"]
+# ---- what a real server answered ----
+
+
+def followed(api: KubeflowApi, recording: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    """The lines of a run that is followed from begin to end, and those that begin with a time."""
+    run = api.play(recording)
+    lines: list[str] = []
+    while not lines or api.runs[run]["finished_at"] != api.played_until[run]:
+        assert of(run, api, "status", "--follow") == int(recording != "search")
+        lines = capsys.readouterr().err.splitlines()
+    return lines, [line for line in lines if line.startswith("[")]
+
+
+def test_a_recorded_success_is_told_in_order_with_what_came_from_the_cache(
+    api: KubeflowApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, lines = followed(api, "search", capsys)
+    assert [int(line[1:6]) for line in lines] == sorted(int(line[1:6]) for line in lines)
+    assert len(lines) == len(set(lines))
+    assert sum(line.endswith("succeeded, from the cache") for line in lines) == 11
+    assert "[   81 s] prune_model: succeeded after 20 s" in lines
+    assert [line for line in lines if "evaluate_3[" in line] == [
+        "[   92 s] evaluate_3[1]: succeeded, from the cache",
+        "[   92 s] evaluate_3[2]: succeeded, from the cache",
+    ]
+
+
+def test_a_recorded_run_whose_names_stop_is_followed_to_its_end_and_its_failure(
+    api: KubeflowApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = fnv1a("compress-d8dzv(0).root(0).distill(0).executor(0)")
+    api.logs = {f"compress-d8dzv-system-container-impl-{hidden}": "distill: started\nerror: distill: rows do not fit\n"}
+    lines, timed = followed(api, "compress", capsys)
+    (notice,) = [line for line in lines if "no longer reads this run's workflow" in line]
+    assert notice.startswith("[  251 s]")
+    later = [int(line[1:6]) for line in timed[timed.index(notice) + 1 :]]
+    assert len(later) == 16 and max(later) == 503
+    assert later[later.index(337) :] == sorted(later[later.index(337) :]), "a line whenever a container has ended"
+    assert "  distill: distill: rows do not fit" in lines
+    assert "failed after 514 s" in lines[lines.index("  distill: distill: rows do not fit") - 1]
+
+
+def test_a_recorded_run_that_was_retried_and_cancelled_tells_each_attempt(
+    api: KubeflowApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, timed = followed(api, "compress-retried", capsys)
+    assert [line[9:] for line in timed if " distill_2: " in line] == [
+        " distill_2: running",
+        " distill_2: failed after 37 s",
+        " distill_2: running, attempt 2",
+        " distill_2: failed after 297 s, attempt 2",
+        " distill_2: running, attempt 3",
+        " distill_2: succeeded after 150 s, attempt 3",
+    ]
+    assert not any("average_checkpoints" in line for line in timed), "it was left out, nothing is known of it"
+    assert "own.json, seed 0): canceled after 1379 s" in next(line for line in lines if line.startswith("error: "))
+
+
+def test_a_recorded_retry_of_a_search_tells_every_attempt_of_a_task(
+    api: KubeflowApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, timed = followed(api, "retried", capsys)
+    mine = [line[9:] for line in timed if " prune_model: " in line]
+    assert mine[:2] == [" prune_model: running", " prune_model: failed after 22 s"]
+    assert [line.partition(", ")[2] for line in mine[2:]][::2] == ["attempt 2", "attempt 3", "attempt 4"]
+
+
+def test_a_namespace_that_one_may_not_use_is_said_before_anything_is_put_into_the_store(
+    submit: list[str], api: KubeflowApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.multi_user, api.forbidden = True, "team"
+    assert main(submit) == 2
+    assert "you may not use the namespace team, which the cluster profile names" in capsys.readouterr().err
+    assert list((tmp_path / "store").iterdir()) == []
+    api.multi_user = False
+    assert main([*submit, "--no-wait"]) == 0
+    assert "has one namespace, its own, and runs go there: it must be the profile's team" in capsys.readouterr().out

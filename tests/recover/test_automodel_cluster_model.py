@@ -3,11 +3,13 @@
 Run as a program, this file is two ranks of a gloo group (see ``test_two_ranks_train_one_model``).
 """
 
+import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.user_name import user_variables
 from moesaic.models import gpt_oss, gpt_oss_puzzle
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.attention import document_starts, sink_attention
@@ -24,6 +27,7 @@ from moesaic.recover.distill.automodel.expert_parallel import check_expert_paral
 from moesaic.search.prune_model.pruning import prune_layer
 from tests.closeness import assert_near
 from tests.layer_states import layer_state
+from tests.other_user import as_user, needs_root
 from tests.recover.two_ranks import run_two_ranks
 
 pytestmark = [
@@ -363,3 +367,23 @@ def compare_with(reference: Any, model: Any, child: Path) -> None:
 
 if __name__ == "__main__":
     sys.exit(two_ranks(Path(sys.argv[1])))
+
+
+@needs_root
+def test_the_recipe_introduces_a_user_without_a_name(caplog: pytest.LogCaptureFixture) -> None:
+    from nemo_automodel.recipes.base_recipe import BaseRecipe
+
+    recipe = BaseRecipe()
+    recipe.dist_env = SimpleNamespace(is_main=True, world_size=2)
+
+    def introduce() -> list[str]:
+        for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            os.environ.pop(name, None)
+        with pytest.raises((KeyError, OSError)):
+            recipe._log_experiment_details()
+        os.environ.update(user_variables())
+        with caplog.at_level(logging.INFO):
+            recipe._log_experiment_details()
+        return caplog.messages
+
+    assert "User: moesaic" in as_user(54321, 0, introduce)

@@ -23,6 +23,7 @@ from moesaic.command_line.serve_command import add_serve_command
 from moesaic.command_line.store_commands import add_store_commands
 from moesaic.command_line.submit_commands import add_submit_commands
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
+from moesaic.core.files import explained_file_errors
 from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.core.version import __version__
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     use_site_variables()
     try:
-        options.command(options)
+        with explained_file_errors(Path.cwd()):
+            options.command(options)
     except MoesaicError as failure:
         print(f"error: {redact(str(failure), os.environ)}", file=sys.stderr)
         return failure.exit_code

@@ -15,6 +15,8 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.costs.facts import Assumed, Facts, PipelineTask
 from moesaic.pipelines import find_pipeline
+from moesaic.platform.cluster import read_profile
+from moesaic.platform.cluster.agreement import check_agreement
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.planning import Planned, assume_child, plan, totals
 from moesaic.recover.distill.needs import (
@@ -28,6 +30,7 @@ from moesaic.recover.distill.needs import (
 from moesaic.recover.distill.stage import DistillConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
+from moesaic.stages import STAGES
 
 MIB, GIB = 2**20, 2**30
 _RIVALS = ("greedy", "uniform", "max_parameters")
@@ -70,6 +73,7 @@ def add_planning_commands(commands: Any) -> None:
     planning.add_argument(
         "--nodes", type=int, help="nodes of eight GPUs that distill runs on (the fewest that hold it)"
     )
+    planning.add_argument("--profile", type=Path, help="cluster profile that must be able to run the recipe")
     planning.add_argument(
         "--simulate", action="store_true", help="run a step of distill on tensors without values, for its true memory"
     )
@@ -103,6 +107,10 @@ def _plan(options: argparse.Namespace) -> None:
     if options.store is not None and not options.store.startswith("s3://"):
         raise ConfigError(f"--store {options.store} is not s3://bucket/prefix; a directory has no traffic to plan")
     tasks = read_tasks(manifest, recipe)
+    if options.profile is not None:
+        profile = read_profile(options.profile)
+        profile.check_stages(STAGES)
+        check_agreement(tasks, profile)
     if facts.target is not None:
         facts = replace(facts, training_gpus=GPUS_PER_NODE * _distill_nodes(options, tasks, facts))
         notes += [_memory_of_distill(options, tasks, facts)]

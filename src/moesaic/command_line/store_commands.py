@@ -93,8 +93,8 @@ def _gc(options: argparse.Namespace) -> None:
         print(f"{item.size_bytes:>16,}  {item.key}")
     for tree in garbage.trees:
         print(f"{'tree':>16}  {tree}")
-    if options.delete:
-        delete(store, garbage)
+    if options.delete and (denied := delete(store, garbage)):
+        raise StageError("\n  ".join([f"{len(denied)} of these could not be deleted:", *denied]))
     what = f"{len(garbage.objects)} objects, {len(garbage.leftovers)} leftovers, {len(garbage.trees)} trees"
     done = "deleted" if options.delete else "would be deleted with --delete"
     print(f"{what}, {garbage.size_bytes / 2**20:,.1f} MiB: {done}")

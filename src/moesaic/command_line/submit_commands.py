@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import shlex
+import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from moesaic.command_line.planning_commands import read_tasks
 from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.files import describe_owner
 from moesaic.platform.cluster import ClusterProfile, placed_text, read_profile
-from moesaic.platform.cluster.following import RunStatus, follow
+from moesaic.platform.cluster.agreement import check_agreement
+from moesaic.platform.cluster.following import RunStatus, follow, no_names
 from moesaic.platform.cluster.submission import HOST_VARIABLE, Kubeflow
 from moesaic.platform.store import Address, parse_address
-from moesaic.recover.distill.stage import check_batch
 from moesaic.stages import STAGES
 
 _PROFILE = Path("manifests/profiles/single-node.yaml")
@@ -35,8 +39,8 @@ def add_submit_commands(
     """Add the commands to the command line; ``add_choice`` adds the options that ``moesaic run`` has too."""
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument("--host", help=f"address of Kubeflow Pipelines (the value of {HOST_VARIABLE})")
+    server.add_argument("--profile", type=Path, default=_PROFILE, help="what the cluster has (%(default)s)")
     cluster = argparse.ArgumentParser(add_help=False, parents=[server])
-    cluster.add_argument("--profile", type=Path, default=_PROFILE, help="what the cluster has (%(default)s)")
     cluster.add_argument("--experiment", default=_EXPERIMENT, help="Kubeflow's group of runs (%(default)s)")
 
     submit = commands.add_parser("submit", parents=[cluster], help="run a whole pipeline on a cluster, and follow it")
@@ -67,10 +71,9 @@ def _submit(options: argparse.Namespace, choose: Choose, prepare: Prepare) -> No
     profile = read_profile(options.profile)
     store = _shared_store(options.store, profile)
     text = placed_text(manifest, profile, STAGES)
-    if "comp-distill:" in text:
-        for config in (recipe.distill, recipe.earlier_distill)[: recipe.rounds]:
-            check_batch(config, profile.num_processes("distill"))
+    check_agreement(read_tasks(manifest, recipe), profile)
     server = Kubeflow.connect(options.host)
+    print(server.check_namespace(profile.namespace))
     arguments = prepare(options, manifest, recipe, store)
     version_name = f"{manifest.stem}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
     pipeline = manifest.stem.rpartition("-")[0]
@@ -101,7 +104,20 @@ def _shared_store(given: Address | None, profile: ClusterProfile) -> Address:
             f"the tasks' store is the volume at {theirs}, and {store} is no directory here; run this where the volume "
             "is mounted, and give --store if it is mounted elsewhere"
         )
+    if isinstance(store, Path) and not _is_writable(store, profile.user_id):
+        print(
+            f"warning: tasks run as the user {profile.user_id} in group 0, who cannot write to "
+            f"{describe_owner(store)}, if the cluster sees the same; chgrp 0 and chmod g+rwx let them",
+            file=sys.stderr,
+        )
     return store
+
+
+def _is_writable(directory: Path, user: int) -> bool:
+    """Whether a task, of group 0, may write to the directory."""
+    status = directory.stat()
+    right = stat.S_IWUSR if status.st_uid == user else stat.S_IWGRP if status.st_gid == 0 else stat.S_IWOTH
+    return bool(status.st_mode & right)
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -115,6 +131,8 @@ def _status(options: argparse.Namespace) -> None:
         run = server.run(options.run)
         print(f"{run.name}: {run.state.lower()}{_took(run)}\n{server.link(run.id)}")
         Console().print(_tasks_table(run))
+        if run.named_until:
+            print(no_names(run))
 
 
 def _cancel(options: argparse.Namespace) -> None:
@@ -152,8 +170,9 @@ def _follow(server: Kubeflow, run_id: str) -> None:
 def _explanation(run: RunStatus, link: str) -> str:
     lines = [f"{run.name}: {run.state.lower()}{_took(run)}{f': {run.message}' if run.message else ''}"]
     for task in run.failures:
-        lines.append(f"  {task.name}: {task.message or 'Kubeflow says nothing of why; its log does'}")
-    return "\n".join([*lines, f"Logs: {link}; the stages' own errors are in MLflow, as `moesaic.error`"])
+        reason = task.message or "neither Kubeflow nor a log says why; its error is in MLflow, as `moesaic.error`"
+        lines.append(f"  {task.name}: {reason}")
+    return "\n".join([*lines, f"Logs: {link}"])
 
 
 def _took(run: RunStatus) -> str:
@@ -168,8 +187,12 @@ def _runs_table(runs: list[RunStatus]) -> Table:
 
 
 def _tasks_table(run: RunStatus) -> Table:
-    table = Table(Column("task", no_wrap=True), "state", "s", "message", box=None)
+    table = Table(Column("task", no_wrap=True), "state", "s", "attempt", "message", box=None)
     for task in run.tasks:
         took = "" if task.duration_s is None else f"{task.duration_s:.0f}"
-        table.add_row(escape(task.name), task.state.lower(), took, escape(task.message))
+        attempt = task.changes[-1].attempt if task.changes else 1
+        state = "from the cache" if task.cached else task.state.lower()
+        if run.named_until and task.state == "RUNNING":
+            state = f"running at {run.seconds_until(run.named_until):.0f} s"
+        table.add_row(escape(task.name), state, took, str(attempt) if attempt > 1 else "", escape(task.message))
     return table

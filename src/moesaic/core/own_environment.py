@@ -4,7 +4,6 @@ A virtual environment lies in the user's cache directory under the digest of its
 pin makes a new one. It is complete once its mark is there; what a killed run left is replaced.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from moesaic.core.cache import cache_directory
 from moesaic.core.errors import ConfigError, StageError
+from moesaic.core.files import locked, make_folder
 from moesaic.core.virtual_environment import VirtualEnvironment, clean_variables, pins_here
 
 _MARK = ".complete"
@@ -56,9 +56,8 @@ class OwnEnvironment:
                 )
             return Path(given).absolute()
         home = self.directory
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with home.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        make_folder(home.parent, cache_directory(os.environ))
+        with locked(home.with_suffix(".lock")):
             if not (home / _MARK).is_file():
                 self._make(home)
         return home / "bin" / self.program

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.files import set_mode
 from moesaic.core.json_text import parse_json
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture
@@ -266,7 +267,7 @@ def _save_shard(path: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> Non
         write_shard(path, in_files)
     else:
         save_file(in_memory, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors lets nobody else read what it writes
+    set_mode(path, 0o644)  # safetensors lets nobody else read what it writes
 
 
 def write_index(directory: Path, weight_map: Mapping[str, str]) -> None:

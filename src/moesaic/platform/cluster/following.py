@@ -1,4 +1,4 @@
-"""The status of a run on a cluster, and following it to its end with a line for each task that changes."""
+"""The status of a run on a cluster, and following it to its end with a line for each change of a task."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +21,18 @@ class Unavailable(StageError):
 
 
 @dataclass(frozen=True)
+class Change:
+    """A change of a task's state."""
+
+    state: str
+    moment: datetime
+    attempt: int
+    """Which attempt it belongs to, from 1."""
+    took_s: float | None
+    """How long the attempt took, if it has ended."""
+
+
+@dataclass(frozen=True)
 class TaskStatus:
     """One task of a run."""
 
@@ -30,12 +42,16 @@ class TaskStatus:
     started: datetime | None
     ended: datetime | None
     message: str
-    """Kubeflow's message about a failure; often empty."""
+    """Why it failed, as far as is known."""
+    changes: tuple[Change, ...] = ()
+    """Of all attempts, in order of time."""
+    cached: bool = False
+    """Whether Kubeflow took the output of an earlier run."""
 
     @property
     def duration_s(self) -> float | None:
-        """The duration of a task that has ended; else None."""
-        return (self.ended - self.started).total_seconds() if self.started and self.ended else None
+        """How long its last attempt took; None if it has not ended."""
+        return self.changes[-1].took_s if self.changes else None
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,8 @@ class RunStatus:
     ended: datetime | None
     message: str
     tasks: tuple[TaskStatus, ...] = ()
+    named_until: datetime | None = None
+    """When Kubeflow stopped to say which tasks run; None while it does."""
 
     @property
     def finished(self) -> bool:
@@ -65,29 +83,31 @@ class RunStatus:
         return (moment - self.created).total_seconds() if moment else 0.0
 
 
-def numbered(names: list[str]) -> list[str]:
-    """Distinct names of tasks: those of a loop are equal, so from the second on they get ``[1]``, ``[2]``."""
-    seen: Counter[str] = Counter()
-    distinct = []
-    for name in names:
-        distinct.append(f"{name}[{seen[name]}]" if seen[name] else name)
-        seen[name] += 1
-    return distinct
-
-
 def follow(read: Callable[[], RunStatus], show: Callable[[str], None]) -> RunStatus:
     """Read a run until it has finished, waiting while the server is unavailable.
 
     Raises:
         StageError: if the server stays unavailable; the run itself goes on.
     """
-    shown: dict[str, str] = {}
+    shown: Counter[str] = Counter()
+    is_told = False
     for run in _polled(read, show):
-        for task in run.tasks:
-            if task.state != shown.get(task.id):
-                shown[task.id] = task.state
-                show(_line(run, task))
+        new = [(change, task) for task in run.tasks for change in task.changes[shown[task.id] :]]
+        if run.named_until and not is_told:
+            is_told = True
+            show(no_names(run))
+        for change, task in sorted(new, key=lambda one: one[0].moment):
+            show(_line(run, task, change))
+        shown.update({task.id: len(task.changes) - shown[task.id] for task in run.tasks})
     return run
+
+
+def no_names(run: RunStatus) -> str:
+    """A line that says from when on tasks have no names, and where they have."""
+    return (
+        f"[{run.seconds_until(run.named_until):5.0f} s] Kubeflow's server no longer reads this run's workflow, which "
+        "has grown too large for it; what ends from here on has no name. The stages' logs and MLflow have them"
+    )
 
 
 def _polled(read: Callable[[], RunStatus], show: Callable[[str], None]) -> Iterator[RunStatus]:
@@ -109,8 +129,10 @@ def _polled(read: Callable[[], RunStatus], show: Callable[[str], None]) -> Itera
         sleep(POLL_S)
 
 
-def _line(run: RunStatus, task: TaskStatus) -> str:
-    elapsed_s = run.seconds_until(task.ended or task.started)
-    took = f" after {task.duration_s:.0f} s" if task.state in FINISHED and task.duration_s is not None else ""
-    reason = f": {task.message}" if task.message else ""
-    return f"[{elapsed_s:5.0f} s] {task.name}: {task.state.lower()}{took}{reason}"
+def _line(run: RunStatus, task: TaskStatus, change: Change) -> str:
+    attempt = f", attempt {change.attempt}" if change.attempt > 1 else ""
+    took = f" after {change.took_s:.0f} s" if change.took_s is not None else ""
+    how = ", from the cache" if task.cached else f"{took}{attempt}"
+    is_last = change is task.changes[-1]
+    reason = f": {task.message}" if task.message and is_last else ""
+    return f"[{run.seconds_until(change.moment):5.0f} s] {task.name}: {change.state.lower()}{how}{reason}"

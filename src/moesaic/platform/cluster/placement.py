@@ -6,7 +6,6 @@ a second document, Kubeflow's ``platforms``, with all that is Kubernetes' own. F
 """
 
 import copy
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from moesaic.platform.cluster.profile import (
     Node,
 )
 
-_OUR_IMAGE = re.compile(r"(?:.*/)?(?P<image>moesaic/[^/]+)")
+_WAITING_CPU, _WAITING_MEMORY = "50m", "256Mi"
 _STAGE_ARGUMENT = "--function_to_execute"
 
 
@@ -53,9 +52,8 @@ def place(pipeline: Mapping[str, Any], profile: ClusterProfile, stages: Collecti
             "this is no pipeline that `make compile` wrote: a task has no container of ours"
         ) from failure
     for name, stage in running.items():
-        if stage in profile.images:
-            executors[name]["container"]["image"] = profile.images[stage]
-        _equip(executors[name]["container"], profile, profile.node_for(stage))
+        executors[name]["container"]["image"] = profile.image_for(stage, executors[name]["container"]["image"])
+        _equip(executors[name]["container"], profile, profile.node_for(stage), waits=stage in profile.jobs)
         if stage in profile.jobs:
             job = job_settings(profile, stage, executors[name]["container"]["image"])
             executors[name]["container"]["env"].append({"name": JOB_VARIABLE, "value": job.to_variable()})
@@ -69,17 +67,18 @@ def stage_of(container: Mapping[str, Any]) -> str:
     return arguments[arguments.index(_STAGE_ARGUMENT) + 1]
 
 
-def _equip(container: dict[str, Any], profile: ClusterProfile, node: Node) -> None:
-    """Set what a container's own specification has: image, resources, variables."""
-    if profile.registry and (ours := _OUR_IMAGE.fullmatch(container["image"])):
-        container["image"] = f"{profile.registry.rstrip('/')}/{ours['image']}"
+def _equip(container: dict[str, Any], profile: ClusterProfile, node: Node, *, waits: bool) -> None:
+    """Set what a container's own specification has: resources and variables.
+
+    A task that ``waits`` for its job asks for next to nothing, so that it leaves its job the room.
+    """
     container["resources"] = {
-        "resourceCpuRequest": node.cpu,
-        "resourceCpuLimit": node.cpu,
-        "resourceMemoryRequest": node.memory,
-        "resourceMemoryLimit": node.memory,
+        "resourceCpuRequest": _WAITING_CPU if waits else node.cpu,
+        "resourceCpuLimit": node.cpu_limit or node.cpu,
+        "resourceMemoryRequest": _WAITING_MEMORY if waits else node.memory,
+        "resourceMemoryLimit": node.memory_limit or node.memory,
     }
-    if node.accelerators:
+    if node.accelerators and not waits:
         accelerator = {"resourceType": node.accelerator, "resourceCount": str(node.accelerators)}
         container["resources"]["accelerator"] = accelerator
     container["env"] = [{"name": name, "value": value} for name, value in sorted(profile.environment.items())]

@@ -4,7 +4,8 @@ It says *where*; recipes say *what*. Secrets are named, never given: whatever lo
 """
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,12 +20,15 @@ Quantity = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+(\.[0-9]+
 """Kubernetes' form: ``8``, ``500m``, ``64Gi``."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """The name of a Kubernetes object."""
+QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+"""The name of a queue; it is the value of a label."""
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """The name of an environment variable."""
 MountPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$")]
 
 SCRATCH, TEMPORARY, SHARED_MEMORY = "/scratch", "/tmp", "/dev/shm"
 """Where our images write, and nowhere else."""
+_OUR_IMAGE = re.compile(r"(?:.*/)?(?P<image>moesaic/[^/]+)")
 QUEUE_LABEL, STAGE_LABEL = "kueue.x-k8s.io/queue-name", "moesaic/stage"
 JOB_KINDS = {"distill": "TrainJob", "reinforce": "RayJob"}
 """Stages that can run on several nodes, and what starts them there."""
@@ -43,9 +47,13 @@ class Node(Config):
     """A kind of node, and how much of one a task gets."""
 
     cpu: Quantity
-    """Cores, asked for and at most."""
+    """Cores that are asked for."""
     memory: Quantity
-    """Asked for and at most; what lies in shared memory counts too."""
+    """Asked for; what lies in shared memory counts too."""
+    cpu_limit: Quantity | None = None
+    """Most cores; None: as many as are asked for."""
+    memory_limit: Quantity | None = None
+    """Most memory; None: as much as is asked for."""
     accelerators: Annotated[int, Field(ge=0, le=16)] = 0
     """GPUs; torchrun starts one process on each."""
     accelerator: str = "nvidia.com/gpu"
@@ -86,6 +94,43 @@ class JobNodes(Config):
     num_nodes: Positive
 
 
+def check_template(template: Mapping[str, Any], claims: Collection[Claim], num_nodes: int) -> None:
+    """Raise ValueError if a job's template lacks what is filled in, or its nodes do not mount the profile's claims.
+
+    The volumes of a TrainJob are those of its TrainingRuntime, in the cluster.
+    """
+    kind = template["kind"]
+    needed = {
+        "TrainJob": ["apiVersion", "metadata.name", "spec.runtimeRef.name"],
+        "RayJob": ["apiVersion", "metadata.name", "spec.rayClusterSpec.headGroupSpec.template.spec.containers"],
+    }[kind]
+    missing = [path for path in needed if not _at(template, path)]
+    groups = _at(template, "spec.rayClusterSpec.workerGroupSpecs") or []
+    if kind == "RayJob" and num_nodes > 1 and len(groups) != 1:
+        missing.append("one group in spec.rayClusterSpec.workerGroupSpecs")
+    if missing:
+        raise ValueError(f"the template of a {kind} lacks {', '.join(missing)}; manifests/jobs has examples")
+    if kind == "TrainJob":
+        return
+    for group in [_at(template, "spec.rayClusterSpec.headGroupSpec"), *groups]:
+        pod = group["template"]["spec"]
+        names = {one.get("persistentVolumeClaim", {}).get("claimName"): one["name"] for one in pod.get("volumes", [])}
+        mounts = {one["name"]: one["mountPath"] for one in pod["containers"][0].get("volumeMounts", [])}
+        for claim in claims:
+            if mounts.get(names.get(claim.claim)) != claim.path:
+                raise ValueError(
+                    f"the pods of a {kind}'s template do not mount the claim {claim.claim} at {claim.path}, as the "
+                    "profile's tasks do; mount it there"
+                )
+
+
+def _at(content: Any, path: str) -> Any:
+    """What stands at a path of keys; None where one is missing."""
+    for key in path.split("."):
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
 class ClusterProfile(Config):
     """Where pipelines run. Stages without a kind of their own take the default one."""
 
@@ -94,7 +139,7 @@ class ClusterProfile(Config):
     registry: str | None = None
     """``host/path`` that replaces whatever stands before ``moesaic/`` in the images' names; digests stay."""
     image_pull_secrets: tuple[Name, ...] = ()
-    queue: Name | None = None
+    queue: QueueName | None = None
     """Kueue's queue for all that runs; None: started at once."""
     user_id: Positive = 10001
     """Who tasks run as; our images' own user unless the cluster gives out others."""
@@ -108,6 +153,8 @@ class ClusterProfile(Config):
     """The kind for every stage that ``stages`` does not name."""
     stages: dict[str, str] = Field(default_factory=dict)
     """Kinds of nodes by stage."""
+    image: str | None = None
+    """The image that every stage runs in, in place of its component's: ``moesaic/cpu`` on clusters without a GPU."""
     images: dict[str, str] = Field(default_factory=dict)
     """By stage the image that it runs in, where that is not its component's own: an evaluation through ``trtllm-serve``
     needs ``moesaic/serve``, with its digest of ``images/lock.json``."""
@@ -142,6 +189,7 @@ class ClusterProfile(Config):
             kind = job.template.get("kind")
             if kind != JOB_KINDS.get(stage):
                 raise ValueError(f"{stage} cannot run as a {kind}; there are {JOB_KINDS}")
+            check_template(job.template, self.claims, job.num_nodes)
         places = [self.environment.get(name, "") for name in ("MOESAIC_STORE", "MOESAIC_CACHE")]
         local = places[1] if places[0].startswith("s3://") else places[0]
         if self.jobs and not any(Path(local).is_relative_to(claim.path) for claim in self.claims):
@@ -155,11 +203,26 @@ class ClusterProfile(Config):
         """The kind of node that a stage runs on."""
         return self.nodes[self.stages.get(stage, self.default)]
 
+    def image_for(self, stage: str, own: str) -> str:
+        """The image that a stage runs in, ``own`` being its component's; the profile's registry stands before ours."""
+        image = self.images.get(stage) or self.image or own
+        ours = _OUR_IMAGE.fullmatch(image)
+        return f"{self.registry.rstrip('/')}/{ours['image']}" if self.registry and ours else image
+
+    def num_gpus(self, stage: str) -> int:
+        """GPUs of all nodes that a stage's engine has."""
+        node, count = self._engine_nodes(stage)
+        return count * node.accelerators
+
     def num_processes(self, stage: str) -> int:
         """Processes that a stage's engine has: one on each GPU of its nodes, or one on each node without."""
-        job = self.jobs.get(stage)
-        node, count = (self.nodes[job.node], job.num_nodes) if job else (self.node_for(stage), 1)
+        node, count = self._engine_nodes(stage)
         return count * max(1, node.accelerators)
+
+    def _engine_nodes(self, stage: str) -> tuple[Node, int]:
+        """The kind of the nodes of a stage's job, or of its task, and their number."""
+        job = self.jobs.get(stage)
+        return (self.nodes[job.node], job.num_nodes) if job else (self.node_for(stage), 1)
 
     def check_stages(self, known: Collection[str]) -> None:
         """Raise ConfigError if the profile names a stage that there is not."""

@@ -6,12 +6,13 @@ Google's proxy, or what ``~/.config/kfp/context.json`` holds. No token passes th
 
 import json
 import logging
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,8 @@ from urllib.parse import urlsplit
 from moesaic.core.errors import ConfigError, MoesaicError
 from moesaic.core.network import CLIENT_CERTIFICATE, check_files, proxy_for, proxy_headers, site_variables
 from moesaic.core.redaction import HIDDEN
-from moesaic.platform.cluster.following import RunStatus, TaskStatus, Unavailable, numbered
+from moesaic.platform.cluster.following import FINISHED, RunStatus, TaskStatus, Unavailable
+from moesaic.platform.cluster.workflow_nodes import Place, WorkflowNodes, read_leaves, read_message
 
 HOST_VARIABLE = "KF_PIPELINES_ENDPOINT"
 _UI_VARIABLE, _TOKEN_FILE_VARIABLE, _TOKEN_VARIABLE = (
@@ -37,10 +39,16 @@ _ACCESS = (
 _REQUEST_TIMEOUT_S = (10, 60)
 """To connect, and for each read."""
 _RUNS_SHOWN, _MESSAGE_LENGTH = 20, 400
+_LINES_SHOWN, _REASON_LENGTH = 5, 2000
+"""Of a failed task's log."""
 
 
 class _NotFound(ConfigError):
     """There is no such thing on the server."""
+
+
+class _Forbidden(ConfigError):
+    """This user may not."""
 
 
 class _Conflict(ConfigError):
@@ -63,7 +71,8 @@ class Kubeflow:
     def __init__(self, host: str, client: Any, multi_user: bool) -> None:
         """Use :meth:`connect`."""
         self.host, self._client, self._multi_user = host, client, multi_user
-        self._stages: dict[str, frozenset[str] | None] = {}
+        self._leaves: dict[str, dict[str, tuple[str, ...]] | None] = {}
+        self._reasons: dict[tuple[str, str], str | None] = {}
 
     @classmethod
     def connect(cls, host: str | None) -> "Kubeflow":
@@ -147,8 +156,13 @@ class Kubeflow:
         run = self._of_run(self._client.runs.run_service_get_run, run_id)
         if getattr(run, "run_id", None) != run_id:
             raise _unexpected_answer(self.host)
-        details = run.run_details.task_details if run.run_details else None
-        return _run_status(run, _tasks(details or [], self._stage_names(run)))
+        rows = run.run_details.task_details if run.run_details else None
+        nodes = WorkflowNodes(rows or [], self._leaves_of(run))
+        status = _run_status(run, nodes.tasks(), nodes.named_until)
+        tasks = [self._explained(run_id, task, nodes) for task in status.tasks]
+        if status.state == "FAILED" and status.named_until:
+            tasks += self._failed_unnamed(run_id, status, nodes)
+        return replace(status, tasks=tuple(sorted(tasks, key=_begin)))
 
     def runs(self, experiment: str, namespace: str) -> list[RunStatus]:
         """The latest runs of an experiment, newest first."""
@@ -162,6 +176,26 @@ class Kubeflow:
             sort_by="created_at desc",
         )
         return [_run_status(run, ()) for run in page.runs or []]
+
+    def check_namespace(self, namespace: str) -> str:
+        """What the profile's namespace means on this server, in words.
+
+        Raises:
+            ConfigError: if users have namespaces there, and this user may not use this one.
+        """
+        if not self._multi_user:
+            return (
+                f"this Kubeflow has one namespace, its own, and runs go there: it must be the profile's {namespace}, "
+                "with the profile's account, claims, secrets and queue"
+            )
+        try:
+            listing = self._client.experiments.experiment_service_list_experiments
+            self._call(listing, namespace=namespace, page_size=1)
+        except _Forbidden as refusal:
+            raise ConfigError(
+                f"you may not use the namespace {namespace}, which the cluster profile names: {refusal}"
+            ) from refusal
+        return f"the run goes to the namespace {namespace}"
 
     def cancel(self, run_id: str) -> None:
         """Ask the server to end a run."""
@@ -213,23 +247,70 @@ class Kubeflow:
             uploading = self._client.pipeline_uploads.upload_pipeline_version
             return self._made(uploading, "pipeline_version", str(path), name=version, pipelineid=pipeline_id)
 
-    def _stage_names(self, run: Any) -> frozenset[str] | None:
-        """Names of the tasks that run stages, which Kubeflow lists among many of its own; None if unknown."""
+    def _leaves_of(self, run: Any) -> dict[str, tuple[str, ...]] | None:
+        """The tasks that run stages, which Kubeflow lists among many of its own; None if unknown."""
         if run.pipeline_spec:
-            return _leaf_tasks(run.pipeline_spec)
+            return read_leaves(run.pipeline_spec)
         reference = run.pipeline_version_reference
         if reference is None:
             return None
         key = reference.pipeline_version_id
-        if key not in self._stages:
+        if key not in self._leaves:
             try:
                 version = self._call(
                     self._client.pipelines.pipeline_service_get_pipeline_version, reference.pipeline_id, key
                 )
-                self._stages[key] = _leaf_tasks(version.pipeline_spec)
+                self._leaves[key] = read_leaves(version.pipeline_spec)
             except _NotFound:
-                self._stages[key] = None
-        return self._stages[key]
+                self._leaves[key] = None
+        return self._leaves[key]
+
+    def _explained(self, run_id: str, task: TaskStatus, nodes: WorkflowNodes) -> TaskStatus:
+        """A task that failed with the reason that its log gives, if the server gives none."""
+        if task.state != "FAILED" or task.message or not (place := nodes.place_of(task)):
+            return task
+        return replace(task, message=self._reason(run_id, nodes.pods(place, nodes.last_attempt(place))) or "")
+
+    def _failed_unnamed(self, run_id: str, status: RunStatus, nodes: WorkflowNodes) -> Iterator[TaskStatus]:
+        """Tasks that failed since the server stopped to name tasks: those whose log ends with the stage's error."""
+        ended = {task.name for task in status.tasks if task.state in FINISHED}
+        absent: set[str] = set()  # loops whose last turn has been seen
+        for place in nodes.places():
+            if place.title in ended or place.name in absent:
+                continue
+            reason = self._reason(run_id, nodes.pods(place, nodes.last_attempt(place)))
+            if reason is None and place.index:
+                absent.add(place.name)
+            elif reason and _is_stage_error(reason, place):
+                yield TaskStatus(place.path, place.title, "FAILED", None, None, reason)
+
+    def _reason(self, run_id: str, pods: Sequence[str]) -> str | None:
+        """Why a stage failed, by the log of the first of its pods that has one; None if none has."""
+        for pod in pods:
+            key = (run_id, pod)
+            if key not in self._reasons:
+                log = self._log(run_id, pod)
+                self._reasons[key] = None if log is None else _reason_in(log)
+            if self._reasons[key] is not None:
+                return self._reasons[key]
+        return None
+
+    def _log(self, run_id: str, pod: str) -> str | None:
+        """The log of a pod; None where the server does not give it. Kubeflow's client has no method for it."""
+        ask = self._client.runs.api_client.call_api
+        try:
+            answer = self._call(
+                ask,
+                f"/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log",
+                "GET",
+                query_params=[("follow", "false")],
+                auth_settings=["Bearer"],
+                _preload_content=False,
+                _return_http_data_only=True,
+            )
+        except MoesaicError:
+            return None
+        return bytes(answer.data).decode(errors="replace")
 
 
 def _checked_host(host: str) -> str:
@@ -306,7 +387,7 @@ def _refusal(host: str, status: int, body: str) -> MoesaicError:
     reason = re.sub(r"(?i)bearer\s+\S+", f"Bearer {HIDDEN}", " ".join(reason.split()))[:_MESSAGE_LENGTH]
     if status == 429 or status >= 500:
         return Unavailable(f"{host} fails ({status}): {reason}")
-    kinds: dict[int, type[ConfigError]] = {404: _NotFound, 409: _Conflict}
+    kinds: dict[int, type[ConfigError]] = {403: _Forbidden, 404: _NotFound, 409: _Conflict}
     return kinds.get(status, ConfigError)(f"{host} refuses ({status}): {reason}")
 
 
@@ -322,54 +403,35 @@ def _find_or_make(find: Callable[[], str | None], make: Callable[[], str]) -> tu
         raise
 
 
-def _leaf_tasks(specification: Mapping[str, Any] | None) -> frozenset[str] | None:
-    """Names of the tasks of a pipeline and of the pipelines within it that run a container."""
-    if not specification:
-        return None
-    inner = specification.get("pipeline_spec", specification)
-    components = inner.get("components", {})
-    return frozenset(
-        name
-        for dag in (inner["root"], *components.values())
-        for name, task in dag.get("dag", {}).get("tasks", {}).items()
-        if "executorLabel" in components[task["componentRef"]["name"]]
+def _run_status(run: Any, tasks: Sequence[TaskStatus], named_until: datetime | None = None) -> RunStatus:
+    state, ended = run.state or "PENDING", run.finished_at
+    before = [entry.state for entry in run.state_history or [] if entry.state][-2:-1]
+    if state == "FAILED" and before == ["CANCELING"]:
+        state = "CANCELED"  # as the server says of runs that nobody has cancelled, but not of these
+    return RunStatus(
+        run.run_id,
+        run.display_name,
+        state,
+        run.created_at,
+        ended if ended and ended.year > 1970 else None,
+        read_message(run.error),
+        tuple(tasks),
+        named_until,
     )
 
 
-def _tasks(details: Collection[Any], stages: frozenset[str] | None) -> tuple[TaskStatus, ...]:
-    """The tasks of stages, and those of Kubeflow's own driver tasks that failed."""
-    wanted = [
-        task
-        for task in details
-        if stages is None
-        or task.display_name in stages
-        or (task.state == "FAILED" and task.display_name.endswith("-driver"))
-    ]
-    wanted.sort(key=lambda task: (task.create_time is None, task.create_time, task.task_id))
-    names = numbered([task.display_name.replace("-", "_") for task in wanted])
-    return tuple(
-        TaskStatus(
-            id=task.task_id,
-            name=name,
-            state=task.state or "PENDING",
-            started=_moment(task.start_time),
-            ended=_moment(task.end_time),
-            message=_message(task.error),
-        )
-        for name, task in zip(names, wanted, strict=True)
-    )
+def _reason_in(log: str) -> str:
+    """Why a stage failed, by its log: its own error, else the last lines."""
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    reason = lines[errors[-1] :] if errors else lines[-_LINES_SHOWN:]
+    return "\n".join(reason)[-_REASON_LENGTH:].removeprefix("error: ")
 
 
-def _run_status(run: Any, tasks: tuple[TaskStatus, ...]) -> RunStatus:
-    state, ended = run.state or "PENDING", _moment(run.finished_at)
-    return RunStatus(run.run_id, run.display_name, state, run.created_at, ended, _message(run.error), tasks)
+def _is_stage_error(reason: str, place: Place) -> bool:
+    """Whether a stage has written this, rather than that its log just ends."""
+    return reason.startswith(place.name.rstrip("0123456789").rstrip("-").replace("-", "_") + ": ")
 
 
-def _moment(given: datetime | None) -> datetime | None:
-    """The time, or None: Kubeflow writes 1970 for what has not happened yet."""
-    return given if given and given.timestamp() > 0 else None
-
-
-def _message(error: Any) -> str:
-    text = error.message if error and error.message else ""
-    return " ".join(text.split())[:_MESSAGE_LENGTH]
+def _begin(task: TaskStatus) -> float:
+    return task.changes[0].moment.timestamp() if task.changes else math.inf

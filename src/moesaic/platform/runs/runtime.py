@@ -4,7 +4,6 @@ A stage sees plain directories. This module resolves its inputs, keeps a scratch
 moves the finished output into place, writes the record and logs to MLflow.
 """
 
-import fcntl
 import gc
 import hashlib
 import json
@@ -27,10 +26,11 @@ from moesaic.core import code
 from moesaic.core.child_processes import end_with
 from moesaic.core.config import Config
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError
-from moesaic.core.files import write_text_atomically
+from moesaic.core.files import explained_file_errors, locked, make_folder, write_text_atomically
 from moesaic.core.network import use_site_variables
 from moesaic.core.redaction import redact
 from moesaic.core.stage import Stage
+from moesaic.core.user_name import user_variables
 from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
 from moesaic.platform.registry.registry import RegistryAddress
 from moesaic.platform.runs import records
@@ -40,7 +40,6 @@ from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.runs.tracking import Tracker
 from moesaic.platform.store import Address, Manifest, Store
 from moesaic.platform.store.manifest import MANIFEST
-from moesaic.platform.store.root import explained_disk_full
 from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import find_stage
 
@@ -107,10 +106,11 @@ def run_stage(
         raise SystemExit(MoesaicError.exit_code)  # Another stage of this run has failed.
     try:
         given = {key: _paths(value) for key, value in inputs.items() if value is not None}
-        run = plan_stage(name, config, given, Store.at(context.store))
-        record = _run_in_store(
-            context, run, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"}
-        )
+        with explained_file_errors(Path.cwd()):
+            run = plan_stage(name, config, given, Store.at(context.store))
+            record = _run_in_store(
+                context, run, {key: Path(value.path) for key, value in outputs.items() if key != "metrics"}
+            )
     except MoesaicError as failure:
         _write_failure(context, name, str(failure), failure.exit_code)
         raise SystemExit(failure.exit_code) from failure
@@ -166,8 +166,10 @@ def perform(
     extra = _services(run.stage, store, registry)
     if job:
         extra |= {"nodes": ClusterJob(job, run.key)}
+    for name, value in user_variables().items():
+        os.environ.setdefault(name, value)
     started, clock = datetime.now(UTC), time.monotonic()
-    with explained_disk_full(output):
+    with explained_file_errors(output):
         metrics = run.stage.run(run.config, **run.inputs, **extra, output=output, scratch=scratch)
         record = Record(
             stage=run.stage.name,
@@ -209,7 +211,7 @@ def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path
     store = Store.at(context.store)
     started_ms, clock = time.time_ns() // 10**6, time.monotonic()
     _say(run, "started")
-    with _workspace(store.directory / "scratch" / run.key) as workspace:
+    with _workspace(store.directory, run.key) as workspace:
         output = workspace / "output"
         tracker = Tracker(
             context.tracking_uri, context.parent_run_id, context.run_id, store, _attempt(context, run, workspace)
@@ -232,14 +234,15 @@ def _run_in_store(context: RunContext, run: StageRun, targets: Mapping[str, Path
 
 
 @contextmanager
-def _workspace(directory: Path) -> Iterator[Path]:
+def _workspace(store: Path, key: str) -> Iterator[Path]:
     """A directory with an empty ``output`` and a kept ``scratch``, locked by one process and removed after success.
 
-    It is renamed before it is removed, so that a half-removed scratch is never taken for that of a killed run.
+    Each user of a store has workspaces of their own: nobody goes on from what someone else has half made. It is renamed
+    before it is removed, so that a half-removed scratch is never taken for that of a killed run.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with directory.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    directory = store / "scratch" / str(os.geteuid()) / key
+    make_folder(directory, store)
+    with locked(directory.with_suffix(".lock")):
         for done in directory.parent.glob(f"*{_DONE}"):
             shutil.rmtree(done, ignore_errors=True)
         shutil.rmtree(directory / "output", ignore_errors=True)

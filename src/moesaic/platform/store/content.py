@@ -9,8 +9,9 @@ from pathlib import Path
 
 from moesaic.core.cache import cache_directory
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.files import explained_file_errors, make_folder
 from moesaic.platform.store.manifest import FileEntry, Kind, Manifest
-from moesaic.platform.store.root import DirectoryRoot, Root, describe_problem, explained_disk_full
+from moesaic.platform.store.root import DirectoryRoot, Root, describe_problem
 from moesaic.platform.store.s3_options import SCHEME, S3Options
 
 Address = Path | str
@@ -168,10 +169,10 @@ class Store:
     def _build_tree(self, tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
         partial = tree.with_name(f".{tree.name}.{uuid.uuid4().hex}")
         try:
-            with explained_disk_full(self.directory):
+            with explained_file_errors(self.directory):
                 for entry in manifest.files:
                     link = partial / entry.path
-                    link.parent.mkdir(parents=True, exist_ok=True)
+                    make_folder(link.parent, self.directory)
                     _link(files[entry.sha256], link)
                 _put_in_place(partial, tree, manifest, files)
         finally:
@@ -197,10 +198,11 @@ def _is_complete(tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> b
 
 
 def _link(source: Path, link: Path) -> None:
+    """Make a hard link, or a relative one where the file is another user's: the store may be mounted elsewhere too."""
     try:
         os.link(source, link)
     except OSError:
-        link.symlink_to(source.resolve())
+        link.symlink_to(os.path.relpath(source.resolve(), link.parent.resolve()))
 
 
 def _put_in_place(partial: Path, tree: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:

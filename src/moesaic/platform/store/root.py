@@ -1,18 +1,17 @@
 """Roots: where a store keeps its objects, as bytes under keys. A root knows nothing of manifests."""
 
-import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from moesaic.core.errors import ArtifactError, StageError
-from moesaic.core.files import file_digest
+from moesaic.core.errors import ArtifactError
+from moesaic.core.files import explained_file_errors, file_digest, make_folder, set_mode, where_allowed
 from moesaic.platform.store.manifest import FileEntry
 
 _TOPS = ("objects/", "manifests/", "records/", "unlogged/")
@@ -27,7 +26,7 @@ class Item:
     key: str
     size_bytes: int
     modified_s: float
-    """When it was last written, in seconds since 1970."""
+    """When it was last written, or a writer last relied on it, in seconds since 1970."""
 
 
 class Root(Protocol):
@@ -85,7 +84,11 @@ class Root(Protocol):
 
 
 class DirectoryRoot:
-    """A root in a directory: on a laptop's disk, or a volume that all tasks mount."""
+    """A root in a directory: on a laptop's disk, or a volume that all tasks mount.
+
+    Several users may share it: who may write to the directory may write to all folders in it. Objects are read-only,
+    and nobody needs to change what someone else wrote.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -136,8 +139,15 @@ class DirectoryRoot:
         return {sha256: self._path(object_key(sha256)) for sha256 in by_digest}
 
     def items(self, prefix: str) -> Iterator[Item]:
-        """All objects whose keys start with ``prefix``."""
-        return (item for item in self._files(prefix) if not _is_hidden(item.key))
+        """All objects whose keys start with ``prefix``; a hidden file beside one says that a writer uses it."""
+        files, used_s = list(self._files(prefix)), dict[str, float]()
+        for hidden in (file for file in files if _is_hidden(file.key)):
+            folder, _, name = hidden.key.rpartition("/")
+            key = f"{folder}/{name[1:].rpartition('.')[0]}"
+            used_s[key] = max(used_s.get(key, 0.0), hidden.modified_s)
+        for file in files:
+            if not _is_hidden(file.key):
+                yield replace(file, modified_s=max(file.modified_s, used_s.get(file.key, 0.0)))
 
     def leftovers(self) -> Iterator[Item]:
         """Files that interrupted writers left."""
@@ -158,7 +168,7 @@ class DirectoryRoot:
         entry = FileEntry(path=name, size_bytes=source.stat().st_size, sha256=file_digest(source))
         key = object_key(entry.sha256)
         if self.size(key) == entry.size_bytes:
-            os.utime(self._path(key))
+            self._renew(key)
             return entry
         with self._written_whole(key) as partial:
             if move:
@@ -168,6 +178,15 @@ class DirectoryRoot:
             if file_digest(partial) != entry.sha256:
                 raise changed_while_added(source)
         return entry
+
+    def _renew(self, key: str) -> None:
+        """Make an object as young as if it were written now; an empty hidden file says so for another user's."""
+        path = self._path(key)
+        try:
+            os.utime(path)
+        except OSError:
+            with where_allowed():
+                _hidden_beside(path).touch()
 
     def _path(self, key: str) -> Path:
         return self.directory / key
@@ -185,17 +204,18 @@ class DirectoryRoot:
     def _written_whole(self, key: str) -> Iterator[Path]:
         """A temporary path; its file gets the name ``key`` on success and is removed on failure."""
         target = self._path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            with explained_disk_full(self.directory):
+        partial = _hidden_beside(target)
+        with explained_file_errors(self.directory):
+            make_folder(target.parent, self.directory)
+            try:
                 yield partial
-                partial.chmod(0o444)
-                os.utime(partial)
+                set_mode(partial, 0o444)
+                with where_allowed():
+                    os.utime(partial)
                 _sync(partial)
                 partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def object_key(sha256: str) -> str:
@@ -231,15 +251,8 @@ def describe_problem(entry: FileEntry, sha256: str, address: str, problem: str) 
     return f"{where} {problem}; remove it and add its model or data set again"
 
 
-@contextmanager
-def explained_disk_full(directory: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" into an error that says which disk and what to do."""
-    try:
-        yield
-    except OSError as failure:
-        if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StageError(f"the disk that holds {directory} is full; free space and run again") from failure
+def _hidden_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def _is_hidden(key: str) -> bool:

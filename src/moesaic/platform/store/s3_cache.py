@@ -3,7 +3,6 @@
 A file in progress needs no journal: a part of it is done if it has the digest that it should have.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.core.errors import StageError
-from moesaic.core.files import file_digest
+from moesaic.core.files import explained_file_errors, file_digest, locked, make_folder, set_mode, where_allowed
 from moesaic.platform.store.manifest import FileEntry, StoredObject
-from moesaic.platform.store.root import explained_disk_full, object_key
+from moesaic.platform.store.root import object_key
 
 _CHUNK_BYTES = 2**18
 
@@ -49,17 +48,18 @@ class Cache:
         if not path.exists() or not (verify or _is_older_than_boot(path)):
             return
         if file_digest(path) == entry.sha256:
-            os.utime(path)  # Younger than the boot now.
+            with where_allowed():  # Another user's is read again each time.
+                os.utime(path)  # Younger than the boot now.
         else:
             path.unlink()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the lock of the directory, so that one process at a time fetches into it."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / ".lock").open("w") as lock, explained_disk_full(self.directory):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        with explained_file_errors(self.directory):
+            make_folder(self.directory, self.directory)
+            with locked(self.directory / ".lock"):
+                yield
 
     def begin(self, entries: Sequence[FileEntry]) -> None:
         """Make the partial files of these entries.
@@ -69,7 +69,9 @@ class Cache:
         """
         needed_bytes = 0
         for entry in entries:
-            self.path(entry).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path(entry).parent, self.directory)
+            if self.partial(entry).exists() and not os.access(self.partial(entry), os.W_OK):
+                self.partial(entry).unlink()  # Another user was interrupted.
             self.partial(entry).touch()
             needed_bytes += entry.size_bytes - self.partial(entry).stat().st_blocks * 512
         free_bytes = shutil.disk_usage(self.directory).free
@@ -81,13 +83,13 @@ class Cache:
 
     def finish(self, entry: FileEntry) -> None:
         """Rename a partial file with all of its parts to its final path, read-only."""
-        self.partial(entry).chmod(0o444)
+        set_mode(self.partial(entry), 0o444)
         self.partial(entry).replace(self.path(entry))
 
     def keep(self, source: Path, entry: FileEntry) -> None:
         """Move a file that has been sent to the bucket into the cache."""
-        self.path(entry).parent.mkdir(parents=True, exist_ok=True)
-        source.chmod(0o444)
+        make_folder(self.path(entry).parent, self.directory)
+        set_mode(source, 0o444)
         try:
             source.replace(self.path(entry))
         except OSError:  # On another disk: not worth a copy.

@@ -5,8 +5,10 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from moesaic.core.files import describe_denial
 from moesaic.platform.store.content import Store
 from moesaic.platform.store.manifest import Manifest
 from moesaic.platform.store.root import Item
@@ -60,17 +62,28 @@ def find_garbage(store: Store, grace_hours: float = GRACE_HOURS, now_s: float | 
     )
 
 
-def delete(store: Store, garbage: Garbage) -> None:
-    """Delete garbage, except objects that a manifest has come to reference meanwhile."""
+def delete(store: Store, garbage: Garbage) -> list[str]:
+    """Delete garbage, except objects that a manifest has come to reference meanwhile.
+
+    Returns:
+        A message for each thing that this user may not delete.
+    """
     needed = _needed_digests(store.manifests())
-    for item in garbage.objects:
-        match = _OBJECT.fullmatch(item.key)
-        if match and match[1] not in needed:
-            store.root.delete(item)
-    for item in garbage.leftovers:
-        store.root.delete(item)
-    for tree in garbage.trees:
-        shutil.rmtree(tree, ignore_errors=True)
+    matches = ((item, _OBJECT.fullmatch(item.key)) for item in garbage.objects)
+    items = [*(item for item, match in matches if match and match[1] not in needed), *garbage.leftovers]
+    removals = [
+        *(partial(store.root.delete, item) for item in items),
+        *(partial(shutil.rmtree, tree) for tree in garbage.trees),
+    ]
+    denied = []
+    for remove in removals:
+        try:
+            remove()
+        except FileNotFoundError:
+            continue  # Someone else deletes it too.
+        except PermissionError as denial:
+            denied.append(describe_denial(denial, store.directory))
+    return denied
 
 
 def _needed_digests(manifests: Iterable[Manifest]) -> set[str]:

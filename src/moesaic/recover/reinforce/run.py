@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.errors import ArtifactError
 from moesaic.core.nodes import Nodes
 from moesaic.core.training_curve import read_curve
 from moesaic.data.problems import Problem, Question, read_problems, spread_over_tasks
@@ -16,7 +16,7 @@ from moesaic.models.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
 from moesaic.models.stage_outputs import read_json
 from moesaic.recover.generate_traces.run import SUMMARY
 from moesaic.recover.reinforce.rewards import ReferenceTokens
-from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.recover.reinforce.stage import ReinforceConfig, check_placement
 
 _FIGURES = ("accuracy_", "tokens_per_request_", "truncated_")
 
@@ -117,11 +117,7 @@ def _train(
         from moesaic.recover.reinforce.nemo_rl import launch
 
         return launch.train(config, model, questions, reference_tokens, scratch, nodes)
-    if nodes:
-        raise ConfigError(
-            f"engine '{config.engine}' trains in one process, but the cluster profile gives reinforce a job's nodes; "
-            "choose engine 'nemo_rl', or leave reinforce out of the profile's jobs"
-        )
+    check_placement(config, num_gpus=0, on_job=nodes is not None)
     from moesaic.recover.reinforce.trl import grpo
 
     return grpo.train(config, model, questions, reference_tokens, scratch)

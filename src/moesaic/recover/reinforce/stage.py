@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Amount, Config, Efforts, Positive, Precision
+from moesaic.core.errors import ConfigError
 from moesaic.core.stage import Stage, dataset, model
 from moesaic.recover.training import OptimizerConfig, Trainable
 
@@ -111,6 +112,36 @@ class ReinforceConfig(Config):
     """What the model computes in."""
     nemo_rl: NemoRlConfig = NemoRlConfig()
     """How NeMo-RL shares the policy out; the other engine does not read it."""
+
+
+def check_placement(config: ReinforceConfig, num_gpus: int, on_job: bool) -> None:
+    """The engine must be able to train where it is put, and a step's replies be the same number on every GPU.
+
+    Args:
+        config: of the policy.
+        num_gpus: of all nodes together.
+        on_job: whether these are the nodes of a job.
+
+    Raises:
+        ConfigError: saying what would fit.
+    """
+    if not config.steps:
+        return
+    if config.engine == "trl":
+        if on_job:
+            raise ConfigError(
+                "engine 'trl' trains in one process, but the cluster profile gives reinforce a job's nodes; choose "
+                "engine 'nemo_rl', or leave reinforce out of the profile's jobs"
+            )
+        return
+    if num_gpus < 1:
+        raise ConfigError("NeMo-RL trains on GPUs, and there is none here; run the stage on a node that has them")
+    replies = config.prompts_per_step * config.generations_per_prompt
+    if replies % num_gpus:
+        raise ConfigError(
+            f"prompts_per_step * generations_per_prompt = {replies} replies cannot be spread evenly over "
+            f"{num_gpus} GPUs; use a multiple"
+        )
 
 
 STAGE = Stage(

@@ -20,7 +20,9 @@ Object = dict[str, Any]
 Answer = TypeVar("Answer")
 _PASSES = frozenset({408, 410, 429, 500, 502, 503, 504})
 """Statuses after which the same request is tried again."""
-_GONE, _TAKEN, _NOT_YET = 404, 409, 400
+_GONE, _TAKEN, _NOT_YET, _FORBIDDEN = 404, 409, 400, 403
+_WORKLOADS, _UID_LABEL = ("kueue.x-k8s.io", "v1beta2", "workloads"), "kueue.x-k8s.io/job-uid"
+"""What Kueue makes of a job that waits in a queue."""
 _TIMEOUT_S = (10, 60)
 _AS_IT_IS = {"_preload_content": False, "_request_timeout": _TIMEOUT_S}
 """The answer's bytes: the client's own classes refuse what they do not know, and logs that are no UTF-8."""
@@ -70,6 +72,19 @@ class JobsApi:
         ask = self._custom.delete_namespaced_custom_object
         options = {"propagation_policy": "Background", "_request_timeout": _TIMEOUT_S}
         self._ask("delete", lambda: ask(*self._resource, name, **options), absent=(_GONE,))
+
+    def queue_message(self, uid: str) -> str:
+        """Why Kueue does not admit the job of this uid, in its words; empty where it says nothing or refuses."""
+        ask, where = self._custom.list_namespaced_custom_object, (*_WORKLOADS[:2], self._namespace, _WORKLOADS[2])
+        selector = f"{_UID_LABEL}={uid}"
+        answer = self._ask(
+            "list workloads",
+            lambda: ask(*where, label_selector=selector, _request_timeout=_TIMEOUT_S),
+            absent=(_FORBIDDEN, _GONE),
+        )
+        conditions = [one for workload in (answer or {}).get("items", []) for one in workload["status"]["conditions"]]
+        waiting = [one for one in conditions if one["type"] == "QuotaReserved" and one["status"] == "False"]
+        return str(waiting[0]["message"]) if waiting else ""
 
     def pods(self, selector: str) -> list[Object]:
         """All pods with these labels."""

@@ -19,6 +19,7 @@ from types import FrameType
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import written_atomically
 from moesaic.core.nodes import Work
+from moesaic.core.user_name import user_variables
 from moesaic.platform.cluster.jobs.api import JobsApi, Object
 from moesaic.platform.cluster.jobs.job_template import JOB_LABEL, render_job
 from moesaic.platform.cluster.jobs.settings import JobSettings
@@ -91,7 +92,8 @@ class ClusterJob:
                 else:
                     prepare()
                     work.log.unlink(missing_ok=True)
-                    api.create(render_job(self.settings, name, task, work.command, work.environment, work.log))
+                    environment = user_variables() | dict(work.environment)
+                    api.create(render_job(self.settings, name, task, work.command, environment, work.log))
                     _say(f"{self.settings.kind} {name} is created")
                 _Follower(api, self.settings, name, work.log, show).wait()
         except (_Terminated, KeyboardInterrupt):
@@ -125,12 +127,16 @@ class _Follower:
                 return
             if state.phase == "failed":
                 raise StageError(self._explain(state.message, pods))
-            self._report(self._queue() if state.phase == "queued" else describe_nodes(pods, self._settings.num_nodes))
+            waits = state.phase == "queued"
+            self._report(self._queue(job) if waits else describe_nodes(pods, self._settings.num_nodes))
             time.sleep(self._settings.poll_s)
 
-    def _queue(self) -> str:
+    def _queue(self, job: Object) -> str:
         queue = self._settings.template["metadata"]["labels"].get(QUEUE_LABEL)
-        return f"waits in the queue {queue}" if queue else "is suspended"
+        if not queue:
+            return "is suspended"
+        reason = self._api.queue_message(job["metadata"]["uid"])
+        return f"waits in the queue {queue}{f': {reason}' if reason else ''}"
 
     def _report(self, what: str) -> None:
         if what != self._said:
@@ -224,7 +230,7 @@ def _copied(path: Path, target: Path) -> Path:
     """Copy a directory to ``target``, which appears only when it is complete."""
     if not target.exists():
         with written_atomically(target) as partial:
-            shutil.copytree(path, partial)
+            shutil.copytree(path, partial, copy_function=shutil.copyfile)
     return target
 
 

@@ -109,7 +109,8 @@ def _ray_pods(spec: Object) -> list[Object]:
 
 
 def _resources(node: Node) -> Object:
-    limits = {"memory": node.memory} | ({node.accelerator: str(node.accelerators)} if node.accelerators else {})
+    gpus = {node.accelerator: str(node.accelerators)} if node.accelerators else {}
+    limits = {"memory": node.memory_limit or node.memory} | gpus
     return {"requests": {"cpu": node.cpu, "memory": node.memory}, "limits": limits}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from moesaic.core.errors import ConfigError
 from moesaic.models.checkpoint import CURVE
-from moesaic.recover.reinforce.stage import NemoRlConfig, ReinforceConfig
+from moesaic.recover.reinforce.stage import NemoRlConfig, ReinforceConfig, check_placement
 from moesaic.recover.training import OptimizerConfig
 
 ENVIRONMENT = "moesaic"
@@ -101,14 +101,7 @@ def render(config: ReinforceConfig, placement: Placement, run: Run) -> dict[str,
 
 
 def _check_sizes(config: ReinforceConfig, placement: Placement, run: Run) -> None:
-    replies = config.prompts_per_step * config.generations_per_prompt
-    if placement.num_gpus < 1:
-        raise ConfigError("NeMo-RL trains on GPUs, and there is none here; run the stage on a node that has them")
-    if replies % placement.num_gpus:
-        raise ConfigError(
-            f"prompts_per_step * generations_per_prompt = {replies} replies cannot be spread evenly over "
-            f"{placement.num_gpus} GPUs; use a multiple"
-        )
+    check_placement(config, placement.num_gpus, on_job=placement.num_nodes > 1)
     for name in ("expert_parallel", "generation_tensor_parallel", "generation_expert_parallel"):
         size = getattr(config.nemo_rl, name)
         if placement.num_gpus % size:
