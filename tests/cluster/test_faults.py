@@ -108,8 +108,7 @@ def test_an_image_that_cannot_be_pulled_is_told_while_the_job_waits(
     profile: ClusterProfile, tmp_path: Path, capfd: Any
 ) -> None:
     one = job(profile.but(image="localhost:5000/moesaic/cpu:none"), "d")
-    with stopped_when(one, tmp_path, "node 0 waits: (ErrImagePull|ImagePullBackOff)"):
-        pass
+    stop_when(one, tmp_path, "node 0 waits: (ErrImagePull|ImagePullBackOff)")
 
 
 def test_a_claim_that_cannot_be_bound_is_told_while_the_job_waits(profile: ClusterProfile, tmp_path: Path) -> None:
@@ -120,8 +119,7 @@ def test_a_claim_that_cannot_be_bound_is_told_while_the_job_waits(profile: Clust
         template["spec"]["runtimePatches"] = [{"manager": "test/lost", "trainingRuntimeSpec": spec}]
 
     kubectl("apply", "-f", "-", given=yaml.safe_dump(LOST))
-    with stopped_when(job(profile, "e", patch), tmp_path, "node 0 waits: Unschedulable: .*(unbound|not found)"):
-        pass
+    stop_when(job(profile, "e", patch), tmp_path, "node 0 waits: Unschedulable: .*(unbound|not found)")
     kubectl("delete", "pvc", "lost")
 
 
@@ -139,27 +137,24 @@ LOST = {
 
 def test_a_quota_that_is_too_small_is_told_with_its_numbers(profile: ClusterProfile, tmp_path: Path) -> None:
     said = r"waits in the queue moesaic: .*\(100\) > maximum capacity \(2\)"
-    with stopped_when(job(profile, "f", cpu=100), tmp_path, said):
-        pass
+    stop_when(job(profile, "f", cpu=100), tmp_path, said)
 
 
-@contextmanager
-def stopped_when(one: ClusterJob, directory: Path, said: str) -> Iterator[None]:
+def stop_when(one: ClusterJob, directory: Path, said: str) -> None:
     """Follow a job in a process until it says this, then tell the process to end: the job must be deleted."""
     command = [sys.executable, "-c", _SCRIPT, one.settings.to_json(), one.key, str(directory / "log")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if re.search(said, line):
-            break
-    else:
-        raise AssertionError(f"{said!r} was not said:\n{''.join(lines)}")
-    yield
-    process.send_signal(signal.SIGTERM)
-    rest = process.stderr.read()
-    assert process.wait(60) == 1
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if re.search(said, line):
+                break
+        else:
+            raise AssertionError(f"{said!r} was not said:\n{''.join(lines)}")
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode == 1
     assert "is deleted" in rest and "told to end (SIGTERM)" in rest
     wait_until(lambda: get("trainjobs")["items"] == [], "the job has gone", 60)
 
