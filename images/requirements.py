@@ -50,22 +50,33 @@ class Runtime:
     """Packages that stay as the base has them, with all that they need."""
     programs: dict[str, Path] = field(default_factory=dict)
     """Commands with packages of their own, and the file of their pins."""
+    runs_pipelines: bool = False
+    """Whether whole pipelines run in it, for which kfp needs all that it asks for; a task imports nothing of that."""
     without: tuple[str, ...] = ()
     """Packages that it does not have, though others ask for them."""
 
     def requirements(self, python: str = PYTHON) -> list[str]:
         """``name==version`` of all that is to be installed, sorted."""
         wanted = [*moesaic_requirements(self.extras), *(Requirement(name) for name in EVERYWHERE)]
-        names = closure(wanted, python) - closure(map(Requirement, self.base_brings), python) - {*self.without}
+        names = (
+            closure(wanted, python, self._unread)
+            - closure(map(Requirement, self.base_brings), python)
+            - {*self.without}
+        )
         pins = constraints()
         return [f"{name}=={pins[name]}" for name in sorted(names)]
 
     def facts(self) -> dict[str, list[str]]:
         """What ``install.py`` checks once all is installed."""
         wanted = [f"moesaic[{','.join(self.extras)}]", *EVERYWHERE]
-        opaque = sorted({*self.base_brings, *WITHOUT_DEPENDENCIES})
+        opaque = sorted({*self.base_brings, *self._unread})
         without = sorted(self.without)
         return {"wanted": wanted, "opaque": opaque, "programs": sorted(self.programs), "without": without}
+
+    @property
+    def _unread(self) -> frozenset[str]:
+        """Packages whose dependencies are left out."""
+        return frozenset() if self.runs_pipelines else WITHOUT_DEPENDENCIES
 
 
 RUNTIMES = {
@@ -78,7 +89,9 @@ RUNTIMES = {
         {"aiperf": _AIPERF},
     ),
     "kv": Runtime(("kv", "s3"), (*_TORCH, "ninja", "nvidia-ml-py", "scipy")),
-    "cpu": Runtime(("local", "nemo", "jobs", "evaluate"), (), {"aiperf": _AIPERF}, without=GPU_ONLY),
+    "cpu": Runtime(
+        ("local", "nemo", "jobs", "evaluate"), (), {"aiperf": _AIPERF}, runs_pipelines=True, without=GPU_ONLY
+    ),
 }
 """By name: the folder under ``images/``, the ``runtime`` in a component's metadata, the constant in ``components``."""
 
@@ -96,8 +109,10 @@ def moesaic_requirements(extras: Iterable[str]) -> Iterator[Requirement]:
                 yield requirement
 
 
-def closure(wanted: Iterable[Requirement], python: str = PYTHON) -> set[str]:
-    """The names of these packages and of all that they need."""
+def closure(
+    wanted: Iterable[Requirement], python: str = PYTHON, unread: frozenset[str] = WITHOUT_DEPENDENCIES
+) -> set[str]:
+    """The names of these packages and of all that they need, but for what the ``unread`` ones need."""
     environment = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
     todo, seen = list(wanted), set()
     while todo:
@@ -105,7 +120,7 @@ def closure(wanted: Iterable[Requirement], python: str = PYTHON) -> set[str]:
         name = canonicalize_name(requirement.name)
         for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
             seen.add((name, extra))
-            needed = [] if name in {*WITHOUT_DEPENDENCIES, *GPU_ONLY} else distribution(name).requires or []
+            needed = [] if name in {*unread, *GPU_ONLY} else distribution(name).requires or []
             for one in map(Requirement, needed):
                 if one.marker is None or one.marker.evaluate({**environment, "extra": extra}):
                     todo.append(one)
