@@ -70,9 +70,14 @@ def compare(parent: Path, child: Path, effort: Effort | None = None) -> Comparis
     """
     read = {role: _read(directory) for role, directory in (("parent", parent), ("child", child))}
     of_parent, of_child = read.values()
-    for lacking, names in (("child", of_parent.keys() - of_child.keys()), ("parent", of_child.keys() - of_parent.keys())):
+    for lacking, names in (
+        ("child", of_parent.keys() - of_child.keys()),
+        ("parent", of_child.keys() - of_parent.keys()),
+    ):
         if names:
-            raise ArtifactError(f"the {lacking} has no results of {', '.join(sorted(names))}; run the same tasks on both")
+            raise ArtifactError(
+                f"the {lacking} has no results of {', '.join(sorted(names))}; run the same tasks on both"
+            )
     suites: dict[str, Suite] = {}
     left_out: dict[str, str] = {}
     for name, old in of_parent.items():
@@ -105,7 +110,9 @@ def _read(directory: Path) -> dict[str, Task]:
         raise ArtifactError(f"{directory} is not a directory; give the one that the harness wrote its results to")
     tasks = [task for path in sorted(directory.rglob(lm_eval.RESULTS)) for task in lm_eval.read(path)]
     tasks += [task for path in sorted(directory.rglob(nemo_evaluator.YAML)) for task in nemo_evaluator.read_yaml(path)]
-    bundles = [path for path in sorted(directory.rglob(nemo_evaluator.BUNDLE)) if path.with_name(nemo_evaluator.ROWS).is_file()]
+    bundles = [
+        path for path in sorted(directory.rglob(nemo_evaluator.BUNDLE)) if path.with_name(nemo_evaluator.ROWS).is_file()
+    ]
     tasks += [nemo_evaluator.read_bundle(path) for path in bundles if not nemo_evaluator.is_of_container(path)]
     if not tasks:
         kinds = f"{lm_eval.RESULTS}, {nemo_evaluator.YAML}, or {nemo_evaluator.BUNDLE} beside {nemo_evaluator.ROWS}"
@@ -113,24 +120,30 @@ def _read(directory: Path) -> dict[str, Task]:
     found: dict[str, Task] = {}
     for task in tasks:
         if (first := found.setdefault(task.name, task)) is not task:
-            raise ArtifactError(f"{task.name} was measured twice, in {first.files[0]} and {task.files[0]}; give one of them")
+            raise ArtifactError(
+                f"{task.name} was measured twice, in {first.files[0]} and {task.files[0]}; give one of them"
+            )
     return found
 
 
 def _check_effort(task: Task, effort: Effort | None) -> None:
     if effort is not None and task.efforts - {effort}:
         raise ArtifactError(
-            f"task {task.name} was asked at {', '.join(sorted(task.efforts))} effort by its own settings; --effort says {effort}"
+            f"task {task.name} was asked at {', '.join(sorted(task.efforts))} effort by its own settings, "
+            f"and --effort says {effort}"
         )
 
 
 def _difference(name: str, child: Score, parent: Score) -> Difference | None:
     """Problem by problem if both are known so, else of the means; None if one has no standard error."""
     if child.verdicts is not None and parent.verdicts is not None:
-        pairs = [({*child.verdicts.get(task, {})}, {*parent.verdicts.get(task, {})}) for task in {**parent.verdicts, **child.verdicts}]
+        pairs = [
+            ({*child.verdicts.get(task, {})}, {*parent.verdicts.get(task, {})})
+            for task in {**parent.verdicts, **child.verdicts}
+        ]
         if differing := sorted(problem for new, old in pairs for problem in new ^ old):
             raise ArtifactError(
-                f"{name}: parent and child were asked different problems, {len(differing)} of only one of them, such as "
+                f"{name}: parent and child were asked different problems, {len(differing)} of one alone, such as "
                 f"{differing[0]}; run the harness on both with the same data"
             )
         return difference(child.verdicts, parent.verdicts)

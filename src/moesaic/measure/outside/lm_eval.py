@@ -1,10 +1,10 @@
 """Results of lm-evaluation-harness: ``results_DATE.json``, and ``samples_TASK_DATE.jsonl`` of ``--log_samples``.
 
 Read from the source of versions 0.4.12 and 0.4.13.dev0 (``loggers/evaluation_tracker.py``, ``evaluator.py``,
-``result_schema.py``). A row of samples is a problem under one filter, with the value of every metric; of several replies
-to a problem (``repeats``) the filter makes one value. A problem is known by its number and the hashes of document and
-target. The mean of a metric over the rows must be what ``results`` says; where it is not, as in a corpus-wide F1, the
-metric has no value per problem, and only its mean and standard error count.
+``result_schema.py``). A row of samples is a problem under one filter, with the value of every metric; of several
+replies to a problem (``repeats``) the filter makes one value. A problem is known by its number and the hashes of
+document and target. The mean of a metric over the rows must be what ``results`` says; where it is not, as in a
+corpus-wide F1, the metric has no value per problem, and only its mean and standard error count.
 """
 
 from collections.abc import Mapping
@@ -46,8 +46,8 @@ class _Count(FromHarness):
 
 class _Results(FromHarness):
     results: dict[str, dict[str, Any]]
-    groups: dict[str, Any] = {}
-    group_subtasks: dict[str, list[str]] = {}
+    groups: dict[str, Any] = Field(default_factory=dict)
+    group_subtasks: dict[str, list[str]] = Field(default_factory=dict)
     configs: dict[str, dict[str, Any]]
     versions: dict[str, Any]
     num_fewshot: dict[str, Any] = Field(alias="n-shot")
@@ -113,8 +113,8 @@ def _read_samples(path: Path, expected: int) -> tuple[dict[str, dict[str, float]
 
     A metric with a value that is no share, such as a pair or a list, is absent.
     """
-    solved: dict[str, dict[str, float | None]] = {}
-    prompts: dict[str, dict[str, str]] = {}
+    solved: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    prompts: dict[str, dict[str, str]] = Field(default_factory=dict)
     for number, line in enumerate(read_lines(path), 1):
         place = f"{path}, line {number}"
         sample = parse(_Sample, line, place)

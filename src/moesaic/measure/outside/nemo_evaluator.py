@@ -1,12 +1,14 @@
 """Results of NeMo Evaluator: ``results.yml`` of its containers, and the bundles of its own benchmarks.
 
 ``results.yml`` was read from the source of nemo-evaluator 0.2.6 and 0.2.8 (``core/evaluate.py``,
-``api/api_dataclasses.py``): tasks, their metrics, and of these scores with statistics. It has means only. It says neither
-which way is better nor in which unit: scores are taken for accuracies, and for percent if one of the task is above 1.
+``api/api_dataclasses.py``): tasks, their metrics, and of these scores with statistics. It has means only. It says
+neither which way is better nor in which unit: scores are taken for accuracies, and for percent if one of the task is
+above 1.
 
 ``eval-*.json`` beside ``results.jsonl`` was read from the source of 0.4.0 and 0.5.0rc0 (``engine/artifacts.py``,
-``engine/eval_loop.py``, ``metrics/headline.py``): one row per problem and repeat, with its reward. The mean over repeats
-is the share of correct replies. How replies were generated stands in ``full_config.yaml`` of the run, if anywhere.
+``engine/eval_loop.py``, ``metrics/headline.py``): one row per problem and repeat, with its reward. The mean over
+repeats is the share of correct replies. How replies were generated stands in ``full_config.yaml`` of the run, if
+anywhere.
 """
 
 from collections.abc import Mapping
@@ -43,15 +45,15 @@ _ROUNDING = 1e-4
 
 class _Score(FromHarness):
     value: float
-    stats: dict[str, Any] = {}
+    stats: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Metric(FromHarness):
-    scores: dict[str, _Score] = {}
+    scores: dict[str, _Score] = Field(default_factory=dict)
 
 
 class _Measured(FromHarness):
-    metrics: dict[str, _Metric] = {}
+    metrics: dict[str, _Metric] = Field(default_factory=dict)
 
 
 class _All(FromHarness):
@@ -180,9 +182,13 @@ def read_bundle(path: Path) -> Task:
     said = value.get("value") if isinstance(value, Mapping) else None
     mean = mean_of({name: solved})
     if not isinstance(said, (int, float)) or not isclose(said, mean, abs_tol=_ROUNDING):
-        raise ArtifactError(f"{path} says {label} is {said}, and {rows.name} has a mean of {mean:.4f}; give one run's files")
+        raise ArtifactError(
+            f"{path} says {label} is {said}, and {rows.name} has a mean of {mean:.4f}; give one run's files"
+        )
     shares = all(0 <= share <= 1 for share in solved.values())
-    scores, left_out = sort_scores({} if shares else {label: "rewards are no shares"}, {label: Score(mean, None, {name: solved})})
+    scores, left_out = sort_scores(
+        {} if shares else {label: "rewards are no shares"}, {label: Score(mean, None, {name: solved})}
+    )
     generation, files = _generation(path, name)
     settings = {
         "version of the harness": content.sdk_version,
@@ -196,7 +202,7 @@ def read_bundle(path: Path) -> Task:
 
 def _read_rewards(path: Path, content: _Bundle) -> dict[str, list[float]]:
     """Of every problem the rewards of its repeats; a problem is its number, prompt and answer."""
-    rewards: dict[str, dict[int, float]] = {}
+    rewards: dict[str, dict[int, float]] = Field(default_factory=dict)
     for number, line in enumerate(read_lines(path), 1):
         row = parse(_Row, line, f"{path}, line {number}")
         of = rewards.setdefault(f"{row.problem_idx} {digest(row.prompt, row.expected_answer)}", {})
@@ -205,15 +211,19 @@ def _read_rewards(path: Path, content: _Bundle) -> dict[str, list[float]]:
         of[row.repeat] = row.reward
     found = sum(map(len, rewards.values()))
     if not found or found != content.num_results:
-        raise ArtifactError(f"{path} holds {found} of {content.num_results} replies; give the files of one finished run")
+        raise ArtifactError(
+            f"{path} holds {found} of {content.num_results} replies; give the files of one finished run"
+        )
     if any(len(of) != content.benchmark.repeats for of in rewards.values()):
-        raise ArtifactError(f"{path} does not hold {content.benchmark.repeats} replies to every problem; finish the run")
+        raise ArtifactError(
+            f"{path} does not hold {content.benchmark.repeats} replies to every problem; finish the run"
+        )
     return {problem: list(of.values()) for problem, of in rewards.items()}
 
 
 class _Config(FromHarness):
-    services: dict[str, dict[str, Any]] = {}
-    benchmarks: list[dict[str, Any]] = []
+    services: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    benchmarks: list[dict[str, Any]] = Field(default_factory=list)
 
 
 def _generation(bundle: Path, name: str) -> tuple[dict[str, Any], tuple[Path, ...]]:

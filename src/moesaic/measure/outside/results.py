@@ -44,7 +44,7 @@ class Score:
 
     @property
     def mean(self) -> Mean | None:
-        """The mean with its standard error; None without one. An error of 0 would claim certainty, and counts as none."""
+        """The mean with its standard error; None without one, or with one of 0, which would claim certainty."""
         return Mean(self.value, self.standard_error) if self.standard_error else None
 
 
@@ -72,7 +72,9 @@ class Task:
         return {str(value) for name, value in self.settings.items() if name.rpartition(".")[2] == "reasoning_effort"}
 
 
-def sort_scores(found: Mapping[str, float | str], scores: Mapping[str, Score]) -> tuple[dict[str, Score], dict[str, str]]:
+def sort_scores(
+    found: Mapping[str, float | str], scores: Mapping[str, Score]
+) -> tuple[dict[str, Score], dict[str, str]]:
     """Those that are shares, and why others are not; ``found`` has further reasons, by metric."""
     left_out = {name: str(reason) for name, reason in found.items()}
     for name, score in scores.items():
@@ -98,7 +100,9 @@ def check_settings(parent: Task, child: Task) -> None:
     """Raise ArtifactError unless both were asked in the same way."""
     names = sorted(parent.settings.keys() | child.settings.keys())
     every = [(name, parent.settings.get(name), child.settings.get(name)) for name in names]
-    differing = [f"{name} ({_short(old)} of the parent, {_short(new)} of the child)" for name, old, new in every if old != new]
+    differing = [
+        f"{name} ({_short(old)} of the parent, {_short(new)} of the child)" for name, old, new in every if old != new
+    ]
     if differing:
         more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise ArtifactError(
@@ -136,9 +140,9 @@ def parse(kind: type[_Content], content: bytes | Any, place: object) -> _Content
     try:
         return kind.model_validate_json(content) if isinstance(content, bytes) else kind.model_validate(content)
     except (ValidationError, RecursionError) as invalid:
-        raise ArtifactError(f"{place} is not what the harness writes: {_explain(invalid)}; give its output as it was") from (
-            invalid
-        )
+        raise ArtifactError(
+            f"{place} is not what the harness writes: {_explain(invalid)}; give its output as it was"
+        ) from (invalid)
 
 
 def _explain(invalid: ValidationError | RecursionError) -> str:
