@@ -33,7 +33,7 @@ class Comparison:
     effort: Effort | None
     """As people say; None if they do not."""
     suites: Mapping[str, Suite]
-    """By the name of the task; with ``/METRIC`` where a task has several."""
+    """By the name of the task; with ``/METRIC`` where the task has several metrics, compared or left out."""
     left_out: Mapping[str, str]
     """By task and metric, why there is no difference."""
     models: Mapping[str, str]
@@ -85,16 +85,15 @@ def compare(parent: Path, child: Path, effort: Effort | None = None) -> Comparis
         check_settings(old, new)
         _check_effort(old, effort)
         reasons = {**old.left_out, **new.left_out}
-        left_out |= {f"{name}/{metric}": reason for metric, reason in reasons.items()}
-        metrics = [metric for metric in old.scores if metric in new.scores]
+        metrics = dict.fromkeys([*old.scores, *new.scores, *reasons])
         for metric in metrics:
             full = name if len(metrics) == 1 else f"{name}/{metric}"
-            old_score, new_score = old.scores[metric], new.scores[metric]
-            found = _difference(full, new_score, old_score)
-            if found is None:
-                left_out[full] = "known problem by problem of one model only, and no standard error"
-            else:
+            old_score, new_score = old.scores.get(metric), new.scores.get(metric)
+            found = _difference(full, new_score, old_score) if old_score and new_score else None
+            if old_score and new_score and found:
                 suites[full] = Suite(name, metric, old.harness, old_score.value, new_score.value, found)
+            else:
+                left_out[full] = reasons.get(metric, "known problem by problem of one model only")
     return Comparison(
         effort=effort,
         suites=suites,
@@ -110,10 +109,8 @@ def _read(directory: Path) -> dict[str, Task]:
         raise ArtifactError(f"{directory} is not a directory; give the one that the harness wrote its results to")
     tasks = [task for path in sorted(directory.rglob(lm_eval.RESULTS)) for task in lm_eval.read(path)]
     tasks += [task for path in sorted(directory.rglob(nemo_evaluator.YAML)) for task in nemo_evaluator.read_yaml(path)]
-    bundles = [
-        path for path in sorted(directory.rglob(nemo_evaluator.BUNDLE)) if path.with_name(nemo_evaluator.ROWS).is_file()
-    ]
-    tasks += [nemo_evaluator.read_bundle(path) for path in bundles if not nemo_evaluator.is_of_container(path)]
+    bundles = [path for path in directory.rglob(nemo_evaluator.BUNDLE) if path.with_name(nemo_evaluator.ROWS).is_file()]
+    tasks += [task for path in sorted(bundles) for task in nemo_evaluator.read_bundle(path)]
     if not tasks:
         kinds = f"{lm_eval.RESULTS}, {nemo_evaluator.YAML}, or {nemo_evaluator.BUNDLE} beside {nemo_evaluator.ROWS}"
         raise ArtifactError(f"{directory} holds no results of a harness ({kinds}); see docs/evaluation.md")

@@ -22,6 +22,7 @@ from moesaic.measure.outside.results import (
     digest,
     flat,
     mean_of,
+    number_of,
     parse,
     read_file,
     read_lines,
@@ -87,19 +88,20 @@ def read(path: Path) -> list[Task]:
     """
     content = parse(_Results, read_file(path), path)
     date = path.stem.removeprefix("results_")
+    samples = {file.name: file for file in path.parent.glob("samples_*.jsonl")}
     tasks = {
-        name: _read_task(content, name, path, path.with_name(f"samples_{name}_{date}.jsonl"))
+        name: _read_task(content, name, path, samples.get(f"samples_{name}_{date}.jsonl"))
         for name in content.results
         if name not in content.groups and name not in content.group_subtasks
     }
-    groups = [_read_group(content, name, tasks) for name in content.groups if name in content.results]
+    groups = [_read_group(content, name, path, tasks) for name in content.groups if name in content.results]
     inside = {name for group in content.groups for name in content.tasks_of(group)}
     return [task for task in (*groups, *tasks.values()) if task.name not in inside]
 
 
-def _read_task(content: _Results, name: str, path: Path, samples: Path) -> Task:
+def _read_task(content: _Results, name: str, path: Path, samples: Path | None) -> Task:
     settings, found, files = _settings(content, name), {}, [path]
-    if samples.is_file():
+    if samples is not None:
         counted = content.num_samples.get(name)
         shares, settings["prompts"] = _read_samples(samples, 0 if counted is None else counted.effective)
         found = {label: {name: of} for label, of in shares.items()}
@@ -113,8 +115,8 @@ def _read_samples(path: Path, expected: int) -> tuple[dict[str, dict[str, float]
 
     A metric with a value that is no share, such as a pair or a list, is absent.
     """
-    solved: dict[str, dict[str, float | None]] = Field(default_factory=dict)
-    prompts: dict[str, dict[str, str]] = Field(default_factory=dict)
+    solved: dict[str, dict[str, float | None]] = {}
+    prompts: dict[str, dict[str, str]] = {}
     for number, line in enumerate(read_lines(path), 1):
         place = f"{path}, line {number}"
         sample = parse(_Sample, line, place)
@@ -150,35 +152,27 @@ def _scores(
         label = _label(metric, filter)
         if content.higher_is_better.get(name, {}).get(metric) is not True:
             left_out[label] = "less is better, or the harness does not say what is"
-        elif isinstance(value, (int, float)):
-            error = content.results[name].get(f"{metric}_stderr,{filter}")
+        elif (mean := number_of(value)) is not None:
+            error = number_of(content.results[name].get(f"{metric}_stderr,{filter}"))
             verdicts = found.get(label)
-            agrees = verdicts is not None and isclose(mean_of(verdicts), value, abs_tol=1e-6)
-            scores[label] = Score(float(value), _standard_error(error), verdicts if agrees else None)
+            agrees = verdicts is not None and isclose(mean_of(verdicts), mean, abs_tol=1e-6)
+            scores[label] = Score(mean, error, verdicts if agrees else None)
         else:
-            raise ArtifactError(f"{path}: {key} of {name} is {value!r}, and must be a number")
+            left_out[label] = "no number"
     return sort_scores(left_out, scores)
 
 
-def _standard_error(value: Any) -> float | None:
-    """``"N/A"`` where the harness has none."""
-    return float(value) if isinstance(value, (int, float)) and 0 < value < float("inf") else None
-
-
-def _read_group(content: _Results, name: str, tasks: Mapping[str, Task]) -> Task:
-    """A group: its mean is over tasks, or over all problems of all tasks, whichever the harness took."""
+def _read_group(content: _Results, name: str, path: Path, tasks: Mapping[str, Task]) -> Task:
+    """A group: its problems are those of all its tasks, if the harness weighted these by their size, as by default."""
     members = [tasks[one] for one in content.tasks_of(name) if one in tasks]
-    labels = dict.fromkeys(label for member in members for label in member.scores)
-    found = {}
-    for label in labels:
-        by_task = {one.name: shares for one in members if (shares := _own_shares(one, label))}
-        pooled = {name: {f"{task} {id}": share for task, of in by_task.items() for id, share in of.items()}}
-        value = next((content.results[name][key] for key in _keys(label) if key in content.results[name]), None)
-        if len(by_task) == len(members) and isinstance(value, (int, float)):
-            found[label] = by_task if isclose(mean_of(by_task), value, abs_tol=1e-6) else pooled
-    scores, left_out = _scores(content, name, members[0].files[0] if members else Path(name), found)
+    found = {
+        label: {name: {f"{task} {id}": share for task, of in by_task.items() for id, share in of.items()}}
+        for label in dict.fromkeys(label for one in members for label in one.scores)
+        if len(by_task := {one.name: of for one in members if (of := _own_shares(one, label))}) == len(members)
+    }
+    scores, left_out = _scores(content, name, path, found)
     settings = {f"{one.name}.{key}": value for one in members for key, value in one.settings.items()}
-    files = tuple(dict.fromkeys(file for one in members for file in one.files))
+    files = tuple(dict.fromkeys([path, *(file for one in members for file in one.files)]))
     return Task(name, _harness(content), content.model_name, settings, scores, left_out, files)
 
 
@@ -189,11 +183,6 @@ def _own_shares(task: Task, label: str) -> Mapping[str, float] | None:
 
 def _label(metric: str, filter: str) -> str:
     return metric if filter == "none" else f"{metric}/{filter}"
-
-
-def _keys(label: str) -> tuple[str, str]:
-    metric, _, filter = label.partition("/")
-    return f"{label},none", f"{metric},{filter}"
 
 
 def _harness(content: _Results) -> str:

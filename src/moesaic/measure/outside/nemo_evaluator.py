@@ -1,9 +1,10 @@
 """Results of NeMo Evaluator: ``results.yml`` of its containers, and the bundles of its own benchmarks.
 
 ``results.yml`` was read from the source of nemo-evaluator 0.2.6 and 0.2.8 (``core/evaluate.py``,
-``api/api_dataclasses.py``): tasks, their metrics, and of these scores with statistics. It has means only. It says
+``api/api_dataclasses.py``): tasks, their metrics, and of these scores with statistics. It has means only, and says
 neither which way is better nor in which unit: scores are taken for accuracies, and for percent if one of the task is
-above 1.
+above 1. NeMo-Skills leaves a row for every reply in ``eval-results/**/output*.jsonl``, a file for every repeat; a score
+whose name is a field there, and whose value is the mean of it, is known problem by problem.
 
 ``eval-*.json`` beside ``results.jsonl`` was read from the source of 0.4.0 and 0.5.0rc0 (``engine/artifacts.py``,
 ``engine/eval_loop.py``, ``metrics/headline.py``): one row per problem and repeat, with its reward. The mean over
@@ -11,13 +12,16 @@ repeats is the share of correct replies. How replies were generated stands in ``
 anywhere.
 """
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from math import isclose
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from moesaic.core.errors import ArtifactError
 from moesaic.measure.outside.results import (
@@ -27,6 +31,7 @@ from moesaic.measure.outside.results import (
     digest,
     flat,
     mean_of,
+    number_of,
     parse,
     read_file,
     read_lines,
@@ -34,6 +39,7 @@ from moesaic.measure.outside.results import (
 )
 
 YAML, BUNDLE, ROWS, CONFIG = "results.yml", "eval-*.json", "results.jsonl", "full_config.yaml"
+REPLIES = "eval-results/**/output*.jsonl"
 _COUNTS = {"avg_tokens", "gen_seconds", "no_answer", "num_entries"}
 """Scores of NeMo-Skills that are no accuracies."""
 _CHANGING = {"payload_modifier", "reasoning", "system_message"}
@@ -41,6 +47,8 @@ _CHANGING = {"payload_modifier", "reasoning", "system_message"}
 _EXECUTION = {"max_concurrent", "max_system_retries", "name", "sandbox", "skip_failed", "timeout"}
 _HEADLINES = ("pass@1", "mean_reward")
 _ROUNDING = 1e-4
+_NO_YAML = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What PyYAML raises beside its own errors, where a scalar is not what its tag says."""
 
 
 class _Score(FromHarness):
@@ -110,7 +118,11 @@ def read_yaml(path: Path) -> list[Task]:
     measured = {**(content.results.groups or {}), **(content.results.tasks or {})}
     if not measured:
         raise ArtifactError(f"{path} has no results; the evaluation did not finish")
-    return [_read_means(name, of, settings, harness, endpoint.model_id or "", path) for name, of in measured.items()]
+    replies = sorted(path.parent.glob(REPLIES)) if len(measured) == 1 else []
+    solved, files = _read_replies(replies), (path, *replies)
+    return [
+        _read_task(name, of, settings, harness, endpoint.model_id or "", solved, files) for name, of in measured.items()
+    ]
 
 
 def _interceptors(adapter: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -119,8 +131,14 @@ def _interceptors(adapter: Mapping[str, Any] | None) -> dict[str, Any]:
     return {str(row["name"]): row.get("config") for row in rows if row.get("name") in _CHANGING}
 
 
-def _read_means(
-    name: str, measured: _Measured, settings: Mapping[str, Any], harness: str, model: str, path: Path
+def _read_task(
+    name: str,
+    measured: _Measured,
+    settings: Mapping[str, Any],
+    harness: str,
+    model: str,
+    solved: Mapping[str, Mapping[str, float]],
+    files: tuple[Path, ...],
 ) -> Task:
     every = {
         f"{metric}/{score}": entry for metric, of in measured.metrics.items() for score, entry in of.scores.items()
@@ -128,15 +146,39 @@ def _read_means(
     left_out = {label: "no accuracy" for label in every if label.rpartition("/")[2] in _COUNTS}
     kept = {label: entry for label, entry in every.items() if label not in left_out}
     unit = 100 if any(1 < entry.value <= 100 for entry in kept.values()) else 1
-    scores, left_out = sort_scores(
-        left_out, {label: Score(entry.value / unit, _error(entry, unit)) for label, entry in kept.items()}
-    )
-    return Task(name, harness, model, {**settings, "unit": f"1/{unit}"}, scores, left_out, (path,))
+    found = {}
+    for label, entry in kept.items():
+        error, shares = number_of(entry.stats.get("stderr")), solved.get(label.rpartition("/")[2])
+        agrees = shares and isclose(mean_of({name: shares}), entry.value / unit, abs_tol=_ROUNDING)
+        verdicts = {name: shares} if shares and agrees else None
+        found[label] = Score(entry.value / unit, None if error is None else error / unit, verdicts)
+    scores, left_out = sort_scores(left_out, found)
+    return Task(name, harness, model, {**settings, "unit": f"1/{unit}"}, scores, left_out, files)
 
 
-def _error(entry: _Score, unit: int) -> float | None:
-    value = entry.stats.get("stderr")
-    return value / unit if isinstance(value, (int, float)) and 0 < value < float("inf") else None
+class _Reply(FromHarness):
+    model_config = ConfigDict(extra="allow")
+
+    problem: Any = None
+    question: Any = None
+    expected_answer: Any = None
+
+
+def _read_replies(paths: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """By field the share of correct replies to every problem, of fields that say of each reply whether it is."""
+    verdicts: dict[str, dict[str, list[bool]]] = {}
+    for path in paths:
+        seen = Counter[str]()
+        for number, line in enumerate(read_lines(path), 1):
+            reply = parse(_Reply, line, f"{path}, line {number}")
+            problem = digest(reply.problem, reply.question, reply.expected_answer)
+            seen[problem] += 1
+            for field, value in (reply.model_extra or {}).items():
+                if isinstance(value, bool):
+                    of = verdicts.setdefault(field, {}).setdefault(f"{problem} {seen[problem]}", [])
+                    of.append(value)
+    complete = {field: of for field, of in verdicts.items() if all(len(every) == len(paths) for every in of.values())}
+    return {field: {problem: fmean(every) for problem, every in of.items()} for field, of in complete.items()}
 
 
 class _Benchmark(FromHarness):
@@ -160,18 +202,17 @@ class _Row(FromHarness):
     expected_answer: Any = None
 
 
-def is_of_container(path: Path) -> bool:
-    """Whether a bundle was only converted from a container's ``results.yml``, which is read instead."""
-    return parse(_Bundle, read_file(path), path).config.get("framework") == "container"
-
-
-def read_bundle(path: Path) -> Task:
+def read_bundle(path: Path) -> list[Task]:
     """The benchmark of one ``eval-*.json``, with the rewards beside it.
+
+    A bundle that was only converted from a container's ``results.yml`` has no task of its own.
 
     Raises:
         ArtifactError: if a file is damaged, or the rewards are not those that the bundle is about.
     """
     content, rows = parse(_Bundle, read_file(path), path), path.with_name(ROWS)
+    if content.config.get("framework") == "container":
+        return []
     rewards = _read_rewards(rows, content)
     name = content.benchmark.name
     solved = {problem: sum(of) / len(of) for problem, of in rewards.items()}
@@ -179,9 +220,9 @@ def read_bundle(path: Path) -> Task:
     if label is None:
         raise ArtifactError(f"{path} has neither of the scores {', '.join(_HEADLINES)}; the evaluation did not finish")
     value = content.benchmark.scores[label]
-    said = value.get("value") if isinstance(value, Mapping) else None
+    said = number_of(value.get("value")) if isinstance(value, Mapping) else None
     mean = mean_of({name: solved})
-    if not isinstance(said, (int, float)) or not isclose(said, mean, abs_tol=_ROUNDING):
+    if said is None or not isclose(said, mean, abs_tol=_ROUNDING):
         raise ArtifactError(
             f"{path} says {label} is {said}, and {rows.name} has a mean of {mean:.4f}; give one run's files"
         )
@@ -197,12 +238,12 @@ def read_bundle(path: Path) -> Task:
         **generation,
     }
     harness, model = f"NeMo Evaluator {content.sdk_version}", str(content.config.get("model", ""))
-    return Task(name, harness, model, settings, scores, left_out, (path, rows, *files))
+    return [Task(name, harness, model, settings, scores, left_out, (path, rows, *files))]
 
 
 def _read_rewards(path: Path, content: _Bundle) -> dict[str, list[float]]:
     """Of every problem the rewards of its repeats; a problem is its number, prompt and answer."""
-    rewards: dict[str, dict[int, float]] = Field(default_factory=dict)
+    rewards: dict[str, dict[int, float]] = {}
     for number, line in enumerate(read_lines(path), 1):
         row = parse(_Row, line, f"{path}, line {number}")
         of = rewards.setdefault(f"{row.problem_idx} {digest(row.prompt, row.expected_answer)}", {})
@@ -243,8 +284,9 @@ def _generation(bundle: Path, name: str) -> tuple[dict[str, Any], tuple[Path, ..
 
 
 def _load_yaml(path: Path) -> Any:
+    """As JSON would hold it: without dates, keys that are no text, and nodes that contain themselves."""
     try:
-        return yaml.safe_load(read_file(path).decode("utf-8-sig"))
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as broken:
+        return json.loads(json.dumps(yaml.safe_load(read_file(path).decode("utf-8-sig")), default=str))
+    except (yaml.YAMLError, *_NO_YAML) as broken:
         first = str(broken).splitlines()[0] if str(broken) else type(broken).__name__
         raise ArtifactError(f"{path} is not valid YAML: {first}; give the file as the harness wrote it") from broken

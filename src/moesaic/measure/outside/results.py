@@ -1,6 +1,7 @@
 """What any harness measured of one model, in one form; and how its files are read."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ class Score:
     @property
     def mean(self) -> Mean | None:
         """The mean with its standard error; None without one, or with one of 0, which would claim certainty."""
-        return Mean(self.value, self.standard_error) if self.standard_error else None
+        return Mean(self.value, self.standard_error) if self.standard_error and self.standard_error > 0 else None
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,9 @@ class Task:
         return {str(value) for name, value in self.settings.items() if name.rpartition(".")[2] == "reasoning_effort"}
 
 
-def sort_scores(
-    found: Mapping[str, float | str], scores: Mapping[str, Score]
-) -> tuple[dict[str, Score], dict[str, str]]:
-    """Those that are shares, and why others are not; ``found`` has further reasons, by metric."""
-    left_out = {name: str(reason) for name, reason in found.items()}
+def sort_scores(unfit: Mapping[str, str], scores: Mapping[str, Score]) -> tuple[dict[str, Score], dict[str, str]]:
+    """The scores that can be compared, and by metric why others cannot; ``unfit`` are known to be others."""
+    left_out = dict(unfit)
     for name, score in scores.items():
         if not 0 <= score.value <= 1:
             left_out[name] = f"{score.value:g} is not a share between 0 and 1"
@@ -124,6 +123,15 @@ def digest(*parts: object) -> str:
 def mean_of(verdicts: Verdicts) -> float:
     """Over tasks of the mean over their problems."""
     return fmean(fmean(solved.values()) for solved in verdicts.values())
+
+
+def number_of(value: Any) -> float | None:
+    """A finite number; None for anything else, such as ``"N/A"``."""
+    try:
+        found = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def share_of(value: Any) -> float | None:
