@@ -148,6 +148,13 @@ def test_bundles_converted_from_a_container_are_its_results(tmp_path: Path) -> N
     assert [*found.suites] == ["gpqa_diamond"]
 
 
+def test_a_container_of_lm_eval_is_read_by_problem(tmp_path: Path) -> None:
+    """Its ``results.yml`` gives the same task once more, by its mean."""
+    for model, solved in (("parent", OLD), ("child", NEW)):
+        write_lm_eval(write_nemo_yaml(tmp_path / model, 0.7, model=model, name="sums"), {"sums": solved}, model=model)
+    assert only(compare(tmp_path / "parent", tmp_path / "child")).difference.paired
+
+
 REFUSED: dict[str, tuple[Write, dict[str, Any], dict[str, Any], str]] = {
     "harness": (write_lm_eval, {}, {"lm_eval_version": "0.4.9"}, "version of the harness ('0.4.12' of the parent"),
     "task version": (write_lm_eval, {}, {"versions": {"sums": 2.0}}, "version of the task (1.0 of the parent, 2.0 of"),

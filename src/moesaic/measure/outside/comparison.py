@@ -104,11 +104,15 @@ def compare(parent: Path, child: Path, effort: Effort | None = None) -> Comparis
 
 
 def _read(directory: Path) -> dict[str, Task]:
-    """The tasks of all results in a directory, by name."""
+    """The tasks of all results in a directory, by name.
+
+    A ``results.yml`` over files of lm-evaluation-harness sums these up, as NeMo's container of it does; they are read.
+    """
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is not a directory; give the one that the harness wrote its results to")
     tasks = [task for path in sorted(directory.rglob(lm_eval.RESULTS)) for task in lm_eval.read(path)]
-    tasks += [task for path in sorted(directory.rglob(nemo_evaluator.YAML)) for task in nemo_evaluator.read_yaml(path)]
+    sums = [path for path in directory.rglob(nemo_evaluator.YAML) if not any(path.parent.rglob(lm_eval.RESULTS))]
+    tasks += [task for path in sorted(sums) for task in nemo_evaluator.read_yaml(path)]
     bundles = [path for path in directory.rglob(nemo_evaluator.BUNDLE) if path.with_name(nemo_evaluator.ROWS).is_file()]
     tasks += [task for path in sorted(bundles) for task in nemo_evaluator.read_bundle(path)]
     if not tasks:
