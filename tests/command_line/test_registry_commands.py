@@ -11,7 +11,9 @@ from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.promote.stage import PromoteConfig
+from moesaic.platform.registry.registry import Registry, RegistryAddress
 from moesaic.platform.store import Store
+from tests.measure.outside_results import write_lm_eval, write_nemo_yaml
 from tests.platform.played_run import play
 from tests.platform.test_promotion import summary
 
@@ -97,6 +99,51 @@ def test_the_life_of_two_versions(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert Recipe.parse((tmp_path / "second" / "recipe.json").read_text()) == expected(RECIPES["tiny_cpu"]().seeded(1))
     assert not (tmp_path / "second" / "data").exists()
     assert "exists already" in said("reproduce", "--output", str(target), code=2)
+
+
+def test_results_of_outside_harnesses_reach_the_report_and_the_gate(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The child loses one of a hundred problems; that is within 10 points, and not within 1."""
+    run, given = place / "one", ["--effort", "high", "--outside"]
+    for role, last in (("parent", 1), ("child", 0)):
+        write_lm_eval(tmp_path / role, {"sums@2": (1,) * 50 + (0,) * 49 + (last,)}, model=role)
+        write_nemo_yaml(tmp_path / role / "gpqa", 0.7, model=role, metric=("pass@1", "micro"))
+        given.append(f"{role}={tmp_path / role}")
+    (run / "report" / "report.html").write_text("<p>run</p><!-- results of outside harnesses -->")
+
+    assert main(["report", str(run), *given]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"sums@2 +│ +51\.0 │ +50\.0 │ -1\.0 \[", shown)
+    assert "unpaired" in shown
+    page = (run / "outside_high" / "report.html").read_text()
+    assert page.startswith("<p>run</p>")
+    assert "-1.0 [" in page
+    numbers = json.loads((run / "outside_high" / "outside.json").read_text())
+    assert numbers["suites"]["sums@2"]["difference"]["points"] == -1
+    assert len(numbers["files"]["child"]) == 3
+
+    def gate(margin: float) -> str:
+        names = {"sums@2": margin, "gpqa_diamond": 20}
+        return json.dumps(json.loads(GATE) | {"model": "outside", "outside_margin_points": names})
+
+    assert main(["promote", str(run), "--config", gate(10), *given]) == 0
+    assert "is the champion now" in capsys.readouterr().out
+    version = Registry(RegistryAddress(f"sqlite:///{place / 'mlflow.db'}"), "outside").version("champion")
+    assert re.fullmatch(
+        r"-1\.0 \[.*\], n = 100 \(interval above -10\): met", version.tags["moesaic.gate.outside.sums_2"]
+    )
+    assert version.tags["moesaic.outside.harness"] == "NeMo Evaluator 0.2.6, lm-evaluation-harness 0.4.12"
+    assert len(version.tags["moesaic.outside.child"]) == 64
+    assert main(["promote", str(run), "--config", gate(1), *given, "--dry-run"]) == 1
+    assert "1 of 8 lines are not met: outside.sums@2" in capsys.readouterr().err
+    assert main(["promote", str(run), "--config", gate(10), "--dry-run"]) == 1
+    assert "not met: outside.sums@2, outside.gpqa_diamond" in capsys.readouterr().err
+    assert main(["promote", str(run), *given, "--dry-run"]) == 2
+    assert "name margins in outside_margin_points of --config, by task: sums@2, gpqa_diamond" in capsys.readouterr().err
+    assert main(["report", str(run), "--effort", "low"]) == 2
+    assert main(["report", str(run), "--outside", "parent=a", "b"]) == 2
+    assert "is not parent=DIR child=DIR" in capsys.readouterr().err
 
 
 def expected(recipe: Recipe) -> Recipe:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesaic.core.errors import ArtifactError
-from moesaic.measure.paired import Difference, Verdicts, average, difference, mcnemar
+from moesaic.measure.paired import Difference, Mean, Verdicts, average, difference, mcnemar, unpaired_difference
 
 
 def verdicts(**tasks: str) -> Verdicts:
@@ -54,6 +54,24 @@ def test_intervals_hold_what_is_true(win: float, loss: float) -> None:
         found = difference(won, {task: dict.fromkeys(row, 0.0) for task, row in won.items()})
         covered += found.low_points <= 100 * (win - loss) <= found.high_points
     assert covered >= 0.91 * 150
+
+
+def test_means_alone_have_the_interval_of_the_normal_distribution() -> None:
+    """Standard errors of 3 and 4 points make one of 5; two of these apart, p is 4.55 %."""
+    found = unpaired_difference(Mean(0.5, 0.03), Mean(0.6, 0.04))
+    assert (found.points, found.problems, found.paired) == (-10, 0, False)
+    assert (found.low_points, found.high_points) == pytest.approx((-19.8, -0.2), abs=0.001)
+    assert found.p_value == pytest.approx(0.0455, abs=0.0001)
+    assert unpaired_difference(Mean(0.6, 0.04), Mean(0.6, 0.03)).p_value == 1
+
+
+def test_an_unpaired_interval_is_the_wider_one_where_problems_are_hard_for_both() -> None:
+    """Of 100 problems both solve the same half, but for one each."""
+    model, other = verdicts(add="1" * 50 + "0" * 50), verdicts(add="1" * 49 + "01" + "0" * 49)
+    means = unpaired_difference(Mean(0.5, 0.05), Mean(0.5, 0.05))
+    paired = difference(model, other)
+    assert means.points == paired.points == 0
+    assert means.high_points > 2 * paired.high_points
 
 
 def test_averages_pair_by_problem() -> None:

@@ -7,7 +7,7 @@ import pytest
 from moesaic.core.errors import ArtifactError
 from moesaic.measure.report.evidence import read_evidence
 from moesaic.measure.report.findings import summarize
-from moesaic.measure.report.page import draw_pictures, render_page
+from moesaic.measure.report.page import add_outside, draw_pictures, render_page
 from tests.measure.report_inputs import evaluation, inputs, page_text
 
 OTHER_PROBLEMS = {"split": "validation", "count": 40, "digest": "0f"}
@@ -158,3 +158,6 @@ def test_the_page_needs_nothing_beside_it() -> None:
     assert "Not found: uniform" in page
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())
     assert draw_pictures(evidence) == pictures
+    assert "Results of outside harnesses" in add_outside(
+        page, {"effort": None, "suites": {}, "left_out": {}, "models": {}}
+    )

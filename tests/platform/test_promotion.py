@@ -119,6 +119,19 @@ def test_one_figure_that_does_not_clear_its_bar_is_enough(
     assert figure is None or line.figure == figure
 
 
+def test_results_of_outside_harnesses_have_lines_by_task() -> None:
+    """The interval must clear the margin, paired or not; what was not measured does not."""
+    config = CONFIG.but(outside_margin_points={"sums": 5, "aime25/pass@1": 5, "hle": 5})
+    unpaired = replace(ahead(-1, 3), problems=0)
+    figures = replace(FIGURES, outside={"sums": ahead(-1, 4.5), "aime25/pass@1": unpaired})
+    lines = {line.name: line for line in judge(config, figures, CHECKED, COMPLETE) if "outside" in line.name}
+    assert {name: (line.shown, line.met) for name, line in lines.items()} == {
+        "outside.sums": ("-1.0 [-5.5, +3.5], n = 300", False),
+        "outside.aime25/pass@1": ("-1.0 [-4.0, +2.0], unpaired", True),
+        "outside.hle": ("not measured", False),
+    }
+
+
 @pytest.mark.parametrize(
     ("bundle", "provenance", "failed", "figure"),
     [

@@ -16,6 +16,7 @@ from rich.table import Table
 from moesaic.command_line.config_option import read_config
 from moesaic.command_line.export_commands import add_export_commands
 from moesaic.command_line.model_option import MODEL, add_revision, find_named
+from moesaic.command_line.outside_option import add_outside_options, read_outside, show_outside
 from moesaic.command_line.planning_commands import add_planning_commands
 from moesaic.command_line.prepare_command import add_prepare_command
 from moesaic.command_line.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="show the outcome of a finished run")
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, help="directory of the run, as given to run --output")
+    add_outside_options(report)
 
     add_planning_commands(commands)
 
@@ -321,7 +323,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    outside = read_outside(options)
     _show_outcome(options.run)
+    if outside is not None:
+        show_outside(options.run, outside)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.tree import Tree
 
 from moesaic.command_line.config_option import read_config
+from moesaic.command_line.outside_option import add_outside_options, read_outside
 from moesaic.core.code import code_digest
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.core.files import written_atomically
@@ -52,6 +53,7 @@ def add_registry_commands(commands: Any) -> None:
     promote.add_argument("run", type=Path, help="directory of a finished run, as given to run --output")
     promote.add_argument("--config", default="{}", help="the gate's config: JSON, or a file that holds it")
     promote.add_argument("--bundle", type=Path, help="directory of the exported bundle (the run's)")
+    add_outside_options(promote)
     promote.add_argument("--dry-run", action="store_true", help="show the gate and change nothing")
     promote.add_argument("--again", action="store_true", help="even if it was champion before and was replaced")
 
@@ -81,11 +83,17 @@ def _promote(options: argparse.Namespace) -> None:
     child, report = options.run / "child", options.run / "report"
     if not child.is_dir() or not report.is_dir():
         raise ArtifactError(f"{options.run} holds no finished run; give the directory that `moesaic run` was given")
+    outside = read_outside(options)
+    if outside is not None and not config.outside_margin_points:
+        raise ConfigError(
+            "the gate asks nothing of --outside; name margins in outside_margin_points of --config, by task: "
+            + ", ".join(outside.suites)
+        )
     store = Store.at(options.store or _from_environment("MOESAIC_STORE") or options.run / "store")
     bundle, verdict = (options.run / ARTIFACTS / name for name in ("bundle", "verdict"))
     evidence = {"report": report, "bundle": options.bundle or bundle} | ({} if options.bundle else {"verdict": verdict})
     given = {name: path for name, path in evidence.items() if path.is_dir()}
-    challenger = examine(config, child.resolve().name, given, store)
+    challenger = examine(config, child.resolve().name, given, store, outside)
     Console().print(gate_table(challenger.lines))
     if options.dry_run:
         print("dry run: nothing was changed")

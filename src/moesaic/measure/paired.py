@@ -10,6 +10,10 @@ within their task, each with the replies of both models, and the 2.5 and 97.5 pe
 A bootstrap alone takes what did not occur for impossible: two models that agree on every problem would be equal for
 certain. So one win and one loss, spread evenly over the tasks, stand among what is drawn from (Bonett and Price 2012).
 
+Where only the means of two models are known, they cannot be paired; their difference then has the interval and the
+two-sided test of the normal distribution, its variance being the sum of the squared standard errors. That is wider
+wherever both models find the same problems hard.
+
 The test is McNemar's exact one: were the models equal, as many problems would be won as lost, so the wins among the
 problems on which they differ are binomial with probability 1/2. Where s is a share of several replies, its sign counts.
 """
@@ -17,8 +21,8 @@ problems on which they differ are binomial with probability 1/2. Where s is a sh
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import comb
-from statistics import fmean
+from math import comb, hypot
+from statistics import NormalDist, fmean
 
 import numpy as np
 
@@ -42,8 +46,14 @@ class Difference:
     """The lower end of the interval."""
     high_points: float
     problems: int
+    """On which the models were compared one by one; 0 if only their means were."""
     p_value: float
     """Of the two-sided test that the models are equal."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether the models were compared problem by problem."""
+        return self.problems > 0
 
     @property
     def sign(self) -> int:
@@ -74,6 +84,29 @@ def difference(model: Verdicts, other: Verdicts) -> Difference:
         high_points=_in_points(high),
         problems=len(every),
         p_value=mcnemar(sum(d > 0 for d in every), sum(d < 0 for d in every)),
+    )
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The accuracy of a model whose replies are not known problem by problem."""
+
+    share: float
+    """Of correct replies, 0 to 1."""
+    standard_error: float
+    """Over the choice of problems, as a share; greater than 0."""
+
+
+def unpaired_difference(model: Mean, other: Mean) -> Difference:
+    """Compare two models of which only the means are known."""
+    apart, spread = model.share - other.share, hypot(model.standard_error, other.standard_error)
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
+    return Difference(
+        points=_in_points(apart),
+        low_points=_in_points(apart - half),
+        high_points=_in_points(apart + half),
+        problems=0,
+        p_value=2 * NormalDist().cdf(-abs(apart) / spread),
     )
 
 

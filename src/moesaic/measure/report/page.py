@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from moesaic.core.errors import ArtifactError
 from moesaic.measure.report import tables
 from moesaic.measure.report.block_figures import draw_architecture, draw_damage, draw_importance
 from moesaic.measure.report.drawing import to_png
@@ -62,6 +63,8 @@ _FILTERS: tuple[Callable[..., str], ...] = (
     tables.stage_name,
 )
 """How the templates write values; each by its own name."""
+_OUTSIDE_HERE = "<!-- results of outside harnesses -->"
+"""Where the page has room for them; they come later, when the child has been served."""
 _LOOK = {"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "legend.frameon": False}
 
 
@@ -81,22 +84,42 @@ def draw_pictures(
 
 def render_page(title: str, evidence: Evidence, summary: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The whole page as HTML that needs nothing beside it."""
-    template_environment = Environment(
+    recovery = summary.get("recovery")
+    return (
+        _templates()
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            summary=summary,
+            recovery=recovery,
+            serving=summary.get("serving"),
+            comparison=tables.comparison_rows(summary),
+            stages=tables.stage_rows(recovery) if recovery else [],
+            pairs=evidence.pairs,
+            sources={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()},
+        )
+    )
+
+
+def add_outside(page: str, outside: Mapping[str, Any]) -> str:
+    """The page with the results of harnesses outside this project, see ``moesaic.measure.outside``.
+
+    Raises:
+        ArtifactError: if the page has no room for them.
+    """
+    if page.count(_OUTSIDE_HERE) != 1:
+        raise ArtifactError("report.html is of another version, without room for outside results; run report again")
+    section = _templates().get_template("outside.html.j2")
+    return page.replace(_OUTSIDE_HERE, section.render(outside=outside, rows=tables.outside_rows(outside)))
+
+
+def _templates() -> Environment:
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template_environment.filters |= {write.__name__: write for write in _FILTERS}
-    recovery = summary.get("recovery")
-    return template_environment.get_template("page.html.j2").render(
-        title=title,
-        summary=summary,
-        recovery=recovery,
-        serving=summary.get("serving"),
-        comparison=tables.comparison_rows(summary),
-        stages=tables.stage_rows(recovery) if recovery else [],
-        pairs=evidence.pairs,
-        sources={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()},
-    )
+    environment.filters |= {write.__name__: write for write in _FILTERS}
+    return environment

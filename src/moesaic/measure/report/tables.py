@@ -91,6 +91,30 @@ def _compared_accuracy(effort: str, accuracy: Mapping[str, Any]) -> ComparedRow:
 
 
 @dataclass(frozen=True)
+class OutsideRow:
+    """A suite of a harness outside this project, as text."""
+
+    name: str
+    harness: str
+    parent: str
+    child: str
+    difference: str
+    problems: str
+    """Their number if the models were paired; else that they were not."""
+
+
+def outside_rows(outside: Mapping[str, Any]) -> list[OutsideRow]:
+    """Parent against child, by task."""
+    rows = []
+    for name, suite in outside["suites"].items():
+        found = Difference(**suite["difference"])
+        problems = number(found.problems) if found.paired else "unpaired"
+        figures = tenths(suite["parent"]), tenths(suite["child"]), str(found), problems
+        rows.append(OutsideRow(name, suite["harness"], *figures))
+    return rows
+
+
+@dataclass(frozen=True)
 class StageRow:
     """The figures of a model after a stage of recovery, as text by effort; empty where they do not apply."""
 

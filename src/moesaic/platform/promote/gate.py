@@ -4,10 +4,12 @@
     kv_accuracy_points(effort) = accuracy(KV in FP8, calibrated scales) - accuracy(KV in BF16), of the child
     request_efficiency(effort) = requests/s of the child / requests/s of the parent, at equal effort: through a server,
                                  as deployed, where the report has that; else in process, KV cache in BF16
+    outside(task)              = accuracy(child) - accuracy(parent) in points, by a harness outside this project
 
-All three are the report's figures. Accuracies are asked whether they are *not inferior*: the lower end of the paired
-95 % interval (``moesaic.measure.paired``) must lie above minus a margin. So noise does not refuse a child that is as
-good as its parent, if there are problems enough for the margin, and does not promote one that is worse by more.
+All but the last are the report's figures. Accuracies are asked whether they are *not inferior*: the lower end of the
+95 % interval (``moesaic.measure.paired``; unpaired where an outside harness gives only means) must lie above minus a
+margin. So noise does not refuse a child that is as good as its parent, if there are problems enough for the margin, and
+does not promote one that is worse by more.
 
 Three lines more ask whether the figures can be trusted: what is known of the exported bundle, by its files or by an
 engine that loaded it; that every input is known by digest; and that report and bundle are of this very child. The paper
@@ -15,7 +17,7 @@ has no such gate.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -42,6 +44,8 @@ class Figures:
     """Request rate of the child over the parent's, by effort."""
     kv_accuracy: Mapping[str, Difference]
     """Of the child's FP8 cache to its BF16 cache, by effort."""
+    outside: Mapping[str, Difference] = field(default_factory=dict)
+    """Of the child to the parent, by the task of a harness outside this project."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,10 @@ class Line:
 
     @property
     def shown(self) -> str:
-        """The figure as text, with interval and number of problems where it has them."""
+        """The figure as text; where it has an interval, with that and the number of problems compared one by one."""
         if self.difference is not None:
-            return f"{self.difference}, n = {self.difference.problems}"
+            how = f"n = {self.difference.problems}" if self.difference.paired else "unpaired"
+            return f"{self.difference}, {how}"
         return self.figure if isinstance(self.figure, str) else f"{self.figure:.4g}"
 
 
@@ -111,6 +116,10 @@ def judge(config: PromoteConfig, figures: Figures, bundle: Verdict | None, prove
         *_by_effort("accuracy_points", _not_inferior, figures.accuracy, config.margin_points),
         *_by_effort("request_efficiency", _at_least, figures.request_efficiency, config.min_request_efficiency),
         *_by_effort("kv_accuracy_points", _not_inferior, figures.kv_accuracy, config.kv_margin_points),
+        *(
+            _not_inferior(f"outside.{task}", figures.outside.get(task), margin)
+            for task, margin in config.outside_margin_points.items()
+        ),
     ]
     if config.require_export:
         figure = "no bundle" if bundle is None else bundle.words

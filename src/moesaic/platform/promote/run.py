@@ -1,9 +1,10 @@
 """Register a child, judge it by the gate, and make it the champion of the model registry if every line is met."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.bundle_manifest import VALIDATION
 from moesaic.deploy.export_engine.verdict import VERDICT, Verdict
+from moesaic.measure.outside.comparison import Comparison
 from moesaic.models.stage_outputs import read_json
 from moesaic.platform.promote.gate import Line, Provenance, gate_table, is_met, judge, read_figures
 from moesaic.platform.promote.stage import PromoteConfig
@@ -26,6 +28,8 @@ ORIGIN_TAG, CONFIG_TAG = "moesaic.origin", "moesaic.promote_config"
 """Tags that say how the inputs of a promotion (``.child``, ``.report``, ``.bundle``) came about, and its config."""
 _DIRECTORY = "moesaic://"
 """Scheme of a manifest in a directory: MLflow's server refuses plain paths, which it takes for its own."""
+_NOT_IN_TAGS = re.compile(r"[^\w./ -]")
+"""Characters that MLflow allows in no tag's name; those of other harnesses' tasks and metrics may have them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ def run(
     return figures | {"version": promotion["version"], "champion": float(promotion["champion"] == promotion["version"])}
 
 
-def examine(config: PromoteConfig, child: str, given: Mapping[str, Path], store: Store) -> Challenger:
+def examine(
+    config: PromoteConfig, child: str, given: Mapping[str, Path], store: Store, outside: Comparison | None = None
+) -> Challenger:
     """Judge a child by the gate. Nothing is changed.
 
     Args:
@@ -76,18 +82,22 @@ def examine(config: PromoteConfig, child: str, given: Mapping[str, Path], store:
         given: directories of the evidence by name: ``report`` with its record, from which the child's own history is
             known; ``bundle`` and ``verdict`` if there are.
         store: where manifests and records are.
+        outside: what harnesses outside this project measured. Which models they were given, nothing here can check.
 
     Raises:
         ArtifactError: if an input is not what its stage writes, or the child is not in the store.
     """
     manifest = store.manifest(child)
     figures = read_figures(read_json(given["report"] / SUMMARY))
+    if outside is not None:
+        measured = {task: outside.named(task) for task in config.outside_margin_points}
+        figures = replace(figures, outside={task: found for task, found in measured.items() if found is not None})
     evidence = {name: _trace(store, path) for name, path in given.items()}
     history = find_digest(evidence["report"], child) if evidence["report"] else None
     lines = judge(config, figures, _verdict(given, store), _provenance(store, evidence, history))
     tags = {f"moesaic.{name}": content_digest(path) for name, path in given.items()}
     tags |= {f"{ORIGIN_TAG}.{name}": origin.id for name, origin in ({"child": history} | evidence).items() if origin}
-    tags |= {CONFIG_TAG: config.to_json()} | _gate_tags(lines) | _history_tags(history)
+    tags |= {CONFIG_TAG: config.to_json()} | _gate_tags(lines) | _history_tags(history) | _outside_tags(outside)
     tags |= {f"moesaic.{name}": value for name in ("pipeline", "recipe") if (value := getattr(config, name))}
     return Challenger(manifest.id, source_of(store, manifest.id), lines, tags)
 
@@ -162,7 +172,9 @@ def _verdict(given: Mapping[str, Path], store: Store) -> Verdict | None:
 
 
 def _gate_tags(lines: list[Line]) -> dict[str, str]:
-    tags = {f"moesaic.gate.{line.name}": f"{line.shown} ({line.asked}): {_word(line)}" for line in lines}
+    names = (_NOT_IN_TAGS.sub("_", line.name) for line in lines)
+    words = (f"{line.shown} ({line.asked}): {_word(line)}" for line in lines)
+    tags = {f"moesaic.gate.{name}": said for name, said in zip(names, words, strict=True)}
     return tags | {"moesaic.gate": "met" if is_met(lines) else "not met"}
 
 
@@ -173,6 +185,16 @@ def _history_tags(child: Origin | None) -> dict[str, str]:
     tags = {f"moesaic.source.{name}": digest for name, digest in sources(child).items()}
     code = f"{child.record.versions.get('moesaic', '')}+{child.record.code_digest[:12]}"
     return tags | {"moesaic.code": code, "moesaic.subject": child.record.subject}
+
+
+def _outside_tags(outside: Comparison | None) -> dict[str, str]:
+    """Tags with the digests of the files that outside results were read from, and what they say of themselves."""
+    if outside is None:
+        return {}
+    tags = {f"moesaic.outside.{role}": outside.digest(role) for role in outside.files}
+    tags |= {f"moesaic.outside.model.{role}": name for role, name in outside.models.items()}
+    harnesses = sorted({suite.harness for suite in outside.suites.values()})
+    return tags | {"moesaic.outside.effort": outside.effort or "", "moesaic.outside.harness": ", ".join(harnesses)}
 
 
 def _word(line: Line) -> str:

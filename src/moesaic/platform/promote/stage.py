@@ -25,6 +25,8 @@ class PromoteConfig(Config):
     """Least request rate over the parent's at equal effort."""
     kv_margin_points: dict[Effort, Amount] = {"low": 3.0, "medium": 3.0, "high": 3.0}
     """The same for the child's calibrated FP8 KV cache against its BF16 cache."""
+    outside_margin_points: dict[str, Amount] = {}
+    """The same for accuracies of harnesses outside this project, by task: ``moesaic promote --outside`` gives them."""
     require_export: bool = True
     """Whether there must be an exported bundle that no check found wrong."""
     require_engine: bool = False

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moesaic.measure.report.tables import comparison_rows, number, percent, stage_rows
+from moesaic.measure.report.tables import comparison_rows, number, outside_rows, percent, stage_rows
 
 _QUANTITIES = {
     "parameters": "parameters",
@@ -50,6 +50,17 @@ def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
         accuracies = (rival["accuracy"][effort] for effort in efforts)
         shown = ["not measured" if accuracy is None else percent(accuracy["mean"]) for accuracy in accuracies]
         table.add_row(rival["name"], number(rival["damage"]), number(rival["experts"]), *shown)
+    return table
+
+
+def outside_table(outside: Mapping[str, Any]) -> Table:
+    """What harnesses outside this project measured of parent and child."""
+    table = Table(title="Outside harnesses" + (f", {outside['effort']} effort" if outside["effort"] else ""))
+    table.add_column("task", overflow="fold")
+    for column in ("parent [%]", "child [%]", "difference [points]", "problems"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in outside_rows(outside):
+        table.add_row(row.name, row.parent, row.child, row.difference, row.problems)
     return table
 
 

@@ -1,0 +1,1 @@
+"""Results of evaluation harnesses outside this project, run on the served parent and the served child."""
