@@ -53,11 +53,10 @@ TRUE_WIDTH = ModelShape(
     num_kv_heads=8,
     head_dim=64,
     vocab_size=32_768,
-    experts_per_token=2,
     max_positions=131_072,
 )
-PARENT = Architecture.of([Block(8, 128), Block(8, None)])
-CHILD = Architecture.of([Block(8, 128), Block(4, None)])
+PARENT = Architecture.of([Block(8, 2, 128), Block(8, 2, None)])
+CHILD = Architecture.of([Block(8, 2, 128), Block(4, 2, None)])
 SMALL = DistillConfig(
     sequence_tokens=1024, rows_per_step=2, expert_chunk_tokens=512, logits_chunk_tokens=256, hidden_tokens=512
 )

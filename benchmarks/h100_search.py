@@ -57,7 +57,7 @@ def library(config: MeasureCostsConfig) -> BlockLibrary:
     damages = {
         (layer, block): damage(layer, block)
         for layer, own in enumerate(PARENT.blocks)
-        for block in variants_of(own, config.space, GPT_OSS_120B.experts_per_token)
+        for block in variants_of(own, config.space)
     }
     return BlockLibrary.of(PARENT, damages, model_costs(config, GPT_OSS_120B, PARENT))
 

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def prepare(place: Path, scale: float) -> dict[str, Path]:
     draws = random.Random(0)
     orders = [draws.sample(range(block.num_experts), block.num_experts) for block in blocks]
     (inputs["ranking"] / "ranking.json").write_text(json.dumps({"layers": [{"order": order} for order in orders]}))
-    child = [type(block)(KEPT, block.window).as_config() for block in blocks]
+    child = [replace(block, num_experts=KEPT).as_config() for block in blocks]
     (inputs["architecture"] / "architecture.json").write_text(json.dumps({"candidates": {"puzzle": {"blocks": child}}}))
     return inputs
 

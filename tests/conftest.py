@@ -20,10 +20,9 @@ SHAPE = gpt_oss.ModelShape(
     num_kv_heads=2,
     head_dim=16,
     vocab_size=64,
-    experts_per_token=2,
     max_positions=512,
 )
-BLOCKS = Architecture.of(Block(8, None if layer % 2 else 8) for layer in range(4))
+BLOCKS = Architecture.of(Block(8, 2, None if layer % 2 else 8) for layer in range(4))
 
 SPECIAL = ["<|endoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 TEMPLATE = (
@@ -74,7 +73,7 @@ def parent_config() -> dict[str, object]:
         "num_key_value_heads": SHAPE.num_kv_heads,
         "head_dim": SHAPE.head_dim,
         "vocab_size": SHAPE.vocab_size,
-        "num_experts_per_tok": SHAPE.experts_per_token,
+        "num_experts_per_tok": 2,
         "max_position_embeddings": SHAPE.max_positions,
         "sliding_window": 8,
         "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(4)],

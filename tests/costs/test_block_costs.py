@@ -34,7 +34,7 @@ from moesaic.models.gpt_oss import (
 
 CONTEXT = 96 * 1024
 NINE_NINE_EIGHTEEN = Architecture.of(
-    Block(128, 128 if layer % 2 == 0 else 8192 if layer % 4 == 1 else None) for layer in range(36)
+    Block(128, 4, 128 if layer % 2 == 0 else 8192 if layer % 4 == 1 else None) for layer in range(36)
 )
 
 
@@ -81,7 +81,7 @@ def test_block_sizes_add_up_to_the_model() -> None:
 
 
 def test_halving_a_layers_experts_frees_850_megabytes() -> None:
-    freed = block_bytes(GPT_OSS_120B, Block(128)) - block_bytes(GPT_OSS_120B, Block(64))
+    freed = block_bytes(GPT_OSS_120B, Block(128, 4)) - block_bytes(GPT_OSS_120B, Block(64, 4))
     assert freed / 1e9 == pytest.approx(0.85, abs=0.005)
 
 
@@ -108,16 +108,16 @@ def _table() -> CostTable:
         }
         return BlockCost(block.num_experts, 10 * block.num_experts, "measured", runtimes)
 
-    blocks = [Block(8, None), Block(8, 16), Block(4, None), Block(4, 16)]
+    blocks = [Block(8, 2, None), Block(8, 2, 16), Block(4, 2, None), Block(4, 2, 16)]
     fixed = FixedCost(1000, 2000, {workload.name: Runtime(5.0, 0.5) for workload in workloads})
-    parent = Architecture.of([Block(8, 16), Block(8, None)])
+    parent = Architecture.of([Block(8, 2, 16), Block(8, 2, None)])
     return CostTable(
         parent, {"device": "cpu"}, "bf16", "moesaic", workloads, fixed, {block: cost(block) for block in blocks}
     )
 
 
 def test_an_assembly_is_the_sum_of_its_blocks() -> None:
-    cost = _table().evaluate(Architecture.of([Block(4, 16), Block(8, None)]))
+    cost = _table().evaluate(Architecture.of([Block(4, 2, 16), Block(8, 2, None)]))
     assert cost.parameters == 1000 + 4 + 8
     assert cost.num_experts == 12
     assert cost.memory_mib["long"] * 2**20 == pytest.approx(2000 + 120 + 3 * (16 + 100))
@@ -128,7 +128,7 @@ def test_an_assembly_is_the_sum_of_its_blocks() -> None:
 
 def test_memory_pays_for_the_engines_groups() -> None:
     """Three windows and two full layers are in groups of 2: one layer of 16 bytes more for each of 3 requests."""
-    architecture = Architecture.of([*[Block(8, 16)] * 3, *[Block(8, None)] * 2])
+    architecture = Architecture.of([*[Block(8, 2, 16)] * 3, *[Block(8, 2, None)] * 2])
     exact, padded = (replace(_table(), engine=engine).evaluate(architecture) for engine in ("moesaic", "vllm"))
     assert (padded.memory_mib["long"] - exact.memory_mib["long"]) * 2**20 == pytest.approx(3 * 16)
 

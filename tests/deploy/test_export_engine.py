@@ -38,7 +38,7 @@ from moesaic.models.kv_cache import UNIT, KvScales
 from tests.export_standins import probe
 from tests.export_standins.probe import check_built
 
-BLOCKS = Architecture.of([Block(4, 8), Block(8), Block(2, 8), Block(6, 5)])
+BLOCKS = Architecture.of([Block(4, 2, 8), Block(8, 1), Block(2, 2, 8), Block(6, 1, 5)])
 SCALES = [KvScales(0.03, 0.75), KvScales(0.5, 2.0), UNIT, KvScales(1.5, 0.001)]
 FOLDED = [KvScales(2**-5, 1.0), KvScales(0.5, 2.0), UNIT, KvScales(2.0, 2**-9)]
 """The next powers of two."""

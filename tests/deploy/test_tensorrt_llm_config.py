@@ -9,6 +9,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.deploy.export_engine import tensorrt_llm
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest, KvPolicy, Layer, Source
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.models.architecture import Block
 from moesaic.pipelines.recipes import RECIPES
 
 
@@ -71,6 +72,6 @@ def manifest_of(config: ExportEngineConfig) -> BundleManifest:
         config=config,
         max_seq_len=config.max_seq_len or 131_072,
         kv_cache=KvPolicy(kind=config.kv_cache, scales="folded"),
-        layers=tuple(Layer(num_local_experts=128, sliding_window=None if n % 2 else 128) for n in range(36)),
+        layers=tuple(Layer(**Block(128, 4, None if n % 2 else 128).as_config()) for n in range(36)),
         source=Source(digest="0", steps=(), pruning=None),
     )

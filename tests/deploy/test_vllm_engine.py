@@ -53,7 +53,16 @@ without_fp8 = pytest.mark.skipif(bool(why_unsupported(fp8_cache=True)), reason=f
 
 PROMPTS = example() / "data" / "prompts.jsonl"
 BLOCKS = Architecture.of(
-    [Block(16, 32), Block(14, 256), Block(15, 32), Block(12), Block(16, 64), Block(13, 256), Block(15, 32), Block(14)]
+    [
+        Block(16, 2, 32),
+        Block(14, 2, 256),
+        Block(15, 1, 32),
+        Block(12, 2),
+        Block(16, 2, 64),
+        Block(13, 1, 256),
+        Block(15, 2, 32),
+        Block(14, 2),
+    ]
 )
 """A gentle child: what it says is nearly what the reasoner says, so that rounding changes few of its tokens."""
 ASKED = ValidateBundleConfig(prompts_per_effort=60)

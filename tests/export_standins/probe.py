@@ -60,6 +60,7 @@ def check_built(bundle: Path) -> None:
         expected: dict[str, Any] = {
             "num_experts": block.num_experts,
             "num_loaded": block.num_experts,
+            "experts_per_token": block.experts_per_token,
             "window": block.window,
             "rope": turns,
         }

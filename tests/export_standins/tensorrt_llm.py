@@ -112,6 +112,7 @@ class MLPBlock(nn.Module):
         self.norm = Loaded("weight")
         self.gate = Loaded("weight", "bias")
         self.experts = MoE(config.pretrained_config.num_local_experts)
+        self.top_k = config.pretrained_config.num_experts_per_tok
 
 
 class TransformerBlock(nn.Module):
@@ -128,6 +129,7 @@ class TransformerBlock(nn.Module):
         return {
             "num_experts": experts.num_experts,
             "num_loaded": min(experts.num_loaded, router[0]),
+            "experts_per_token": self.mlp.top_k,
             "window": self.attn(),
             "rope": list(self.attn.rope),
         }

@@ -16,7 +16,8 @@ COSTS = {(4, 8): (40, 4.0, 2.0, 2**18), (2, 8): (20, 3.0, 2.0, 2**18), (4, None)
 
 
 def block(entry: tuple[int, int | None]) -> dict[str, int | None]:
-    return {"num_local_experts": entry[0], "sliding_window": entry[1]}
+    """A token uses half of the experts."""
+    return {"num_local_experts": entry[0], "num_experts_per_tok": entry[0] // 2, "sliding_window": entry[1]}
 
 
 def solution(
@@ -70,14 +71,13 @@ def point(model: str, setting: tuple[int, int, int], speed: float) -> dict[str, 
 def costs() -> str:
     rows = [
         {
-            "num_experts": experts,
-            "window": window,
+            **block(entry),
             "parameters": parameters,
             "memory_bytes": 2**20,
             "source": "modelled",
             "workloads": {"long": {"prefill_ms": prefill, "decode_ms": decode, "kv_bytes": kv}},
         }
-        for (experts, window), (parameters, prefill, decode, kv) in COSTS.items()
+        for entry, (parameters, prefill, decode, kv) in COSTS.items()
     ]
     content = {
         "parent": [block(entry) for entry in PARENT],
@@ -97,7 +97,7 @@ def costs() -> str:
 
 def scores() -> dict[str, Any]:
     rows = [
-        {"layer": layer, "num_experts": experts, "window": window, "damage": damage}
+        {"layer": layer, **block((experts, window)), "damage": damage}
         | {"short": {"hidden_mse": damage / 2}, "long": {"hidden_mse": damage / 2}}
         for layer, experts, window, damage in ((0, 4, 8, 0.0), (0, 2, 8, 0.15), (1, 4, None, 0.0), (1, 4, 8, 0.05))
     ]

@@ -27,6 +27,7 @@ def test_sizes() -> None:
     assert found["child"] == "puzzle"
     assert found["parameters"] == {"parent": 180, "child": 160, "ratio": 160 / 180}
     assert found["experts"] == {"parent": 8, "child": 6, "ratio": 0.75}
+    assert found["experts_per_token"] == {"parent": 4, "child": 3, "ratio": 0.75}
     assert found["windowed_layers"] == {"full_in_parent": 1, "windowed_in_child": 1, "full_in_child": 0}
     assert found["kv_mib_per_request"]["long"] == {"parent": 1.25, "child": 0.5, "ratio": 0.4}
 
@@ -95,7 +96,8 @@ def test_seeds_of_random_are_one_rival_with_a_spread() -> None:
 def test_the_headline_is_computed() -> None:
     shown = text()
     for part in (
-        "The child keeps 75 % of the experts and 89 % of the parameters, turns 1 of 1 full-attention layers",
+        "The child keeps 75 % of the experts and 89 % of the parameters, uses 75 % of the experts per token, "
+        "turns 1 of 1 full-attention layers",
         "keeps 90.0 % of the parent's accuracy at high effort (-9.0 [-20.0, +1.5] points), and generates 1.50x the",
         "that is at best 1.88x, at high effort",
     ):
@@ -151,7 +153,7 @@ def test_the_page_needs_nothing_beside_it() -> None:
     pictures = draw_pictures(evidence)
     page = render_page("A <title>", evidence, summarize(evidence), pictures)
     assert page.count('src="data:image/png;base64,') == len(pictures) == 9
-    assert "http" not in page
+    assert "://" not in page
     assert "<script" not in page
     assert "A &lt;title&gt;" in page
     assert "a &lt;fast&gt; machine" in page

@@ -136,7 +136,8 @@ def test_the_curve_pairs_training_with_held_out_and_leaves_out_what_was_not_comp
 def test_the_sentences_are_computed() -> None:
     shown = text()
     for part in (
-        "keeps 89 % of the parameters, 75 % of the experts and 0 of 1 full-attention layers (the others",
+        "keeps 89 % of the parameters, 75 % of the experts, 75 % of those that a token uses and "
+        "0 of 1 full-attention layers (the others",
         "Of the parent's accuracy it keeps 102.0 % at low and 100.0 % at high effort, a difference of +1.0 [-6.5,",
         "it is at best 2.00x the parent, at high effort.",
         "Pruning alone changed accuracy by -10.0 [-22.5, +2.5] points at low and -10.0 [-22.5, +2.5] points at high.",
@@ -214,10 +215,10 @@ def test_a_benchmark_of_another_context_is_refused() -> None:
 def test_the_page_shows_recovery_first_and_the_search_after_it() -> None:
     evidence, recovered = read_evidence(**inputs()), read()
     pictures = draw_pictures(evidence, recovered)
-    assert "efforts" not in pictures and len(pictures) == 11
+    assert "efforts" not in pictures and len(pictures) == 12
     summary = summarize(evidence) | {"recovery": summarize_recovery(recovered)}
     page = render_page("A title", evidence, summary, pictures)
-    assert page.count('src="data:image/png;base64,') == 11
+    assert page.count('src="data:image/png;base64,') == 12
     places = [page.index(f'<h2 id="{name}">') for name in ("frontier", "contributions", "distillation", "architecture")]
     assert places == sorted(places)
     for part in (
@@ -228,7 +229,7 @@ def test_the_page_shows_recovery_first_and_the_search_after_it() -> None:
         "BF16 only",
     ):
         assert part in page
-    assert "http" not in page
+    assert "://" not in page
 
 
 def test_an_undistilled_child_has_no_curve_and_a_page_all_the_same() -> None:

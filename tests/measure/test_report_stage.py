@@ -47,13 +47,10 @@ def stages(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path) -> di
     blocks = tiny_checkpoint.architecture.blocks
     rows = []
     for layer, whole in enumerate(blocks):
-        for block in variants_of(whole, SPACE, 2):
+        for block in variants_of(whole, SPACE):
             damage = (layer + 1) * (0.01 * (8 - block.num_experts) + 0.02 * (block.window != whole.window))
             metric = {"hidden_mse": damage / 2}
-            rows.append(
-                {"layer": layer, "num_experts": block.num_experts, "window": block.window, "damage": damage}
-                | {"short": metric, "long": metric}
-            )
+            rows.append({"layer": layer, **block.as_config(), "damage": damage} | {"short": metric, "long": metric})
     content = {"metric": "hidden_mse", "parent": [block.as_config() for block in blocks], "rows": rows}
     scores = write(tmp_path / "scores", "scores.json", content)
     order = {"order": list(range(8))}

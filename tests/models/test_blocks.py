@@ -37,12 +37,13 @@ def random_tokens(rows: int = 2, time: int = 40) -> Tensor:
 def stream(
     checkpoint: Checkpoint, tokens: Tensor, kept: list[list[int]] | None = None, layout: Architecture | None = None
 ) -> Tensor:
-    """Logits, one layer in memory at a time; with other experts and windows if given."""
+    """Logits, one layer in memory at a time; with other experts and blocks if given."""
     (hidden,) = loading.embed(checkpoint, [tokens])
     rotary = loading.rotary(checkpoint, tokens.shape[1])
     for layer, block in enumerate((layout or checkpoint.architecture).blocks):
         module = loading.load_block(checkpoint, layer)
-        hidden = layers.run_block(module, hidden, rotary, block.window, None if kept is None else kept[layer])
+        own = None if kept is None else kept[layer]
+        hidden = layers.run_block(module, hidden, rotary, block.window, own, block.experts_per_token)
     head = loading.load_head(checkpoint)
     return head.logits(head.norm(hidden))
 
@@ -62,8 +63,8 @@ def test_right_padding_changes_no_real_token(tiny_checkpoint: Checkpoint):
 
 
 def test_a_puzzle_checkpoint_equals_masking_its_parent(tiny_checkpoint: Checkpoint, tmp_path: Path):
-    """A child with 8, 6, 3, 2 experts and another window per layer, physically pruned, against router masks."""
-    layout = Architecture.of([Block(8, 8), Block(6, 4), Block(3, 8), Block(2, None)])
+    """A child with 8, 6, 3, 2 experts, 1 or 2 per token, and a window per layer, cut out, against router masks."""
+    layout = Architecture.of([Block(8, 1, 8), Block(6, 2, 4), Block(3, 2, 8), Block(2, 1, None)])
     kept = [list(range(8)), [0, 1, 3, 4, 6, 7], [1, 2, 5], [0, 7]]
 
     def shards():
@@ -81,14 +82,17 @@ def test_a_puzzle_checkpoint_equals_masking_its_parent(tiny_checkpoint: Checkpoi
     assert_near(stream(child, tokens), masked)
 
 
-def test_masking_equals_slicing(tiny_checkpoint: Checkpoint):
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_masking_equals_slicing(tiny_checkpoint: Checkpoint, top_k: int | None):
     block = loading.load_block(tiny_checkpoint, 1)
     states = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     sliced = layers.slice_block(block, [1, 4, 6])
     assert sliced.mlp.experts.gate_up_proj.shape[0] == sliced.mlp.router.weight.shape[0] == 3
-    masked = layers.mix(block, states, [1, 4, 6])
-    assert_near(layers.mix(sliced, states), masked)
-    assert_near(layers.mix_sliced(block, states, [1, 4, 6]), masked)
+    masked = layers.mix(block, states, [1, 4, 6], top_k)
+    assert_near(layers.mix_sliced(block, states, [1, 4, 6], top_k), masked)
+    sliced.mlp.router.top_k = top_k or sliced.mlp.router.top_k
+    normed = sliced.post_attention_layernorm(states)
+    assert_near(states + sliced.mlp(normed.unsqueeze(0))[0][0], masked)  # transformers' own layer
     assert block.mlp.experts.gate_up_proj.shape[0] == 8
 
 

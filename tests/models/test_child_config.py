@@ -1,17 +1,19 @@
 """A child's blocks in its config: one meaning in every spelling, for every reader."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import GptOssConfig
 
 from moesaic.models import gpt_oss
-from moesaic.models.architecture import Architecture, Block
+from moesaic.models.architecture import AXES, Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import BLOCK_KEYS, GptOssPuzzleConfig
+from moesaic.models.resolved_config import resolve
 
-BLOCKS = Architecture.of([Block(4, 8), Block(8), Block(2, 8), Block(6, 5)])
+BLOCKS = Architecture.of([Block(4, 2, 8), Block(8, 1), Block(2, 2, 8), Block(6, 1, 5)])
 
 
 @pytest.fixture
@@ -21,17 +23,21 @@ def written(tiny_checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def blocks_of(config: GptOssPuzzleConfig) -> list[tuple[int | None, int | None]]:
+def blocks_of(config: GptOssPuzzleConfig) -> Architecture:
     """By attributes, as an engine with a class of its own reads them."""
-    return [(block.num_local_experts, block.sliding_window) for block in config.block_configs or []]
+    entries = [{axis.key: getattr(block, axis.key) for axis in AXES.values()} for block in config.block_configs or []]
+    return Architecture.of(Block.from_config(entry) for entry in entries)
+
+
+def test_the_class_that_travels_knows_every_axis() -> None:
+    assert tuple(axis.key for axis in AXES.values()) == BLOCK_KEYS
 
 
 def test_both_spellings_and_either_one_give_the_same_blocks(written: dict[str, Any]) -> None:
-    expected = [(block.num_experts, block.window) for block in BLOCKS.blocks]
-    assert blocks_of(GptOssPuzzleConfig.from_dict(dict(written))) == expected
+    assert blocks_of(GptOssPuzzleConfig.from_dict(dict(written))) == BLOCKS
     for spelling in ("block_configs", "per_layer_config"):
         alone = {key: value for key, value in written.items() if key != spelling}
-        assert blocks_of(GptOssPuzzleConfig.from_dict(alone)) == expected
+        assert blocks_of(GptOssPuzzleConfig.from_dict(alone)) == BLOCKS
     assert [entry["sliding_window"] for entry in written["block_configs"]] == [8, None, 8, 5]
 
 
@@ -40,7 +46,26 @@ def test_transformers_own_config_reads_the_same_layers(written: dict[str, Any]) 
     native = {key: value for key, value in written.items() if key not in ("block_configs", "auto_map", "architectures")}
     config = GptOssConfig.from_dict(native | {"model_type": "gpt_oss"})
     read = [config.per_layer_config[layer] for layer in range(BLOCKS.num_layers)]
-    assert [(layer.num_local_experts, layer.sliding_window) for layer in read] == [(4, 8), (8, None), (2, 8), (6, 5)]
+    values = [Block.of(getattr(layer, axis.key) for axis in AXES.values()) for layer in read]
+    assert Architecture.of(values) == BLOCKS
+
+
+@pytest.mark.parametrize("spelling", ["block_configs", "per_layer_config"])
+def test_an_entry_without_experts_per_token_means_the_models_own(written: dict[str, Any], spelling: str) -> None:
+    """Children of before had no such entry; transformers reads ``per_layer_config`` so."""
+    alone = {key: value for key, value in written.items() if key != spelling}
+    kept = alone["per_layer_config" if spelling == "block_configs" else "block_configs"]
+    for entry in kept.values() if isinstance(kept, dict) else kept:
+        del entry["num_experts_per_tok"]
+    _, read = gpt_oss.read_config(resolve(alone))
+    assert read == Architecture.of(replace(block, experts_per_token=2) for block in BLOCKS.blocks)
+
+
+def test_a_second_name_of_the_parents_value_is_not_passed_on(tiny_checkpoint: Checkpoint) -> None:
+    """As in OpenAI's config, which says ``experts_per_token`` too: a child that uses fewer would contradict it."""
+    parent = resolve(dict(tiny_checkpoint.config) | {"experts_per_token": 2})
+    fewer = Architecture.of(replace(block, experts_per_token=1) for block in BLOCKS.blocks)
+    assert gpt_oss.read_config(resolve(gpt_oss.child_config(parent, fewer)))[1] == fewer
 
 
 def test_spellings_that_differ_are_refused(written: dict[str, Any]) -> None:

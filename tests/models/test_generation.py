@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.models import generation
+from moesaic.models.architecture import Block
 from moesaic.models.generation import Decoding, Generated, Sampling, generate, generate_batches, read_stop_ids, stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
@@ -31,12 +32,12 @@ def parent(tiny_parent: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def child(parent: PreTrainedModel) -> PreTrainedModel:
-    """A random child: different expert counts, and windows of 3 and 12 tokens beside full attention."""
-    blocks = [(4, 8), (8, None), (2, 3), (5, 12)]
+    """A random child: experts, experts per token, and windows of 3 and 12 tokens beside full attention differ."""
+    blocks = [Block(4, 1, 8), Block(8, 2), Block(2, 2, 3), Block(5, 1, 12)]
     values = parent.config.to_dict() | {
         "model_type": "gpt_oss_puzzle",
-        "block_configs": [{"num_local_experts": experts, "sliding_window": window} for experts, window in blocks],
-        "layer_types": ["sliding_attention" if window else "full_attention" for _, window in blocks],
+        "block_configs": [block.as_config() for block in blocks],
+        "layer_types": ["sliding_attention" if block.window else "full_attention" for block in blocks],
     }
     values.pop("quantization_config", None)
     torch.manual_seed(0)

@@ -76,7 +76,7 @@ def test_one_rope_in_every_spelling(spelling: dict[str, Any]) -> None:
         ({"num_hidden_layers": 35, "layer_types": ["full_attention"] * 36}, "35.*36"),
         ({"layer_types": ["chunked_attention"] * 36}, r"layer_types\[0\] is 'chunked_attention'; allowed are full_att"),
         ({"sliding_window": None}, "sliding_window is null"),
-        ({"num_local_experts": 3}, "3 experts, fewer than a token's 4"),
+        ({"num_local_experts": 3}, "layer 0: .* 3 experts cannot use 4"),
         ({"hidden_size": "2880"}, "hidden_size"),
         ({"hidden_size": None}, "hidden_size"),
         ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),
@@ -176,6 +176,6 @@ def test_any_config_is_resolved_as_its_class_does_or_refused(config: Mapping[str
     assert same_angles(as_class(resolved), reference)
     assert all(resolved[key] == getattr(reference, key) for key in ("layer_types", "eos_token_id", "sliding_window"))
     assert (shape.hidden_size, architecture.num_layers) == (reference.hidden_size, reference.num_hidden_layers)
-    child = gpt_oss.child_config(resolved, Architecture.of([Block(4, 16)] * 2))
+    child = gpt_oss.child_config(resolved, Architecture.of([Block(4, 4, 16)] * 2))
     assert same_angles(as_class(json.loads(json.dumps(child))), reference)
     assert resolve(resolved) == resolved

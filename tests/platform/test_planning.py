@@ -59,11 +59,10 @@ SHAPE = ModelShape(
     num_kv_heads=2,
     head_dim=16,
     vocab_size=64,
-    experts_per_token=2,
     max_positions=512,
 )
-PARENT = Architecture.of(Block(8, None if layer % 2 else 8) for layer in range(4))
-CHILD = PARENT.replace(1, Block(4, 16)).replace(3, Block(4))
+PARENT = Architecture.of(Block(8, 2, None if layer % 2 else 8) for layer in range(4))
+CHILD = PARENT.replace(1, Block(4, 2, 16)).replace(3, Block(4, 2))
 TINY = Facts(SHAPE, PARENT, True, CHILD, None, Assumed(num_prompts=10, num_tasks=2, prompt_tokens=5, reply_share=0.5))
 
 EXPERT_BYTES = (2 * 32 * 64 + 64 * 32) * 17 // 32 + 2 * (2 * 32 + 64)
@@ -217,7 +216,7 @@ def test_time_is_what_the_table_says() -> None:
     """8192 tokens in sequences of 1024 are one chunk; on 8 GPUs all eight are busy for it."""
     target = Target(H100, GPT_OSS_120B, 8, "fp8")
     facts = Facts(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, GPT_OSS_PUZZLE_88B_BLOCKS, target)
-    block = Block(128)
+    block = Block(128, 4)
     expected = target.pass_ms(block, 8192) + 8 * target.prompt_attention_ms(block, 1024)
     assert forward_ms(facts, [block, block], 8192, 1024, head=False) == pytest.approx(8 * 2 * expected)
 
@@ -245,7 +244,7 @@ def test_learning_counts_operations() -> None:
 def test_a_child_to_plan_with() -> None:
     config = SearchArchitectureConfig(max_experts_ratio=0.7)
     assert assume_child(GPT_OSS_120B_BLOCKS, config) == GPT_OSS_PUZZLE_88B_BLOCKS
-    assert assume_child(PARENT, config) == Architecture.of(Block(5, block.window) for block in PARENT.blocks)
+    assert assume_child(PARENT, config) == Architecture.of(Block(5, 2, block.window) for block in PARENT.blocks)
 
 
 def _plan_120b() -> list[Planned]:

@@ -35,8 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
 ]
 
-CHILD = Architecture.of([Block(8, 24), Block(6, None), Block(4, 5), Block(2, 100)])
-UNEVEN = Architecture.of([Block(8, 24), Block(5, None), Block(4, 5), Block(3, 100)])
+CHILD = Architecture.of([Block(8, 2, 24), Block(6, 1, None), Block(4, 2, 5), Block(2, 1, 100)])
+UNEVEN = Architecture.of([Block(8, 2, 24), Block(5, 1, None), Block(4, 2, 5), Block(3, 2, 100)])
 LONG, SHORT = [100, 37, 1, 62], [9]
 """Lengths of the documents packed into one row."""
 GROUPS = ("attention", "norms", "router", "embedding", "head")
@@ -225,7 +225,7 @@ def test_attention_that_cannot_do_all_of_it_is_refused(child: Path, cluster_mode
 
 
 def test_experts_must_divide_evenly_among_ranks() -> None:
-    architecture = Architecture.of([Block(16, None), Block(12, None), Block(4, None)])
+    architecture = Architecture.of([Block(16, 2, None), Block(12, 2, None), Block(4, 2, None)])
     for fitting in (1, 2, 4):
         check_expert_parallel(architecture, fitting)
     with pytest.raises(ConfigError, match=r"layer 1 has 12 experts.* 8 .*use an expert-parallel size of 1, 2, 4, or"):

@@ -40,6 +40,8 @@ CONFIG = DistillBlocksConfig.model_validate(
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5},
     }
 )
+UNMOVED = {f"model.layers.3.mlp.router.{part}" for part in ("weight", "bias")}
+"""With one expert per token its weight is always 1, whatever the router says: no gradient."""
 STAGE = """
 import sys
 from pathlib import Path
@@ -62,10 +64,10 @@ class Run:
 
 @pytest.fixture(scope="module")
 def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layer 1 keeps half of its experts, layer 3 sees 4 tokens."""
+    """Layer 1 keeps half of its experts; layer 3 uses one expert per token and sees 4 tokens."""
     directory = tmp_path_factory.mktemp("child")
     parent = Checkpoint.open(tiny_parent).architecture
-    found = parent.replace(1, Block(4)).replace(3, Block(8, 4))
+    found = parent.replace(1, Block(4, 2)).replace(3, Block(8, 1, 4))
     (directory / "ranking.json").write_text(json.dumps({"layers": [{"order": list(range(8))}] * 4}))
     candidates = {"puzzle": {"blocks": [block.as_config() for block in found.blocks]}}
     (directory / "architecture.json").write_text(json.dumps({"candidates": candidates}))
@@ -154,7 +156,7 @@ def test_killed_and_resumed_it_equals_a_plain_loop(
         # A lost step of 100 would be 1 % of the change; one weight may be rounded to the next number of bfloat16.
         error = (written.tensor(name).float() - tensor.bfloat16().float()).norm()
         change = (tensor - before.tensor(name).float()).norm()
-        assert change > 0 and error <= 0.01 * change + 2**-8 * tensor.abs().max(), name
+        assert bool(change > 0) == (name not in UNMOVED) and error <= 0.01 * change + 2**-8 * tensor.abs().max(), name
 
 
 def train_plainly(
@@ -227,7 +229,8 @@ def test_only_changed_blocks_change_and_experts_never(finished: Run, child: Path
     names = set(before.files)
     changed = {name for name in names if not torch.equal(before.tensor(name), after.tensor(name))}
     allowed = gpt_oss.trainable_names(before.shape, before.architecture, CONFIG.trainable)
-    assert changed == {name for name in allowed if name.startswith(("model.layers.1.", "model.layers.3."))}
+    layers = ("model.layers.1.", "model.layers.3.")
+    assert changed == {name for name in allowed if name.startswith(layers) and name not in UNMOVED}
     for file in {path.name for path in before.files.values()}:
         if "experts" in file or "outer" in file or "layer-000" in file:
             assert (child / file).read_bytes() == (finished.output / file).read_bytes()

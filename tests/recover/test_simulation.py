@@ -25,11 +25,10 @@ SHAPE = ModelShape(
     num_kv_heads=2,
     head_dim=16,
     vocab_size=512,
-    experts_per_token=2,
     max_positions=512,
 )
-PARENT = Architecture.of([Block(8, 24), Block(8, None)])
-CHILD = Architecture.of([Block(4, 24), Block(6, 64)])
+PARENT = Architecture.of([Block(8, 2, 24), Block(8, 2, None)])
+CHILD = Architecture.of([Block(4, 2, 24), Block(6, 2, 64)])
 CONFIG = DistillConfig(
     sequence_tokens=256, rows_per_step=2, expert_chunk_tokens=64, logits_chunk_tokens=64, hidden_tokens=96
 )

@@ -18,19 +18,27 @@ WORKLOADS = (
 
 
 def make_library(
-    seed: int, num_layers: int = 4, counts: tuple[int, ...] = (8, 4), engine: TargetEngine = "moesaic"
+    seed: int,
+    num_layers: int = 4,
+    counts: tuple[int, ...] = (8, 4),
+    engine: TargetEngine = "moesaic",
+    used: tuple[int, ...] = (2,),
 ) -> BlockLibrary:
-    """Windows of 4 on even layers; full layers may become 16 or 8. Smaller blocks cost less, damages are random."""
+    """Windows of 4 on even layers; full layers may become 16 or 8. Smaller blocks cost less, damages are random.
+
+    ``counts`` are of experts, ``used`` of experts per token.
+    """
     generator = random.Random(seed)
-    parent = Architecture.of(Block(max(counts), None if layer % 2 else 4) for layer in range(num_layers))
-    blocks = [Block(count, window) for count in counts for window in (None, 16, 8, 4)]
+    parent = Architecture.of(Block(max(counts), max(used), None if layer % 2 else 4) for layer in range(num_layers))
+    blocks = [Block(count, top_k, window) for count in counts for top_k in used for window in (None, 16, 8, 4)]
 
     def cost(block: Block) -> BlockCost:
         kept = block.window or 128
         workloads = {
             workload.name: WorkloadCost(
                 prefill_ms=block.num_experts * generator.uniform(0.8, 1.2),
-                decode_ms=block.num_experts * generator.uniform(0.08, 0.12) + kept * generator.uniform(0.008, 0.012),
+                decode_ms=block.num_experts * block.experts_per_token * generator.uniform(0.04, 0.06)
+                + kept * generator.uniform(0.008, 0.012),
                 kv_bytes=kept * 1024,
             )
             for workload in WORKLOADS

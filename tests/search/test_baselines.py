@@ -6,10 +6,17 @@ import pytest
 
 from moesaic.core.errors import InfeasibleError
 from moesaic.models.architecture import Architecture, Block
-from moesaic.search.library import BlockLibrary
-from moesaic.search.search_architecture.baselines import baselines, choose_greedily, choose_uniformly, shrink_randomly
+from moesaic.search.library import BlockLibrary, variants_of
+from moesaic.search.search_architecture.baselines import (
+    _notches,
+    baselines,
+    choose_greedily,
+    choose_uniformly,
+    shrink_randomly,
+)
 from moesaic.search.search_architecture.search import Search
 from moesaic.search.search_architecture.stage import Limits, SearchArchitectureConfig
+from moesaic.search.space import SearchSpace
 from tests.search.small_library import every_choice, keeps, make_library
 
 CONFIG = SearchArchitectureConfig(
@@ -19,9 +26,10 @@ CONFIG = SearchArchitectureConfig(
 )
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_baseline_beats_the_search(seed: int) -> None:
-    library = make_library(seed, num_layers=6, counts=(8, 6, 4, 2))
+@pytest.mark.parametrize("used", [(2,), (2, 1)])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_baseline_beats_the_search(seed: int, used: tuple[int, ...]) -> None:
+    library = make_library(seed, num_layers=6, counts=(8, 6, 4, 2), used=used)
     search = Search.of(library, CONFIG)
     best = search.best()
     found = {name: find() for name, find in baselines(search).items()}
@@ -33,12 +41,12 @@ def test_no_baseline_beats_the_search(seed: int) -> None:
 
 def test_greedy_takes_the_least_damage_per_saving() -> None:
     """Layer 0 saves 4 experts for 1.0, layer 1 saves 2 for 0.3: per expert 0.25 against 0.15."""
-    library = _two_layers({Block(8): (0.0, 0.0), Block(6): (9.0, 0.3), Block(4): (1.0, 9.0)})
+    library = _two_layers({Block(8, 2): (0.0, 0.0), Block(6, 2): (9.0, 0.3), Block(4, 2): (1.0, 9.0)})
     search = Search.of(library, SearchArchitectureConfig(max_experts_ratio=14 / 16))
-    assert library.architecture(choose_greedily(search)).blocks == (Block(8), Block(6))
+    assert library.architecture(choose_greedily(search)).blocks == (Block(8, 2), Block(6, 2))
     tighter = Search.of(library, SearchArchitectureConfig(max_experts_ratio=12 / 16))
-    assert library.architecture(choose_greedily(tighter)).blocks == (Block(4), Block(6))
-    assert tighter.best().architecture.blocks == (Block(4), Block(8)), "where greedy loses: it cannot take back"
+    assert library.architecture(choose_greedily(tighter)).blocks == (Block(4, 2), Block(6, 2))
+    assert tighter.best().architecture.blocks == (Block(4, 2), Block(8, 2)), "where greedy loses: it cannot take back"
 
 
 def test_greedy_says_where_it_is_stuck() -> None:
@@ -58,10 +66,29 @@ def test_uniform_is_the_best_of_its_kind() -> None:
     assert windowed in ([0, 2], [1, 3], [0, 1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [1, 2, 3])
 
 
+def test_uniform_uses_equally_many_experts_per_token_everywhere() -> None:
+    """A latency that halving the experts per token alone reaches, since all of them must stay."""
+    library = make_library(3, num_layers=6, used=(4, 2, 1))
+    config = SearchArchitectureConfig(limits={"short": Limits(latency_ratio=0.6)})
+    search = Search.of(library, config)
+    blocks = library.architecture(choose_uniformly(search)).blocks
+    assert {block.experts_per_token for block in blocks} < {1, 2}
+    mixed = {block.experts_per_token for block in search.best().architecture.blocks}
+    assert len(mixed) > 1, "the search need not"
+
+
+def test_random_takes_one_axis_at_a_time() -> None:
+    """A notch is the next value of one axis, on every axis."""
+    block = Block(8, 2)
+    options = variants_of(block, SearchSpace(expert_counts=(6, 4), experts_per_token=(1,), windows=(16, 8)))
+    found = {options[index] for index in _notches(options)[options.index(block)]}
+    assert found == {Block(6, 2), Block(8, 1), Block(8, 2, 16)}
+
+
 def test_uniform_that_cannot_keep_the_limits_says_so() -> None:
     library = make_library(0)
     narrow = SearchArchitectureConfig(max_experts_ratio=0.4)
-    with pytest.raises(InfeasibleError, match="uniform: no single expert count"):
+    with pytest.raises(InfeasibleError, match="uniform: no block for all layers"):
         choose_uniformly(Search.of(library, narrow))
 
 
@@ -92,6 +119,6 @@ def test_max_parameters_keeps_the_most() -> None:
 
 def _two_layers(damages: dict[Block, tuple[float, float]]) -> BlockLibrary:
     costs = make_library(0, counts=(8, 6, 4)).costs
-    parent = Architecture.of([Block(8), Block(8)])
+    parent = Architecture.of([Block(8, 2), Block(8, 2)])
     rows = {(layer, block): pair[layer] for block, pair in damages.items() for layer in (0, 1)}
     return BlockLibrary.of(parent, rows, replace(costs, parent=parent))

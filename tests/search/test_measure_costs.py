@@ -63,7 +63,7 @@ def _run(config: MeasureCostsConfig, parent: Path, tmp_path: Path) -> CostTable:
 
 def test_measured_costs(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, clock: Clock) -> None:
     table = _run(_config(), tiny_parent, tmp_path)
-    assert set(table.blocks) == {Block(count, window) for count in (8, 4) for window in (None, 16, 8)}
+    assert set(table.blocks) == {Block(count, 2, window) for count in (8, 4) for window in (None, 16, 8)}
     assert {cost.source for cost in table.blocks.values()} == {"measured"}
     assert table.hardware["device"] in ("cpu", "cuda")
     runtimes = [cost.workloads[name] for cost in table.blocks.values() for name in ("long", "short")]
@@ -79,7 +79,7 @@ def test_modelled_costs(tiny_parent: Path, tmp_path: Path) -> None:
     table = _run(_config(source="model", num_gpus=8, kv_cache="fp8"), tiny_parent, tmp_path)
     assert {cost.source for cost in table.blocks.values()} == {"modelled"}
     assert table.hardware == {"device": "h100", "date": "2026-11-22", "num_gpus": 8, "expert_parallel": False}
-    assert table.blocks[Block(8)].workloads["long"].kv_bytes == 288 * 64
+    assert table.blocks[Block(8, 2)].workloads["long"].kv_bytes == 288 * 64
 
 
 def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
@@ -88,7 +88,15 @@ def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
     assert set(content) == {"parent", "hardware", "kv_cache", "engine", "workloads", "fixed", "rows"}
     assert set(content["fixed"]) == {"parameters", "memory_bytes", "workloads"}
     row = content["rows"][0]
-    assert set(row) == {"num_experts", "window", "parameters", "memory_bytes", "source", "workloads"}
+    assert set(row) == {
+        "num_local_experts",
+        "num_experts_per_tok",
+        "sliding_window",
+        "parameters",
+        "memory_bytes",
+        "source",
+        "workloads",
+    }
     assert set(row["workloads"]["short"]) == {"kv_bytes", "prefill_ms", "decode_ms"}
 
 
@@ -109,8 +117,8 @@ def test_wrong_configs_are_refused(changes: dict[str, Any], message: str, tiny_p
 
 
 def test_the_timed_layer_has_all_experts() -> None:
-    assert layer_to_time(Architecture.of([Block(8)] * 4)) == 2
-    assert layer_to_time(Architecture.of([Block(8), Block(8), Block(4), Block(6)])) == 1
+    assert layer_to_time(Architecture.of([Block(8, 2)] * 4)) == 2
+    assert layer_to_time(Architecture.of([Block(8, 2), Block(8, 2), Block(4, 2), Block(6, 2)])) == 1
 
 
 def test_caches_are_filled_to_the_context(tiny_checkpoint: Checkpoint) -> None:
@@ -154,5 +162,5 @@ def test_timings_without_a_signal_are_an_error(clock: Clock) -> None:
         work_ms = 20 if next(slow) else 0.01
         return lambda: clock.work(work_ms)
 
-    with pytest.raises(StageError, match=r"decode of 4e/full under w took -.* too noisy; raise repeats"):
-        time_jobs([Job((Block(4), "w", "decode"), prepare)], 1, torch.device("cpu"))
+    with pytest.raises(StageError, match=r"decode of 4e/top-2/full under w took -.* too noisy; raise repeats"):
+        time_jobs([Job((Block(4, 2), "w", "decode"), prepare)], 1, torch.device("cpu"))

@@ -20,7 +20,7 @@ from moesaic.search.prune_model.pruning import prune_layer
 from moesaic.search.prune_model.stage import PruneModelConfig
 from tests.closeness import assert_near, assert_same_replies
 
-MIXED = Architecture.of([Block(8, 8), Block(5, 16), Block(2, 8), Block(8)])
+MIXED = Architecture.of([Block(8, 2, 8), Block(5, 1, 16), Block(2, 2, 8), Block(8, 1)])
 ORDER = [3, 1, 7, 0, 2, 6, 5, 4]
 EXACT = 1e-6
 """Of the largest value: 8 steps of float32, in which norms and rotations stay while all else is float64."""
@@ -146,6 +146,7 @@ def test_child_equals_the_parent_with_the_other_experts_masked(
     parent = _exact(load_model(tiny_parent))
     for layer, block in zip(parent.model.layers, MIXED.blocks, strict=True):
         layer.mlp.router.bias[ORDER[block.num_experts :]] = -1e9
+        layer.mlp.router.top_k = block.experts_per_token
     tokens = _tokens(2, 12)  # shorter than the shortest window that changed
     assert_near(child_model(tokens).logits, parent(tokens).logits, EXACT)
 
@@ -210,7 +211,7 @@ def test_a_ranking_of_another_model_is_refused(tiny_parent: Path, tmp_path: Path
 
 def test_a_child_larger_than_its_parent_is_refused(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer 3"):
-        _prune(tiny_parent, MIXED.replace(3, Block(9)), tmp_path)
+        _prune(tiny_parent, MIXED.replace(3, Block(9, 2)), tmp_path)
 
 
 @torch.no_grad()

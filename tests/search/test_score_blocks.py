@@ -60,19 +60,17 @@ def scores(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_every_variant_of_every_layer_is_a_row(scores: dict[str, Any]):
-    found = {(row["layer"], Block(row["num_experts"], row["window"])) for row in scores["rows"]}
-    full = {Block(count, window) for count in (8, 6, 4) for window in (None, 16, 4)}
-    windowed = {Block(count, 8) for count in (8, 6, 4)}
+    found = {(row["layer"], Block.from_config(row)) for row in scores["rows"]}
+    full = {Block(count, 2, window) for count in (8, 6, 4) for window in (None, 16, 4)}
+    windowed = {Block(count, 2, 8) for count in (8, 6, 4)}
     assert found == {(layer, block) for layer in range(4) for block in (full if layer % 2 else windowed)}
     assert len(scores["rows"]) == len(found) == 2 * 9 + 2 * 3
-    assert scores["parent"] == [
-        {"num_local_experts": 8, "sliding_window": None if layer % 2 else 8} for layer in range(4)
-    ]
+    assert scores["parent"] == [Block(8, 2, None if layer % 2 else 8).as_config() for layer in range(4)]
 
 
 def test_the_parents_own_block_does_no_damage_and_others_do(scores: dict[str, Any]):
     for row in scores["rows"]:
-        own = row["num_experts"] == 8 and row["window"] == (None if row["layer"] % 2 else 8)
+        own = Block.from_config(row) == Block(8, 2, None if row["layer"] % 2 else 8)
         assert (row["damage"] < 1e-9) if own else (row["damage"] > 1e-5), row
         assert set(row["short"]) == set(row["long"]) == {"hidden_mse", "kl", "lm_loss", "cosine", "top1"}
 
@@ -80,7 +78,7 @@ def test_the_parents_own_block_does_no_damage_and_others_do(scores: dict[str, An
 def test_windows_hurt_where_the_context_is_long(scores: dict[str, Any]):
     """Short sequences fit into 30 tokens, so a window of 16 costs more on the long set."""
     for layer in (1, 3):
-        (row,) = (r for r in scores["rows"] if (r["layer"], r["num_experts"], r["window"]) == (layer, 8, 16))
+        (row,) = (r for r in scores["rows"] if (r["layer"], Block.from_config(r)) == (layer, Block(8, 2, 16)))
         assert row["long"]["hidden_mse"] > 2 * row["short"]["hidden_mse"]
 
 
@@ -116,12 +114,12 @@ def test_resumes_after_the_last_finished_layer(
 
 def test_the_identity_gate_holds_in_bfloat16(inputs: dict[str, Path], tmp_path: Path):
     rows = score(inputs, tmp_path, precision="bfloat16")["rows"]
-    assert [row["damage"] for row in rows if (row["num_experts"], row["window"]) == (8, None)] == [0.0, 0.0]
+    assert [row["damage"] for row in rows if Block.from_config(row) == Block(8, 2)] == [0.0, 0.0]
 
 
 def test_a_failing_gate_stops_the_stage(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mix = scoring.mix
-    wrong = lambda block, attended, kept=None: mix(block, attended, None if kept is None else kept[1:])  # noqa: E731
+    wrong = lambda block, attended, kept=None, top_k=None: mix(block, attended, kept and kept[1:], top_k)  # noqa: E731
     monkeypatch.setattr(scoring, "mix", wrong)
     with pytest.raises(StageError, match="layer 0: masking all but"):
         score(inputs, tmp_path)

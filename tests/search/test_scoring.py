@@ -18,12 +18,14 @@ from tests.closeness import assert_near
 
 WHOLE = tuple(range(8))
 VARIANTS = [
-    Variant(Block(8, None), WHOLE),
-    Variant(Block(8, 4), WHOLE),
-    Variant(Block(8, 20), WHOLE),
-    Variant(Block(3, None), (1, 2, 6)),
-    Variant(Block(3, 4), (1, 2, 6)),
-    Variant(Block(3, 20), (1, 2, 6)),
+    Variant(Block(8, 2, None), WHOLE),
+    Variant(Block(8, 2, 4), WHOLE),
+    Variant(Block(8, 2, 20), WHOLE),
+    Variant(Block(3, 2, None), (1, 2, 6)),
+    Variant(Block(3, 2, 4), (1, 2, 6)),
+    Variant(Block(3, 2, 20), (1, 2, 6)),
+    Variant(Block(8, 1, 4), WHOLE),
+    Variant(Block(3, 1, None), (1, 2, 6)),
 ]
 """For a full layer; a window of 20 covers the batch of short sequences and not the long one's."""
 LOGIT_STEPS = 1e-5
@@ -79,6 +81,7 @@ def whole_forward(checkpoint: Checkpoint, tokens: Tensor, layer: int, variant: V
         block, window = loading.load_block(checkpoint, index), own.window
         if variant is not None and index == layer:
             block, window = layers.slice_block(block, variant.kept), variant.block.window
+            block.mlp.router.top_k = variant.block.experts_per_token
         hidden = layers.run_block(block, hidden, rotary, window)
     return loading.load_head(checkpoint).norm(hidden)
 
@@ -114,7 +117,7 @@ def test_scores_equal_those_of_really_replaced_models(parent: Parent, tiny_check
 
 
 def test_a_window_layer(parent: Parent, tiny_checkpoint: Checkpoint, probes: list[Probe]):
-    variants = [Variant(Block(8, 8), WHOLE), Variant(Block(5, 8), (0, 2, 3, 4, 7))]
+    variants = [Variant(Block(8, 2, 8), WHOLE), Variant(Block(5, 2, 8), (0, 2, 3, 4, 7))]
     identity, pruned = score(parent, tiny_checkpoint, probes, 0, variants, group=4)
     assert scoring.total(identity)["hidden_mse"] == 0
     assert scoring.total(pruned) == pytest.approx(
@@ -133,18 +136,18 @@ def test_groups_change_nothing(parent: Parent, tiny_checkpoint: Checkpoint, prob
 def test_what_a_batch_cannot_tell_apart_is_computed_once(
     parent: Parent, tiny_checkpoint: Checkpoint, probes: list[Probe], monkeypatch: pytest.MonkeyPatch
 ):
-    """The short batch sees 4 of 6 variants, the long one all 6; only the first batch runs the parent's own block."""
+    """The short batch sees 6 of 8 variants, the long one all 8; only the first batch runs the parent's own block."""
     mixed: list[int] = []
     mix = scoring.mix
 
-    def counting(block, attended, kept=None):
+    def counting(block, attended, kept=None, top_k=None):
         mixed.append(0 if kept is None else 1)
-        return mix(block, attended, kept)
+        return mix(block, attended, kept, top_k)
 
     monkeypatch.setattr(scoring, "mix", counting)
     monkeypatch.setattr(scoring, "check_masking", lambda *_: None)
     score(parent, tiny_checkpoint, probes, 1, VARIANTS, group=4)
-    assert sum(mixed) == 4 + 5
+    assert sum(mixed) == 6 + 7
 
 
 def test_measured_positions_precede_response_tokens(probes: list[Probe]):
@@ -212,7 +215,12 @@ def test_gates(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
             scoring.check_identity(2, {"hidden_mse": broken})
     block = loading.load_block(tiny_checkpoint, 1)
     states = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
-    scoring.check_masking(1, block, states, (0, 3, 5))
-    monkeypatch.setattr(scoring, "mix_sliced", lambda block, states, kept: layers.mix_sliced(block, states, (0, 3, 6)))
+    for top_k in (1, 2, 3):
+        scoring.check_masking(1, block, states, (0, 3, 5), top_k)
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "mix_sliced", lambda *given: layers.mix_sliced(*given[:2], (0, 3, 6), given[3]))
+        with pytest.raises(StageError, match="layer 1: masking all but 3 experts"):
+            scoring.check_masking(1, block, states, (0, 3, 5), 2)
+    monkeypatch.setattr(scoring, "mix_sliced", lambda *given: layers.mix_sliced(*given[:3], 2))
     with pytest.raises(StageError, match="layer 1: masking all but 3 experts"):
-        scoring.check_masking(1, block, states, (0, 3, 5))
+        scoring.check_masking(1, block, states, (0, 3, 5), 1)

@@ -43,9 +43,9 @@ def scores(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Path:
     directory.mkdir()
     parent = tiny_checkpoint.architecture
     rows = [
-        dict(layer=layer, num_experts=block.num_experts, window=block.window, damage=_damage(layer, block, whole))
+        dict(layer=layer, **block.as_config(), damage=_damage(layer, block, whole))
         for layer, whole in enumerate(parent.blocks)
-        for block in variants_of(whole, SPACE, 2)
+        for block in variants_of(whole, SPACE)
     ]
     content = {"parent": [block.as_config() for block in parent.blocks], "rows": rows}
     (directory / "scores.json").write_text(json.dumps(content))
@@ -95,11 +95,11 @@ def test_a_baseline_that_cannot_keep_the_limits_is_reported(
 ) -> None:
     """The last layer offers no fewer experts, so no count is on offer in all layers but the parent's own."""
     content = json.loads((scores / "scores.json").read_text())
-    content["rows"] = [row for row in content["rows"] if row["layer"] != 3 or row["num_experts"] == 8]
+    content["rows"] = [row for row in content["rows"] if row["layer"] != 3 or row["num_local_experts"] == 8]
     (scores / "scores.json").write_text(json.dumps(content))
     found = _run(SearchArchitectureConfig(max_experts_ratio=0.6), tiny_parent, scores, costs, tmp_path)
     assert "uniform" not in found["candidates"]
-    assert found["skipped"]["uniform"].startswith("uniform: no single expert count")
+    assert found["skipped"]["uniform"].startswith("uniform: no block for all layers")
     assert set(found["candidates"]) >= {"puzzle", "greedy", "max_parameters"}
 
 

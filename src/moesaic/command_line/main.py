@@ -294,6 +294,7 @@ def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path |
 def _inspect(options: argparse.Namespace) -> None:
     from moesaic.costs import block_costs as costs
     from moesaic.models import gpt_oss
+    from moesaic.models.architecture import AXES
     from moesaic.models.checkpoint import Checkpoint
 
     find_named(options)
@@ -303,7 +304,8 @@ def _inspect(options: argparse.Namespace) -> None:
     sizes = Table("", "", box=None, show_header=False)
     sizes.add_row("parameters", f"{gpt_oss.num_parameters(shape, architecture):,}")
     sizes.add_row("weights", f"{gpt_oss.num_bytes(shape, architecture, checkpoint.packed) / 2**20:,.1f} MiB")
-    sizes.add_row("experts", f"{architecture.num_experts}, top-{shape.experts_per_token}")
+    used = sorted({block.experts_per_token for block in architecture.blocks})
+    sizes.add_row("experts", f"{architecture.num_experts}, top-{' or '.join(map(str, used))}")
     sizes.add_row("expert format", "MXFP4" if checkpoint.packed else "as the other weights")
     sizes.add_row("hidden size", f"{shape.hidden_size}, {shape.num_heads} heads of {shape.head_dim}")
     tokens = shape.max_positions
@@ -316,9 +318,10 @@ def _inspect(options: argparse.Namespace) -> None:
     if unused := checkpoint.unused:
         sizes.add_row("not used", f"{len(unused)} tensors, the first is {unused[0]}; a child does not have them")
     console.print(sizes)
-    layers = Table("layer", "experts", "window", box=None)
+    layers = Table("layer", *(axis.title for axis in AXES.values()), box=None)
     for layer, block in enumerate(architecture.blocks):
-        layers.add_row(str(layer), str(block.num_experts), str(block.window or "full"))
+        pairs = zip(AXES.values(), block.values, strict=True)
+        layers.add_row(str(layer), *(axis.text(value) for axis, value in pairs))
     console.print(layers)
 
 

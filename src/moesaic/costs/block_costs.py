@@ -115,10 +115,7 @@ class CostTable:
 
     def to_json(self) -> str:
         """The content of ``costs.json``."""
-        rows = [
-            {"num_experts": block.num_experts, "window": block.window, **asdict(cost)}
-            for block, cost in self.blocks.items()
-        ]
+        rows = [block.as_config() | asdict(cost) for block, cost in self.blocks.items()]
         content = {
             "parent": [block.as_config() for block in self.parent.blocks],
             "hardware": dict(self.hardware),
@@ -157,7 +154,7 @@ def _refuse(constant: str) -> float:
 def _read_row(row: Mapping[str, Any]) -> tuple[Block, BlockCost]:
     workloads = {name: WorkloadCost(**cost) for name, cost in row["workloads"].items()}
     cost = BlockCost(row["parameters"], row["memory_bytes"], row["source"], workloads)
-    return Block(row["num_experts"], row["window"]), cost
+    return Block.from_config(row), cost
 
 
 def output_tokens(workload: Workload) -> int:

@@ -160,12 +160,12 @@ class Target:
     expert_parallel: bool = False
     """Whether every GPU holds a share of the experts whole, instead of a share of every expert."""
 
-    def moe_ms(self, num_experts: int, num_tokens: float) -> float:
+    def moe_ms(self, block: Block, num_tokens: float) -> float:
         """The mixture of one layer for so many tokens."""
         fits = self.table.expert_parallel_moe if self.expert_parallel else self.table.moe
         fit = fits[self.num_gpus]
-        top_k = self.shape.experts_per_token
-        num_bytes = expected_experts(num_experts, top_k, num_tokens) * _of_one_expert(block_bytes, self.shape)
+        top_k = block.experts_per_token
+        num_bytes = expected_experts(block.num_experts, top_k, num_tokens) * _of_one_expert(block_bytes, self.shape)
         flops = 2 * num_tokens * top_k * _of_one_expert(block_parameters, self.shape)
         streamed = num_bytes / self.num_gpus / (fit.tb_per_s * _TB_PER_S)
         return fit.launch_us / 1e3 + streamed + flops / self.num_gpus / (fit.pflops * _PFLOPS)
@@ -187,7 +187,7 @@ class Target:
         experts = block.num_experts * _of_one_expert(block_parameters, self.shape)
         attention = block_parameters(self.shape, block) - experts
         dense = self.table.dense_us / 1e3 + self.dense_ms(attention, num_tokens)
-        return dense + self.moe_ms(block.num_experts, num_tokens) + 2 * self.all_reduce_ms(num_tokens)
+        return dense + self.moe_ms(block, num_tokens) + 2 * self.all_reduce_ms(num_tokens)
 
     def cache_ms(self, block: Block, num_requests: int, context: int) -> float:
         """Attention of one decode step."""
@@ -228,7 +228,7 @@ class Target:
 
 def _of_one_expert(measure: Any, shape: ModelShape) -> float:
     """Parameters or MXFP4 bytes of one expert, its router row included."""
-    return float(measure(shape, Block(2)) - measure(shape, Block(1)))
+    return float(measure(shape, Block(2, 1)) - measure(shape, Block(1, 1)))
 
 
 def model_blocks(

@@ -81,13 +81,13 @@ def _token_ms(facts: Facts, model: Architecture, sequence: int) -> tuple[float, 
     """One token's forward on one GPU: matrices, attention."""
     assert facts.target is not None, "only asked for where time is modelled"
     shape, table = facts.shape, facts.target.table
-    expert = block_parameters(shape, Block(2)) - block_parameters(shape, Block(1))
+    expert = block_parameters(shape, Block(2, 1)) - block_parameters(shape, Block(1, 1))
     moe_rate = table.moe[facts.target.num_gpus].pflops * 1e12
     alone = Target(table, shape, 1, facts.target.kv_cache)
     matrices = 2 * shape.vocab_size * shape.hidden_size / (table.dense_pflops * 1e12)
     attention = 0.0
     for block in model.blocks:
         dense = block_parameters(shape, block) - block.num_experts * expert
-        matrices += 2 * dense / (table.dense_pflops * 1e12) + 2 * shape.experts_per_token * expert / moe_rate
+        matrices += 2 * dense / (table.dense_pflops * 1e12) + 2 * block.experts_per_token * expert / moe_rate
         attention += alone.prompt_attention_ms(block, sequence) / sequence
     return matrices, attention

@@ -1,57 +1,122 @@
 """What a child is: one block per layer (paper A, Fig. 2 and the released ``block_configs``).
 
-A *block* is the pair of choices that may differ between layers: how many experts its mixture keeps, and how far its
-attention looks back. An *architecture* is one block per layer. Both are plain values without tensors.
+A *block* is what may differ between layers: how many experts its mixture keeps, how many of them a token uses, and how
+far its attention looks back. Each of these is an *axis*, declared once, as a field of :class:`Block`: config entries,
+labels, checks, what can be cut out of what, the variants of a search and the tables of a report follow from that. An
+*architecture* is one block per layer. All are plain values without tensors.
+
+The paper's axes are experts and windows; experts per token is its successor's (arXiv 2607.04371).
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from moesaic.core.errors import ArtifactError, ConfigError
 
 
-@dataclass(frozen=True, order=True)
-class Block:
-    """One layer's choices. ``window`` is the number of tokens attention sees, itself included; None sees them all."""
+@dataclass(frozen=True)
+class Axis:
+    """One choice that may differ between layers. A smaller value can be cut out of a larger one."""
 
-    num_experts: int
-    window: int | None = None
+    key: str
+    """In an entry of ``block_configs``."""
+    title: str
+    """What people call it."""
+    label: str
+    """Its part of a block's label, with braces for the value."""
+    least: int = 1
+    """The smallest value."""
+    unlimited: str | None = None
+    """The word for None, which is larger than any number; None if the value must be a number."""
+
+    def text(self, value: int | None) -> str:
+        """A value as people read it."""
+        return str(self.unlimited if value is None else value)
+
+    def allows(self, value: object) -> bool:
+        """Whether a value is of the right type; its size is another matter."""
+        return type(value) is int or (value is None and self.unlimited is not None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer's choices."""
+
+    num_experts: Annotated[int, Axis("num_local_experts", "experts", "{}e")]
+    """Experts of its mixture."""
+    experts_per_token: Annotated[int, Axis("num_experts_per_tok", "experts per token", "top-{}")]
+    """Experts that each token uses."""
+    window: Annotated[int | None, Axis("sliding_window", "window", "{}", least=2, unlimited="full")] = None
+    """Tokens that attention sees, the token itself included; None sees them all."""
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ConfigError(f"a block needs at least 1 expert, got num_experts={self.num_experts}")
-        if self.window is not None and self.window < 2:
+        for (name, axis), value in zip(AXES.items(), self.values, strict=True):
+            if value is not None and value < axis.least:
+                none = f"; None means {axis.unlimited}" if axis.unlimited else ""
+                raise ConfigError(f"a block needs {name} of at least {axis.least}, got {name}={value}{none}")
+        if self.experts_per_token > self.num_experts:
             raise ConfigError(
-                f"an attention window must be at least 2 tokens, got {self.window}; None means full attention"
+                f"a block of {self.num_experts} experts cannot use {self.experts_per_token} of them per token; "
+                f"choose at most {self.num_experts}"
             )
+
+    @classmethod
+    def of(cls, values: Iterable[int | None]) -> "Block":
+        """The block with these values on all axes, in their order."""
+        named: dict[str, Any] = dict(zip(AXES, values, strict=True))
+        return cls(**named)
+
+    @property
+    def values(self) -> tuple[int | None, ...]:
+        """Its value on every axis."""
+        return tuple(getattr(self, name) for name in AXES)
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """The same as numbers that compare: no limit is infinite."""
+        return tuple(math.inf if value is None else value for value in self.values)
 
     @property
     def label(self) -> str:
-        """Short text for tables and plots, such as ``64e/8192`` or ``128e/full``."""
-        return f"{self.num_experts}e/{self.window or 'full'}"
+        """Short text for tables and plots, such as ``64e/top-4/8192`` or ``128e/top-4/full``."""
+        pairs = zip(AXES.values(), self.values, strict=True)
+        return "/".join(axis.label.format(axis.text(value)) for axis, value in pairs)
 
     def as_config(self) -> dict[str, int | None]:
         """The entry this block has in a ``gpt_oss_puzzle`` config's ``block_configs``."""
-        return {"num_local_experts": self.num_experts, "sliding_window": self.window}
+        return {axis.key: value for axis, value in zip(AXES.values(), self.values, strict=True)}
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> "Block":
-        """Read one entry of ``block_configs``."""
+        """Read one entry of ``block_configs``, which names every axis; other keys are passed over.
+
+        Raises:
+            ArtifactError: if a key is missing or its value of the wrong type.
+            ConfigError: for a value out of range.
+        """
         try:
-            experts, window = entry["num_local_experts"], entry["sliding_window"]
+            values = {name: entry[axis.key] for name, axis in AXES.items()}
         except (KeyError, TypeError) as missing:
             raise ArtifactError(f"block_configs entry {entry} has no key {missing}") from missing
-        if type(experts) is not int or type(window) not in (int, type(None)):
-            raise ArtifactError(f"block_configs entry {entry} must have whole numbers, or null for a full window")
-        return cls(experts, window)
+        for name, axis in AXES.items():
+            if not axis.allows(values[name]):
+                allowed = "a whole number" + (f", or null for {axis.unlimited}" if axis.unlimited else "")
+                raise ArtifactError(f"block_configs entry {entry}: {axis.key} must be {allowed}")
+        return cls(**values)
 
     def narrows(self, other: "Block") -> bool:
-        """Whether this block can be cut out of ``other``: no more experts, no longer view."""
-        shorter = other.window is None or (self.window is not None and self.window <= other.window)
-        return self.num_experts <= other.num_experts and shorter
+        """Whether this block can be cut out of ``other``: on no axis has it more."""
+        return all(own <= whole for own, whole in zip(self.sizes, other.sizes, strict=True))
+
+
+AXES: Mapping[str, Axis] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Block, include_extras=True).items()
+}
+"""Every axis by the name of its field, in the order of the fields."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +150,11 @@ class Architecture:
         return sum(block.num_experts for block in self.blocks)
 
     @property
+    def experts_per_token(self) -> int:
+        """Experts that a token uses in all layers together."""
+        return sum(block.experts_per_token for block in self.blocks)
+
+    @property
     def layouts(self) -> Counter[int | None]:
         """How many layers have each window; serving engines allocate KV memory by these groups."""
         return Counter(block.window for block in self.blocks)
@@ -103,5 +173,5 @@ class Architecture:
             if not child.narrows(whole):
                 raise ConfigError(
                     f"layer {layer}: block {child.label} cannot be cut out of the parent's {whole.label}; "
-                    "choose at most its experts and a window no longer than its own"
+                    f"choose at most its own {', '.join(axis.title for axis in AXES.values())}"
                 )

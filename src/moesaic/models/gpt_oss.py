@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.models.architecture import Architecture, Block
+from moesaic.models.architecture import AXES, Architecture, Block
 
 PARENT_TYPE = "gpt_oss"
 CHILD_TYPE = "gpt_oss_puzzle"
@@ -51,7 +51,6 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    experts_per_token: int
     max_positions: int
 
     @property
@@ -60,15 +59,15 @@ class ModelShape:
         return 2 * self.num_kv_heads * self.head_dim
 
 
-GPT_OSS_120B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 4, 131_072)
-GPT_OSS_120B_BLOCKS = Architecture.of(Block(128, None if layer % 2 else 128) for layer in range(36))
-GPT_OSS_20B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 4, 131_072)
-GPT_OSS_20B_BLOCKS = Architecture.of(Block(32, None if layer % 2 else 128) for layer in range(24))
+GPT_OSS_120B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 131_072)
+GPT_OSS_120B_BLOCKS = Architecture.of(Block(128, 4, None if layer % 2 else 128) for layer in range(36))
+GPT_OSS_20B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 131_072)
+GPT_OSS_20B_BLOCKS = Architecture.of(Block(32, 4, None if layer % 2 else 128) for layer in range(24))
 
 _PUZZLE_8K = frozenset({3, 5, 21, 23, 27, 31, 33, 35})
 _PUZZLE_HALVED = frozenset({15, 17, 19, *range(21, 36)})
 GPT_OSS_PUZZLE_88B_BLOCKS = Architecture.of(
-    Block(64 if layer in _PUZZLE_HALVED else 128, 128 if layer % 2 == 0 else 8192 if layer in _PUZZLE_8K else None)
+    Block(64 if layer in _PUZZLE_HALVED else 128, 4, 128 if layer % 2 == 0 else 8192 if layer in _PUZZLE_8K else None)
     for layer in range(36)
 )
 """The released child's layout, block for block."""
@@ -87,27 +86,26 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelShape, Architecture]:
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
         vocab_size=config["vocab_size"],
-        experts_per_token=config["num_experts_per_tok"],
         max_positions=config["max_position_embeddings"],
     )
-    blocks = _read_blocks(config)
-    for layer, block in enumerate(blocks.blocks):
-        if block.num_experts < shape.experts_per_token:
-            raise ArtifactError(
-                f"layer {layer} has {block.num_experts} experts, fewer than a token's {shape.experts_per_token}"
-            )
-    return shape, blocks
+    entries = config["block_configs"] if config["model_type"] == CHILD_TYPE else _parent_entries(config)
+    return shape, Architecture.of(_read_block(layer, entry) for layer, entry in enumerate(entries))
 
 
-def _read_blocks(config: Mapping[str, Any]) -> Architecture:
-    if config["model_type"] == CHILD_TYPE:
-        return Architecture.of(Block.from_config(entry) for entry in config["block_configs"])
+def _parent_entries(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A parent's layers as ``block_configs`` would spell them: alike but for the windows."""
     window, sliding = config["sliding_window"], "sliding_attention"
     if window is None and sliding in config["layer_types"]:
         raise ArtifactError(f"layer_types has {sliding}, but sliding_window is null; it must be at least 2 tokens")
-    return Architecture.of(
-        Block(config["num_local_experts"], window if kind == sliding else None) for kind in config["layer_types"]
-    )
+    alike = {axis.key: config[axis.key] for axis in AXES.values()}
+    return [alike | {"sliding_window": window if kind == sliding else None} for kind in config["layer_types"]]
+
+
+def _read_block(layer: int, entry: Mapping[str, Any]) -> Block:
+    try:
+        return Block.from_config(entry)
+    except ConfigError as wrong:
+        raise ArtifactError(f"layer {layer}: {wrong}") from wrong
 
 
 def child_config(
@@ -129,19 +127,28 @@ def child_config(
         places = ("rope_scaling", "rope_parameters")
         parent = dict(parent) | {place: {**parent[place], "factor": yarn_factor} for place in places}
     kinds = ["full_attention" if block.window is None else "sliding_attention" for block in architecture.blocks]
-    return dict(parent) | {
-        "model_type": CHILD_TYPE,
-        "architectures": [CHILD_CLASS],
-        "auto_map": {
-            "AutoConfig": "configuration_gpt_oss_puzzle.GptOssPuzzleConfig",
-            "AutoModelForCausalLM": f"modeling_gpt_oss_puzzle.{CHILD_CLASS}",
-        },
-        "block_configs": [block.as_config() for block in architecture.blocks],
-        "per_layer_config": {str(layer): block.as_config() for layer, block in enumerate(architecture.blocks)},
-        "layer_types": kinds,
-        "num_hidden_layers": architecture.num_layers,
-        "num_local_experts": max(block.num_experts for block in architecture.blocks),
-    }
+    return (
+        dict(parent)
+        | {
+            "model_type": CHILD_TYPE,
+            "architectures": [CHILD_CLASS],
+            "auto_map": {
+                "AutoConfig": "configuration_gpt_oss_puzzle.GptOssPuzzleConfig",
+                "AutoModelForCausalLM": f"modeling_gpt_oss_puzzle.{CHILD_CLASS}",
+            },
+            "block_configs": [block.as_config() for block in architecture.blocks],
+            "per_layer_config": {str(layer): block.as_config() for layer, block in enumerate(architecture.blocks)},
+            "layer_types": kinds,
+            "num_hidden_layers": architecture.num_layers,
+        }
+        | _of_the_largest(architecture)
+    )
+
+
+def _of_the_largest(architecture: Architecture) -> dict[str, int | None]:
+    """The values that engines without blocks make room for; windows stay, as ``layer_types`` goes by them."""
+    entries = [block.as_config() for block in architecture.blocks]
+    return {axis.key: max(entry[axis.key] or 0 for entry in entries) for axis in AXES.values() if not axis.unlimited}
 
 
 def layer_prefix(layer: int) -> str:

@@ -1,8 +1,9 @@
 """The mathematics of one layer: transformers' own gpt-oss layer, run half by half.
 
 A block is split where the method needs it: :func:`attend` (norm, attention, residual) takes the window per call, and
-:func:`mix` (norm, router, experts, residual) takes the experts that are left. Leaving out an expert is minus infinity
-as its router logit, which equals slicing its rows away, so a variant needs no weights of its own (paper A, pruning).
+:func:`mix` (norm, router, experts, residual) takes the experts that are left and how many of them a token uses. An
+expert is left out by minus infinity as its router logit, which equals slicing its rows away, so a variant needs no
+weights of its own (paper A, pruning).
 Sequences are padded on the right: causal attention keeps padding out of sight, and what padding computes is never read.
 """
 
@@ -92,11 +93,17 @@ def attend(
 
 
 def mix(
-    block: GptOssDecoderLayer, attended: Float[Tensor, "*token hidden"], kept: Sequence[int] | None = None
+    block: GptOssDecoderLayer,
+    attended: Float[Tensor, "*token hidden"],
+    kept: Sequence[int] | None = None,
+    top_k: int | None = None,
 ) -> Float[Tensor, "*token hidden"]:
-    """The mixture-of-experts half of a block, with only the experts ``kept`` (None: all)."""
+    """The mixture-of-experts half of a block, with only the experts ``kept`` (None: all).
+
+    Each token uses ``top_k`` of them (None: as many as in the block), weighted by a softmax over these alone.
+    """
     states = block.post_attention_layernorm(attended).flatten(0, -2)
-    values, expert_ids = router_logits(block, states, kept).topk(block.mlp.router.top_k, dim=-1)
+    values, expert_ids = router_logits(block, states, kept).topk(top_k or block.mlp.router.top_k, dim=-1)
     weights, experts = torch.softmax(values, dim=-1), block.mlp.experts
     on_cpu = states.device.type == "cpu"
     mixed = mixture(experts, states, expert_ids, weights) if on_cpu else experts(states, expert_ids, weights)
@@ -104,13 +111,16 @@ def mix(
 
 
 def mix_sliced(
-    block: GptOssDecoderLayer, attended: Float[Tensor, "*token hidden"], kept: Sequence[int]
+    block: GptOssDecoderLayer,
+    attended: Float[Tensor, "*token hidden"],
+    kept: Sequence[int],
+    top_k: int | None = None,
 ) -> Float[Tensor, "*token hidden"]:
     """What :func:`mix` computes by masking, computed by slicing the router to the rows ``kept``; copies no weights."""
     router, states = block.mlp.router, block.post_attention_layernorm(attended).flatten(0, -2)
     rows = torch.tensor(list(kept), device=states.device)
     logits = F.linear(states, router.weight[rows], router.bias[rows])
-    values, slots = logits.topk(router.top_k, dim=-1)
+    values, slots = logits.topk(top_k or router.top_k, dim=-1)
     outputs = expert_outputs(block.mlp.experts, states, rows[slots])
     return attended + torch.einsum("ts,tsh->th", torch.softmax(values, dim=-1), outputs).view_as(attended)
 
@@ -133,9 +143,10 @@ def run_block(
     rotary: Rotary,
     window: int | None,
     kept: Sequence[int] | None = None,
+    top_k: int | None = None,
 ) -> Float[Tensor, "batch time hidden"]:
-    """A whole block with the given window and experts."""
-    return mix(block, attend(block, hidden, rotary, window), kept)
+    """A whole block with the given window, experts and experts per token."""
+    return mix(block, attend(block, hidden, rotary, window), kept, top_k)
 
 
 def slice_block(block: GptOssDecoderLayer, kept: Sequence[int]) -> GptOssDecoderLayer:

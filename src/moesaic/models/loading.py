@@ -34,8 +34,7 @@ def layer_config(checkpoint: Checkpoint, block: Block) -> GptOssConfig:
     config.update(
         model_type=gpt_oss.PARENT_TYPE,
         num_hidden_layers=1,
-        num_local_experts=block.num_experts,
-        sliding_window=block.window,
+        **block.as_config(),
         layer_types=["full_attention" if block.window is None else "sliding_attention"],
     )
     return GptOssConfig(**config)

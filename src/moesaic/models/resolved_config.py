@@ -21,6 +21,7 @@ CONFIG = "config.json"
 _CONSTANTS = {"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False, "swiglu_limit": 7.0}
 """What every model of the family computes with."""
 _ALIASES = {"experts_per_token": "num_experts_per_tok", "num_experts": "num_local_experts"}
+"""Second names, which are left out: in a child they would go on naming its parent's value."""
 _SIZES = (
     "num_hidden_layers",
     "num_local_experts",
@@ -68,7 +69,7 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     _check(given, values)
     _check_rope(given, values)
     _check_angles(config)
-    return values
+    return {key: value for key, value in values.items() if key not in _ALIASES}
 
 
 def as_class(given: Mapping[str, Any]) -> GptOssConfig:

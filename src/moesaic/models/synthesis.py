@@ -105,10 +105,11 @@ def scale_model(
         num_heads=kv_heads * (whole.num_heads // whole.num_kv_heads),
         num_kv_heads=kv_heads,
         vocab_size=_multiple(whole.vocab_size * scale, _VOCABULARY_MULTIPLE),
-        experts_per_token=min(whole.experts_per_token, experts),
     )
     windows = [like.architecture.blocks[layer % 2].window for layer in range(layers)]
-    return Model(shape, Architecture.of(Block(experts, window) for window in windows), num_shards or like.num_shards)
+    used = min(like.architecture.blocks[0].experts_per_token, experts)
+    layout = Architecture.of(Block(experts, used, window) for window in windows)
+    return Model(shape, layout, num_shards or like.num_shards)
 
 
 def _multiple(value: float, of: int) -> int:
@@ -143,7 +144,7 @@ def model_config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": shape.max_positions,
         "model_type": gpt_oss.PARENT_TYPE,
         "num_attention_heads": shape.num_heads,
-        "num_experts_per_tok": shape.experts_per_token,
+        "num_experts_per_tok": blocks[0].experts_per_token,
         "num_hidden_layers": len(blocks),
         "num_key_value_heads": shape.num_kv_heads,
         "num_local_experts": blocks[0].num_experts,

@@ -6,38 +6,46 @@ per layer and variant, of which an assembly pays the sum.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.costs.block_costs import BlockCost, CostTable
-from moesaic.models.architecture import Architecture, Block
+from moesaic.models.architecture import AXES, Architecture, Block
 from moesaic.search.space import SearchSpace
 
 Choice = tuple[int, ...]
 Table = tuple[tuple[float, ...], ...]
 
 
-def variants_of(block: Block, space: SearchSpace, experts_per_token: int) -> tuple[Block, ...]:
-    """What a parent block may be replaced by, itself first: fewer experts, and a window where it sees everything."""
-    too_few = [count for count in space.expert_counts if count < experts_per_token]
+def variants_of(block: Block, space: SearchSpace) -> tuple[Block, ...]:
+    """What a parent block may be replaced by, itself first: every combination of its own and smaller values on offer.
+
+    Raises:
+        ConfigError: if the space does not fit the block.
+    """
+    too_few = [count for count in space.expert_counts if count < block.experts_per_token]
     if too_few:
         raise ConfigError(
-            f"expert count {too_few[0]} is below the {experts_per_token} experts each token uses; "
-            f"choose at least {experts_per_token}"
+            f"expert count {too_few[0]} is below the {block.experts_per_token} experts each token uses; "
+            f"choose at least {block.experts_per_token}"
         )
     if block.num_experts % space.expert_parallel_size:
         raise ConfigError(
             f"the parent's {block.num_experts} experts cannot be spread over expert_parallel_size "
             f"{space.expert_parallel_size}; choose a divisor of {block.num_experts}"
         )
-    counts = sorted({block.num_experts, *(n for n in space.expert_counts if n < block.num_experts)}, reverse=True)
-    windows = [None, *sorted(set(space.windows), reverse=True)] if block.window is None else [block.window]
-    return tuple(Block(count, window) for count in counts for window in windows)
+    offers = space.offers(block)
+    smaller = (
+        sorted({value for value in offers[name] if value < size}, reverse=True)
+        for name, size in zip(AXES, block.sizes, strict=True)
+    )
+    options = ([own, *values] for own, values in zip(block.values, smaller, strict=True))
+    return tuple(Block.of(values) for values in product(*options))
 
 
-def distinct_blocks(parent: Architecture, space: SearchSpace, experts_per_token: int) -> tuple[Block, ...]:
+def distinct_blocks(parent: Architecture, space: SearchSpace) -> tuple[Block, ...]:
     """The blocks that occur among all layers' variants, each once, in order of first use."""
-    variants = [variant for block in parent.blocks for variant in variants_of(block, space, experts_per_token)]
-    return tuple(dict.fromkeys(variants))
+    return tuple(dict.fromkeys(variant for block in parent.blocks for variant in variants_of(block, space)))
 
 
 @dataclass(frozen=True)

@@ -133,12 +133,7 @@ def _describe(
             kind=config.kv_cache, scales="folded" if folds else "none" if config.kv_cache == "bf16" else "tensors"
         ),
         layers=tuple(
-            Layer(
-                num_local_experts=block.num_experts,
-                sliding_window=block.window,
-                key_scale=scales[layer].key if scales else None,
-                value_scale=scales[layer].value if scales else None,
-            )
+            Layer.model_validate(block.as_config() | (_scales_of(scales[layer]) if scales else {}))
             for layer, block in enumerate(blocks)
         ),
         source=Source(
@@ -147,6 +142,10 @@ def _describe(
             pruning=read_json_object(pruning) if pruning.is_file() else None,
         ),
     )
+
+
+def _scales_of(scales: KvScales) -> dict[str, float]:
+    return {"key_scale": scales.key, "value_scale": scales.value}
 
 
 def _write_engine_files(output: Path, manifest: BundleManifest, packed: bool) -> None:

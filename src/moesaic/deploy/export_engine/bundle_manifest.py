@@ -28,6 +28,8 @@ class Layer(_Frozen):
 
     num_local_experts: int
     """Experts."""
+    num_experts_per_tok: int
+    """Experts that each token uses."""
     sliding_window: int | None
     """Tokens that attention sees; None means all."""
     key_scale: float | None = None

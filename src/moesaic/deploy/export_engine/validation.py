@@ -59,7 +59,7 @@ def validate(bundle: Path, child: Path | None = None) -> Iterator[str]:
 def _check_blocks(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
     if checkpoint.config.get("architectures") != [gpt_oss.CHILD_CLASS]:
         raise ArtifactError(f"{checkpoint.directory}: architectures is not {[gpt_oss.CHILD_CLASS]}")
-    listed = Architecture.of(Block(layer.num_local_experts, layer.sliding_window) for layer in manifest.layers)
+    listed = Architecture.of(Block.from_config(layer.model_dump()) for layer in manifest.layers)
     if listed != checkpoint.architecture:
         raise ArtifactError(f"{checkpoint.directory}: block_configs are not the layers of the manifest")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moesaic.measure.report.drawing import CHOSEN, GRID, PARENT, new_figure, window_colours, window_name
 from moesaic.measure.report.evidence import Evidence
-from moesaic.models.architecture import Block
+from moesaic.models.architecture import AXES, Block
 
 _MANY_EXPERTS = 32
 _NO_DAMAGE = 1e-12
@@ -28,15 +28,25 @@ def draw_architecture(evidence: Evidence) -> Figure:
     axes.bar(layers, [block.num_experts for block in child], 0.78, color=[colours[block.window] for block in child])
     top = max(block.num_experts for block in parent)
     for layer, (old, new) in enumerate(zip(parent, child, strict=True)):
-        axes.text(layer, new.num_experts + 0.01 * top, str(new.num_experts), ha="center", va="bottom", fontsize=9)
+        label = "\n".join([str(new.num_experts), *_other_changes(old, new)])
+        axes.text(layer, new.num_experts + 0.01 * top, label, ha="center", va="bottom", fontsize=9, linespacing=0.9)
         if old.window != new.window:
             axes.plot(layer, 0.06 * top, marker="v", color="white", markersize=8)
-    axes.set(xlabel="layer", ylabel="experts", xticks=layers, ylim=(0, 1.12 * top))
+    axes.set(xlabel="layer", ylabel="experts", xticks=layers, ylim=(0, 1.2 * top))
     handles: list[Artist] = [Patch(facecolor=colour, label=window_name(window)) for window, colour in colours.items()]
     handles.append(Patch(fill=False, edgecolor=PARENT, linestyle=":", label="parent's experts"))
     handles.append(axes.plot([], [], "v", color="white", markeredgecolor="black", label="was full attention")[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
+
+
+def _other_changes(old: Block, new: Block) -> list[str]:
+    """What is less than in the parent and is drawn neither as a bar's height nor as its colour."""
+    return [
+        axis.label.format(axis.text(getattr(new, name)))
+        for name, axis in AXES.items()
+        if name not in ("num_experts", "window") and getattr(new, name) != getattr(old, name)
+    ]
 
 
 def draw_importance(evidence: Evidence) -> Figure:
@@ -63,7 +73,7 @@ def draw_importance(evidence: Evidence) -> Figure:
 def draw_damage(evidence: Evidence) -> Figure:
     """Damage of every replacement, on short and on long context; the child's choices are outlined."""
     num_layers = evidence.parent.architecture.num_layers
-    blocks = sorted({entry.block for entry in evidence.damages}, key=lambda block: (_reach(block), block.num_experts))
+    blocks = sorted({entry.block for entry in evidence.damages}, key=lambda block: block.sizes[::-1])
     shape = (len(blocks), num_layers)
     tables = {"short context": np.full(shape, np.nan), "long context": np.full(shape, np.nan)}
     for entry in evidence.damages:
@@ -77,7 +87,7 @@ def draw_damage(evidence: Evidence) -> Figure:
         image = axes.imshow(np.maximum(table, norm.vmin or 0), cmap="magma_r", aspect="auto", norm=norm)
         _outline_choices(axes, evidence, blocks)
         axes.set(title=title, xlabel="layer", xticks=range(num_layers))
-    panels[0].set_ylabel("block (experts / window)")
+    panels[0].set_ylabel(f"block ({' / '.join(axis.title for axis in AXES.values())})")
     panels[0].set_yticks(range(len(blocks)), [block.label for block in blocks])
     figure.colorbar(image, ax=panels, label=f"damage ({evidence.metric})")
     return figure
@@ -95,7 +105,3 @@ def _outline_choices(axes: Axes, evidence: Evidence, blocks: list[Block]) -> Non
         if block in blocks:
             row = blocks.index(block)
             axes.add_patch(Rectangle((layer - 0.45, row - 0.45), 0.9, 0.9, fill=False, edgecolor=CHOSEN, lw=2))
-
-
-def _reach(block: Block) -> float:
-    return float("inf") if block.window is None else block.window

@@ -275,7 +275,7 @@ def _read_candidate(name: str, entry: Mapping[str, Any]) -> Candidate:
 
 
 def _read_damage(row: Mapping[str, Any], metric: str) -> Damage:
-    return Damage(row["layer"], Block(row["num_experts"], row["window"]), row["short"][metric], row["long"][metric])
+    return Damage(row["layer"], Block.from_config(row), row["short"][metric], row["long"][metric])
 
 
 _EVALUATION, _SETTING, _SPEED = TypeAdapter(Evaluation), TypeAdapter(Setting), TypeAdapter(Speed)

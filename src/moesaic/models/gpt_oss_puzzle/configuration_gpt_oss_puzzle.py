@@ -1,4 +1,4 @@
-"""Configuration of a gpt-oss child whose layers differ in expert count and attention window.
+"""Configuration of a gpt-oss child whose layers differ in experts, experts per token and attention window.
 
 This file travels inside every child checkpoint, so it depends on transformers alone.
 """
@@ -7,6 +7,9 @@ import copy
 from typing import Any
 
 from transformers import GptOssConfig
+
+BLOCK_KEYS = ("num_local_experts", "num_experts_per_tok", "sliding_window")
+"""What may differ between layers."""
 
 
 class BlockConfig(dict[str, int | None]):
@@ -21,9 +24,10 @@ class BlockConfig(dict[str, int | None]):
 
 
 class GptOssPuzzleConfig(GptOssConfig):
-    """gpt-oss plus ``block_configs``: per layer ``num_local_experts`` and ``sliding_window`` (None means full).
+    """gpt-oss plus ``block_configs``: per layer the ``BLOCK_KEYS``; ``sliding_window`` None means full.
 
-    ``per_layer_config``, transformers' own spelling, may say the same, or say it alone.
+    An entry without ``num_experts_per_tok`` means the model's own. ``per_layer_config``, transformers' own spelling,
+    may say the same, or say it alone.
     """
 
     model_type = "gpt_oss_puzzle"
@@ -34,10 +38,12 @@ class GptOssPuzzleConfig(GptOssConfig):
         per_layer = kwargs.pop("per_layer_config", None)
         super().__post_init__(**kwargs)
         blocks: list[Any] | None = self.block_configs
+        if blocks is not None:
+            blocks = [{"num_experts_per_tok": self.num_experts_per_tok} | dict(block) for block in blocks]
         if per_layer is not None:
             own = {int(layer): entry for layer, entry in per_layer.items()}
             spelt = [self._parent_block(kind) | own.get(layer, {}) for layer, kind in enumerate(self.layer_types)]
-            if blocks is not None and [dict(block) for block in blocks] != spelt:
+            if blocks is not None and blocks != spelt:
                 raise ValueError(
                     "block_configs and per_layer_config say different things; engines read the one or the other"
                 )
@@ -53,7 +59,7 @@ class GptOssPuzzleConfig(GptOssConfig):
 
     def _parent_block(self, kind: str) -> dict[str, Any]:
         window = self.sliding_window if kind == "sliding_attention" else None
-        return {"num_local_experts": self.num_local_experts, "sliding_window": window}
+        return {key: getattr(self, key) for key in BLOCK_KEYS} | {"sliding_window": window}
 
     @property
     def windows(self) -> list[int | None]:
@@ -61,9 +67,9 @@ class GptOssPuzzleConfig(GptOssConfig):
         return [block["sliding_window"] for block in self.block_configs or []]
 
     def get_gpt_oss_config_for_layer(self, layer: int) -> GptOssConfig:
-        """This config as transformers' own layer ``layer`` reads it: one expert count, one window."""
+        """This config as transformers' own layer ``layer`` reads it: one value of each key."""
         block = (self.block_configs or [])[layer]
         view = copy.copy(self)
-        view.num_local_experts = block["num_local_experts"]
-        view.sliding_window = block["sliding_window"]
+        for key in BLOCK_KEYS:
+            setattr(view, key, block[key])
         return view

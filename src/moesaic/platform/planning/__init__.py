@@ -7,13 +7,13 @@ upper bound or one of the ``Assumed`` values.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moesaic.core.config import Config
 from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes
 from moesaic.models import gpt_oss
-from moesaic.models.architecture import Architecture, Block
+from moesaic.models.architecture import Architecture
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 from moesaic.stages import find_stage
 
@@ -56,7 +56,7 @@ def assume_child(parent: Architecture, config: SearchArchitectureConfig) -> Arch
     if parent == gpt_oss.GPT_OSS_120B_BLOCKS:
         return gpt_oss.GPT_OSS_PUZZLE_88B_BLOCKS
     ratio = min(config.max_experts_ratio or 0.75, 1.0)
-    return Architecture.of(Block(math.floor(block.num_experts * ratio), block.window) for block in parent.blocks)
+    return Architecture.of(replace(block, num_experts=math.floor(block.num_experts * ratio)) for block in parent.blocks)
 
 
 def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts) -> list[Planned]:

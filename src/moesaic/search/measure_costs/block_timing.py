@@ -148,21 +148,21 @@ def _block_jobs(bench: Bench, module: GptOssDecoderLayer, block: Block, workload
         def read(prompts: Tensor = prompts) -> Call:
             rotary = tuple(part[:, : prompts.shape[1]] for part in bench.rotary)
             new = DynamicLayer if block.window is None else lambda: DynamicSlidingWindowLayer(block.window)
-            return lambda: _forward(module, block.window, prompts, rotary, new())
+            return lambda: _forward(module, block, prompts, rotary, new())
 
         def step(tokens: Tensor = tokens, context: int = context) -> Call:
             rotary = tuple(part[:, context : context + 1] for part in bench.rotary)
             cache = bench.cache(block.window, len(tokens), context)
-            return lambda: _forward(module, block.window, tokens, rotary, cache)
+            return lambda: _forward(module, block, tokens, rotary, cache)
 
         yield Job((block, workload.name, "prefill"), read, workload.concurrency / rows)
         yield Job((block, workload.name, "decode"), step)
 
 
 def _forward(
-    module: GptOssDecoderLayer, window: int | None, states: Tensor, rotary: tuple[Tensor, ...], cache: DynamicLayer
+    module: GptOssDecoderLayer, block: Block, states: Tensor, rotary: tuple[Tensor, ...], cache: DynamicLayer
 ) -> None:
-    module.self_attn.sliding_window = window
+    module.self_attn.sliding_window, module.mlp.router.top_k = block.window, block.experts_per_token
     module(states, position_embeddings=rotary, attention_mask=None, past_key_values=cache)
 
 
@@ -198,7 +198,7 @@ def _fixed_jobs(bench: Bench, workloads: Sequence[Workload]) -> Iterator[Job]:
 
 def _model_without_layers(bench: Bench) -> nn.Module:
     attention.register()
-    config = loading.layer_config(bench.checkpoint, Block(bench.checkpoint.shape.experts_per_token, 2))
+    config = loading.layer_config(bench.checkpoint, bench.checkpoint.architecture.blocks[0])
     config.num_hidden_layers, config.layer_types = 0, []
     config._attn_implementation = attention.NAME
     build: Callable[..., nn.Module] = GptOssForCausalLM

@@ -46,7 +46,7 @@ def run(config: MeasureCostsConfig, *, parent: Path, output: Path, scratch: Path
     else:
         device = choose_device()
         dtype: torch.dtype = getattr(torch, config.precision)
-        distinct = distinct_blocks(checkpoint.architecture, config.space, checkpoint.shape.experts_per_token)
+        distinct = distinct_blocks(checkpoint.architecture, config.space)
         times = time_blocks(checkpoint, distinct, config.workloads, config.repeats, dtype, device)
         hardware = _describe(device, config)
         costs = _table(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed, hardware, *times)
@@ -58,7 +58,7 @@ def model_costs(config: MeasureCostsConfig, shape: ModelShape, parent: Architect
     """Costs from a hardware table; they need a model's sizes and blocks, and none of its weights."""
     table = read_table(config.hardware)
     target = Target(table, shape, config.num_gpus, config.kv_cache, config.engine, config.expert_parallel)
-    distinct = distinct_blocks(parent, config.space, shape.experts_per_token)
+    distinct = distinct_blocks(parent, config.space)
     hardware = {
         "device": table.name,
         "date": table.date,

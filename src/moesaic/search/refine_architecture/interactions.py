@@ -12,7 +12,7 @@ then give the expected damage of any other (a Gaussian process), in closed form:
     k(x, y) = q(x) q(y) + 4 sum_{i < j} m_i m_j,   q(x) = sum_{i != j} sqrt(d_i d_j),   m_i = min(d_i(x), d_i(y))
 
 The experts that a block keeps are among those of every larger block of its layer, so their errors overlap: they share
-the smaller damage, m_i. Blocks with different windows share nothing.
+the smaller damage, m_i. Blocks that differ on another axis, such as the window, share nothing.
 
 What is worth measuring is an assembly that may be better than the best one known, so not only what is expected counts,
 but also how little is known of it.
@@ -22,10 +22,11 @@ confidence bounds, Srinivas et al., 2010.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moesaic.models.architecture import Block
 from moesaic.search.library import BlockLibrary, Choice, Table
 from moesaic.search.solver.lagrangian import Floats, Indices, dense
 
@@ -52,19 +53,20 @@ class _Blocks:
     """What is known of single blocks, by layer and variant."""
 
     damages: Floats
-    windows: Indices
+    kinds: Indices
+    """Equal for blocks that differ in nothing but experts."""
 
     @classmethod
     def of(cls, library: BlockLibrary) -> "_Blocks":
-        """Damages and windows of a library; damages below 0, which some metrics have, count as 0."""
-        names = list({block.window: None for options in library.variants for block in options})
-        windows = library.table(lambda block: float(names.index(block.window)))
-        return cls(np.maximum(dense(library.damages), 0.0), dense(windows).astype(np.int64))
+        """Damages and kinds of a library's blocks; damages below 0, which some metrics have, count as 0."""
+        names = list({_smallest(block): None for options in library.variants for block in options})
+        kinds = library.table(lambda block: float(names.index(_smallest(block))))
+        return cls(np.maximum(dense(library.damages), 0.0), dense(kinds).astype(np.int64))
 
     def covariance(self, first: Indices, second: Indices) -> Floats:
         """``k`` of every pair of assemblies, [first second]; assemblies are rows of variants."""
         layers = np.arange(first.shape[1])
-        (d, w), (e, v) = ((self.damages[layers, rows], self.windows[layers, rows]) for rows in (first, second))
+        (d, w), (e, v) = ((self.damages[layers, rows], self.kinds[layers, rows]) for rows in (first, second))
         shared = np.where(w[:, None] == v, np.minimum(d[:, None], e), 0.0)
         pairs = 2 * (shared.sum(-1) ** 2 - (shared**2).sum(-1))
         covariance: Floats = np.multiply.outer(_cross_terms(d), _cross_terms(e)) + pairs
@@ -75,6 +77,11 @@ class _Blocks:
         damages = self.damages[np.arange(choices.shape[1]), choices]
         variance: Floats = _cross_terms(damages) ** 2 + 2 * (damages.sum(-1) ** 2 - (damages**2).sum(-1))
         return variance
+
+
+def _smallest(block: Block) -> Block:
+    """The block with the fewest experts that differs from this one in nothing else."""
+    return replace(block, num_experts=block.experts_per_token)
 
 
 def _cross_terms(damages: Floats) -> Floats:

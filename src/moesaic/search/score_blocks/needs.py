@@ -37,7 +37,7 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     blocks, shape = model_of(facts, inputs[0]).blocks, facts.shape
     lengths = (config.max_tokens, config.max_long_tokens or config.max_tokens)
     tokens = config.max_sequences * sum(lengths)
-    counts = [len(variants_of(block, config.space, shape.experts_per_token)) for block in blocks]
+    counts = [len(variants_of(block, config.space)) for block in blocks]
     uses = [2 + sum(counts[: layer + 1]) for layer in range(len(blocks))]
     groups = [max(1, math.ceil((count - 1) / config.variants_per_batch)) for count in counts]
     loads = [3 + sum(groups[: layer + 1]) for layer in range(len(blocks))]

@@ -120,7 +120,7 @@ def _offers(space: SearchSpace, checkpoint: Checkpoint) -> list[tuple[Block, ...
                 f"window {window} is not smaller than the parent's context of {checkpoint.shape.max_positions} tokens; "
                 "a window that covers everything is full attention, which is always on offer"
             )
-    return [variants_of(own, space, checkpoint.shape.experts_per_token) for own in checkpoint.architecture.blocks]
+    return [variants_of(own, space) for own in checkpoint.architecture.blocks]
 
 
 def _prepare(
@@ -182,8 +182,7 @@ def _score_layer(
     return [
         {
             "layer": layer,
-            "num_experts": variant.block.num_experts,
-            "window": variant.block.window,
+            **variant.block.as_config(),
             "damage": short[metric] + weight * long[metric],
             "short": short,
             "long": long,

@@ -19,7 +19,7 @@ processes can share them: sums are per batch, and their total is taken in the or
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -123,7 +123,7 @@ class Probe:
     def sees(self, block: Block) -> Block:
         """The block this batch cannot tell from ``block``: a window that covers the whole batch is none."""
         covers = block.window is not None and block.window >= self.batch.num_positions
-        return Block(block.num_experts, None if covers else block.window)
+        return replace(block, window=None) if covers else block
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ def _check_all_masks(parent: Parent, layer: int, states: Sequence[Offloaded], va
     if states:
         module = parent.load(layer, then=layer)
         sample = states[0].read()[:1, :_MASKING_POSITIONS].to(module.self_attn.sinks.device)
-        for kept in sorted({variant.kept for variant in variants}):
-            check_masking(layer, module, sample, kept)
+        for kept, top_k in sorted({(variant.kept, variant.block.experts_per_token) for variant in variants}):
+            check_masking(layer, module, sample, kept, top_k)
 
 
 def _group(variants: Sequence[Variant], size: int) -> list[Sequence[Variant]]:
@@ -325,7 +325,7 @@ def _replace(
     for window, blocks in groupby(variants, key=lambda block: block.window):
         attended = attend(module, hidden, parent.rotary, window)
         attended = attended if measured is None else attended[measured]
-        outputs += [mix(module, attended, variants[block].kept) for block in blocks]
+        outputs += [mix(module, attended, variants[block].kept, block.experts_per_token) for block in blocks]
     return torch.stack(outputs)
 
 
@@ -353,15 +353,17 @@ def check_identity(layer: int, metrics: Metrics) -> None:
 
 
 def check_masking(
-    layer: int, module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int]
+    layer: int, module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int], top_k: int
 ) -> None:
     """Raise StageError unless leaving experts out of the router equals slicing them off the block.
 
+    Both with ``top_k`` experts per token.
+
     Tokens whose last chosen expert leads the next by rounding alone do not count: either may then be chosen.
     """
-    decided = _is_decided(module, states, kept)
-    sliced = (mix_sliced(module, states, kept) - states)[decided]
-    masked = (mix(module, states, kept) - states)[decided]
+    decided = _is_decided(module, states, kept, top_k)
+    sliced = (mix_sliced(module, states, kept, top_k) - states)[decided]
+    masked = (mix(module, states, kept, top_k) - states)[decided]
     error = ((masked - sliced).double().square().sum() / sliced.double().square().sum()).item()
     tolerance = MASKING_TOLERANCE[states.dtype]
     if not error <= tolerance:
@@ -372,10 +374,9 @@ def check_masking(
 
 
 def _is_decided(
-    module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int]
+    module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int], top_k: int
 ) -> Bool[Tensor, "batch time"]:
     """Whether a token's top experts among those kept stand out from the next by more than rounding."""
-    top_k = module.mlp.router.top_k
     if len(kept) <= top_k:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     normed = module.post_attention_layernorm(states).flatten(0, 1)

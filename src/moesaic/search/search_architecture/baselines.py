@@ -3,26 +3,25 @@
 greedy          from the parent, take again and again the replacement of one layer with the least added damage per
                 excess it removes, excess being the sum over limits of the share by which each is exceeded, until all
                 limits hold. Paper B describes its greedy search only in words; this reading is ours.
-uniform         one expert count for all layers and one window for evenly spread full layers: of all that keep the
-                limits, the one of least damage, so that the comparison is with the best of its kind.
-random          one notch at a time (the next smaller expert count or window) in a random layer until all limits hold.
+uniform         one value for all layers on every axis but the window, and one window for evenly spread full layers: of
+                all that keep the limits, the one of least damage, so that the comparison is with the best of its kind.
+random          one notch at a time (the next smaller value on one axis) in a random layer until all limits hold.
 max_parameters  the MIP with parameters to maximise; damage is not looked at.
 
 Greedy and random may end where no step helps although the limits can be kept; the reason is then reported.
 """
 
-import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
 import numpy as np
 
 from moesaic.core.errors import InfeasibleError
-from moesaic.models.architecture import Block
+from moesaic.models.architecture import AXES, Block
 from moesaic.search.library import BlockLibrary, Choice, total
 from moesaic.search.limits import TOLERANCE, GroupedCache, LimitSet
 from moesaic.search.search_architecture.infeasibility import explain_infeasible
@@ -70,25 +69,30 @@ def choose_greedily(search: Search) -> Choice:
 
 @dataclass(frozen=True, eq=False)
 class _Steps:
-    """Experts and windows of all variants, to tell which replace which."""
+    """The sizes of all variants, to tell which replace which."""
 
-    experts: Floats
-    windows: Floats
-    """Full attention is infinitely long."""
+    sizes: Floats
+    """By layer, variant and axis."""
 
     @classmethod
     def of(cls, library: BlockLibrary) -> "_Steps":
-        """Experts and windows of a library's variants, as arrays."""
-        windows = library.table(lambda block: math.inf if block.window is None else block.window)
-        return cls(dense(library.table(lambda block: block.num_experts), np.inf), dense(windows, np.inf))
+        """The sizes of a library's variants, as an array; what a layer does not have is larger than all."""
+        tables = (library.table(partial(_size, place)) for place in range(len(AXES)))
+        return cls(np.stack([dense(table, np.inf) for table in tables], axis=-1))
 
     def narrower(self, choice: Indices) -> Mask:
         """Which variants narrow the block that their layer has."""
-        now = np.arange(len(choice)), choice
-        experts, windows = self.experts[now][:, None], self.windows[now][:, None]
-        same = (self.experts == experts) & (self.windows == windows)
-        narrower: Mask = (self.experts <= experts) & (self.windows <= windows) & ~same
-        return narrower
+        return _narrower(self.sizes, self.sizes[np.arange(len(choice)), choice][:, None])
+
+
+def _size(place: int, block: Block) -> float:
+    return block.sizes[place]
+
+
+def _narrower(sizes: Floats, of: Floats) -> Mask:
+    """Whether blocks narrow others, given the sizes of both, with axes last."""
+    narrower: Mask = (sizes <= of).all(-1) & (sizes != of).any(-1)
+    return narrower
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,19 +149,20 @@ def choose_uniformly(search: Search) -> Choice:
     for _, choice in sorted((total(search.library.damages, choice), choice) for choice in choices):
         if search.limits.holds(choice):
             return choice
-    raise InfeasibleError("uniform: no single expert count, with one window in evenly spread layers, is enough")
+    raise InfeasibleError("uniform: no block for all layers, with one window in evenly spread ones, is enough")
 
 
 def _uniform(library: BlockLibrary) -> Iterator[Choice]:
-    """Every expert count in all layers with every window in any number of evenly spread full layers, if on offer."""
+    """Every block in all layers, with every window in any number of evenly spread full layers, if on offer."""
     places = [{block: index for index, block in enumerate(options)} for options in library.variants]
-    counts = sorted({block.num_experts for options in library.variants for block in options})
-    windows = sorted({block.window for options in library.variants for block in options if block.window is not None})
+    offered = dict.fromkeys(block for options in library.variants for block in options)
+    kinds = dict.fromkeys(replace(block, window=None) for block in offered)
+    windows: Sequence[int | None] = sorted({block.window for block in offered if block.window is not None})
     parent = library.parent.blocks
     full = [layer for layer, block in enumerate(parent) if block.window is None]
-    for count, window in product(counts, windows or [1]):
-        whole = [place.get(Block(count, block.window)) for place, block in zip(places, parent, strict=True)]
-        narrow = [place.get(Block(count, window)) for place in places]
+    for kind, window in product(kinds, windows or [None]):
+        whole = [place.get(replace(kind, window=block.window)) for place, block in zip(places, parent, strict=True)]
+        narrow = [place.get(replace(kind, window=window)) for place in places]
         for turned in range(len(full) + 1):
             mixed = whole.copy()
             for layer in {full[int((index + 0.5) * len(full) / turned)] for index in range(turned)}:
@@ -185,10 +190,8 @@ def shrink_randomly(search: Search, seed: int) -> Choice:
 @cache
 def _notches(options: tuple[Block, ...]) -> list[list[int]]:
     """For every block those that narrow it with nothing on offer in between."""
-    experts = np.array([block.num_experts for block in options])
-    windows = np.array([math.inf if block.window is None else block.window for block in options])
-    narrower = (experts <= experts[:, None]) & (windows <= windows[:, None])
-    narrower &= (experts != experts[:, None]) | (windows != windows[:, None])
+    sizes = np.array([block.sizes for block in options])
+    narrower = _narrower(sizes, sizes[:, None])
     steps = narrower.astype(np.float32)
     return [np.flatnonzero(row).tolist() for row in narrower & (steps @ steps == 0)]
 

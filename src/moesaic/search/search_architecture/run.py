@@ -94,9 +94,7 @@ def _read_library(path: Path, parent: Architecture, table: CostTable) -> BlockLi
     content = read_json(path)
     try:
         scored = Architecture.of(Block.from_config(entry) for entry in content["parent"])
-        damages = {
-            (row["layer"], Block(row["num_experts"], row["window"])): float(row["damage"]) for row in content["rows"]
-        }
+        damages = {(row["layer"], Block.from_config(row)): float(row["damage"]) for row in content["rows"]}
         num_rows = len(content["rows"])
     except (KeyError, TypeError, ValueError) as broken:
         raise ArtifactError(f"{path} cannot be read ({broken!r}); run score_blocks again") from broken
