@@ -130,8 +130,8 @@ def _read_samples(path: Path, expected: int) -> tuple[dict[str, dict[str, float]
     asked = next(iter(prompts.values()), {})
     if len(asked) < expected or any(of != asked for of in prompts.values()):
         raise ArtifactError(
-            f"{path} holds {min(map(len, prompts.values()), default=0)} of {expected} problems under one of its filters, "
-            "or not the same under all; give the whole file of one run"
+            f"{path} holds {min(map(len, prompts.values()), default=0)} of {expected} problems under one filter, "
+            "or others under another; give the whole file of one run"
         )
     return {label: shares for label, of in solved.items() if (shares := _complete(of))}, digest(*sorted(asked.items()))
 
