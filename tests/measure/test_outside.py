@@ -196,10 +196,10 @@ def test_other_prompts_and_other_problems_are_refused(tmp_path: Path) -> None:
     (samples,) = child.rglob("samples_*.jsonl")
     whole = samples.read_text()
     samples.write_text("\n".join(json.dumps(lm_eval_sample("sums", id, acc, "none")) for id, acc in enumerate(NEW)))
-    with pytest.raises(ArtifactError, match="differ in prompts"):
+    with pytest.raises(ArtifactError, match="differ in problems and prompts"):
         compare(parent, child)
     samples.write_text("\n".join(whole.splitlines()[:3]))
-    with pytest.raises(ArtifactError, match="holds 3 of 4 problems; it was cut short"):
+    with pytest.raises(ArtifactError, match="holds 3 of 4 problems under one filter"):
         compare(parent, child)
     samples.write_text("\n".join(whole.splitlines()[:3] * 2))
     with pytest.raises(ArtifactError, match="line 4 has problem 0 again"):

@@ -36,7 +36,7 @@ _TASK_SETTINGS = (
     *("dataset_path", "dataset_name", "test_split", "validation_split", "fewshot_split", "description"),
     *("target_delimiter", "fewshot_delimiter", "output_type", "generation_kwargs", "repeats", "filter_list"),
 )
-_RUN_SETTINGS = ("model", "limit", "gen_kwargs", "fewshot_seed")
+_RUN_SETTINGS = ("limit", "gen_kwargs", "fewshot_seed")
 _MODEL = {"dtype", "engine", "model", "path", "peft", "pretrained", "quantization", "revision"}
 """Arguments that name the model itself."""
 
@@ -103,10 +103,10 @@ def _read_task(content: _Results, name: str, path: Path, samples: Path | None) -
     settings, found, files = _settings(content, name), {}, [path]
     if samples is not None:
         counted = content.num_samples.get(name)
-        shares, settings["prompts"] = _read_samples(samples, 0 if counted is None else counted.effective)
+        shares, settings["problems and prompts"] = _read_samples(samples, 0 if counted is None else counted.effective)
         found = {label: {name: of} for label, of in shares.items()}
         files.append(samples)
-    scores, left_out = _scores(content, name, path, found)
+    scores, left_out = _scores(content, name, found)
     return Task(name, _harness(content), content.model_name, settings, scores, left_out, tuple(files))
 
 
@@ -130,7 +130,8 @@ def _read_samples(path: Path, expected: int) -> tuple[dict[str, dict[str, float]
     asked = next(iter(prompts.values()), {})
     if len(asked) < expected or any(of != asked for of in prompts.values()):
         raise ArtifactError(
-            f"{path} holds {min(map(len, prompts.values()), default=0)} of {expected} problems; it was cut short"
+            f"{path} holds {min(map(len, prompts.values()), default=0)} of {expected} problems under one filter, "
+            "or others under another; give the whole file of one run"
         )
     return {label: shares for label, of in solved.items() if (shares := _complete(of))}, digest(*sorted(asked.items()))
 
@@ -140,9 +141,7 @@ def _complete(of: Mapping[str, float | None]) -> dict[str, float] | None:
     return shares if len(shares) == len(of) else None
 
 
-def _scores(
-    content: _Results, name: str, path: Path, found: Mapping[str, Verdicts]
-) -> tuple[dict[str, Score], dict[str, str]]:
+def _scores(content: _Results, name: str, found: Mapping[str, Verdicts]) -> tuple[dict[str, Score], dict[str, str]]:
     """The scores in ``results`` of a task or group, each with its verdicts if their mean is what it says."""
     scores, left_out = {}, {}
     for key, value in content.results[name].items():
@@ -170,7 +169,7 @@ def _read_group(content: _Results, name: str, path: Path, tasks: Mapping[str, Ta
         for label in dict.fromkeys(label for one in members for label in one.scores)
         if len(by_task := {one.name: of for one in members if (of := _own_shares(one, label))}) == len(members)
     }
-    scores, left_out = _scores(content, name, path, found)
+    scores, left_out = _scores(content, name, found)
     settings = {f"{one.name}.{key}": value for one in members for key, value in one.settings.items()}
     files = tuple(dict.fromkeys([path, *(file for one in members for file in one.files)]))
     return Task(name, _harness(content), content.model_name, settings, scores, left_out, files)
@@ -194,6 +193,7 @@ def _settings(content: _Results, name: str) -> dict[str, Any]:
     counted = content.num_samples.get(name)
     return {
         "version of the harness": content.lm_eval_version,
+        "backend": content.config.get("model"),
         "version of the task": content.versions.get(name),
         "few-shot examples": content.num_fewshot.get(name),
         "problems": counted and counted.effective,
