@@ -54,7 +54,7 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
     blocks = zip(first.architecture.blocks, other.architecture.blocks, strict=False)
     for layer, (block, differing) in enumerate(blocks):
         if differing != block:
-            raise ArtifactError(f"{place}: its layer {layer} is {differing}, the other's {block}")
+            raise ArtifactError(f"{place}: its layer {layer} is {differing.label}, the other's {block.label}")
     if other.num_layers != first.num_layers:
         raise ArtifactError(f"{place}: it has {other.num_layers} layers, the other {first.num_layers}")
     for name in sorted(set(first.files) ^ set(other.files)):
