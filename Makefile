@@ -27,7 +27,7 @@ test: $(STAMP) ## all tests that need neither a GPU nor an engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu and not engine"
 
 test-engine: $(STAMP) ## vLLM, AIPerf and clients of the API, in environments of their own that are made once (3 GB)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/deploy tests/measure
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/deploy tests/measure tests/search
 
 demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: short; ENGINE=moesaic: without vLLM); run again to go on
 	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) $(if $(ENGINE),--engine $(ENGINE)) \
