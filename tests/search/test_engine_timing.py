@@ -79,5 +79,4 @@ def test_costs_of_the_engines_own_layers(cache: str, tmp_path: Path) -> None:
     assert all(runtime.prefill_ms > 0 and runtime.decode_ms > 0 for runtime in runtimes)
     short, full = (table.blocks[Block(16, window)].workloads["long"] for window in (32, None))
     assert full.kv_bytes > short.kv_bytes
-    assert full.prefill_ms > 0.9 * short.prefill_ms, "32 keys of each token against up to 512"
     assert table.evaluate(table.parent).throughput_tokens_per_s["long"] > 0
