@@ -99,7 +99,7 @@ def test_ranking_reads_all_but_the_head_once() -> None:
     assert needs.read_bytes == PARENT_BYTES - 2 * 64 * 64
     layer_parameters = 8 * (3 * 32 * 64 + 2 * 32 + 64 + 64 + 1) + ATTENTION_BYTES // 2
     layer_bytes = 8 * (EXPERT_BYTES + ROUTER_BYTES) + ATTENTION_BYTES
-    routed = 4 * 21 * 64 * (2 + 3 * 3)
+    routed = 4 * 21 * (64 * (2 + 3 * 3) + 3 * 3 * 32 / 8)
     assert needs.device_bytes == 4 * layer_parameters + layer_bytes + routed
     assert (needs.host_bytes, needs.state_bytes) == (2 * 64 * 64, 4 * 21 * 64)
     assert needs.counts == {"tokens": 21}
@@ -112,7 +112,7 @@ def test_calibration_holds_a_layer_at_a_time() -> None:
     assert needs.read_bytes == PARENT_BYTES
     assert needs.host_bytes == 2 * 64 * 64 + 4 * 21 * 64, "the embedding, and all states"
     larger = run(task("calibrate_kv", calibration.but(batch_tokens=21), "ingest"))["calibrate_kv"].needs
-    assert larger.device_bytes - needs.device_bytes == 4 * 7 * 64 * (3 + 3 * 2)
+    assert larger.device_bytes - needs.device_bytes == 4 * 7 * (64 * (3 + 3 * 2) + 3 * 2 * 32 / 8)
 
 
 def test_scoring_counts_what_scoring_does() -> None:

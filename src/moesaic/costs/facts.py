@@ -136,10 +136,16 @@ def resident(facts: Facts, model: Architecture, precision: str) -> float:
     return gpt_oss.num_parameters(facts.shape, model) * WIDTH[precision]
 
 
+def unpacked_layer(facts: Facts, precision: str) -> float:
+    """Bytes of the largest layer, unpacked."""
+    return max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
+
+
 def streamed_layers(facts: Facts, precision: str) -> float:
     """Bytes of the current layer, unpacked, and of the next one, which is read as it is stored."""
-    unpacked = max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
-    return unpacked + max(block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks)
+    return unpacked_layer(facts, precision) + max(
+        block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks
+    )
 
 
 def host_layers(facts: Facts) -> float:
@@ -159,8 +165,11 @@ def hidden_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
 
 
 def expert_outputs_bytes(facts: Facts, num_tokens: float, slots: int, precision: str) -> float:
-    """What one expert after the other takes: of every token and slot the input, the output, and outputs in a row."""
-    return 3 * slots * hidden_bytes(facts, num_tokens, precision)
+    """What one expert after the other takes: of every token and slot the input, the output, and outputs in a row; and
+    of one expert's share of them three times its width."""
+    share = num_tokens * slots / min(block.num_experts for block in facts.parent.blocks)
+    own = 3 * share * facts.shape.intermediate_size * WIDTH[precision]
+    return 3 * slots * hidden_bytes(facts, num_tokens, precision) + own
 
 
 def attend_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
@@ -185,15 +194,27 @@ def mix_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
     return 3 * outputs + max(2 * outputs, outputs - hidden_bytes(facts, chunk, precision) + gate)
 
 
-def compare_bytes(facts: Facts, num_tokens: float, changed: int, precision: str) -> float:
-    """What comparing takes at the output: norms in float32, of several changed models, and squares in float64."""
-    norms, squares = changed * (12 + WIDTH[precision]), 20 + WIDTH[precision]
-    return max(norms, squares) * num_tokens * facts.shape.hidden_size
+def squares_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
+    """What summing up the parent's outputs takes: as they are, normed in float32, and two squares in float64."""
+    return num_tokens * facts.shape.hidden_size * (20 + WIDTH[precision])
 
 
-def largest_batch(batch_tokens: int, max_tokens: int) -> int:
+def compare_bytes(facts: Facts, num_tokens: float, changed: int, normed_at_once: int, precision: str) -> float:
+    """What comparing changed models with their parent takes at the output, where no layer is in memory.
+
+    Norms in float32 are in three steps. Then the states of all are there, of which ``COMPARED_LOGITS`` next-token
+    logits at a time, or as many states in float64, are compared.
+    """
+    shape = facts.shape
+    norms = normed_at_once * num_tokens * shape.hidden_size * (12 + WIDTH[precision])
+    at_once = max(1, gpt_oss.COMPARED_LOGITS // shape.vocab_size // changed)
+    chunk = changed * min(num_tokens, at_once) * max(36 * shape.hidden_size, 20 * shape.vocab_size)
+    return max(norms, 4 * (changed + 1) * num_tokens * shape.hidden_size + chunk)
+
+
+def largest_batch(batch_tokens: int, max_tokens: int, max_sequences: int) -> int:
     """Tokens of the largest batch, at least one sequence, padding included."""
-    return max(1, batch_tokens // max_tokens) * max_tokens
+    return min(max_sequences, max(1, batch_tokens // max_tokens)) * max_tokens
 
 
 def room_bytes(facts: Facts) -> float:

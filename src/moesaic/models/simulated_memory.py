@@ -120,9 +120,9 @@ class Elsewhere:
         """There is nothing to free."""
 
 
-def rows_of_batch(batch_tokens: int, max_tokens: int) -> int:
+def rows_of_batch(batch_tokens: int, max_tokens: int, max_sequences: int) -> int:
     """Sequences of full length in one batch, as :func:`~moesaic.data.batches.make_batches` batches them."""
-    return max(1, batch_tokens // max_tokens)
+    return min(max_sequences, max(1, batch_tokens // max_tokens))
 
 
 class _Alive(TorchDispatchMode):

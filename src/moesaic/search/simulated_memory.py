@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic.data.batches import Batch
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.gpt_oss import COMPARED_LOGITS, ModelShape
 from moesaic.models.simulated_memory import Elsewhere, SimulatedLayers, peak_bytes, rows_of_batch, without_values
 from moesaic.models.streaming import StateOffloader
 from moesaic.search.damage_config import DamageConfig
@@ -37,7 +37,7 @@ def ranking_bytes(
     config: RankExpertsConfig, shape: ModelShape, parent: Architecture, packed: bool, on_gpu: bool
 ) -> int:
     """The most that ``rank_experts`` holds on its device, its states kept elsewhere."""
-    rows, small = rows_of_batch(config.batch_tokens, config.max_tokens), _two_layers(parent)
+    rows, small = rows_of_batch(config.batch_tokens, config.max_tokens, config.max_sequences), _two_layers(parent)
 
     def run() -> None:
         loader = SimulatedLayers(shape, small, packed, config.precision, on_gpu)
@@ -96,7 +96,7 @@ def _damage_bytes(
     """The larger of both calibration sets' peaks."""
 
     def run_on(tokens: int) -> None:
-        rows = rows_of_batch(config.batch_tokens // at_once, tokens)
+        rows = rows_of_batch(config.batch_tokens // at_once, tokens, config.max_sequences)
         loader = SimulatedLayers(shape, small, packed, config.precision, on_gpu)
         model = Parent(small, loader.load, loader.head(), loader.rotary(tokens), Elsewhere)
         probes, states = [Probe.of(_batch(rows, tokens))], loader.states(1, 1).expand(rows, tokens, -1)
@@ -139,7 +139,7 @@ class _Offloader:
 @contextmanager
 def _first_comparisons() -> Iterator[None]:
     def compare(head: Any, parent: Tensor, children: Tensor, next_ids: Tensor, weights: Tensor) -> Tensor:
-        step = max(1, damage._LOGITS // (head.weight.shape[0] * children.shape[0]))
+        step = max(1, COMPARED_LOGITS // (head.weight.shape[0] * children.shape[0]))
         few = slice(0, _CHUNKS * step)
         return damage.compare(head, parent[few], children[:, few], next_ids[few], weights[few])
 

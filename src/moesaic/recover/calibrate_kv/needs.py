@@ -15,7 +15,7 @@ from moesaic.costs.facts import (
     model_of,
     new_bytes,
     retrained,
-    streamed_layers,
+    unpacked_layer,
 )
 from moesaic.costs.times import forward_ms
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
@@ -28,7 +28,7 @@ def needs(task: PipelineTask[CalibrateKvConfig], facts: Facts, inputs: Sequence[
     """
     config, model = task.config, model_of(facts, inputs[0])
     tokens = config.max_sequences * config.max_tokens
-    batch = largest_batch(config.batch_tokens, config.max_tokens)
+    batch = largest_batch(config.batch_tokens, config.max_tokens, config.max_sequences)
     working = max(attend_bytes(facts, batch, config.precision), mix_bytes(facts, batch, config.precision))
     scales = 2 * 4 * model.num_layers
     made = retrained(inputs[0], task.name, ["attention"]) if config.fold else dict(inputs[0])
@@ -36,7 +36,7 @@ def needs(task: PipelineTask[CalibrateKvConfig], facts: Facts, inputs: Sequence[
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=new_bytes(made, inputs[0]),
-        device_bytes=streamed_layers(facts, config.precision) + working,
+        device_bytes=unpacked_layer(facts, config.precision) + working,
         host_bytes=host_layers(facts) + hidden_bytes(facts, tokens, config.precision),
         gpu_ms=forward_ms(facts, model.blocks, tokens, config.max_tokens),
         counts={"tokens": tokens},

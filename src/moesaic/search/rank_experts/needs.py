@@ -29,7 +29,10 @@ def needs(task: PipelineTask[RankExpertsConfig], facts: Facts, inputs: Sequence[
     """
     config = task.config
     tokens = config.max_sequences * config.max_tokens
-    batch, slots = largest_batch(config.batch_tokens, config.max_tokens), facts.shape.experts_per_token
+    batch, slots = (
+        largest_batch(config.batch_tokens, config.max_tokens, config.max_sequences),
+        facts.shape.experts_per_token,
+    )
     experts = expert_outputs_bytes(facts, batch, slots + NUM_SPARE.get(config.criterion, 0), config.precision)
     routed = 2 * hidden_bytes(facts, batch, config.precision) + experts
     working = max(attend_bytes(facts, batch, config.precision), routed)

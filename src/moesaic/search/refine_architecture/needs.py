@@ -17,6 +17,7 @@ from moesaic.costs.facts import (
     largest_batch,
     mix_bytes,
     model_of,
+    squares_bytes,
     streamed_layers,
 )
 from moesaic.costs.times import forward_ms
@@ -43,15 +44,16 @@ def needs(task: PipelineTask[RefineArchitectureConfig], facts: Facts, inputs: Se
     tokens = config.max_sequences * sum(lengths)
     rounds = math.ceil(config.evaluations / config.assemblies_per_round)
     at_once = config.assemblies_per_round
-    batch = max(largest_batch(config.batch_tokens // at_once, length) for length in lengths)
+    batch = max(largest_batch(config.batch_tokens // at_once, length, config.max_sequences) for length in lengths)
     running = max(attend_bytes(facts, batch, config.precision), mix_bytes(facts, batch, config.precision))
     running += hidden_bytes(facts, batch, config.precision)
-    working = max(running, compare_bytes(facts, batch, 1, config.precision))
+    working = streamed_layers(facts, config.precision) + max(running, squares_bytes(facts, batch, config.precision))
+    comparing = compare_bytes(facts, batch, at_once, 1, config.precision)
     times = [forward_ms(facts, blocks, config.max_sequences * length, length, head=True) for length in lengths]
     layers = sum(block_bytes(facts.shape, block, facts.packed) for block in blocks)
     return Needs(
         read_bytes=(1 + rounds) * layers + outer_bytes(facts.shape),
-        device_bytes=streamed_layers(facts, config.precision) + head_bytes(facts, config.precision) + working,
+        device_bytes=head_bytes(facts, config.precision) + max(working, comparing),
         host_bytes=host_layers(facts),
         state_bytes=(1 + at_once) * hidden_bytes(facts, tokens, config.precision),
         gpu_ms=None if facts.target is None else (1 + config.evaluations) * sum(ms or 0.0 for ms in times),

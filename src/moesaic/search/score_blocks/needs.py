@@ -17,6 +17,7 @@ from moesaic.costs.facts import (
     largest_batch,
     mix_bytes,
     model_of,
+    squares_bytes,
     streamed_layers,
 )
 from moesaic.costs.times import forward_ms
@@ -51,11 +52,12 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     loads = [3 + sum(groups[: layer + 1]) for layer in range(len(blocks))]
     sizes = [block_bytes(shape, block, facts.packed) for block in blocks]
     at_once = config.variants_per_batch
-    batch = max(largest_batch(config.batch_tokens // at_once, length) for length in lengths)
+    batch = max(largest_batch(config.batch_tokens // at_once, length, config.max_sequences) for length in lengths)
     attended = attend_bytes(facts, at_once * batch, config.precision)
     mixed = mix_bytes(facts, at_once * batch, config.precision) + hidden_bytes(facts, at_once * batch, config.precision)
     running = max(attended, mixed) + hidden_bytes(facts, batch, config.precision)
-    working = max(running, compare_bytes(facts, batch, at_once, config.precision))
+    working = streamed_layers(facts, config.precision) + max(running, squares_bytes(facts, batch, config.precision))
+    comparing = compare_bytes(facts, batch, at_once, at_once, config.precision)
 
     def through(some: Sequence[Block], head: bool) -> float:
         """Milliseconds of both sets through some blocks; zero where time is not modelled."""
@@ -66,7 +68,7 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     ms += sum(use * through([block], False) for use, block in zip(uses, blocks, strict=True))
     return Needs(
         read_bytes=sum(load * size for load, size in zip(loads, sizes, strict=True)) + outer_bytes(shape),
-        device_bytes=streamed_layers(facts, config.precision) + head_bytes(facts, config.precision) + working,
+        device_bytes=head_bytes(facts, config.precision) + max(working, comparing),
         host_bytes=host_layers(facts),
         state_bytes=(1 + at_once) * hidden_bytes(facts, tokens, config.precision),
         gpu_ms=None if facts.target is None else ms,
