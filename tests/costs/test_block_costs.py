@@ -106,10 +106,10 @@ def _table() -> CostTable:
             )
             for workload in workloads
         }
-        return BlockCost(block.num_experts, 10 * block.num_experts, "measured", runtimes)
+        return BlockCost(block.num_experts, 10 * block.num_experts, "in_process", runtimes)
 
     blocks = [Block(8, 2, None), Block(8, 2, 16), Block(4, 2, None), Block(4, 2, 16)]
-    fixed = FixedCost(1000, 2000, {workload.name: Runtime(5.0, 0.5) for workload in workloads})
+    fixed = FixedCost(1000, 2000, "in_process", {workload.name: Runtime(5.0, 0.5) for workload in workloads})
     parent = Architecture.of([Block(8, 2, 16), Block(8, 2, None)])
     return CostTable(
         parent, {"device": "cpu"}, "bf16", "moesaic", workloads, fixed, {block: cost(block) for block in blocks}

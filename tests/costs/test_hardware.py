@@ -215,12 +215,14 @@ def _synthetic_costs(noise: float) -> CostTable:
         kv_cache="bf16",
         engine="moesaic",
         workloads=loads,
-        fixed=FixedCost(0, 0, {load.name: Runtime(**shaken(target.fixed_runtime(load))) for load in loads}),
+        fixed=FixedCost(
+            0, 0, "in_process", {load.name: Runtime(**shaken(target.fixed_runtime(load))) for load in loads}
+        ),
         blocks={
             block: BlockCost(
                 0,
                 0,
-                "measured",
+                "in_process",
                 {load.name: WorkloadCost(**shaken(target.block_runtime(block, load)), kv_bytes=0) for load in loads},
             )
             for block in blocks

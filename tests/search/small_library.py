@@ -43,9 +43,9 @@ def make_library(
             )
             for workload in WORKLOADS
         }
-        return BlockCost(block.num_experts * 100_000, block.num_experts * 50_000, "measured", workloads)
+        return BlockCost(block.num_experts * 100_000, block.num_experts * 50_000, "in_process", workloads)
 
-    fixed = FixedCost(500_000, 1_000_000, {workload.name: Runtime(3.0, 0.2) for workload in WORKLOADS})
+    fixed = FixedCost(500_000, 1_000_000, "in_process", {workload.name: Runtime(3.0, 0.2) for workload in WORKLOADS})
     costs = CostTable(parent, {}, "bf16", engine, WORKLOADS, fixed, {block: cost(block) for block in blocks})
     damages = {}
     for layer, whole in enumerate(parent.blocks):

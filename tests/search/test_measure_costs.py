@@ -64,7 +64,7 @@ def _run(config: MeasureCostsConfig, parent: Path, tmp_path: Path) -> CostTable:
 def test_measured_costs(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, clock: Clock) -> None:
     table = _run(_config(), tiny_parent, tmp_path)
     assert set(table.blocks) == {Block(count, 2, window) for count in (8, 4) for window in (None, 16, 8)}
-    assert {cost.source for cost in table.blocks.values()} == {"measured"}
+    assert {cost.source for cost in table.blocks.values()} == {"in_process"}
     assert table.hardware["device"] in ("cpu", "cuda")
     runtimes = [cost.workloads[name] for cost in table.blocks.values() for name in ("long", "short")]
     assert all(runtime.decode_ms >= 1 and runtime.prefill_ms >= 1 for runtime in runtimes)
@@ -86,7 +86,7 @@ def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
     _run(_config(source="model", workloads=(SHORT,)), tiny_parent, tmp_path)
     content = json.loads((tmp_path / "output" / "costs.json").read_text())
     assert set(content) == {"parent", "hardware", "kv_cache", "engine", "workloads", "fixed", "rows"}
-    assert set(content["fixed"]) == {"parameters", "memory_bytes", "workloads"}
+    assert set(content["fixed"]) == {"parameters", "memory_bytes", "source", "workloads"}
     row = content["rows"][0]
     assert set(row) == {
         "num_local_experts",

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.core.config import Config
-from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.costs.facts import Assumed, Facts, PipelineTask
+from moesaic.core.errors import ArtifactError, ConfigError, InfeasibleError
+from moesaic.costs.facts import Assumed, Facts, PipelineTask, room_bytes
 from moesaic.pipelines import find_pipeline
 from moesaic.platform.cluster import read_profile
 from moesaic.platform.cluster.agreement import check_agreement
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.planning import Planned, assume_child, plan, totals
+from moesaic.platform.planning import MEMORY, Planned, assume_child, plan, totals
 from moesaic.recover.distill.needs import (
     GPUS_PER_NODE,
     check_memory,
@@ -33,11 +33,21 @@ from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import STAGES
 
 MIB, GIB = 2**20, 2**30
+STATE_SHARE = 0.5
+"""The share of a GPU's memory that hidden states take, if there are so many, as ``moesaic.models.streaming`` has it."""
 _RIVALS = ("greedy", "uniform", "max_parameters")
 """Baselines that are pruned and evaluated beside the random ones."""
 _MODEL_INPUTS = ("parent", "model", "child", "policies", "bundle")
 """Inputs of stages that are models, whose files a stage reads unless it takes their manifests only."""
 _POLICIES = "reinforce_configs"
+_LESS = {
+    "rank_experts": "a smaller batch_tokens, or shorter max_tokens",
+    "calibrate_kv": "a smaller batch_tokens, or shorter max_tokens",
+    "score_blocks": "fewer variants_per_batch, a smaller batch_tokens, or shorter max_long_tokens",
+    "refine_architecture": "a smaller batch_tokens, or shorter max_long_tokens",
+    "validate_bundle": "compare_replies false: the reference is the whole model, unpacked, on one device",
+}
+"""What makes a stage smaller."""
 
 
 def add_planning_commands(commands: Any) -> None:
@@ -115,7 +125,9 @@ def _plan(options: argparse.Namespace) -> None:
         facts = replace(facts, training_gpus=GPUS_PER_NODE * _distill_nodes(options, tasks, facts))
         notes += [_memory_of_distill(options, tasks, facts)]
     planned = plan(tasks, facts)
-    notes += _warnings(planned, facts)
+    notes += [_spilled(planned)]
+    if facts.target is not None:
+        _check_devices(planned, facts)
     if options.json:
         print(json.dumps(_as_json(options, facts, planned, notes), indent=1))
     else:
@@ -321,20 +333,30 @@ def _in_order(tasks: list[PipelineTask[Config]]) -> list[PipelineTask[Config]]:
 # ---- what is printed ----
 
 
-def _warnings(planned: Sequence[Planned], facts: Facts) -> list[str]:
-    """Tasks whose process does not fit a GPU of the table."""
-    if facts.target is None:
-        return []
-    room = facts.target.table.memory_mib * 2**20
+def _check_devices(planned: Sequence[Planned], facts: Facts) -> None:
+    """Raise InfeasibleError for the stages of which a task does not fit a GPU, hidden states included that stay on it,
+    each with what would."""
     peaks: dict[str, float] = {}
     for one in planned:
-        if one.needs.peak_bytes > room:
-            peaks[one.task.stage] = max(peaks.get(one.task.stage, 0), one.needs.peak_bytes)
-    return [
-        f"{stage} needs {peak / GIB:,.0f} GiB in one process, a GPU has {room / GIB:.0f}: give it more GPUs, an engine "
-        "that keeps experts packed, or for streaming stages host memory."
-        for stage, peak in peaks.items()
-    ]
+        states = min(one.needs.state_bytes, STATE_SHARE * facts.target.table.memory_mib * MIB) if facts.target else 0
+        peaks[one.task.stage] = max(peaks.get(one.task.stage, 0), one.needs.device_bytes + states)
+    if too_large := {stage: peak for stage, peak in peaks.items() if peak > room_bytes(facts)}:
+        raise InfeasibleError(
+            "; ".join(
+                f"{stage} takes {peak / GIB:.1f} GiB on a GPU, where {room_bytes(facts) / GIB:.1f} are to be had; "
+                f"what fits: {_LESS.get(stage, 'an engine on more GPUs, which keeps experts packed')}"
+                for stage, peak in too_large.items()
+            )
+        )
+
+
+def _spilled(planned: Sequence[Planned]) -> str:
+    """A note on hidden states, if any stage keeps some."""
+    states = {one.task.stage: one.needs.state_bytes for one in planned if one.needs.state_bytes}
+    sizes = ", ".join(f"{stage} {_size(size)}" for stage, size in states.items())
+    return (
+        f"Hidden states stay on the GPU and in memory as far as there is room, the rest goes to disk; at most: {sizes}."
+    )
 
 
 def _as_json(options: argparse.Namespace, facts: Facts, planned: Sequence[Planned], notes: list[str]) -> dict[str, Any]:
@@ -358,8 +380,17 @@ def _by_stage(planned: Sequence[Planned]) -> dict[str, list[Planned]]:
 
 
 def _table(planned: Sequence[Planned], traffic: bool) -> Table:
-    """A table with the sums over each stage's tasks; the peak is that of the largest task."""
-    columns = ["tasks", "read", "written", "peak", "GPU-hours", *(["S3 up", "S3 down"] if traffic else [])]
+    """A table with the sums over each stage's tasks; memory is that of the largest task."""
+    columns = [
+        "tasks",
+        "read",
+        "written",
+        "on a device",
+        "host",
+        "states",
+        "GPU-hours",
+        *(["S3 up", "S3 down"] if traffic else []),
+    ]
     unit, title = (GIB, "GiB") if (totals(planned)["read_bytes"] or 0) > 100 * GIB else (MIB, "MiB")
     table = Table(title, box=None)
     for name in columns:
@@ -372,7 +403,7 @@ def _table(planned: Sequence[Planned], traffic: bool) -> Table:
 
 
 def _cells(sums: Mapping[str, float | None], unit: int, traffic: bool) -> list[str]:
-    keys = ["read_bytes", "written_bytes", "peak_bytes"]
+    keys = ["read_bytes", "written_bytes", *MEMORY]
     hours = sums["gpu_hours"]
     cells = [f"{(sums[key] or 0) / unit:,.1f}" for key in keys]
     cells.append("not modelled" if hours is None else f"{hours:,.1f}")

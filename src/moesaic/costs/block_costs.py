@@ -32,7 +32,10 @@ from moesaic.models.gpt_oss import ModelShape
 
 ELEMENT_BYTES: dict[CacheDtype, int] = {"bf16": 2, "fp8": 1}
 MIB = 2**20
-Source = Literal["measured", "modelled"]
+Source = Literal["in_process", "vllm", "modelled"]
+"""Where times come from: blocks timed in process, the engine's own layers timed in it, or a hardware table.
+
+Sizes always follow from shapes."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class FixedCost:
 
     parameters: int
     memory_bytes: int
+    source: Source
     workloads: Mapping[str, Runtime]
 
 
@@ -140,7 +144,7 @@ class CostTable:
                 kv_cache=content["kv_cache"],
                 engine=content["engine"],
                 workloads=tuple(Workload.model_validate(workload) for workload in content["workloads"]),
-                fixed=FixedCost(fixed["parameters"], fixed["memory_bytes"], runtimes),
+                fixed=FixedCost(fixed["parameters"], fixed["memory_bytes"], fixed["source"], runtimes),
                 blocks=dict(_read_row(row) for row in content["rows"]),
             )
         except (KeyError, TypeError, ValueError) as broken:

@@ -22,6 +22,8 @@ TRAINED_BYTES = 16
 """Bytes of a parameter that learns: float32 weight, gradient, and both moments of AdamW."""
 TRACE_BYTES_PER_TOKEN = 7
 """Bytes of a token id in JSON, its separator included."""
+ROOM = 0.9
+"""The share of a GPU's memory that tensors may take; the rest is CUDA's, NCCL's and lost to fragmentation."""
 Kind = TypeVar("Kind", bound=Config)
 
 ShardSizes = Mapping[str, int]
@@ -75,8 +77,13 @@ class Needs:
 
     read_bytes: float = 0
     written_bytes: float = 0
-    peak_bytes: float = 0
-    """Resident memory of the process that needs most."""
+    device_bytes: float = 0
+    """The most that one device which computes must hold: a GPU, or the host where there is none."""
+    host_bytes: float = 0
+    """Beside that, what the host must hold for it."""
+    state_bytes: float = 0
+    """Hidden states, at most: they stay on the device and in the host's memory as far as there is room, the rest is on
+    disk."""
     gpu_ms: float | None = 0.0
     """Time of all GPUs together; None if time is not modelled."""
     counts: Mapping[str, float] = field(default_factory=dict)
@@ -129,10 +136,96 @@ def resident(facts: Facts, model: Architecture, precision: str) -> float:
     return gpt_oss.num_parameters(facts.shape, model) * WIDTH[precision]
 
 
+def unpacked_layer(facts: Facts, precision: str) -> float:
+    """Bytes of the largest layer, unpacked."""
+    return max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
+
+
 def streamed_layers(facts: Facts, precision: str) -> float:
     """Bytes of the current layer, unpacked, and of the next one, which is read as it is stored."""
-    unpacked = max(block_parameters(facts.shape, block) for block in facts.parent.blocks) * WIDTH[precision]
-    return unpacked + max(block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks)
+    return unpacked_layer(facts, precision) + max(
+        block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks
+    )
+
+
+def host_layers(facts: Facts) -> float:
+    """Bytes of the host's two buffers through which layers reach a GPU, and of the embedding, which is read there."""
+    buffers = 2 * max(block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks)
+    return (buffers if facts.target else 0) + facts.shape.vocab_size * facts.shape.hidden_size * gpt_oss.BF16_BYTES
+
+
+def head_bytes(facts: Facts, precision: str) -> float:
+    """Bytes of the output head."""
+    return facts.shape.vocab_size * facts.shape.hidden_size * WIDTH[precision]
+
+
+def hidden_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
+    """Bytes of hidden states."""
+    return num_tokens * facts.shape.hidden_size * WIDTH[precision]
+
+
+def expert_outputs_bytes(facts: Facts, num_tokens: float, slots: int, precision: str) -> float:
+    """What one expert after the other takes: of every token and slot the input, the output, and outputs in a row; and
+    of one expert's share of them three times its width."""
+    share = num_tokens * slots / min(block.num_experts for block in facts.parent.blocks)
+    own = 3 * share * facts.shape.intermediate_size * WIDTH[precision]
+    return 3 * slots * hidden_bytes(facts, num_tokens, precision) + own
+
+
+def attend_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
+    """What a layer's attention half takes: the states, normed as well, K, V, and four times as much as Q."""
+    shape = facts.shape
+    values = 4 * shape.num_heads * shape.head_dim + 2 * shape.num_kv_heads * shape.head_dim
+    return 2 * hidden_bytes(facts, num_tokens, precision) + num_tokens * values * WIDTH[precision]
+
+
+def most_experts_per_token(facts: Facts) -> int:
+    """Experts that a token uses in the parent's layer with most of them."""
+    return max(block.experts_per_token for block in facts.parent.blocks)
+
+
+def mix_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
+    """What a layer's mixture half takes: the states before attention, behind it, normed, and what the experts take.
+
+    On a GPU all experts go at once, ``EXPERT_TOKENS`` tokens at a time. Of every token and slot there are its input,
+    ``2 I`` biases and ``2 I`` outputs of the first projection, and five of ``I`` in the gate, with ``I`` the expert's
+    width; the outputs of the tokens before are there as well, and in the end all of them twice.
+    """
+    slots, outputs = most_experts_per_token(facts), hidden_bytes(facts, num_tokens, precision)
+    if facts.target is None:
+        return 3 * outputs + expert_outputs_bytes(facts, num_tokens, slots, precision)
+    chunk = min(num_tokens, gpt_oss.EXPERT_TOKENS)
+    gate = chunk * slots * (facts.shape.hidden_size + 9 * facts.shape.intermediate_size) * WIDTH[precision]
+    return 3 * outputs + max(2 * outputs, outputs - hidden_bytes(facts, chunk, precision) + gate)
+
+
+def squares_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
+    """What summing up the parent's outputs takes: as they are, normed in float32, and two squares in float64."""
+    return num_tokens * facts.shape.hidden_size * (20 + WIDTH[precision])
+
+
+def compare_bytes(facts: Facts, num_tokens: float, changed: int, normed_at_once: int, precision: str) -> float:
+    """What comparing changed models with their parent takes at the output, where no layer is in memory.
+
+    Norms in float32 are in three steps. Then the states of all are there, of which ``COMPARED_LOGITS`` next-token
+    logits at a time, or as many states in float64, are compared.
+    """
+    shape = facts.shape
+    norms = normed_at_once * num_tokens * shape.hidden_size * (12 + WIDTH[precision])
+    at_once = max(1, gpt_oss.COMPARED_LOGITS // shape.vocab_size // changed)
+    chunk = changed * min(num_tokens, at_once) * max(36 * shape.hidden_size, 20 * shape.vocab_size)
+    return max(norms, 4 * (changed + 1) * num_tokens * shape.hidden_size + chunk)
+
+
+def largest_batch(batch_tokens: int, max_tokens: int, max_sequences: int) -> int:
+    """Tokens of the largest batch, at least one sequence, padding included."""
+    return min(max_sequences, max(1, batch_tokens // max_tokens)) * max_tokens
+
+
+def room_bytes(facts: Facts) -> float:
+    """Bytes that tensors may take of one GPU of the target."""
+    assert facts.target is not None, "only modelled hardware has a known memory"
+    return ROOM * facts.target.table.memory_mib * 2**20
 
 
 def two_layers(facts: Facts, precision: str) -> float:
@@ -148,17 +241,6 @@ def model_of(facts: Facts, shards: ShardSizes) -> Architecture:
 def reply_tokens(facts: Facts, longest: int) -> int:
     """Mean length of a reply, given the most it may have."""
     return max(1, round(facts.assumed.reply_share * longest))
-
-
-def generation_bytes(engine: str, precision: str, facts: Facts, shards: ShardSizes) -> float:
-    """Bytes of the weights in one process that generates.
-
-    Weights are unpacked in process and under ``moesaic``; other engines keep one GPU's share of the packed weights. The
-    KV cache of a serving engine takes what is left, and is not counted.
-    """
-    if engine in ("in_process", "moesaic"):
-        return resident(facts, model_of(facts, shards), precision)
-    return sum(shards.values()) / (facts.target.num_gpus if facts.target else 1)
 
 
 def new_bytes(made: ShardSizes, given: ShardSizes) -> int:

@@ -20,6 +20,11 @@ MXFP4_BLOCK = 32
 NOT_PACKED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 """What ``quantization_config.modules_to_not_convert`` lists: everything but the experts."""
 
+COMPARED_LOGITS = 2**22
+"""Next-token logits of each model that are compared at once."""
+EXPERT_TOKENS = 16_384
+"""Tokens that a GPU takes through a layer's experts at once; more would only take more memory."""
+
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"

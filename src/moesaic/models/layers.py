@@ -104,10 +104,8 @@ def mix(
     """
     states = block.post_attention_layernorm(attended).flatten(0, -2)
     values, expert_ids = router_logits(block, states, kept).topk(top_k or block.mlp.router.top_k, dim=-1)
-    weights, experts = torch.softmax(values, dim=-1), block.mlp.experts
-    on_cpu = states.device.type == "cpu"
-    mixed = mixture(experts, states, expert_ids, weights) if on_cpu else experts(states, expert_ids, weights)
-    return attended + mixed.view_as(attended)
+    run = mixture if states.device.type == "cpu" else grouped_mixture
+    return attended + run(block.mlp.experts, states, expert_ids, torch.softmax(values, dim=-1)).view_as(attended)
 
 
 def mix_sliced(
@@ -205,6 +203,17 @@ def mixture(
     order, outputs = _run_experts(experts, states, expert_ids)
     weighted = outputs * weights.flatten().index_select(0, order).unsqueeze(1)
     return torch.zeros_like(states).index_add(0, order // expert_ids.shape[1], weighted)
+
+
+def grouped_mixture(
+    experts: GptOssExperts,
+    states: Float[Tensor, "token hidden"],
+    expert_ids: Int[Tensor, "token slot"],
+    weights: Float[Tensor, "token slot"],
+) -> Float[Tensor, "token hidden"]:
+    """The same by transformers' own function, all experts at once and ``EXPERT_TOKENS`` tokens at a time."""
+    parts = (each.split(gpt_oss.EXPERT_TOKENS) for each in (states, expert_ids, weights))
+    return torch.cat([experts(*part) for part in zip(*parts, strict=True)])
 
 
 def _run_experts(experts: GptOssExperts, states: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,6 @@ def needs(task: PipelineTask[ExportEngineConfig], facts: Facts, inputs: Sequence
     return Needs(
         read_bytes=size + sum(made.values()),
         written_bytes=new_bytes(made, inputs[0]),
-        peak_bytes=2 * resident(facts, model, "float32") if config.compare_outputs else outer_bytes(facts.shape),
+        host_bytes=2 * resident(facts, model, "float32") if config.compare_outputs else outer_bytes(facts.shape),
         made=made,
     )

@@ -7,7 +7,16 @@ from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 
 
 def needs(task: PipelineTask[ValidateBundleConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
-    """Memory: the reference holds the model whole, unpacked; the engine, beside it, as it is stored."""
-    model = model_of(facts, inputs[0])
-    reference = resident(facts, model, task.config.precision) if task.config.compare_replies else 0
-    return Needs(read_bytes=2 * sum(inputs[0].values()), peak_bytes=reference)
+    """Device: the engine's share of the packed weights, and after it the reference, which is whole and unpacked.
+
+    A bundle for TensorRT-LLM is not loaded: its files are checked, and no more.
+    """
+    size, target = sum(inputs[0].values()), facts.target
+    if not task.config.ask_engine or (target is not None and target.engine == "tensorrt_llm"):
+        return Needs(read_bytes=size)
+    reference = resident(facts, model_of(facts, inputs[0]), task.config.precision) if task.config.compare_replies else 0
+    return Needs(
+        read_bytes=2 * size,
+        device_bytes=max(reference, size / (target.num_gpus if target else 1)),
+        host_bytes=reference if target else 0,
+    )

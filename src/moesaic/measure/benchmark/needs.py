@@ -29,7 +29,7 @@ def needs(task: PipelineTask[BenchmarkConfig], facts: Facts, inputs: Sequence[Sh
         ms = facts.target.num_gpus * (config.repeats + 1) * busy
     return Needs(
         read_bytes=sum(sum(each.values()) for each in inputs),
-        peak_bytes=streamed_layers(facts, config.precision) + outer_bytes(facts.shape)
+        device_bytes=streamed_layers(facts, config.precision) + outer_bytes(facts.shape)
         if config.by_block
         else sum(resident(facts, model, config.precision) for model in (facts.parent, facts.child)),
         gpu_ms=ms,

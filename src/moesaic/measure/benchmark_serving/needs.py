@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, generation_bytes
+from moesaic.core.config import EmulatedCache
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of
+from moesaic.costs.generation import Requests, generation
 from moesaic.costs.workload import Workload
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
 
@@ -11,7 +13,7 @@ def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequ
     """One model at a time; every point ``repeats`` times on each, its requests and their warm-up.
 
     Time: ``rounds * (prefill + output_tokens * decode)`` with one round for every request of a user. Memory:
-    :func:`~moesaic.costs.facts.generation_bytes`.
+    :func:`~moesaic.costs.generation.generation`, of the workload that needs most.
     """
     config = task.config
     rounds = config.requests_per_user + config.warmup_requests_per_user
@@ -27,12 +29,30 @@ def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequ
         ]
         busy = sum(runtime.prefill_ms + load.output_tokens * runtime.decode_ms for load, runtime in runs)
         ms = facts.target.num_gpus * config.repeats * rounds * busy
+    caches = (config.parent_kv_cache, config.child_kv_cache)
+    loaded = [
+        generation(task.stage, facts, model_of(facts, shards), _requests(config, facts, load, cache))
+        for shards, cache in zip(inputs, caches, strict=True)
+        for load in loads
+    ]
     return Needs(
         read_bytes=config.repeats * sum(sum(each.values()) for each in inputs),
-        peak_bytes=max(generation_bytes(config.engine, config.precision, facts, each) for each in inputs),
+        device_bytes=max(held.device_bytes for held in loaded),
+        host_bytes=max(held.host_bytes for held in loaded),
         gpu_ms=ms,
         counts={
             "points": len(loads),
             "requests": 2 * config.repeats * rounds * sum(each.concurrency for each in loads),
         },
+    )
+
+
+def _requests(config: BenchmarkServingConfig, facts: Facts, load: Workload, kv_cache: EmulatedCache) -> Requests:
+    return Requests(
+        in_flight=load.concurrency,
+        longest=load.input_tokens + load.output_tokens,
+        engine=config.engine,
+        precision=config.precision,
+        kv_cache="bf16" if kv_cache == "bf16" else "fp8",
+        num_gpus=facts.target.num_gpus if facts.target else 1,
     )

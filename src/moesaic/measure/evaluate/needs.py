@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, generation_bytes, model_of, reply_tokens
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of, reply_tokens
+from moesaic.costs.generation import generation
 from moesaic.costs.times import generate_ms
+from moesaic.deploy.engines.needs import requests_of
 from moesaic.measure.evaluate.stage import EvaluateConfig
 
 
@@ -12,9 +14,11 @@ def needs(task: PipelineTask[EvaluateConfig], facts: Facts, inputs: Sequence[Sha
     config, model = task.config, model_of(facts, inputs[0])
     replies = facts.assumed.num_tasks * config.problems_per_task * len(config.efforts) * config.epochs
     mean = reply_tokens(facts, config.max_new_tokens)
+    held = generation(task.stage, facts, model, requests_of(config, facts))
     return Needs(
         read_bytes=sum(inputs[0].values()),
-        peak_bytes=generation_bytes(config.engine, config.precision, facts, inputs[0]),
+        device_bytes=held.device_bytes,
+        host_bytes=held.host_bytes,
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )

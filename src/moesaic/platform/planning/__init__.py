@@ -18,6 +18,8 @@ from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 from moesaic.stages import find_stage
 
 HOUR_MS = 3.6e6
+MEMORY = ("device_bytes", "host_bytes", "state_bytes")
+"""What a task holds at once, see :class:`~moesaic.costs.facts.Needs`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Planned:
             "stage": self.task.stage,
             "read_bytes": round(self.needs.read_bytes),
             "written_bytes": round(self.needs.written_bytes),
-            "peak_bytes": round(self.needs.peak_bytes),
+            "device_bytes": round(self.needs.device_bytes),
+            "host_bytes": round(self.needs.host_bytes),
+            "state_bytes": round(self.needs.state_bytes),
             "gpu_hours": None if hours is None else round(hours / HOUR_MS, 4),
             "upload_bytes": self.upload_bytes,
             "download_bytes": self.download_bytes,
@@ -77,13 +81,13 @@ def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts) -> list[Planned]:
 
 
 def totals(planned: Sequence[Planned]) -> dict[str, float | None]:
-    """Sums over all tasks, and the highest peak."""
+    """Sums over all tasks, and of memory the highest."""
     hours = [one.needs.gpu_ms for one in planned]
     modelled = [value for value in hours if value is not None]
     return {
         "read_bytes": round(sum(one.needs.read_bytes for one in planned)),
         "written_bytes": round(sum(one.needs.written_bytes for one in planned)),
-        "peak_bytes": round(max(one.needs.peak_bytes for one in planned)),
+        **{name: round(max(getattr(one.needs, name) for one in planned)) for name in MEMORY},
         "gpu_hours": round(sum(modelled) / HOUR_MS, 2) if len(modelled) == len(hours) else None,
         "upload_bytes": sum(one.upload_bytes for one in planned),
         "download_bytes": sum(one.download_bytes for one in planned),

@@ -13,4 +13,4 @@ def needs(task: PipelineTask[AverageCheckpointsConfig], facts: Facts, inputs: Se
     own = {key: size for key, size in inputs[0].items() if key not in shared}
     means = {f"{key.split(' by ')[0]} by {task.name}": size for key, size in own.items()}
     read = len(inputs) * sum(own.values())
-    return Needs(read, sum(means.values()), 2 * outer_bytes(facts.shape), made=shared | means)
+    return Needs(read, sum(means.values()), host_bytes=2 * outer_bytes(facts.shape), made=shared | means)

@@ -17,6 +17,7 @@ from moesaic.costs.facts import (
     new_bytes,
     resident,
     retrained,
+    room_bytes,
     trainable_parameters,
 )
 from moesaic.costs.times import learn_ms
@@ -25,8 +26,6 @@ from moesaic.recover.distill.stage import DistillConfig, check_batch
 if TYPE_CHECKING:
     from moesaic.recover.distill.automodel.simulation import Peak
 
-ROOM = 0.9
-"""The share of a GPU's memory that tensors may take; the rest is CUDA's, NCCL's and lost to fragmentation."""
 GPUS_PER_NODE = 8
 _MOST_NODES = 16
 _SHORTEST_ROW = 4096
@@ -45,7 +44,7 @@ def needs(task: PipelineTask[DistillConfig], facts: Facts, inputs: Sequence[Shar
     return Needs(
         read_bytes=sum(sum(each.values()) for each in inputs) + tokens * TRACE_BYTES_PER_TOKEN,
         written_bytes=new_bytes(made, inputs[0]),
-        peak_bytes=gpu_bytes(config, facts, facts.training_gpus if facts.target else 1),
+        device_bytes=gpu_bytes(config, facts, facts.training_gpus if facts.target else 1),
         gpu_ms=learn_ms(facts, tokens, config.sequence_tokens, config.trainable, teacher=True),
         counts={
             "tokens": tokens,
@@ -129,10 +128,10 @@ def check_nodes(config: DistillConfig, facts: Facts, nodes: int) -> None:
 
 def check_memory(num_bytes: float, config: DistillConfig, facts: Facts, nodes: int) -> None:
     """Raise InfeasibleError if a GPU has no room for so many bytes, saying what would fit."""
-    if num_bytes > _room(facts):
+    if num_bytes > room_bytes(facts):
         raise InfeasibleError(
             f"distill takes {num_bytes / 2**30:.1f} GiB on each of {nodes * GPUS_PER_NODE} GPUs, where "
-            f"{_room(facts) / 2**30:.1f} are to be had; {_advice(config, facts, nodes)}"
+            f"{room_bytes(facts) / 2**30:.1f} are to be had; {_advice(config, facts, nodes)}"
         )
 
 
@@ -152,9 +151,4 @@ def _node_counts() -> list[int]:
 
 
 def _fits(config: DistillConfig, facts: Facts, nodes: int) -> bool:
-    return gpu_bytes(config, facts, nodes * GPUS_PER_NODE) <= _room(facts)
-
-
-def _room(facts: Facts) -> float:
-    assert facts.target is not None, "only modelled hardware has a known memory"
-    return ROOM * facts.target.table.memory_mib * 2**20
+    return gpu_bytes(config, facts, nodes * GPUS_PER_NODE) <= room_bytes(facts)

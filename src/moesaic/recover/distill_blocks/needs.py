@@ -34,7 +34,7 @@ def needs(task: PipelineTask[DistillBlocksConfig], facts: Facts, inputs: Sequenc
     return Needs(
         read_bytes=sum(sum(each.values()) for each in inputs),
         written_bytes=new_bytes(made, inputs[0]),
-        peak_bytes=config.layers_in_parallel * (two_layers(facts, config.precision) + trained),
+        device_bytes=config.layers_in_parallel * (two_layers(facts, config.precision) + trained),
         gpu_ms=None if learning is None else learning * changed / facts.child.num_layers,
         counts={"tokens": tokens, "layers": changed},
         made=made,

@@ -8,11 +8,12 @@ from moesaic.costs.facts import (
     Needs,
     PipelineTask,
     ShardSizes,
-    generation_bytes,
     model_of,
     reply_tokens,
 )
+from moesaic.costs.generation import generation
 from moesaic.costs.times import generate_ms
+from moesaic.deploy.engines.needs import requests_of
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
 
 
@@ -21,10 +22,12 @@ def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequen
     config, model = task.config, model_of(facts, inputs[0])
     replies = (config.max_prompts or facts.assumed.num_prompts) * len(config.efforts) * config.samples_per_prompt
     mean = reply_tokens(facts, config.max_new_tokens)
+    held = generation(task.stage, facts, model, requests_of(config, facts))
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=replies * (mean + facts.assumed.prompt_tokens) * TRACE_BYTES_PER_TOKEN,
-        peak_bytes=generation_bytes(config.engine, config.precision, facts, inputs[0]),
+        device_bytes=held.device_bytes,
+        host_bytes=held.host_bytes,
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )

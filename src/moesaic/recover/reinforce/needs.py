@@ -37,7 +37,7 @@ def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Sh
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=new_bytes(made, inputs[0]),
-        peak_bytes=peak_bytes(config, facts),
+        device_bytes=peak_bytes(config, facts),
         gpu_ms=None if generating is None or learning is None else generating + learning,
         counts={"replies": replies, "tokens": replies * mean, "trainable_parameters": trainable},
         made=made,

@@ -24,12 +24,14 @@ from moesaic.costs.block_costs import (
 )
 from moesaic.costs.hardware import Target, model_blocks
 from moesaic.costs.hardware_tables import read_table
+from moesaic.deploy.engines.vllm.environment import why_unsupported
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import ModelShape
 from moesaic.models.loading import choose_device
 from moesaic.search.library import distinct_blocks
 from moesaic.search.measure_costs.block_timing import time_blocks
+from moesaic.search.measure_costs.engine_timing import time_in_engine
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 
 
@@ -43,15 +45,43 @@ def run(config: MeasureCostsConfig, *, parent: Path, output: Path, scratch: Path
     _check_lengths(config, checkpoint)
     if config.source == "model":
         costs = model_costs(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed)
+    elif config.engine == "vllm":
+        costs = _time_in_engine(config, checkpoint, scratch)
     else:
-        device = choose_device()
-        dtype: torch.dtype = getattr(torch, config.precision)
-        distinct = distinct_blocks(checkpoint.architecture, config.space)
-        times = time_blocks(checkpoint, distinct, config.workloads, config.repeats, dtype, device)
-        hardware = _describe(device, config)
-        costs = _table(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed, hardware, *times)
+        costs = _time_in_process(config, checkpoint)
     (output / "costs.json").write_text(costs.to_json())
     return _metrics(costs)
+
+
+def _time_in_process(config: MeasureCostsConfig, checkpoint: Checkpoint) -> CostTable:
+    device = choose_device()
+    dtype: torch.dtype = getattr(torch, config.precision)
+    distinct = distinct_blocks(checkpoint.architecture, config.space)
+    times = time_blocks(checkpoint, distinct, config.workloads, config.repeats, dtype, device)
+    hardware = _describe(device, config)
+    return _table(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed, "in_process", hardware, *times)
+
+
+def _time_in_engine(config: MeasureCostsConfig, checkpoint: Checkpoint, scratch: Path) -> CostTable:
+    distinct = distinct_blocks(checkpoint.architecture, config.space)
+    times = time_in_engine(checkpoint, distinct, config, scratch)
+    hardware = {
+        "device": times.engine,
+        "num_gpus": config.num_gpus,
+        "expert_parallel": config.expert_parallel,
+        "timed_layers": config.timed_layers,
+        "relative_spread": times.relative_spread,
+    }
+    return _table(
+        config,
+        checkpoint.shape,
+        checkpoint.architecture,
+        checkpoint.packed,
+        "vllm",
+        hardware,
+        times.blocks,
+        times.fixed,
+    )
 
 
 def model_costs(config: MeasureCostsConfig, shape: ModelShape, parent: Architecture, packed: bool = True) -> CostTable:
@@ -65,7 +95,9 @@ def model_costs(config: MeasureCostsConfig, shape: ModelShape, parent: Architect
         "num_gpus": config.num_gpus,
         "expert_parallel": config.expert_parallel,
     }
-    return _table(config, shape, parent, packed, hardware, *model_blocks(target, distinct, config.workloads))
+    return _table(
+        config, shape, parent, packed, "modelled", hardware, *model_blocks(target, distinct, config.workloads)
+    )
 
 
 def _check_config(config: MeasureCostsConfig) -> None:
@@ -73,11 +105,17 @@ def _check_config(config: MeasureCostsConfig) -> None:
     names = [workload.name for workload in config.workloads]
     if len(set(names)) < len(names):
         raise ConfigError(f"two workloads have the same name: {names}; limits refer to them by name")
-    if config.source == "measure":
-        if config.num_gpus != 1:
-            raise ConfigError(f"source 'measure' times one device, not num_gpus={config.num_gpus}; use source 'model'")
-    else:
+    if config.source == "model":
         read_table(config.hardware).check_num_gpus(config.num_gpus, config.expert_parallel)
+    elif config.engine == "vllm":
+        if config.kv_cache == "fp8" and (why := why_unsupported(fp8_cache=True)):
+            raise ConfigError(f"vLLM cannot time an FP8 KV cache here: {why}; choose kv_cache 'bf16' or source 'model'")
+    elif config.engine != "moesaic":
+        raise ConfigError(f"blocks are timed in engine 'vllm' or 'moesaic', not {config.engine!r}; use source 'model'")
+    elif config.num_gpus != 1:
+        raise ConfigError(
+            f"engine 'moesaic' times one device, not num_gpus={config.num_gpus}; use engine 'vllm' or source 'model'"
+        )
 
 
 def _check_lengths(config: MeasureCostsConfig, checkpoint: Checkpoint) -> None:
@@ -94,12 +132,11 @@ def _table(
     shape: ModelShape,
     parent: Architecture,
     packed: bool,
+    source: Source,
     hardware: Mapping[str, Any],
     runtimes: Mapping[Block, Mapping[str, Runtime]],
     fixed: Mapping[str, Runtime],
 ) -> CostTable:
-    source: Source = "measured" if config.source == "measure" else "modelled"
-
     def cost(block: Block) -> BlockCost:
         workloads = {}
         for workload in config.workloads:
@@ -114,7 +151,7 @@ def _table(
         config.kv_cache,
         config.engine,
         config.workloads,
-        FixedCost(outer_parameters(shape), outer_bytes(shape), dict(fixed)),
+        FixedCost(outer_parameters(shape), outer_bytes(shape), source, dict(fixed)),
         {block: cost(block) for block in runtimes},
     )
 

@@ -1,5 +1,5 @@
-"""Finds memory and runtime of every variant under every workload, measured on this device or computed from a hardware
-table.
+"""Finds memory and runtime of every variant under every workload, measured on this device, in process or in the serving
+engine, or computed from a hardware table.
 """
 
 from typing import Literal
@@ -19,7 +19,8 @@ class MeasureCostsConfig(Config):
     workloads: tuple[Workload, ...]
     """What the child will serve."""
     source: Literal["measure", "model"] = "measure"
-    """Time blocks on this device, or compute them from a hardware table."""
+    """Time blocks on this device, in the engine where it is `vllm` or else in process, or compute them from a hardware
+    table."""
     hardware: str = "h100"
     """Hardware table for ``source: model``."""
     num_gpus: Positive = 1
@@ -27,13 +28,16 @@ class MeasureCostsConfig(Config):
     expert_parallel: bool = False
     """Whether every GPU holds a share of the experts whole, instead of a share of every expert."""
     engine: TargetEngine = "moesaic"
-    """The serving engine; memory pays for KV cache as its allocator does."""
+    """The serving engine; memory pays for KV cache as its allocator does, and `vllm` times its own layers."""
     kv_cache: CacheDtype = "bf16"
     """Element type of the KV cache."""
     repeats: Positive = 5
     """Timings of each block; the median counts."""
+    timed_layers: Positive = 4
+    """Layers of the smaller of the two models in which the engine times a block; the other has twice as many, and a GPU
+    must hold both."""
     precision: Precision = "float32"
-    """What timed blocks compute in."""
+    """What blocks that are timed in process compute in; an engine computes in bfloat16."""
 
 
 STAGE = Stage(
@@ -41,5 +45,5 @@ STAGE = Stage(
     config=MeasureCostsConfig,
     runtime="search",
     inputs=(model("parent", "its shape and weights are timed"),),
-    outputs=(artifact("costs", "`costs.json`: a row per distinct block, each marked measured or modelled"),),
+    outputs=(artifact("costs", "`costs.json`: a row per distinct block, each with what its times come from"),),
 )

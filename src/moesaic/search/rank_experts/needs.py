@@ -2,25 +2,45 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import WIDTH, Facts, Needs, PipelineTask, ShardSizes, model_of, streamed_layers
+from moesaic.costs.facts import (
+    Facts,
+    Needs,
+    PipelineTask,
+    ShardSizes,
+    attend_bytes,
+    expert_outputs_bytes,
+    hidden_bytes,
+    host_layers,
+    largest_batch,
+    model_of,
+    most_experts_per_token,
+    streamed_layers,
+)
 from moesaic.costs.times import forward_ms
 from moesaic.models import gpt_oss
-from moesaic.search.rank_experts.stage import RankExpertsConfig
+from moesaic.search.rank_experts.stage import NUM_SPARE, RankExpertsConfig
 
 
 def needs(task: PipelineTask[RankExpertsConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
-    """One pass: reads all but the output head; memory of a layer unpacked, one packed, and the set's hidden states.
+    """One pass: reads all but the output head.
 
+    Device: a layer unpacked and one packed; of a batch the states twice and what its experts take, spare ones included.
     ``tokens <= max_sequences * max_tokens``. Time is one forward without the head; a criterion that runs a spare expert
     per token adds ``1 / top_k`` of it, which is not counted.
     """
     config = task.config
     tokens = config.max_sequences * config.max_tokens
-    states = tokens * facts.shape.hidden_size * WIDTH[config.precision]
+    batch = largest_batch(config.batch_tokens, config.max_tokens, config.max_sequences)
+    slots = most_experts_per_token(facts)
+    experts = expert_outputs_bytes(facts, batch, slots + NUM_SPARE.get(config.criterion, 0), config.precision)
+    routed = 2 * hidden_bytes(facts, batch, config.precision) + experts
+    working = max(attend_bytes(facts, batch, config.precision), routed)
     head = facts.shape.vocab_size * facts.shape.hidden_size * gpt_oss.BF16_BYTES
     return Needs(
         read_bytes=sum(inputs[0].values()) - head,
-        peak_bytes=streamed_layers(facts, config.precision) + states,
+        device_bytes=streamed_layers(facts, config.precision) + working,
+        host_bytes=host_layers(facts),
+        state_bytes=hidden_bytes(facts, tokens, config.precision),
         gpu_ms=forward_ms(facts, model_of(facts, inputs[0]).blocks, tokens, config.max_tokens, head=False),
         counts={"tokens": tokens},
     )

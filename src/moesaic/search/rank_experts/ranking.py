@@ -34,8 +34,6 @@ from torch import Tensor
 from moesaic.models.layers import Routing
 from moesaic.search.rank_experts.stage import Criterion
 
-NUM_SPARE = {"removal_difference": 1}
-"""Expert outputs beyond the top k that a criterion needs; 0 where not listed."""
 _TOKENS = 1024
 """Tokens whose removal differences are computed at once."""
 

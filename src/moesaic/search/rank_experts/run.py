@@ -18,9 +18,9 @@ from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
-from moesaic.search.rank_experts.ranking import NUM_SPARE, LayerRanking, Tally, rank_randomly, rank_tallies, tally
+from moesaic.search.rank_experts.ranking import LayerRanking, Tally, rank_randomly, rank_tallies, tally
 from moesaic.search.rank_experts.saved_progress import RankingProgress
-from moesaic.search.rank_experts.stage import Criterion, RankExpertsConfig
+from moesaic.search.rank_experts.stage import NUM_SPARE, Criterion, RankExpertsConfig
 
 _SHARED = "layers.json"
 """The ranking that several processes made together, in scratch."""

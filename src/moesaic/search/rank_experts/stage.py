@@ -6,6 +6,8 @@ from moesaic.core.config import Config, Positive, Precision
 from moesaic.core.stage import Stage, artifact, dataset, model
 
 Criterion = Literal["removal_difference", "ranked_choice", "reap", "frequency", "random"]
+NUM_SPARE: dict[Criterion, int] = {"removal_difference": 1}
+"""Expert outputs beyond the top k that a criterion needs; 0 where not listed."""
 
 
 class RankExpertsConfig(Config):

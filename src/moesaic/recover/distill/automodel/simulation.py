@@ -13,7 +13,7 @@ What stands in for something else:
 - chunks of tokens behind a layer's first: they take what the first one took, and only their inputs and outputs remain.
 
 Functions that a GPU compiles are run operation by operation, which takes somewhat more. Not counted: CUDA's own
-memory, NCCL's buffers and what the allocator cannot hand out because of fragmentation; see ``needs.ROOM``.
+memory, NCCL's buffers and what the allocator cannot hand out because of fragmentation; see ``costs.facts.ROOM``.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,185 @@
+"""Runtime of single blocks in the serving engine: its own layers, attention, KV cache and expert kernels.
+
+A block is timed in two models that hold nothing but it, of ``N`` and of ``2N`` layers::
+
+    ms per block = (t(2N) - t(N)) / N             fixed part = 2 t(N) - t(2N)
+
+so that everything outside the layers cancels: embedding, head, sampling, scheduling, the client. Both models are loaded
+at once and take turns, so that a machine that slows down slows both alike. The median of the repeats counts, and for
+the fixed part the median over all blocks. That of prompts, which long ones hide in their noise, is not less than that
+of a decode step.
+
+Layers have the parent's own weights, from its first layer on and again from the first where it has fewer, so that
+routing is nearly its own; a smaller block keeps the experts of the lowest ids. Prompts are random tokens.
+
+Prompts are read as the engine reads them, in steps of at most ``STEP_TOKENS`` tokens: as many requests as fill one such
+step, at least one, and the time is scaled by their number. Decoding is timed at the workload's mean context with all
+its requests in flight; their cache is filled, not computed.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.progress import track
+from moesaic.costs.block_costs import Runtime, mean_context
+from moesaic.costs.workload import Workload
+from moesaic.deploy.engines.vllm.engine import TimedJob, TimedSteps, time_steps
+from moesaic.deploy.export_engine.bundle import write_bundle
+from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.models import gpt_oss
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models.safetensors_files import StoredTensor
+from moesaic.search.measure_costs.stage import MeasureCostsConfig
+from moesaic.search.prune_model.pruning import prune_layer
+
+STEP_TOKENS = 8192
+"""Tokens of one engine step, at most; as ``export_engine`` sets it."""
+_MEMORY_SHARE = 0.45
+"""Of a GPU's memory, for each of the two models."""
+_MOST_STEPS = 16
+_TIMEOUT_S = 3600.0
+"""For the timings of one block."""
+
+
+@dataclass(frozen=True)
+class EngineTimes:
+    """What was timed, and by whom."""
+
+    blocks: dict[Block, dict[str, Runtime]]
+    """By block and workload."""
+    fixed: dict[str, Runtime]
+    """By workload."""
+    engine: str
+    """Name, version and device."""
+    relative_spread: float
+    """Of the repeats of one number: their median absolute deviation over the root of their count, relative to it; the
+    median over all numbers."""
+
+
+def time_in_engine(
+    checkpoint: Checkpoint, distinct: Sequence[Block], config: MeasureCostsConfig, scratch: Path
+) -> EngineTimes:
+    """Time every block under every workload.
+
+    Raises:
+        ConfigError: if there is no vLLM for this machine, or it cannot share out the blocks as asked.
+        ArtifactError: if the engine refuses a block, or its KV cache holds too few requests.
+        StageError: if a time is not positive, because the machine is too noisy.
+    """
+    if config.expert_parallel and (uneven := [each for each in distinct if each.num_experts % config.num_gpus]):
+        raise ConfigError(
+            f"{config.num_gpus} expert-parallel GPUs do not divide the {uneven[0].num_experts} experts of "
+            f"{uneven[0].label}; offer multiples of {config.num_gpus}, or set expert_parallel to false"
+        )
+    found = [
+        _time_block(checkpoint, block, config, scratch)
+        for block in track(distinct, len(distinct), "timing blocks in the engine")
+    ]
+    repeated = [_split(steps, config.timed_layers) for steps in found]
+    blocks = {
+        block: _runtimes(block.label, each, config.workloads)
+        for block, (each, _) in zip(distinct, repeated, strict=True)
+    }
+    outside = _outside([fixed for _, fixed in repeated])
+    spreads = [_spread(times) for each, _ in repeated for times in each]
+    return EngineTimes(blocks, _runtimes("the fixed part", outside, config.workloads), found[0].engine, median(spreads))
+
+
+def write_stack(checkpoint: Checkpoint, block: Block, num_layers: int, directory: Path) -> None:
+    """Write a model of equal layers, with the parent's weights."""
+    whole = [layer for layer, own in enumerate(checkpoint.architecture.blocks) if own.num_experts >= block.num_experts]
+    if not whole:
+        raise ArtifactError(f"no layer of {checkpoint.directory} has the {block.num_experts} experts of {block.label}")
+
+    def shards() -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+        yield "model-outer", {name: checkpoint.stored(name) for name in gpt_oss.outer_specs(checkpoint.shape)}
+        for layer in range(num_layers):
+            source = whole[layer % len(whole)]
+            tensors = {name: checkpoint.stored(name) for name in checkpoint.layer_names(source)}
+            own, new = gpt_oss.layer_prefix(source), gpt_oss.layer_prefix(layer)
+            kept = prune_layer(tensors, range(block.num_experts))
+            yield from layer_shards(layer, {new + name.removeprefix(own): tensor for name, tensor in kept.items()})
+
+    write_checkpoint(
+        directory, gpt_oss.child_config(checkpoint.config, Architecture.of([block] * num_layers)), shards()
+    )
+
+
+def _time_block(checkpoint: Checkpoint, block: Block, config: MeasureCostsConfig, scratch: Path) -> TimedSteps:
+    """Both models of one block, which are deleted once they are timed."""
+    jobs, place = [job for load in config.workloads for job in _jobs(load)], scratch / "stacks"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    bundles = []
+    for num_layers in (config.timed_layers, 2 * config.timed_layers):
+        model, bundle = place / f"{num_layers}-layers", place / f"{num_layers}-layers-bundle"
+        write_stack(checkpoint, block, num_layers, model)
+        write_bundle(Checkpoint.open(model), bundle, _served(config, jobs))
+        bundles.append(bundle)
+    times = time_steps(bundles, jobs, config.repeats, scratch, _TIMEOUT_S)
+    shutil.rmtree(place)
+    return times
+
+
+def _jobs(load: Workload) -> list[TimedJob]:
+    rows = max(1, min(load.concurrency, STEP_TOKENS // load.input_tokens))
+    steps = max(2, min(_MOST_STEPS, load.output_tokens // 2))
+    return [
+        TimedJob("prefill", rows, load.input_tokens),
+        TimedJob("decode", load.concurrency, mean_context(load), steps),
+    ]
+
+
+def _served(config: MeasureCostsConfig, jobs: Sequence[TimedJob]) -> ExportEngineConfig:
+    requests = max(job.num_requests for job in jobs)
+    return ExportEngineConfig(
+        target="vllm",
+        kv_cache="fp8_unit" if config.kv_cache == "fp8" else "bf16",
+        max_seq_len=max(job.num_tokens + job.num_steps + 1 for job in jobs),
+        max_batch_size=requests,
+        max_num_tokens=max(STEP_TOKENS, requests),
+        tensor_parallel_size=config.num_gpus,
+        expert_parallel_size=config.num_gpus if config.expert_parallel else 1,
+        memory_fraction=_MEMORY_SHARE,
+        compare_outputs=False,
+    )
+
+
+def _split(steps: TimedSteps, num_layers: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Milliseconds of one block and of everything outside the blocks, by job and repeat."""
+    pairs = [list(zip(once, twice, strict=True)) for once, twice in zip(*steps.times_ms, strict=True)]
+    return (
+        [[(twice - once) / num_layers for once, twice in repeats] for repeats in pairs],
+        [[2 * once - twice for once, twice in repeats] for repeats in pairs],
+    )
+
+
+def _runtimes(what: str, times: Sequence[Sequence[float]], workloads: Sequence[Workload]) -> dict[str, Runtime]:
+    """Medians, by workload; prompts are scaled to all requests of it."""
+    middle = [median(repeats) for repeats in times]
+    runtimes = {}
+    for load, prefill, decode in zip(workloads, middle[::2], middle[1::2], strict=True):
+        for phase, ms in (("prefill", prefill), ("decode", decode)):
+            if ms <= 0:
+                raise StageError(f"{phase} of {what} under {load.name} took {ms:.3g} ms: too noisy; raise repeats")
+        runtimes[load.name] = Runtime(prefill * load.concurrency / _jobs(load)[0].num_requests, decode)
+    return runtimes
+
+
+def _outside(blocks: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """The fixed part by job and repeat, from all blocks'; of prompts at least a decode step's."""
+    times = [[ms for each in blocks for ms in each[job]] for job in range(len(blocks[0]))]
+    for prefill, decode in zip(times[::2], times[1::2], strict=True):
+        prefill[:] = [max(ms, median(decode)) for ms in prefill]
+    return times
+
+
+def _spread(times: Sequence[float]) -> float:
+    middle = median(times)
+    return median(abs(ms - middle) for ms in times) / math.sqrt(len(times)) / middle
