@@ -14,8 +14,8 @@ def measure_costs(
     costs: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Finds memory and runtime of every variant under every workload, measured on this device or computed from a
-    hardware table.
+    """Finds memory and runtime of every variant under every workload, measured on this device, in process or in
+    the serving engine, or computed from a hardware table.
     """
     from moesaic.platform.runs.runtime import run_stage
 

@@ -56,6 +56,19 @@ def test_streamed_blocks_equal_the_whole_model(tiny_checkpoint: Checkpoint, whol
     assert_near(stream(tiny_checkpoint, tokens), expected)
 
 
+def test_experts_at_once_in_chunks_of_tokens_mix_as_one_after_the_other_do(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a GPU: 40 tokens, 16 at a time."""
+    block = loading.load_block(tiny_checkpoint, 0)
+    block.self_attn.config._experts_implementation = "grouped_mm"
+    (hidden,) = loading.embed(tiny_checkpoint, [random_tokens()])
+    expected = layers.mix(block, hidden)
+    monkeypatch.setattr(gpt_oss, "EXPERT_TOKENS", 16)
+    monkeypatch.setattr(layers, "mixture", layers.grouped_mixture)
+    assert_near(layers.mix(block, hidden), expected)
+
+
 def test_right_padding_changes_no_real_token(tiny_checkpoint: Checkpoint):
     tokens = random_tokens(time=40)
     short = stream(tiny_checkpoint, tokens[:, :25])

@@ -15,6 +15,7 @@ from moesaic.command_line.planning_commands import read_tasks
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, InfeasibleError
 from moesaic.costs.facts import Assumed, Facts, PipelineTask
+from moesaic.costs.generation import Requests, generation
 from moesaic.costs.hardware import Target
 from moesaic.costs.hardware_tables import read_table
 from moesaic.costs.times import forward_ms, learn_ms
@@ -206,6 +207,38 @@ def test_a_distillation_that_does_not_fit_is_refused_with_what_does() -> None:
         distill_needs.fewest_nodes(config.but(sequence_tokens=2**20), facts)
     with pytest.raises(ConfigError, match=r"rows_per_step 12 is not a multiple of 16 processes"):
         distill_needs.fewest_nodes(config.but(rows_per_step=12), facts)
+
+
+def test_only_what_does_not_fit_is_refused_with_what_does() -> None:
+    """Hidden states of 143 GiB spill; what must be on a GPU at once, and half of it for states, is what counts."""
+    recipe = RECIPES["gpt_oss_120b_h100x8"]()
+    scores = task("score_blocks", recipe.score_blocks, "ingest")
+    target = Target(H100, GPT_OSS_120B, 8, "fp8", "tensorrt_llm")
+    facts = Facts(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, GPT_OSS_PUZZLE_88B_BLOCKS, target)
+    planned = plan([task("ingest", INGEST), scores], facts)
+    assert planned[1].needs.state_bytes > 140 * GIB > 21 * GIB > planned[1].needs.device_bytes
+    planning_commands._check_devices(planned, facts)
+    smaller = replace(facts, target=replace(target, table=replace(H100, memory_mib=40_960)))
+    with pytest.raises(
+        InfeasibleError, match=r"score_blocks takes 40\.7 GiB on a GPU, where 36\.0 .*variants_per_batch"
+    ):
+        planning_commands._check_devices(planned, smaller)
+
+
+def test_an_engine_holds_the_requests_that_its_cache_has_room_for() -> None:
+    facts = Facts(
+        GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, GPT_OSS_PUZZLE_88B_BLOCKS, Target(H100, GPT_OSS_120B, 8, "fp8")
+    )
+    asked = Requests(64, 66_560, "tensorrt_llm", "bfloat16", "bf16", num_gpus=8)
+    each = 18 * (66_560 + 128) * 2 * 8 * 64 * 2
+    few = generation("evaluate", facts, GPT_OSS_120B_BLOCKS, asked)
+    fewer = generation("evaluate", facts, GPT_OSS_120B_BLOCKS, replace(asked, in_flight=63))
+    assert (few.requests, few.device_bytes - fewer.device_bytes) == (64, pytest.approx(each / 8))
+    many = generation("evaluate", facts, GPT_OSS_120B_BLOCKS, replace(asked, in_flight=1024))
+    assert 64 < many.requests < 1024
+    assert many.device_bytes <= (81_559 - 10_240) * 2**20
+    with pytest.raises(InfeasibleError, match=r"evaluate has .* GiB of 1 GPU.* what fits: 2 GPUs, or shorter replies"):
+        generation("evaluate", facts, GPT_OSS_120B_BLOCKS, replace(asked, num_gpus=1, longest=2**18))
 
 
 def test_a_router_that_learns_is_written_anew() -> None:
