@@ -378,7 +378,7 @@ def test_plan_of_gpt_oss_on_the_command_line(capsys: pytest.CaptureFixture[str])
     assert "60.8 GiB" in shown
     assert "46.6 GiB" in shown
     assert "S3 up" in shown
-    assert "distill on 2 nodes of 8 GPUs, for each of them: 69.7 GiB" in " ".join(shown.split())
+    assert "distill on 4 nodes of 8 GPUs, for each of them: 56.9 GiB" in " ".join(shown.split())
     assert main(["plan", "compress", *like, "--nodes", "1"]) == 2
     assert "what fits: these rows on 2 nodes" in " ".join(capsys.readouterr().err.split())
     assert main(["plan", "compress", *like[:-1], "elsewhere"]) == 2
@@ -395,8 +395,8 @@ def test_plan_tells_what_a_simulated_step_takes(
         monkeypatch.setattr(planning_commands, "simulated_peak", lambda *_, found=found: found)
         assert main(like) == status
     shown = capsys.readouterr()
-    assert "2 nodes of 8 GPUs, for each of them, simulated: 60.0 GiB: weights 60.0 GiB" in " ".join(shown.out.split())
-    assert "distill takes 75.0 GiB on each of 16 GPUs, where 71.7 are to be had" in " ".join(shown.err.split())
+    assert "4 nodes of 8 GPUs, for each of them, simulated: 60.0 GiB: weights 60.0 GiB" in " ".join(shown.out.split())
+    assert "distill takes 75.0 GiB on each of 32 GPUs, where 71.7 are to be had" in " ".join(shown.err.split())
 
 
 def test_data_sets_are_counted(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

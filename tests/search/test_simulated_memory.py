@@ -85,7 +85,7 @@ def score(checkpoint: Checkpoint, scratch: Path) -> None:
     with open_parent(SCORES, checkpoint, probes, scratch, BatchShare()) as parent:
         measured = run_parent(parent, embed(SCORES, checkpoint, parent, probes.all), probes.all, lambda _: None)
         states = embed(SCORES, checkpoint, parent, probes.all)
-        offered = [kept(block) for block in variants_of(PARENT.blocks[0], SPACE, 2)]
+        offered = [kept(block) for block in variants_of(PARENT.blocks[0], SPACE)]
         score_layer(parent, 0, states, measured, offered, 2, lambda _: None)
 
 
@@ -94,7 +94,7 @@ def refine(checkpoint: Checkpoint, scratch: Path) -> None:
     with open_parent(REFINEMENT, checkpoint, probes, scratch, BatchShare()) as parent:
         measured = run_parent(parent, embed(REFINEMENT, checkpoint, parent, probes.all), probes.all, lambda _: None)
         states = embed(REFINEMENT, checkpoint, parent, probes.all)
-        assembled = [(kept(Block(number, 64)), kept(Block(8))) for number in (7, 8)]
+        assembled = [(kept(Block(number, 2, 64)), kept(Block(8, 2))) for number in (7, 8)]
         run_assemblies(parent, states, measured, assembled, lambda _: None)
 
 
@@ -129,7 +129,7 @@ def test_simulated_and_computed_peaks_are_those_of_real_tensors(
 def test_computed_peaks_of_a_gpu_are_the_simulated_ones(stage: str) -> None:
     """Layers of gpt-oss-120b's true width with fewer experts."""
     config, simulate, needs = STAGES[stage]
-    parent = Architecture.of([Block(8, 128), Block(8)])
+    parent = Architecture.of([Block(8, 2, 128), Block(8, 2)])
     config = config.but(max_tokens=16_384, max_sequences=8, batch_tokens=65_536, precision="bfloat16")
     facts = Facts(GPT_OSS_120B, parent, True, parent, Target(read_table("h100"), GPT_OSS_120B, 8, "fp8"))
     computed = needs(PipelineTask(stage, stage, config, ()), facts, [{"parent": 0}]).device_bytes

@@ -28,6 +28,8 @@ from moesaic.recover.distill.needs import (
     simulated_peak,
 )
 from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.reinforce.needs import policy_bytes
+from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import STAGES
@@ -122,7 +124,7 @@ def _plan(options: argparse.Namespace) -> None:
         profile.check_stages(STAGES)
         check_agreement(tasks, profile)
     if facts.target is not None:
-        facts = replace(facts, training_gpus=GPUS_PER_NODE * _distill_nodes(options, tasks, facts))
+        facts = replace(facts, training_gpus=GPUS_PER_NODE * _training_nodes(options, tasks, facts))
         notes += [_memory_of_distill(options, tasks, facts)]
     planned = plan(tasks, facts)
     notes += [_spilled(planned)]
@@ -136,14 +138,30 @@ def _plan(options: argparse.Namespace) -> None:
         print("\n".join(f"- {line}" for line in (*counted, *notes)))
 
 
-def _distill_nodes(options: argparse.Namespace, tasks: Iterable[PipelineTask[Config]], facts: Facts) -> int:
-    """Nodes for every distillation of the pipeline: those asked for, if all fit, or else the fewest."""
-    configs = _distillations(tasks)
-    if options.nodes is None:
-        return max((fewest_nodes(config, facts) for config in configs), default=1)
-    for config in configs:
-        check_nodes(config, facts, options.nodes)
-    return int(options.nodes)
+def _training_nodes(options: argparse.Namespace, tasks: Iterable[PipelineTask[Config]], facts: Facts) -> int:
+    """Nodes for everything that is trained: those asked for, or else the fewest that hold all of it.
+
+    Raises:
+        InfeasibleError: if a distillation does not fit, saying what would.
+        ConfigError: if its rows cannot be shared.
+    """
+    distillations = _distillations(tasks)
+    if options.nodes is not None:
+        for config in distillations:
+            check_nodes(config, facts, options.nodes)
+        return int(options.nodes)
+    nodes = max((fewest_nodes(config, facts) for config in distillations), default=1)
+    policies = [task.config for task in tasks if isinstance(task.config, ReinforceConfig) and task.config.steps]
+    while any(_is_too_large(policy, facts, nodes) for policy in policies):
+        more = 2 * nodes
+        if any(config.rows_per_step % (more * GPUS_PER_NODE * config.rows_per_forward) for config in distillations):
+            break  # what does not fit is told when all stages are planned
+        nodes = more
+    return nodes
+
+
+def _is_too_large(policy: ReinforceConfig, facts: Facts, nodes: int) -> bool:
+    return policy_bytes(policy, replace(facts, training_gpus=GPUS_PER_NODE * nodes)) > room_bytes(facts)
 
 
 def _memory_of_distill(options: argparse.Namespace, tasks: Iterable[PipelineTask[Config]], facts: Facts) -> str:

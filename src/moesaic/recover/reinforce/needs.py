@@ -24,7 +24,7 @@ from moesaic.recover.training import Trainable
 def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Replies = steps * prompts_per_step * generations_per_prompt: generated, then learnt from in one pass.
 
-    Memory of one process: see :func:`peak_bytes`.
+    Memory of one process: see :func:`policy_bytes`.
     """
     config = task.config
     replies = config.steps * config.prompts_per_step * config.generations_per_prompt
@@ -37,14 +37,14 @@ def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Sh
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=new_bytes(made, inputs[0]),
-        device_bytes=peak_bytes(config, facts),
+        device_bytes=policy_bytes(config, facts),
         gpu_ms=None if generating is None or learning is None else generating + learning,
         counts={"replies": replies, "tokens": replies * mean, "trainable_parameters": trainable},
         made=made,
     )
 
 
-def peak_bytes(config: ReinforceConfig, facts: Facts) -> float:
+def policy_bytes(config: ReinforceConfig, facts: Facts) -> float:
     """Memory of one process while the policy learns, by a formula: neither engine has been run at this size.
 
     TRL: the policy in the config's precision, ``trainable * 16``, and the states of every layer of
