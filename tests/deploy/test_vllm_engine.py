@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +57,26 @@ BLOCKS = Architecture.of(
     [
         Block(16, 2, 32),
         Block(14, 2, 256),
-        Block(15, 1, 32),
+        Block(15, 2, 32),
         Block(12, 2),
         Block(16, 2, 64),
-        Block(13, 1, 256),
+        Block(13, 2, 256),
         Block(15, 2, 32),
         Block(14, 2),
     ]
 )
 """A gentle child: what it says is nearly what the reasoner says, so that rounding changes few of its tokens."""
+SPARSER = Architecture.of(
+    replace(block, experts_per_token=1 if layer in (2, 5) else 2) for layer, block in enumerate(BLOCKS.blocks)
+)
+"""The same where two layers use one expert per token."""
 ASKED = ValidateBundleConfig(prompts_per_effort=60)
 BRIEFLY = ASKED.but(efforts=("high",), prompts_per_effort=40)
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The reasoner and the child, both with calibrated scales."""
+    """The reasoner and the child, both with calibrated scales, and a child with other experts per token."""
     root, data = tmp_path_factory.mktemp("engine"), example() / "data"
     parent = Checkpoint.open(example() / "parent")
     for name in ("ranking", "scratch", "calibrated-parent", "calibrated-child"):
@@ -82,7 +87,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         config, parent=parent.directory, calibration_short=short, output=root / "ranking", scratch=root / "scratch"
     )
     orders = [layer["order"] for layer in json.loads((root / "ranking" / "ranking.json").read_text())["layers"]]
-    write_child(parent, root / "child", orders)
+    write_child(parent, root / "child", orders, BLOCKS)
+    write_child(parent, root / "sparser", orders, SPARSER)
     for name, model in (("parent", parent.directory), ("child", root / "child")):
         calibrate_kv.run(
             CalibrateKvConfig(max_sequences=16, max_tokens=512, precision="float32"),
@@ -91,13 +97,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             output=root / f"calibrated-{name}",
             scratch=root / "scratch",
         )
-    return {name: root / f"calibrated-{name}" for name in ("parent", "child")}
+    return {name: root / f"calibrated-{name}" for name in ("parent", "child")} | {"sparser": root / "sparser"}
 
 
-def write_child(parent: Checkpoint, directory: Path, orders: list[list[int]]) -> None:
+def write_child(parent: Checkpoint, directory: Path, orders: list[list[int]], blocks: Architecture) -> None:
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
-        for layer, block in enumerate(BLOCKS.blocks):
+        for layer, block in enumerate(blocks.blocks):
             kept = sorted(orders[layer][: block.num_experts])
             tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
             yield from layer_shards(
@@ -105,7 +111,7 @@ def write_child(parent: Checkpoint, directory: Path, orders: list[list[int]]) ->
             )
 
     kept_files = [path for path in parent.directory.iterdir() if path.name.startswith(("tokenizer", "chat", "gener"))]
-    write_checkpoint(directory, gpt_oss.child_config(parent.config, BLOCKS), shards(), kept_files)
+    write_checkpoint(directory, gpt_oss.child_config(parent.config, blocks), shards(), kept_files)
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +148,13 @@ def test_the_engine_replies_as_transformers_does_at_every_effort(
     assert verdict.loaded_by is not None
     assert verdict.words.startswith("verified by vLLM")
     assert all(agreement["equal"] >= 0.9 * agreement["replies"] for agreement in verdict.replies.values())
+
+
+def test_layers_use_their_own_number_of_experts_per_token(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Where a token uses one expert, a near tie of the router turns all of the layer's output, so a reply may part."""
+    lenient = ASKED.but(min_agreeing_replies=0.95)
+    verdict = validate_by_engine(lenient, bundle_of("sparser", kv_cache="bf16"), PROMPTS, tmp_path)
+    assert verdict.passed, verdict.problems
 
 
 @pytest.fixture
@@ -248,7 +261,7 @@ def edit_shard(bundle: Path, name: str, change: Callable[[dict[str, Tensor]], ob
 
 
 def edit_layer(part: str, tensor: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    """Changes one tensor of layer 1, which has 14 experts and a window of 256."""
+    """Changes one tensor of layer 1, which has 14 experts, uses 2 per token and has a window of 256."""
     name = f"model.layers.1.{tensor}"
     return lambda bundle: edit_shard(
         bundle,
@@ -289,6 +302,7 @@ REFUSED = {
     ),
 }
 OTHERWISE = {
+    "experts per token": lambda bundle: edit_block(bundle, num_experts_per_tok=1),
     "a window": lambda bundle: edit_block(bundle, sliding_window=8),
     "experts out of order": edit_layer("experts", "mlp.experts.down_proj_blocks", lambda own: own.flip(0)),
     "a router out of order": edit_layer("rest", "mlp.router.weight", lambda own: own.flip(0)),

@@ -81,6 +81,7 @@ def test_one_rope_in_every_spelling(spelling: dict[str, Any]) -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),
         ({"num_key_value_heads": 7}, "num_key_value_heads 7 does not divide"),
+        ({"per_layer_config": {"0": {"num_local_experts": 64}}}, "layers differ, which 'gpt_oss' does not build"),
         ({"experts_per_token": 2}, "experts_per_token is 2 but num_experts_per_tok is 4"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; .* 'silu' always"),
         ({"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),
@@ -146,6 +147,11 @@ ROPES = st.fixed_dictionaries(
     },
 )
 ANY = st.one_of(st.none(), st.booleans(), st.integers(-2, 300), st.floats(), st.text(max_size=3), st.just([]))
+ENTRIES = st.fixed_dictionaries(
+    {"num_local_experts": st.sampled_from([8, 3]), "sliding_window": st.sampled_from([None, 128, 16])},
+    optional={"num_experts_per_tok": st.one_of(st.sampled_from([1, 4]), ANY)},
+)
+"""Of ``block_configs``, or of ``per_layer_config``."""
 CONFIGS = st.fixed_dictionaries(
     {"model_type": st.sampled_from(["gpt_oss"] * 6 + ["gpt_oss_puzzle", "mixtral"]), "num_hidden_layers": st.just(2)},
     optional={
@@ -155,6 +161,10 @@ CONFIGS = st.fixed_dictionaries(
         "layer_types": st.one_of(st.none(), st.lists(st.sampled_from([*gpt_oss.LAYER_TYPES, "other"]), max_size=3)),
         "sliding_window": st.one_of(st.just(128), ANY),
         "num_local_experts": st.one_of(st.just(8), ANY),
+        "num_experts_per_tok": st.one_of(st.sampled_from([1, 4, 9]), ANY),
+        "experts_per_token": st.sampled_from([4, 1]),
+        "block_configs": st.one_of(ANY, st.lists(ENTRIES, min_size=2, max_size=2)),
+        "per_layer_config": st.one_of(st.none(), st.dictionaries(st.sampled_from(["0", "1"]), ENTRIES)),
         "head_dim": st.sampled_from([64, 63, 1, 0]),
         "eos_token_id": st.one_of(ANY, st.lists(st.integers(-1, 9), max_size=2)),
         "dtype": ANY,
@@ -176,6 +186,7 @@ def test_any_config_is_resolved_as_its_class_does_or_refused(config: Mapping[str
     assert same_angles(as_class(resolved), reference)
     assert all(resolved[key] == getattr(reference, key) for key in ("layer_types", "eos_token_id", "sliding_window"))
     assert (shape.hidden_size, architecture.num_layers) == (reference.hidden_size, reference.num_hidden_layers)
-    child = gpt_oss.child_config(resolved, Architecture.of([Block(4, 4, 16)] * 2))
+    child = gpt_oss.child_config(resolved, Architecture.of([Block(4, 2, 16)] * 2))
     assert same_angles(as_class(json.loads(json.dumps(child))), reference)
+    assert gpt_oss.read_config(resolve(child))[1] == Architecture.of([Block(4, 2, 16)] * 2)
     assert resolve(resolved) == resolved

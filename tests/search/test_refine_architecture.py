@@ -28,7 +28,7 @@ from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 from moesaic.search.space import SearchSpace
 from tests.search.test_score_blocks import write_set
 
-SPACE = SearchSpace(expert_counts=(6, 4), windows=(16, 4))
+SPACE = SearchSpace(expert_counts=(6, 4), experts_per_token=(1,), windows=(16, 4))
 LONG = Workload(name="long", input_tokens=256, output_tokens=64, concurrency=4)
 SCORES = ScoreBlocksConfig(space=SPACE, metric="kl", batch_tokens=1600)
 CONFIG = RefineArchitectureConfig.like(SCORES, evaluations=7)

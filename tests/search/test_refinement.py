@@ -9,7 +9,7 @@ import pytest
 
 from moesaic.models.architecture import Block
 from moesaic.search.library import BlockLibrary, Choice, total
-from moesaic.search.refine_architecture.interactions import Evaluation, LearntDamage
+from moesaic.search.refine_architecture.interactions import Evaluation, LearntDamage, _Blocks
 from moesaic.search.refine_architecture.refinement import propose
 from moesaic.search.search_architecture.search import Search
 from moesaic.search.search_architecture.stage import Limits, SearchArchitectureConfig
@@ -49,6 +49,14 @@ class TrueDamage:
 
     def __call__(self, choice: Choice) -> float:
         return float(np.square(sum(errors[index] for errors, index in zip(self.errors, choice, strict=True))).sum())
+
+
+def test_blocks_that_differ_in_experts_alone_are_of_a_kind():
+    library = make_library(3, counts=(8, 4, 2), used=(2, 1))
+    kinds = _Blocks.of(library).kinds
+    for options, row in zip(library.variants, kinds, strict=True):
+        for (block, kind), (other, its) in product(zip(options, row[: len(options)], strict=True), repeat=2):
+            assert (kind == its) == (replace(block, num_experts=8) == replace(other, num_experts=8))
 
 
 def guess(learnt: LearntDamage, choice: Choice) -> float:

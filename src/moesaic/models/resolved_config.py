@@ -83,6 +83,11 @@ def as_class(given: Mapping[str, Any]) -> GptOssConfig:
         raise ArtifactError(
             f"model_type is {kind!r}; Moesaic reads {gpt_oss.PARENT_TYPE!r} and {gpt_oss.CHILD_TYPE!r} checkpoints"
         )
+    if kind == gpt_oss.PARENT_TYPE and given.get("per_layer_config"):
+        raise ArtifactError(
+            f"per_layer_config says that layers differ, which {kind!r} does not build; a model whose layers differ has "
+            f"model_type {gpt_oss.CHILD_TYPE!r}"
+        )
     flat = copy.deepcopy(dict(given)) | {
         key: _of_all_layers(key, given[key]) for key in ("rope_scaling", "rope_parameters") if key in given
     }

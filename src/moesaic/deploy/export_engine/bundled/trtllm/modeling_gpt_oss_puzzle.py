@@ -45,7 +45,7 @@ def _with_config(model_config: Any, config: Any) -> Any:
 
 
 class GptOssPuzzleBlock(TransformerBlock):
-    """One layer, with its own experts and window."""
+    """One layer, with its own experts, experts per token and window."""
 
     def __init__(self, model_config: Any, layer: int, **kwargs: Any) -> None:
         config = model_config.pretrained_config.get_gpt_oss_config_for_layer(layer)

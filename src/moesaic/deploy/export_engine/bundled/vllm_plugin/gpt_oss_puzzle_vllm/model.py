@@ -86,7 +86,7 @@ class GptOssPuzzleAttention(OAIAttention):
 
 
 class GptOssPuzzleBlock(TransformerBlock):
-    """One layer, with its own experts and window."""
+    """One layer, with its own experts, experts per token and window."""
 
     attention_cls = GptOssPuzzleAttention
 
