@@ -195,7 +195,7 @@ def test_chunks_of_tokens_change_no_metric(monkeypatch: pytest.MonkeyPatch):
     next_ids = torch.randint(0, 10, (23,), generator=generator)
     weights = torch.rand(23, generator=generator, dtype=torch.float64)
     whole = damage.compare(head, parent, children, next_ids, weights)
-    monkeypatch.setattr(damage, "_LOGITS", 150)
+    monkeypatch.setattr(damage, "COMPARED_LOGITS", 150)
     chunked = damage.compare(head, parent, children, next_ids, weights)
     assert_near(chunked, whole, 1e-6)  # 8 steps of float32, of the energy
 
