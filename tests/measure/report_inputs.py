@@ -88,6 +88,7 @@ def costs() -> str:
         "fixed": {
             "parameters": 100,
             "memory_bytes": 2**20,
+            "source": "modelled",
             "workloads": {"long": {"prefill_ms": 1.0, "decode_ms": 1.0}},
         },
         "rows": rows,
