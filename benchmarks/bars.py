@@ -1,7 +1,8 @@
-"""What the speed benchmarks share: CPU seconds, bars that are met or missed, and the record of a run."""
+"""What the benchmarks share: CPU seconds, resident memory, bars that are met or missed, and the record of a run."""
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 
 from moesaic.core.code import code_version
 from moesaic.platform.runs import records
+
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+"""Blocks from this size on go back to the system when they are freed, so that resident memory is what is in use."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,18 @@ def cpu_seconds(action: Callable[[], Any], repeats: int = 1) -> float:
         action()
         times.append(time.process_time() - start)
     return min(times)
+
+
+def return_freed_memory() -> None:
+    """Start this program anew with an allocator that keeps no large block it has freed, unless it runs with it."""
+    if not _MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_MALLOC})
+
+
+def resident_bytes(key: str) -> int:
+    """Bytes of resident memory of this process: now (VmRSS) or at its highest (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def conclude(command: str, bars: Sequence[Bar], found: dict[str, Any], record: Path | None) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bars import Bar, conclude
+from bars import Bar, conclude, resident_bytes, return_freed_memory
 
 from moesaic.costs.facts import Facts
 from moesaic.costs.hardware import Target
@@ -45,7 +45,6 @@ POINTS = {
     "gpt_oss_120b": [(nodes, LONG) for nodes in (2, 4, 8)],
 }
 """Nodes and tokens of a row, by child."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 TRUE_WIDTH = ModelShape(
     hidden_size=2880,
     intermediate_size=2880,
@@ -118,7 +117,7 @@ def _measure(rank: int, scratch: Path, job: Job) -> None:
     dist.init_process_group("gloo", init_method=f"file://{scratch / 'group'}", rank=rank, world_size=2)
     torch.manual_seed(0)
     step = simulation.Step(SMALL, TRUE_WIDTH, PARENT, CHILD, job)
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     step.materialize()
     for model in (step.teacher_model, *step.model_parts):
         for parameter in model.parameters():
@@ -128,15 +127,9 @@ def _measure(rank: int, scratch: Path, job: Job) -> None:
     batch["position_ids"] = torch.arange(SMALL.sequence_tokens).unsqueeze(0)
     step._run_train_optim_step([batch], 1.0)
     if rank == 0:
-        (scratch / "peak").write_text(str(_resident("VmHWM") - before))
+        (scratch / "peak").write_text(str(resident_bytes("VmHWM") - before))
     dist.destroy_process_group()
     torch.compiler.set_stance("default")
-
-
-def _resident(key: str) -> int:
-    """Bytes of resident memory of this process: now (VmRSS) or at its highest (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def main() -> None:
@@ -144,8 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", type=Path, help="file to write")
     options = parser.parse_args()
-    if not MALLOC.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    return_freed_memory()
     small = two_layers()
     rows = simulate_full_size()
     balanced = [row for row in rows if not row["worst_routing"]]

@@ -19,18 +19,20 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.bars import conclude
+from bars import conclude
+from tiny_children import DATA, PARENT, ask_pruned, calibration_rows
+
 from moesaic.core.process_group import BatchShare
 from moesaic.core.workbench import Workbench
 from moesaic.data.sets import DataSets
 from moesaic.measure.paired import Verdicts, average, difference
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.pipelines import example
 from moesaic.pipelines.recipes import tiny_cpu
 from moesaic.search.library import Choice
 from moesaic.search.probing import Probes, embed, open_parent
@@ -44,7 +46,6 @@ from moesaic.search.solver.decomposition import Apart, minimise
 from moesaic.search.space import SearchSpace
 from moesaic.stages import STAGES
 
-PARENT, DATA = example() / "parent", DataSets.at(example() / "data")
 DRAWS, SEQUENCES, EVALUATIONS = 3, 32, 16
 SPACE = SearchSpace(expert_counts=(16, 14, 12, 10, 8, 6, 4), windows=(128, 32))
 SCORES = tiny_cpu().score_blocks.but(max_sequences=SEQUENCES, space=SPACE)
@@ -94,14 +95,9 @@ def main() -> None:
 
 
 def _rows(directory: Path, numbers: Sequence[int]) -> DataSets:
-    """The calibration sets' rows of some draws, as files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in (DATA.calibration_short, DATA.calibration_long):
-        rows = path.read_text().splitlines(keepends=True)
-        chosen = [row for number in numbers for row in rows[number * SEQUENCES : (number + 1) * SEQUENCES]]
-        if not (directory / path.name).is_file():
-            (directory / path.name).write_text("".join(chosen))
-    return DataSets.at(directory)
+    """The calibration sets' rows of some draws."""
+    draws = (range(number * SEQUENCES, (number + 1) * SEQUENCES) for number in numbers)
+    return calibration_rows(directory, chain(*draws))
 
 
 def _draw(bench: Workbench, number: int, data: DataSets, ranking: Path, costs: Path) -> Draw:
@@ -182,25 +178,7 @@ def _ask(bench: Workbench, draw: Draw, ranking: Path, arm: str, number: int) -> 
     place.mkdir(exist_ok=True)
     described = describe(draw.search.assembled(draw.search.library.choice(draw.arms[arm])))
     (place / "architecture.json").write_text(json.dumps({"candidates": {"puzzle": described}}))
-    child = bench.run(
-        STAGES["prune_model"],
-        tiny_cpu().prune_model,
-        f"child-{arm}-{number}",
-        parent=PARENT,
-        ranking=ranking,
-        architecture=place,
-    )
-    evaluation = bench.run(
-        STAGES["evaluate"],
-        tiny_cpu().evaluate.but(problems_per_task=200, split="validation"),
-        f"evaluation-{arm}-{number}",
-        model=child,
-        tests=example() / "data" / "validation.jsonl",
-    )
-    efforts = json.loads((evaluation / "evaluation.json").read_text())["efforts"]
-    return {
-        effort: {task: entry["solved"] for task, entry in result["tasks"].items()} for effort, result in efforts.items()
-    }
+    return ask_pruned(bench, f"{arm}-{number}", ranking, place)
 
 
 def _accuracy(efforts: Mapping[str, Verdicts]) -> float:

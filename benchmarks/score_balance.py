@@ -20,20 +20,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
 
+from bars import conclude
 from scipy.stats import spearmanr
+from tiny_children import DATA, PARENT, ask_pruned, calibration_rows
 
-from benchmarks.bars import conclude
 from moesaic.core.config import Balance
 from moesaic.core.workbench import Workbench
 from moesaic.data.calibration import load_batches
 from moesaic.data.sets import DataSets
 from moesaic.measure.paired import Verdicts, average, difference
-from moesaic.pipelines import example
 from moesaic.pipelines.recipes import tiny_cpu
 from moesaic.search.space import SearchSpace
 from moesaic.stages import STAGES
 
-PARENT, DATA = example() / "parent", DataSets.at(example() / "data")
 SEQUENCES = 48
 """Of each calibration set, in each half."""
 SPACE = SearchSpace(expert_counts=(16, 12, 8, 4), windows=(128, 32))
@@ -71,14 +70,8 @@ def main() -> None:
 
 
 def _half(directory: Path, number: int) -> DataSets:
-    """The calibration sets' rows of one half, as files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in (DATA.calibration_short, DATA.calibration_long):
-        rows = path.read_text().splitlines(keepends=True)[number * SEQUENCES : (number + 1) * SEQUENCES]
-        target = directory / path.name
-        if not target.is_file():
-            target.write_text("".join(rows))
-    return DataSets.at(directory)
+    """The calibration sets' rows of one half."""
+    return calibration_rows(directory, range(number * SEQUENCES, (number + 1) * SEQUENCES))
 
 
 def _child(
@@ -110,26 +103,8 @@ def _child(
         scores=scores,
         costs=costs,
     )
-    child = bench.run(
-        STAGES["prune_model"],
-        recipe.prune_model,
-        f"child-{name}",
-        parent=PARENT,
-        ranking=ranking,
-        architecture=architecture,
-    )
-    evaluation = bench.run(
-        STAGES["evaluate"],
-        recipe.evaluate.but(problems_per_task=200, split="validation"),
-        f"evaluation-{name}",
-        model=child,
-        tests=example() / "data" / "validation.jsonl",
-    )
-    efforts = json.loads((evaluation / "evaluation.json").read_text())["efforts"]
     damages = [row["damage"] for row in json.loads((scores / "scores.json").read_text())["rows"]]
-    return damages, {
-        effort: {task: entry["solved"] for task, entry in result["tasks"].items()} for effort, result in efforts.items()
-    }
+    return damages, ask_pruned(bench, name, ranking, architecture)
 
 
 def _low_share(halves: Sequence[DataSets]) -> float:

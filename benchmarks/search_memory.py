@@ -12,14 +12,13 @@ Run: python benchmarks/search_memory.py [--record FILE]; 3 minutes on two cores.
 
 import argparse
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bars import Bar, conclude
+from bars import Bar, conclude, resident_bytes, return_freed_memory
 
 from moesaic.core.process_group import BatchShare
 from moesaic.costs.facts import Facts, PipelineTask
@@ -37,7 +36,6 @@ from moesaic.search.simulated_memory import ranking_bytes, refinement_bytes, sco
 from moesaic.stages import find_stage
 
 GIB = 2**30
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 SIMULATED = {
     "rank_experts": ranking_bytes,
     "score_blocks": scoring_bytes,
@@ -84,18 +82,12 @@ def two_layers() -> dict[str, float]:
         checkpoint, scratch = Checkpoint.open(Path(place) / "model"), Path(place) / "scratch"
         scratch.mkdir()
         ranked = _rank(SMALL, checkpoint, [Batch(ids, every, every)], scratch, BatchShare())
-        before = _resident("VmRSS")
+        before = resident_bytes("VmRSS")
         with torch.inference_mode():
             list(ranked)
-        measured = _resident("VmHWM") - before
+        measured = resident_bytes("VmHWM") - before
     simulated = ranking_bytes(SMALL, model.shape, model.architecture, True, False)
     return {"measured_mib": measured / 2**20, "simulated_mib": simulated / 2**20}
-
-
-def _resident(key: str) -> int:
-    """Bytes of resident memory of this process: now (VmRSS) or at its highest (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def main() -> None:
@@ -103,8 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", type=Path, help="file to write")
     options = parser.parse_args()
-    if not MALLOC.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    return_freed_memory()
     small = two_layers()
     print(small, flush=True)
     rows = [row for name in MODELS for row in full_size(name)]

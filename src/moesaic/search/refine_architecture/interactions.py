@@ -52,16 +52,24 @@ class Evaluation:
 class _Blocks:
     """What is known of single blocks, by layer and variant."""
 
+    scores: Floats
     damages: Floats
+    """The same; those below 0, which some metrics have, count as 0."""
     kinds: Indices
     """Equal for blocks that differ in nothing but experts."""
 
     @classmethod
     def of(cls, library: BlockLibrary) -> "_Blocks":
-        """Damages and kinds of a library's blocks; damages below 0, which some metrics have, count as 0."""
+        """What a library says of its blocks."""
         names = list({_smallest(block): None for options in library.variants for block in options})
         kinds = library.table(lambda block: float(names.index(_smallest(block))))
-        return cls(np.maximum(dense(library.damages), 0.0), dense(kinds).astype(np.int64))
+        scores = dense(library.damages)
+        return cls(scores, np.maximum(scores, 0.0), dense(kinds).astype(np.int64))
+
+    def sums(self, choices: Indices) -> Floats:
+        """The sums of the scores of assemblies, [assembly layer]."""
+        sums: Floats = self.scores[np.arange(choices.shape[1]), choices].sum(-1)
+        return sums
 
     def covariance(self, first: Indices, second: Indices) -> Floats:
         """``k`` of every pair of assemblies, [first second]; assemblies are rows of variants."""
@@ -112,29 +120,17 @@ class LearntDamage:
         covariance = blocks.covariance(known, known)
         noise = _NOISE * max(float(np.trace(covariance)), _TINY) / max(len(known), 1)
         precision = np.linalg.inv(covariance + noise * np.eye(len(known))).astype(np.float64)
-        missing = np.array([evaluation.damage for evaluation in evaluations]) - _sums(library, known)
+        missing = np.array([evaluation.damage for evaluation in evaluations]) - blocks.sums(known)
         return cls(library, blocks, known, precision, missing)
 
     def expected(self, choices: Indices) -> Floats:
         """The expected damage of assemblies, [assembly layer]."""
-        covariance = self.blocks.covariance(choices, self.known)
-        expected: Floats = _sums(self.library, choices) + covariance @ self.precision @ self.missing
-        return expected
-
-    def deviation(self, choices: Indices) -> Floats:
-        """The standard deviation of the damage of assemblies, [assembly layer].
-
-        Correlations are as large as the measurements say: the scale of ``k`` is the one of greatest likelihood.
-        """
-        scale = self.missing @ self.precision @ self.missing / max(len(self.known), 1)
-        covariance = self.blocks.covariance(choices, self.known)
-        known = np.einsum("ij,jk,ik->i", covariance, self.precision, covariance)
-        deviation: Floats = np.sqrt(scale * np.maximum(self.blocks.variance(choices) - known, 0.0))
-        return deviation
+        return self._expected(choices, self.blocks.covariance(choices, self.known))
 
     def promise(self, choices: Indices) -> Floats:
         """How small the damage of assemblies may well be (their lower confidence bound), [assembly layer]."""
-        return self.expected(choices) - OPTIMISM * self.deviation(choices)
+        covariance = self.blocks.covariance(choices, self.known)
+        return self._expected(choices, covariance) - OPTIMISM * self._deviation(choices, covariance)
 
     def around(self, choice: Choice) -> Table:
         """By layer and variant, what that variant adds to the promise if all other layers are as in ``choice``.
@@ -149,7 +145,13 @@ class LearntDamage:
             rows.append(tuple((self.promise(others) - base + base / len(choice)).tolist()))
         return tuple(rows)
 
+    def _expected(self, choices: Indices, covariance: Floats) -> Floats:
+        expected: Floats = self.blocks.sums(choices) + covariance @ self.precision @ self.missing
+        return expected
 
-def _sums(library: BlockLibrary, choices: Indices) -> Floats:
-    sums: Floats = dense(library.damages)[np.arange(choices.shape[1]), choices].sum(-1)
-    return sums
+    def _deviation(self, choices: Indices, covariance: Floats) -> Floats:
+        """Correlations are as large as the measurements say: the scale of ``k`` is the one of greatest likelihood."""
+        scale = self.missing @ self.precision @ self.missing / max(len(self.known), 1)
+        known = np.einsum("ij,jk,ik->i", covariance, self.precision, covariance)
+        deviation: Floats = np.sqrt(scale * np.maximum(self.blocks.variance(choices) - known, 0.0))
+        return deviation

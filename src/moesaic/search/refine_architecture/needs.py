@@ -4,23 +4,9 @@ import math
 from collections.abc import Sequence
 
 from moesaic.costs.block_costs import block_bytes, outer_bytes
-from moesaic.costs.facts import (
-    Facts,
-    Needs,
-    PipelineTask,
-    ShardSizes,
-    attend_bytes,
-    compare_bytes,
-    head_bytes,
-    hidden_bytes,
-    host_layers,
-    largest_batch,
-    mix_bytes,
-    model_of,
-    squares_bytes,
-    streamed_layers,
-)
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, attend_bytes, hidden_bytes, mix_bytes, model_of
 from moesaic.costs.times import forward_ms
+from moesaic.search.damage_needs import MeasuredTokens, damage_memory
 from moesaic.search.refine_architecture.stage import RefineArchitectureConfig
 
 
@@ -40,25 +26,18 @@ def needs(task: PipelineTask[RefineArchitectureConfig], facts: Facts, inputs: Se
     """
     config = task.config
     blocks = model_of(facts, inputs[0]).blocks
-    lengths = (config.max_tokens, config.max_long_tokens or config.max_tokens)
-    tokens = config.max_sequences * sum(lengths)
-    rounds = math.ceil(config.evaluations / config.assemblies_per_round)
     at_once = config.assemblies_per_round
-    batch = max(largest_batch(config.batch_tokens // at_once, length, config.max_sequences) for length in lengths)
-    running = max(attend_bytes(facts, batch, config.precision), mix_bytes(facts, batch, config.precision))
-    running += hidden_bytes(facts, batch, config.precision)
-    working = streamed_layers(facts, config.precision) + max(running, squares_bytes(facts, batch, config.precision))
-    comparing = compare_bytes(facts, batch, at_once, 1, config.precision)
-    times = [forward_ms(facts, blocks, config.max_sequences * length, length, head=True) for length in lengths]
+    rounds, tokens = math.ceil(config.evaluations / at_once), MeasuredTokens.of(config, at_once)
+    attended, mixed = (of(facts, tokens.batch, config.precision) for of in (attend_bytes, mix_bytes))
+    running = max(attended, mixed) + hidden_bytes(facts, tokens.batch, config.precision)
+    times = [forward_ms(facts, blocks, config.max_sequences * each, each, head=True) for each in tokens.lengths]
     layers = sum(block_bytes(facts.shape, block, facts.packed) for block in blocks)
     return Needs(
         read_bytes=(1 + rounds) * layers + outer_bytes(facts.shape),
-        device_bytes=head_bytes(facts, config.precision) + max(working, comparing),
-        host_bytes=host_layers(facts),
-        state_bytes=(1 + at_once) * hidden_bytes(facts, tokens, config.precision),
+        **damage_memory(config, facts, tokens, at_once, running, compared=1),
         gpu_ms=None if facts.target is None else (1 + config.evaluations) * sum(ms or 0.0 for ms in times),
         counts={
-            "tokens": tokens,
+            "tokens": tokens.count,
             "evaluations": config.evaluations,
             "block_forwards": (1 + config.evaluations) * len(blocks),
         },

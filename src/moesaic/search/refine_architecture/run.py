@@ -184,15 +184,13 @@ def _refined(
         refined = describe(job.search.assembled(tuple(best["choice"]), "refined"))
         others = {UNREFINED if name == "puzzle" else name: candidate for name, candidate in candidates.items()}
         candidates = {"puzzle": refined} | others
-    damages = {json.dumps(row["blocks"]): row["measured"] for row in _rows(job, measured)}
+    rows = _rows(job, measured)
+    damages = {json.dumps(row["blocks"]): row["measured"] for row in rows}
     candidates = {
         name: candidate | {"measured": damages.get(json.dumps(candidate["blocks"]))}
         for name, candidate in candidates.items()
     }
-    return content | {
-        "candidates": candidates,
-        "refinement": {"metric": job.config.metric, "evaluations": _rows(job, measured)},
-    }
+    return content | {"candidates": candidates, "refinement": {"metric": job.config.metric, "evaluations": rows}}
 
 
 def _rows(job: _Job, measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,24 +4,10 @@ import math
 from collections.abc import Sequence
 
 from moesaic.costs.block_costs import block_bytes, outer_bytes
-from moesaic.costs.facts import (
-    Facts,
-    Needs,
-    PipelineTask,
-    ShardSizes,
-    attend_bytes,
-    compare_bytes,
-    head_bytes,
-    hidden_bytes,
-    host_layers,
-    largest_batch,
-    mix_bytes,
-    model_of,
-    squares_bytes,
-    streamed_layers,
-)
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, attend_bytes, hidden_bytes, mix_bytes, model_of
 from moesaic.costs.times import forward_ms
 from moesaic.models.architecture import Block
+from moesaic.search.damage_needs import MeasuredTokens, damage_memory
 from moesaic.search.library import variants_of
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
 
@@ -44,36 +30,31 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     """
     config = task.config
     blocks, shape = model_of(facts, inputs[0]).blocks, facts.shape
-    lengths = (config.max_tokens, config.max_long_tokens or config.max_tokens)
-    tokens = config.max_sequences * sum(lengths)
+    at_once = config.variants_per_batch
+    tokens = MeasuredTokens.of(config, at_once)
     counts = [len(variants_of(block, config.space)) for block in blocks]
     uses = [2 + sum(counts[: layer + 1]) for layer in range(len(blocks))]
-    groups = [max(1, math.ceil((count - 1) / config.variants_per_batch)) for count in counts]
+    groups = [max(1, math.ceil((count - 1) / at_once)) for count in counts]
     loads = [3 + sum(groups[: layer + 1]) for layer in range(len(blocks))]
     sizes = [block_bytes(shape, block, facts.packed) for block in blocks]
-    at_once = config.variants_per_batch
-    batch = max(largest_batch(config.batch_tokens // at_once, length, config.max_sequences) for length in lengths)
-    attended = attend_bytes(facts, at_once * batch, config.precision)
-    mixed = mix_bytes(facts, at_once * batch, config.precision) + hidden_bytes(facts, at_once * batch, config.precision)
-    running = max(attended, mixed) + hidden_bytes(facts, batch, config.precision)
-    working = streamed_layers(facts, config.precision) + max(running, squares_bytes(facts, batch, config.precision))
-    comparing = compare_bytes(facts, batch, at_once, at_once, config.precision)
+    together = at_once * tokens.batch
+    mixed = mix_bytes(facts, together, config.precision) + hidden_bytes(facts, together, config.precision)
+    running = max(attend_bytes(facts, together, config.precision), mixed)
+    running += hidden_bytes(facts, tokens.batch, config.precision)
 
     def through(some: Sequence[Block], head: bool) -> float:
         """Milliseconds of both sets through some blocks; zero where time is not modelled."""
-        times = (forward_ms(facts, some, config.max_sequences * length, length, head=head) for length in lengths)
+        times = (forward_ms(facts, some, config.max_sequences * length, length, head=head) for length in tokens.lengths)
         return sum(ms or 0.0 for ms in times)
 
     ms = (sum(counts) + 1) * through([], True)
     ms += sum(use * through([block], False) for use, block in zip(uses, blocks, strict=True))
     return Needs(
         read_bytes=sum(load * size for load, size in zip(loads, sizes, strict=True)) + outer_bytes(shape),
-        device_bytes=head_bytes(facts, config.precision) + max(working, comparing),
-        host_bytes=host_layers(facts),
-        state_bytes=(1 + at_once) * hidden_bytes(facts, tokens, config.precision),
+        **damage_memory(config, facts, tokens, at_once, running, compared=at_once),
         gpu_ms=None if facts.target is None else ms,
         counts={
-            "tokens": tokens,
+            "tokens": tokens.count,
             "variants": sum(counts),
             "replacements": sum(counts) - len(counts),
             "block_forwards": sum(uses),
