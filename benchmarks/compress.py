@@ -40,6 +40,12 @@ def compress(recipe: str, seed: int, directory: Path) -> dict[str, Any]:
     return found
 
 
+def peak_memory_mib(directory: Path) -> float:
+    """The most memory that the process of any stage took."""
+    stored = (directory / "store" / "records").glob("*.json")
+    return max(float(json.loads(path.read_text())["peak_memory_mib"]) for path in stored)
+
+
 def measure_bars(recovery: Mapping[str, Any]) -> dict[str, float]:
     """What one run reached, in the order of the bars."""
     uniform = recovery["baseline"]["differences"]["averaged"]["mean"]["points"]
@@ -96,7 +102,9 @@ def main() -> None:
         "hardware": describe_hardware(),
         "versions": installed_versions(),
         "bars": bars,
+        "peak_memory_mib": {str(seed): peak_memory_mib(given.runs / f"seed-{seed}") for seed in summaries},
         "runs": {str(seed): summary["recovery"] for seed, summary in summaries.items()},
+        "serving": {str(seed): summary["serving"] for seed, summary in summaries.items()},
     }
     print(json.dumps(record, indent=1))
 
