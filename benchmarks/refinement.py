@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from bars import conclude
@@ -30,7 +29,7 @@ from tiny_children import DATA, PARENT, ask_pruned, calibration_rows
 from moesaic.core.process_group import BatchShare
 from moesaic.core.workbench import Workbench
 from moesaic.data.sets import DataSets
-from moesaic.measure.paired import Verdicts, average, difference
+from moesaic.measure.paired import Verdicts, accuracy, average, difference
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.pipelines.recipes import tiny_cpu
@@ -87,7 +86,9 @@ def main() -> None:
         "damage_where_chosen": [dict(draw.measured) for draw in draws],
         "damage_held_out": held_out,
         "blocks": [{arm: [block.label for block in draw.arms[arm].blocks] for arm in ARMS} for draw in draws],
-        "accuracy": [{arm: _accuracy(efforts) for arm, efforts in one.items()} for one in solved],
+        "accuracy": [
+            {arm: accuracy(average(list(efforts.values()))) for arm, efforts in one.items()} for one in solved
+        ],
         "refined_minus": {other: _differences(solved, other) for other in ARMS if other != "refined"},
         "problems": "validation, before any training",
     }
@@ -179,11 +180,6 @@ def _ask(bench: Workbench, draw: Draw, ranking: Path, arm: str, number: int) -> 
     described = describe(draw.search.assembled(draw.search.library.choice(draw.arms[arm])))
     (place / "architecture.json").write_text(json.dumps({"candidates": {"puzzle": described}}))
     return ask_pruned(bench, f"{arm}-{number}", ranking, place)
-
-
-def _accuracy(efforts: Mapping[str, Verdicts]) -> float:
-    """The mean over tasks and efforts."""
-    return fmean(fmean(problems.values()) for problems in average(list(efforts.values())).values())
 
 
 def _differences(solved: Sequence[Mapping[str, Mapping[str, Verdicts]]], other: str) -> dict[str, Any]:

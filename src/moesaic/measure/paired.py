@@ -126,6 +126,11 @@ def average(verdicts: Sequence[Verdicts]) -> Verdicts:
         raise ArtifactError(f"not all evaluations asked {missing}; use the same config and data for all") from missing
 
 
+def accuracy(verdicts: Verdicts) -> float:
+    """The mean over tasks of the mean over their problems."""
+    return fmean(fmean(solved.values()) for solved in verdicts.values())
+
+
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided p-value of so many problems won and lost, were either equally likely."""
     differing = wins + losses

@@ -15,21 +15,20 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import read_text
 from moesaic.measure.outside.results import (
     FromHarness,
     Score,
     Task,
     digest,
     flat,
-    mean_of,
     number_of,
     parse,
-    read_file,
     read_lines,
     share_of,
     sort_scores,
 )
-from moesaic.measure.paired import Verdicts
+from moesaic.measure.paired import Verdicts, accuracy
 
 RESULTS = "results_*.json"
 _TASK_SETTINGS = (
@@ -86,7 +85,7 @@ def read(path: Path) -> list[Task]:
     Raises:
         ArtifactError: if a file is damaged, or holds other problems than the results count.
     """
-    content = parse(_Results, read_file(path), path)
+    content = parse(_Results, read_text(path), path)
     date = path.stem.removeprefix("results_")
     samples = {file.name: file for file in path.parent.glob("samples_*.jsonl")}
     tasks = {
@@ -154,7 +153,7 @@ def _scores(content: _Results, name: str, found: Mapping[str, Verdicts]) -> tupl
         elif (mean := number_of(value)) is not None:
             error = number_of(content.results[name].get(f"{metric}_stderr,{filter}"))
             verdicts = found.get(label)
-            agrees = verdicts is not None and isclose(mean_of(verdicts), mean, abs_tol=1e-6)
+            agrees = verdicts is not None and isclose(accuracy(verdicts), mean, abs_tol=1e-6)
             scores[label] = Score(mean, error, verdicts if agrees else None)
         else:
             left_out[label] = "no number"

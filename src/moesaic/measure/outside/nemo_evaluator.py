@@ -24,19 +24,19 @@ import yaml
 from pydantic import ConfigDict, Field
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import read_text
 from moesaic.measure.outside.results import (
     FromHarness,
     Score,
     Task,
     digest,
     flat,
-    mean_of,
     number_of,
     parse,
-    read_file,
     read_lines,
     sort_scores,
 )
+from moesaic.measure.paired import accuracy
 
 YAML, BUNDLE, ROWS, CONFIG = "results.yml", "eval-*.json", "results.jsonl", "full_config.yaml"
 REPLIES = "eval-results/**/output*.jsonl"
@@ -149,7 +149,7 @@ def _read_task(
     found = {}
     for label, entry in kept.items():
         error, shares = number_of(entry.stats.get("stderr")), solved.get(label.rpartition("/")[2])
-        agrees = shares and isclose(mean_of({name: shares}), entry.value / unit, abs_tol=_ROUNDING)
+        agrees = shares and isclose(accuracy({name: shares}), entry.value / unit, abs_tol=_ROUNDING)
         verdicts = {name: shares} if shares and agrees else None
         found[label] = Score(entry.value / unit, None if error is None else error / unit, verdicts)
     scores, left_out = sort_scores(left_out, found)
@@ -210,7 +210,7 @@ def read_bundle(path: Path) -> list[Task]:
     Raises:
         ArtifactError: if a file is damaged, or the rewards are not those that the bundle is about.
     """
-    content, rows = parse(_Bundle, read_file(path), path), path.with_name(ROWS)
+    content, rows = parse(_Bundle, read_text(path), path), path.with_name(ROWS)
     if content.config.get("framework") == "container":
         return []
     rewards = _read_rewards(rows, content)
@@ -221,7 +221,7 @@ def read_bundle(path: Path) -> list[Task]:
         raise ArtifactError(f"{path} has neither of the scores {', '.join(_HEADLINES)}; the evaluation did not finish")
     value = content.benchmark.scores[label]
     said = number_of(value.get("value")) if isinstance(value, Mapping) else None
-    mean = mean_of({name: solved})
+    mean = accuracy({name: solved})
     if said is None or not isclose(said, mean, abs_tol=_ROUNDING):
         raise ArtifactError(
             f"{path} says {label} is {said}, and {rows.name} has a mean of {mean:.4f}; give one run's files"
@@ -286,7 +286,7 @@ def _generation(bundle: Path, name: str) -> tuple[dict[str, Any], tuple[Path, ..
 def _load_yaml(path: Path) -> Any:
     """As JSON would hold it: without dates, keys that are no text, and nodes that contain themselves."""
     try:
-        return json.loads(json.dumps(yaml.safe_load(read_file(path).decode("utf-8-sig")), default=str))
+        return json.loads(json.dumps(yaml.safe_load(read_text(path)), default=str))
     except (yaml.YAMLError, *_NO_YAML) as broken:
         first = str(broken).splitlines()[0] if str(broken) else type(broken).__name__
         raise ArtifactError(f"{path} is not valid YAML: {first}; give the file as the harness wrote it") from broken

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -120,11 +119,6 @@ def digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def mean_of(verdicts: Verdicts) -> float:
-    """Over tasks of the mean over their problems."""
-    return fmean(fmean(solved.values()) for solved in verdicts.values())
-
-
 def number_of(value: Any) -> float | None:
     """A finite number; None for anything else, such as ``"N/A"``."""
     try:
@@ -139,14 +133,14 @@ def share_of(value: Any) -> float | None:
     return float(value) if isinstance(value, (bool, int, float)) and 0 <= value <= 1 else None
 
 
-def parse(kind: type[_Content], content: bytes | Any, place: object) -> _Content:
+def parse(kind: type[_Content], content: str | bytes | Any, place: object) -> _Content:
     """The part of a harness's JSON, or of an object that was read from its YAML, that is understood.
 
     Raises:
         ArtifactError: that names the place, and the first thing that is wrong there.
     """
     try:
-        return kind.model_validate_json(content) if isinstance(content, bytes) else kind.model_validate(content)
+        return kind.model_validate_json(content) if isinstance(content, str | bytes) else kind.model_validate(content)
     except (ValidationError, RecursionError) as invalid:
         raise ArtifactError(
             f"{place} is not what the harness writes: {_explain(invalid)}; give its output as it was"
@@ -159,15 +153,6 @@ def _explain(invalid: ValidationError | RecursionError) -> str:
     first = invalid.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]
-
-
-def read_file(path: Path) -> bytes:
-    """The content of a text file.
-
-    Raises:
-        ArtifactError: if it cannot be read, or is of another kind.
-    """
-    return b"".join(read_lines(path))
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
