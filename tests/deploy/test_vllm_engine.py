@@ -55,14 +55,14 @@ without_fp8 = pytest.mark.skipif(bool(why_unsupported(fp8_cache=True)), reason=f
 PROMPTS = example() / "data" / "prompts.jsonl"
 BLOCKS = Architecture.of(
     [
-        Block(16, 2, 32),
-        Block(14, 2, 256),
-        Block(15, 2, 32),
-        Block(12, 2),
-        Block(16, 2, 64),
-        Block(13, 2, 256),
-        Block(15, 2, 32),
-        Block(14, 2),
+        Block(16, 2, 64, 32),
+        Block(14, 2, 64, 256),
+        Block(15, 2, 64, 32),
+        Block(12, 2, 64),
+        Block(16, 2, 64, 64),
+        Block(13, 2, 64, 256),
+        Block(15, 2, 64, 32),
+        Block(14, 2, 64),
     ]
 )
 """A gentle child: what it says is nearly what the reasoner says, so that rounding changes few of its tokens."""

@@ -28,6 +28,7 @@ def test_sizes() -> None:
     assert found["parameters"] == {"parent": 180, "child": 160, "ratio": 160 / 180}
     assert found["experts"] == {"parent": 8, "child": 6, "ratio": 0.75}
     assert found["experts_per_token"] == {"parent": 4, "child": 3, "ratio": 0.75}
+    assert found["expert_width"] == {"parent": 128, "child": 128, "ratio": 1.0}
     assert found["windowed_layers"] == {"full_in_parent": 1, "windowed_in_child": 1, "full_in_child": 0}
     assert found["kv_mib_per_request"]["long"] == {"parent": 1.25, "child": 0.5, "ratio": 0.4}
 

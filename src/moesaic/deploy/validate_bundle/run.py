@@ -127,6 +127,7 @@ def _wrong_layers(manifest: BundleManifest, layers: Sequence[LoadedLayer]) -> It
         expected = LoadedLayer(
             num_local_experts=wanted.num_local_experts,
             num_experts_per_tok=wanted.num_experts_per_tok,
+            intermediate_size=wanted.intermediate_size,
             sliding_window=wanted.sliding_window,
             cache_bytes=2 if manifest.kv_cache.kind == "bf16" else 1,
             key_scale=wanted.key_scale or 1.0,
