@@ -22,7 +22,9 @@ def harness() -> Iterator[ModuleType]:
         yield kill_stages
 
 
-def test_a_killed_stage_leaves_nothing_half_made_and_ends_as_if_undisturbed(harness: ModuleType, tmp_path: Path) -> None:
+def test_a_killed_stage_leaves_nothing_half_made_and_ends_as_if_undisturbed(
+    harness: ModuleType, tmp_path: Path
+) -> None:
     from tiny_chain import Step, put_inputs
 
     world, draws = harness.World(tmp_path, tracking=False), random.Random(0)
