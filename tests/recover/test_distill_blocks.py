@@ -108,7 +108,9 @@ def finished(child: Path, tiny_parent: Path, calibration: Path, tmp_path_factory
     stage = subprocess.Popen(command, start_new_session=True)
     checkpoints = scratch / "layer-001" / "checkpoints"
     _wait_until(lambda: any(checkpoints.glob("*-last.ckpt")) or stage.poll() is not None)
+    os.killpg(stage.pid, signal.SIGSTOP)  # or the worker might finish its block before it learns of the kill
     stage.send_signal(signal.SIGKILL)
+    os.killpg(stage.pid, signal.SIGCONT)
     assert stage.wait() == -signal.SIGKILL, "it ended before it could be killed"
     _wait_until(lambda: not _alive(stage.pid))  # the worker, which is in its process group, must not go on alone
     assert not (scratch / "layer-003" / "result.json").exists() and not output.exists()
