@@ -103,14 +103,14 @@ def whole_parent(facts: Facts) -> dict[str, int]:
 
 
 def pruned_shards(facts: Facts, candidate: str) -> dict[str, int]:
-    """A child's shards. What keeps all experts, whole, and what is outside layers, is the same in all."""
+    """A child's shards. Layers that keep all experts whole, and what is outside them, are the same in every child."""
     shards = {"outer": outer_bytes(facts.shape)}
     for layer, (block, whole) in enumerate(zip(facts.child.blocks, facts.parent.blocks, strict=True)):
         specs = gpt_oss.layer_specs(facts.shape, layer, block, facts.packed)
         experts = sum(spec.num_bytes for key, spec in specs.items() if gpt_oss.is_expert_weight(key))
-        kept = "" if block.num_experts == whole.num_experts else f" of {candidate}"
-        narrowed = kept or ("" if block.expert_width == whole.expert_width else f" of {candidate}")
-        shards[f"layer {layer} experts{narrowed}"] = experts
+        sizes = [(one.num_experts, one.expert_width) for one in (block, whole)]
+        kept = "" if sizes[0] == sizes[1] else f" of {candidate}"
+        shards[f"layer {layer} experts{kept}"] = experts
         shards[f"layer {layer} rest{kept}"] = sum(spec.num_bytes for spec in specs.values()) - experts
     return shards
 

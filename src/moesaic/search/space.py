@@ -20,7 +20,8 @@ class SearchSpace(Config):
     experts_per_token: tuple[Positive, ...] = ()
     """Experts per token on offer, to the layers that use more; a layer's own always are."""
     expert_widths: tuple[Positive, ...] = ()
-    """Channels per expert on offer, to the layers whose experts have more; in MXFP4 multiples of 32."""
+    """Channels per expert on offer, to the layers whose experts have more; in MXFP4 multiples of 32, and on GPUs better
+    of 128, to which their kernels pad."""
     windows: tuple[Window, ...] = ()
     """Windows on offer, in tokens, to the layers that are full in the parent; staying full always is."""
     expert_parallel_size: Positive = 1
