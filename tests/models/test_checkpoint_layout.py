@@ -284,6 +284,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Folder], object], str]] = {
         lambda folder: folder.only().update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}),
         r"lora_A\.weight is of an adapter; merge it",
     ),
+    "experts of a width that is not packed": (
+        lambda folder: folder.config.update(intermediate_size=40),
+        "expert width 40 cannot be stored in MXFP4, which packs multiples of 32",
+    ),
     "another quantization": (
         lambda folder: folder.only().update({"model.layers.0.self_attn.k_proj.output_scale": torch.ones(1)}),
         r"k_proj\.output_scale is of a quantization, or a KV cache, that Moesaic does not read",

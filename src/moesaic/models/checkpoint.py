@@ -72,7 +72,7 @@ class Checkpoint:
         try:
             packed = is_packed(config, tensors)
             check_tensors(config, gpt_oss.tensor_specs(shape, architecture, packed), tensors)
-        except ArtifactError as wrong:
+        except (ArtifactError, ConfigError) as wrong:
             raise ArtifactError(f"{directory}: {wrong}") from wrong
         return cls(directory, config, shape, architecture, packed, tensors)
 
