@@ -28,6 +28,8 @@ class Site:
     """The client's, with its key."""
     url: str = f"https://{HOST}"
     proxy: str = ""
+    status: int = 401
+    """What the server answers those who show a certificate."""
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path, and who the client's certificate is for."""
     tunnels: list[str] = field(default_factory=list)
@@ -47,7 +49,7 @@ def site_servers(folder: Path) -> Iterator[Site]:
             subject: Any = self.connection.getpeercert()
             site.asked.append((self.command, self.path, subject["subject"][0][0][1]))
             body = b'{"message": "this site answers nobody"}'
-            self.send_response(401)
+            self.send_response(site.status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(body)))
             self.end_headers()

@@ -44,7 +44,7 @@ class Problem:
         return final is not None and get_verifier(self.verifier)(final, self.answer)
 
     def is_solved_by_reply(self, text: str, truncated: bool) -> bool:
-        """Whether a whole reply, its control tokens included, ends in the answer; a truncated one is wrong."""
+        """Whether a reply (of ``chat.decode_reply``) ends in the answer; a truncated one is wrong."""
         return not truncated and self.is_solved_by(split_reply(text).final)
 
 
