@@ -113,6 +113,27 @@ def test_the_store_takes_what_the_checkpoint_is_made_of(tiny_parent: Path, data:
     assert paths == {path.name for path in tiny_parent.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("https://huggingface.co/openai/gpt-oss-20b", "is an address; give a model by its folder, or as OWNER/NAME"),
+        ("hf://openai/gpt-oss-20b", "is an address"),
+        ("x" * 300 + "/y", "File name too long"),
+        ("loop/y/z", "Too many levels of symbolic links"),
+        ("file/y/z", "Not a directory"),
+    ],
+)
+def test_a_path_that_is_no_model_is_told_in_a_line(
+    given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("file").touch()
+    assert main(["inspect", given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
 def test_tensors_nothing_uses_are_told(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
     (parent / INDEX).unlink()
