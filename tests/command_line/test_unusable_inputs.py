@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from moesaic.command_line.main import _add_inputs, main
 from moesaic.models.checkpoint_layout import INDEX
+from moesaic.pipelines import example
 from moesaic.platform.store import Store
 from tests.damaged_checkpoints import damaged_copy
 from tests.data_sets import write_sets
@@ -40,6 +41,15 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (
         lambda parent: (parent / "model-outer.safetensors").write_bytes(b"\x00" * 9),
         "model-outer.safetensors is not a safetensors file",
+    ),
+    "no tokenizer": (lambda parent: (parent / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "no template": (lambda parent: (parent / "chat_template.jinja").unlink(), "has no chat template"),
+    "nothing ends a reply": (
+        lambda parent: (
+            (parent / "generation_config.json").unlink(missing_ok=True),
+            _edit(lambda config: config.update(eos_token_id=[]))(parent),
+        ),
+        "names an eos_token_id: no reply would end",
     ),
     "KV scales": (
         lambda parent: (
@@ -100,6 +110,22 @@ def test_unusable_data_end_a_run_before_it_begins(
 ) -> None:
     (data / name).write_bytes(content)
     _refused_run(tiny_parent, data, tmp_path, message, capsys)
+
+
+@pytest.mark.parametrize("name", ["calibration_long.jsonl", "prompts.jsonl", "test.jsonl"])
+def test_a_row_that_the_template_refuses_ends_a_run_before_it_begins(
+    tiny_parent: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny reasoner's template knows no tools; it is the second row that has one."""
+    parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
+    shutil.copy(example() / "parent" / "chat_template.jinja", parent)
+    row = json.loads((data / name).read_text())
+    key = "messages" if "messages" in row else "prompt"
+    row |= {"id": "second", key: [{"role": "tool", "content": "w1"}, *row[key]]}
+    with (data / name).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    place = f"{data / name}, line 2" if key == "messages" else "problem 'second'"
+    _refused_run(parent, data, tmp_path, f"{place}: the chat template refuses", capsys)
 
 
 def test_the_store_takes_what_the_checkpoint_is_made_of(tiny_parent: Path, data: Path, tmp_path: Path) -> None:

@@ -169,9 +169,11 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
     wanted = options.recipe + "_fast" * options.fast
     recipe = find_recipe(wanted).seeded(options.seed)
     manifest = find_pipeline(options.pipeline, recipe.rounds, recipe.baseline is not None)
-    DataSets.at(options.data).check()
+    data = DataSets.at(options.data)
+    data.check()
     options.source = find_named(options, "parent")
     _check_parent(options.parent)
+    data.check_template(options.parent)
     labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
     return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"
 
