@@ -37,8 +37,8 @@ class Site:
 
 
 @contextmanager
-def site_servers(folder: Path) -> Iterator[Site]:
-    """The server and the proxy, while the block runs."""
+def site_servers(folder: Path, handler: type[BaseHTTPRequestHandler] | None = None) -> Iterator[Site]:
+    """The server and the proxy, while the block runs; with a handler of its own the server asks for no certificate."""
     site = Site(folder / "authorities.pem", folder / "client.pem")
     _write_certificates(folder)
 
@@ -78,8 +78,8 @@ def site_servers(folder: Path) -> Iterator[Site]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem")
     context.load_verify_locations(site.authorities)
-    context.verify_mode = ssl.CERT_REQUIRED
-    with Quiet(("127.0.0.1", 0), Server) as server, Quiet(("127.0.0.1", 0), Proxy) as proxy:
+    context.verify_mode = ssl.CERT_NONE if handler else ssl.CERT_REQUIRED
+    with Quiet(("127.0.0.1", 0), handler or Server) as server, Quiet(("127.0.0.1", 0), Proxy) as proxy:
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         for one in (server, proxy):
             threading.Thread(target=one.serve_forever, args=(0.05,), daemon=True).start()

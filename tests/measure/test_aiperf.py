@@ -4,9 +4,8 @@ import json
 import os
 import re
 import sys
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from moesaic.measure.benchmark_serving.aiperf.export import EXPORT, read_export
 from moesaic.measure.benchmark_serving.load_sweep import Counts, Latency, LoadPoint
 from tests.measure.aiperf_export import export, metric
 from tests.odd_answers import KEY
-from tests.site_servers import site_servers
+from tests.site_servers import HOST, site_servers
 
 LOAD = Load(LoadPoint("short", 32, 8, 2), requests=6, warmup_requests=2, vocab_size=64, seed=0)
 
@@ -146,11 +145,13 @@ class KeyedServer(BaseHTTPRequestHandler):
 
 @pytest.mark.engine
 @pytest.mark.timeout(3600)
-def test_the_real_client_sends_a_key_that_nobody_else_reads(tmp_path: Path) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), KeyedServer) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        found = find_client().run(f"http://127.0.0.1:{server.server_port}", "m", LOAD, tmp_path / "out", 300, KEY)
-        server.shutdown()
+def test_the_real_client_sends_a_key_that_nobody_else_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a site's proxy, to a server whose certificate is of the site's own authority."""
+    with site_servers(tmp_path, KeyedServer) as site:
+        monkeypatch.setenv("https_proxy", site.proxy)
+        monkeypatch.setenv("SSL_CERT_FILE", str(site.authorities))
+        found = find_client().run(site.url, "m", LOAD, tmp_path / "out", 300, KEY)
+        assert set(site.tunnels) == {f"{HOST}:443"}
     assert (found.counts, found.warmup, found.errors) == (Counts(6, 192, 48), Counts(2, 64, 16), 0)
     assert KeyedServer.heard == {(True, False)}
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

@@ -395,6 +395,9 @@ def test_plan_of_gpt_oss_on_the_command_line(capsys: pytest.CaptureFixture[str])
     assert "- evaluate, computed: 69.6 GiB: KV cache of 363 requests of full length 63.5 GiB, weights 6.2 GiB" in words
     assert main(["plan", "compress", *like, "--nodes", "1"]) == 2
     assert "what fits: these rows on 2 nodes" in " ".join(capsys.readouterr().err.split())
+    assert main(["plan", "compress", *like, "--nodes", "2"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "reinforce takes 75.1 GiB" in said and "what fits: max_new_tokens 32768 or 4 nodes" in said
     assert main(["plan", "compress", *like[:-1], "elsewhere"]) == 2
     assert main(["plan", "nothing", *like]) == 2
     assert not torch.cuda.is_initialized()

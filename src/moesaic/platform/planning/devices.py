@@ -6,8 +6,9 @@ from dataclasses import replace
 from moesaic.core.errors import InfeasibleError, MoesaicError
 from moesaic.costs.facts import Facts, Needs, room_bytes
 from moesaic.platform.planning import Planned, needs_of
-from moesaic.recover.distill.needs import GPUS_PER_NODE, check_memory
+from moesaic.recover.distill.needs import GPUS_PER_NODE, MOST_NODES, check_memory
 from moesaic.recover.distill.stage import DistillConfig
+from moesaic.recover.reinforce.stage import ReinforceConfig
 
 MIB, GIB = 2**20, 2**30
 STATE_SHARE = 0.5
@@ -75,7 +76,19 @@ def _what_fits(one: Planned, facts: Facts) -> str:
     if keys is None:
         return _INSTEAD.get(one.task.stage, _ENGINE)
     found = [f"{key} {value}" for key in keys if (value := _fitting(key, one, facts))]
+    if isinstance(one.task.config, ReinforceConfig) and (nodes := _fitting_nodes(one, facts)):
+        found.append(f"{nodes} nodes")
     return " or ".join(found) or f"a smaller model; none of {', '.join(keys)} is enough alone"
+
+
+def _fitting_nodes(one: Planned, facts: Facts) -> int | None:
+    """More nodes of eight GPUs that would hold what is trained."""
+    nodes = facts.training_gpus // GPUS_PER_NODE
+    while (nodes := 2 * nodes) <= MOST_NODES:
+        needs = needs_of(one.task, replace(facts, training_gpus=GPUS_PER_NODE * nodes), one.inputs)
+        if _on_a_gpu(needs, facts) <= room_bytes(facts):
+            return nodes
+    return None
 
 
 def _fitting(key: str, one: Planned, facts: Facts) -> int | None:

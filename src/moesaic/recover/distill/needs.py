@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moesaic.models.peak import Peak
 
 GPUS_PER_NODE = 8
-_MOST_NODES = 16
+MOST_NODES = 16
 _SHORTEST_ROW = 4096
 
 
@@ -119,8 +119,8 @@ def fewest_nodes(config: DistillConfig, facts: Facts) -> int:
     """
     fitting = [nodes for nodes in _node_counts() if _fits(config, facts, nodes)]
     if not fitting:
-        what = f"distill fits on no {_MOST_NODES} nodes of {GPUS_PER_NODE} GPUs"
-        raise InfeasibleError(f"{what}; {_advice(config, facts, _MOST_NODES)}")
+        what = f"distill fits on no {MOST_NODES} nodes of {GPUS_PER_NODE} GPUs"
+        raise InfeasibleError(f"{what}; {_advice(config, facts, MOST_NODES)}")
     for nodes in fitting:
         if config.rows_per_step % (nodes * GPUS_PER_NODE * config.rows_per_forward) == 0:
             return nodes
@@ -156,7 +156,7 @@ def _advice(config: DistillConfig, facts: Facts, nodes: int) -> str:
 
 
 def _node_counts() -> list[int]:
-    return [2**power for power in range(_MOST_NODES.bit_length())]
+    return [2**power for power in range(MOST_NODES.bit_length())]
 
 
 def _fits(config: DistillConfig, facts: Facts, nodes: int) -> bool:
