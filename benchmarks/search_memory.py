@@ -55,11 +55,11 @@ SIMULATED = {
     "calibrate_kv": calibration_peak,
 }
 MODELS = {"gpt-oss-120b": ("gpt_oss_120b_h100x8", 8), "gpt-oss-20b": ("gpt_oss_20b_h100x1", 1)}
-RANKING = RankExpertsConfig(max_sequences=4, max_tokens=1024, batch_tokens=4096)
+RANKING = RankExpertsConfig(max_sequences=4, max_tokens=512, batch_tokens=2048)
 SPACE = SearchSpace(expert_counts=(4, 3), windows=(128,))
-SCORES = ScoreBlocksConfig(space=SPACE, max_sequences=4, max_tokens=1024, batch_tokens=8192, variants_per_batch=2)
+SCORES = ScoreBlocksConfig(space=SPACE, max_sequences=4, max_tokens=512, batch_tokens=4096, variants_per_batch=2)
 REFINEMENT = RefineArchitectureConfig.like(SCORES).but(assemblies_per_round=2)
-CALIBRATION = CalibrateKvConfig(max_sequences=4, max_tokens=1024, batch_tokens=4096, precision="float32")
+CALIBRATION = CalibrateKvConfig(max_sequences=4, max_tokens=512, batch_tokens=2048, precision="float32")
 
 
 def full_size(name: str) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def two_layers() -> dict[str, dict[str, float]]:
     model = scale_model(find_model("gpt-oss-120b"), num_layers=2, num_experts=4, num_shards=1)
     model = replace(model, shape=replace(model.shape, vocab_size=4096))
     found = {}
-    with TemporaryDirectory() as place, torch.inference_mode():
+    with TemporaryDirectory() as place:
         write_synthetic(model, Path(place) / "model")
         checkpoint = Checkpoint.open(Path(place) / "model")
         for stage, (config, work) in SMALL.items():
@@ -111,7 +111,8 @@ def growth(work: Callable[[], object]) -> int:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the highest is from now on
     before = resident_bytes("VmRSS")
-    work()
+    with torch.inference_mode():
+        work()
     return resident_bytes("VmHWM") - before
 
 

@@ -160,9 +160,16 @@ def test_a_path_that_is_no_model_is_told_in_a_line(
     assert said.startswith("error: ") and said.count("\n") == 1 and message in said
 
 
-def test_tensors_nothing_uses_are_told(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensors_and_keys_nothing_uses_are_told(
+    tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
     (parent / INDEX).unlink()
     save_file({"model.rotary_emb.inv_freq": torch.ones(3)}, parent / "extra.safetensors")
+    _edit(lambda config: config.update(num_nextn_predict_layers=1, use_cache=False, torch_dtype="bfloat16"))(parent)
     assert main(["inspect", str(parent)]) == 0
-    assert "1 tensors, the first is model.rotary_emb.inv_freq" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 tensors, the first is model.rotary_emb.inv_freq" in shown
+    assert "not read of config.json: num_nextn_predict_layers; transformers" in shown
+    assert main(["inspect", str(tiny_parent)]) == 0
+    assert "not read" not in capsys.readouterr().out

@@ -30,6 +30,15 @@ _CLASSES = ("GptOssForCausalLM", gpt_oss.CHILD_CLASS)
 """What engines choose the model's code by."""
 _ALIASES = {"experts_per_token": "num_experts_per_tok", "num_experts": "num_local_experts"}
 """Second names, which are left out: in a child they would go on naming its parent's value."""
+_READ_HERE = (
+    "quantization_config",
+    "auto_map",
+    "block_configs",
+    "rope_scaling",
+    "rope_theta",
+    "initial_context_length",
+)
+"""Keys that the class has no default for."""
 _SIZES = (
     "num_hidden_layers",
     "num_local_experts",
@@ -84,6 +93,12 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     _check_rope(given, values)
     _check_angles(config)
     return {key: value for key, value in values.items() if key not in _ALIASES}
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a config that neither its class nor anything here reads."""
+    known = _class_of(config["model_type"])()
+    return sorted(key for key in config if not hasattr(known, key) and key not in {*_READ_HERE, *_CONSTANTS})
 
 
 def as_class(given: Mapping[str, Any]) -> GptOssConfig:
