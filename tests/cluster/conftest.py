@@ -10,18 +10,25 @@ from typing import Any
 import pytest
 
 from moesaic.platform.cluster import ClusterProfile, read_profile
-from tests.cluster.pods import KUBECTL, NAMESPACE, Reader, kubectl, wait_until
+from tests.cluster.pods import KUBECTL, NAMESPACE, Reader, get, give_back, kubectl, wait_until
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 OVERLAY = MANIFESTS / "overlays" / "small-cpu"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that apply and remove overlays come before those that share one for the rest of the session."""
+    items.sort(key=lambda item: "small" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
-    """Skip without a cluster; fail if it does not answer."""
+    """Skip without a cluster; fail if it does not answer, or has what these tests would remove."""
     if not os.environ.get("KUBECONFIG"):
         pytest.skip("KUBECONFIG names no cluster")
     kubectl("get", "nodes", "--request-timeout=20s")
+    if f"namespace/{NAMESPACE}" in kubectl("get", "ns", "-o", "name").split():
+        pytest.exit(f"the cluster has a namespace {NAMESPACE}, which these tests remove; delete it, or take another", 2)
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +66,11 @@ def reader(small: None, profile: ClusterProfile) -> Reader:
 
 def remove(overlay: Path) -> None:
     """Remove an overlay, and wait until its namespace has gone."""
+    volumes = [claim["spec"].get("volumeName") for claim in get("pvc")["items"]]
     kubectl("delete", "trainjobs,rayjobs,jobs,pods", "--all", "--wait", "--timeout=60s", check=False)
     kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--wait", "--timeout=120s")
     wait_until(lambda: NAMESPACE not in kubectl("get", "ns", "-o", "name"), "the namespace has gone")
+    give_back([name for name in volumes if name])
 
 
 __all__ = ["KUBECTL", "remove"]
