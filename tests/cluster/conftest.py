@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from moesaic.data.sets import DataSets
+from moesaic.pipelines import example
 from moesaic.platform.cluster import ClusterProfile, read_profile
-from tests.cluster.pods import KUBECTL, NAMESPACE, Reader, get, give_back, kubectl, wait_until
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.store import Store
+from tests.cluster.pods import KUBECTL, NAMESPACE, STORE, Reader, get, give_back, kubectl, volume_here, wait_until
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 OVERLAY = MANIFESTS / "overlays" / "small-cpu"
@@ -62,6 +66,28 @@ def small(cluster: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def reader(small: None, profile: ClusterProfile) -> Reader:
     return Reader(profile)
+
+
+@pytest.fixture(scope="session")
+def ingest(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> IngestConfig:
+    """The inputs, put into the volume's store by root where the volume lies here, else by a pod."""
+    local = tmp_path_factory.mktemp("inputs") / "store"
+    config = put_inputs(Store.at(local))
+    if os.geteuid() == 0 and (volume := volume_here()):
+        assert put_inputs(Store.at(volume)) == config
+    else:
+        kubectl("cp", f"{local}/.", f"{reader.name}:{STORE}")
+    return config
+
+
+def put_inputs(store: Store) -> IngestConfig:
+    parent = store.add_directory(example() / "parent", "model", format="safetensors", producer="test").id
+    sets = DataSets.at(example() / "data")
+    ids = {
+        name: store.add_file(getattr(sets, name), "dataset", format="jsonl", producer="test").id
+        for name in ("calibration_short", "calibration_long", "prompts", "tests")
+    }
+    return IngestConfig(parent=parent, **ids)
 
 
 def remove(overlay: Path) -> None:

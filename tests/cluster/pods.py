@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from moesaic.platform.cluster import ClusterProfile, place
@@ -25,6 +26,8 @@ Object = dict[str, Any]
 KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl") or "kubectl"
 NAMESPACE, STORE = "moesaic", "/store"
 ARTIFACTS = f"{STORE}/artifacts"
+IMAGES = os.environ.get("MOESAIC_CLUSTER_IMAGES", "").split()
+"""Those of ``tests.cluster.images.build`` that the cluster's registry has."""
 _ITEM = "-loop-item"
 
 
@@ -34,6 +37,16 @@ def kubectl(*words: str, given: str | None = None, check: bool = True) -> str:
     if check and done.returncode:
         raise AssertionError(f"kubectl {' '.join(words)} failed:\n{done.stderr}")
     return done.stdout
+
+
+def needs_images(*names: str) -> pytest.MarkDecorator:
+    """Skip where the cluster's registry does not have these."""
+    lacking = [name for name in names if name not in IMAGES]
+    return pytest.mark.skipif(bool(lacking), reason=f"MOESAIC_CLUSTER_IMAGES does not name {', '.join(lacking)}")
+
+
+def image_of(name: str) -> str:
+    return f"localhost:5000/moesaic/{name}:0.1.0"
 
 
 def get(*words: str) -> Any:
@@ -236,7 +249,7 @@ class PipelineDriver:
         job = get("job", name)
         conditions = {one["type"]: one for one in job["status"].get("conditions", []) if one["status"] == "True"}
         if "Failed" in conditions:
-            log = kubectl("logs", f"job/{name}", "--tail=30", check=False)
+            log = kubectl("logs", f"job/{name}", "--tail=60", check=False)
             raise AssertionError(f"{name} failed: {conditions['Failed'].get('message')}\n{log}")
         if "Complete" not in conditions:
             return None

@@ -6,7 +6,9 @@ In the order in which they build on one another:
 - ``cpu``: that image, as ``make build-images`` makes it, on this base;
 - ``servers``: ``cpu`` with what MLflow's server needs beside it, and moto for an S3;
 - ``postgres``: Debian's PostgreSQL behind what the manifests use of the official image;
-- ``nemo-rl``: ``cpu`` with Ray, NeMo-RL's own source and the versions that it pins.
+- ``nemo-rl``: ``cpu`` with Ray, NeMo-RL's own source and the versions that it pins;
+- ``gpu-base``: the Debian root with what NVIDIA's bases bring, PyTorch's CPU build among it;
+- ``search``, ``train``, ``rl``, ``serve``, ``kv``: those images on that base.
 
 Wheels are fetched here; builds download nothing. Needs root and Debian's buildah, crun and mmdebstrap.
 """
@@ -21,15 +23,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from images.build import fetch_wheels
+from images.build import cpu_index, fetch_wheels
 from images.build import main as build_images
-from images.requirements import path_of, pins_in
+from images.requirements import RUNTIMES, Requirement, closure, constraints, path_of, pins_in
 from tests.recover import nemo_rl_environment
 
 HERE = Path(__file__).parent
 REGISTRY, VERSION = "localhost:5000", "0.1.0"
 DEBIAN, PYTHON = "bookworm", "3.11"
-BASE = f"localhost/moesaic/debian-python:{DEBIAN}"
+BASE, GPU_BASE = (f"localhost/moesaic/{name}:{DEBIAN}" for name in ("debian-python", "debian-torch"))
 PACKAGES = {
     "base": "python3,python3-pip,ca-certificates,wget",  # KubeRay's probes are wget's
     "postgres": "postgresql",
@@ -41,7 +43,7 @@ SOURCES = {"RL": ("nemo_rl", "examples/converters"), "Automodel": ("nemo_automod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=["base", "cpu", "servers", "postgres", "nemo-rl"])
+    parser.add_argument("names", nargs="+", choices=BUILDERS)
     for name in parser.parse_args().names:
         begun = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="moesaic-image-") as directory:
@@ -56,10 +58,26 @@ def build_base(context: Path) -> None:
     call("buildah", "build", "--quiet", "--tag", BASE, context)
 
 
-def build_cpu(_: Path) -> None:
+def build_gpu_base(context: Path) -> None:
+    """It stays here like the other."""
+    brought = {name for runtime in RUNTIMES.values() for name in runtime.base_brings}
+    pins, needed = constraints(), closure(map(Requirement, sorted(brought)), PYTHON)
+    wheels = [f"{name}=={pins[name]}" for name in sorted(needed & pins.keys())]
+    fetch([one for one in wheels if not one.startswith("torch==")], context)
+    fetch_wheels([f"torch=={pins['torch']}"], context / "wheels", PYTHON, platform.machine(), index=cpu_index())
+    (context / "Containerfile").write_text(
+        f"FROM {BASE}\nRUN --mount=type=bind,target=/context python3 -m pip install --quiet --no-index --no-deps"
+        " --break-system-packages --root-user-action ignore /context/wheels/*.whl\n"
+    )
+    call("buildah", "build", "--quiet", "--tag", GPU_BASE, context)
+
+
+def build_runtime(name: str, base: str) -> None:
+    """One of the project's own images, as `make build-images` makes it."""
     where = ["--engine", "buildah", "--registry", REGISTRY, "--version", VERSION]
-    if build_images([*where, "--only", "cpu", "--base", f"cpu={BASE}", "--python", PYTHON]):
+    if build_images([*where, "--only", name, "--base", f"{name}={base}", "--python", PYTHON]):
         raise SystemExit(1)
+    call("buildah", "rmi", f"{REGISTRY}/moesaic/{name}:{VERSION}")
 
 
 def build_servers(context: Path) -> None:
@@ -87,10 +105,12 @@ def build_nemo_rl(context: Path) -> None:
 
 BUILDERS = {
     "base": build_base,
-    "cpu": build_cpu,
+    "cpu": lambda _: build_runtime("cpu", BASE),
     "servers": build_servers,
     "postgres": build_postgres,
     "nemo-rl": build_nemo_rl,
+    "gpu-base": build_gpu_base,
+    **{name: lambda _, name=name: build_runtime(name, GPU_BASE) for name in RUNTIMES if name != "cpu"},
 }
 
 
