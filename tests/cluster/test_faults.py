@@ -76,8 +76,10 @@ def meanwhile(action: Callable[[], object]) -> Iterator[None]:
     """Do something in a thread while the block runs."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
-    yield
-    thread.join(120)
+    try:
+        yield
+    finally:
+        thread.join(200)
 
 
 @contextmanager
@@ -162,7 +164,10 @@ def test_a_node_that_takes_no_pods_is_told_until_it_does(profile: ClusterProfile
 def test_a_job_that_finds_the_quota_taken_waits_and_is_admitted(
     profile: ClusterProfile, tmp_path: Path, capfd: Any
 ) -> None:
-    first, second = job(profile, "1", memory="7Gi", memory_limit="7Gi"), job(profile, "2", memory="7Gi")
+    first, second = (
+        job(profile, "1", memory="7Gi", memory_limit="7Gi"),
+        job(profile, "2", memory="7Gi", memory_limit="7Gi"),
+    )
     with follower(first, "sleep 25", tmp_path / "first") as other:
         wait_until(running_pods, "the first job runs")
         assert run(second, "echo ended", tmp_path) == ["ended"]

@@ -30,7 +30,7 @@ from moesaic.search.search_architecture.stage import Limits, SearchArchitectureC
 from moesaic.search.space import SearchSpace
 
 _MEASURED = 3
-"""Assemblies that are run whole: the search's choice and its rivals, greedy and uniform (a near one where two are equal).
+"""Assemblies that are run whole: the search's choice, greedy and uniform (a near one where two are equal).
 
 With 16, the tiny reasoner's choice became one of 8 % less damage on the calibration tokens, whose child was 3.0 points
 [1.0, 5.3] worse at low effort before any training. So recipes measure and do not refine, until
