@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), needs_images("serve
 ADMIN, TASKS, STRANGER = "admin", "tasks", "stranger"
 _AUTH = """[mlflow]
 default_permission = NO_PERMISSIONS
-database_uri = postgresql://mlflow:{password}@postgres:5432/mlflow_auth
+database_uri = postgresql+psycopg2://mlflow:{password}@postgres:5432/mlflow_auth
 admin_username = admin
 admin_password = {password}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
@@ -91,7 +91,7 @@ def server(small: None, reader: Reader, record: dict[str, Any]) -> Server:
     make_secret(
         "mlflow",
         **{
-            "backend-store-uri": f"postgresql://mlflow:{password}@postgres:5432/mlflow",
+            "backend-store-uri": f"postgresql+psycopg2://mlflow:{password}@postgres:5432/mlflow",
             "flask-secret-key": secrets.token_urlsafe(16),
             "basic_auth.ini": _AUTH.format(password=password),
         },
