@@ -13,6 +13,7 @@ from moesaic.data.sets import DataSets
 from moesaic.pipelines import example
 from moesaic.platform.cluster import ClusterProfile, read_profile
 from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.runs.records import describe_hardware
 from moesaic.platform.store import Store
 from tests.cluster.pods import KUBECTL, NAMESPACE, STORE, Reader, get, give_back, kubectl, volume_here, wait_until
 
@@ -41,9 +42,29 @@ def record() -> Iterator[dict[str, Any]]:
     begun, measured = time.monotonic(), dict[str, Any]()
     yield measured
     if path := os.environ.get("MOESAIC_CLUSTER_RECORD"):
-        server = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
-        whole = {"kubernetes": server, "total_s": round(time.monotonic() - begun), **measured}
-        Path(path).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+        whole = {
+            "command": "make test-cluster",
+            "versions": {"kubernetes": json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]},
+            "hardware": describe_hardware(),
+            "images": sorted({image for node in get("nodes")["items"] for image in our_images(node)}),
+            "outcomes": OUTCOMES,
+            "measured": measured | {"total_s": round(time.monotonic() - begun)},
+        }
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+OUTCOMES: dict[str, dict[str, Any]] = {}
+"""Of every test: how it ended, and its seconds without those of its fixtures."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        OUTCOMES[report.nodeid.partition("::")[2]] = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+
+
+def our_images(node: dict[str, Any]) -> list[str]:
+    """Those of this project that a node has pulled, by digest."""
+    return [name for one in node["status"]["images"] for name in one["names"] if "moesaic/" in name and "@" in name]
 
 
 @pytest.fixture(scope="session")

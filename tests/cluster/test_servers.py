@@ -71,6 +71,7 @@ class Server:
         """With what status such a request is refused."""
         with self.reached() as address, pytest.raises(urllib.error.HTTPError) as refused:
             self.ask(address, call, user, body)
+        refused.value.close()
         return int(refused.value.code)
 
     def runs(self) -> list[dict[str, Any]]:
