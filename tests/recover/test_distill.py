@@ -40,7 +40,7 @@ CONFIG = DistillConfig(
     checkpoint_every_steps=2,
     precision="float32",
 )
-CHILD = Architecture.of([Block(4, 2, 8), Block(8, 2, 16), Block(4, 2, 8), Block(6, 2, None)])
+CHILD = Architecture.of([Block(4, 2, 64, 8), Block(8, 2, 64, 16), Block(4, 2, 64, 8), Block(6, 2, 64, None)])
 
 
 @pytest.fixture(scope="module")

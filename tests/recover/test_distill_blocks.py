@@ -67,7 +67,7 @@ def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layer 1 keeps half of its experts; layer 3 uses one expert per token and sees 4 tokens."""
     directory = tmp_path_factory.mktemp("child")
     parent = Checkpoint.open(tiny_parent).architecture
-    found = parent.replace(1, Block(4, 2)).replace(3, Block(8, 1, 4))
+    found = parent.replace(1, Block(4, 2, 64)).replace(3, Block(8, 1, 64, 4))
     (directory / "ranking.json").write_text(json.dumps({"layers": [{"order": list(range(8))}] * 4}))
     candidates = {"puzzle": {"blocks": [block.as_config() for block in found.blocks]}}
     (directory / "architecture.json").write_text(json.dumps({"candidates": candidates}))

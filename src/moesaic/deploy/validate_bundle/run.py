@@ -132,6 +132,7 @@ def _wrong_layers(
         expected = LoadedLayer(
             num_local_experts=wanted.num_local_experts,
             num_experts_per_tok=wanted.num_experts_per_tok,
+            intermediate_size=wanted.intermediate_size,
             sliding_window=wanted.sliding_window,
             cache_bytes=unquantised_bytes if manifest.kv_cache.kind == "bf16" else 1,
             key_scale=wanted.key_scale or 1.0,

@@ -38,6 +38,7 @@ class LoadedLayer:
 
     num_local_experts: int
     num_experts_per_tok: int
+    intermediate_size: int
     sliding_window: int | None
     cache_bytes: int
     """Of one element of the KV cache: 4 in float32, 2 in BF16, 1 in FP8."""

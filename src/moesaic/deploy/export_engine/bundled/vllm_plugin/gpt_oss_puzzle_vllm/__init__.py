@@ -1,4 +1,4 @@
-"""vLLM plugin: gpt-oss children whose layers differ in expert count and attention window.
+"""vLLM plugin: gpt-oss children whose layers differ in experts, their width, experts per token and attention window.
 
 vLLM calls ``register`` through the entry point ``vllm.general_plugins`` in each of its processes, more than once
 perhaps. Importing this package imports neither torch nor the model.

@@ -1,9 +1,9 @@
 """A gpt-oss child in vLLM: the engine's own gpt-oss layers, each built from its own block.
 
-Five things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number of experts, its
-attention has its own window instead of one on every even layer, its weights are loaded with its own number of experts,
-the scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word, and
-weights that are missing or of another shape are refused, which the engine would leave at zero or fill in part.
+Five things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number and width of experts,
+its attention has its own window instead of one on every even layer, its weights are loaded with its own sizes, the
+scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word, and weights
+that are missing or of another shape are refused, which the engine would leave at zero or fill in part.
 
 Written to ``vllm.model_executor.models.gpt_oss`` of vLLM 0.29 to 0.33. vLLM 0.29 and 0.32 for CPUs serve with it; it
 was never run on a GPU.
@@ -83,7 +83,7 @@ class GptOssPuzzleAttention(OAIAttention):
 
 
 class GptOssPuzzleBlock(TransformerBlock):
-    """One layer, with its own experts, experts per token and window."""
+    """One layer, with its own experts, experts per token, expert width and window."""
 
     attention_cls = GptOssPuzzleAttention
 
@@ -106,7 +106,7 @@ class GptOssPuzzleModel(GptOssModel):
         self._seen: set[str] = set()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load layer by layer: the engine's loader reads the number of experts from ``self.config``.
+        """Load layer by layer: the engine's loader reads the sizes of experts from ``self.config``.
 
         Raises:
             ValueError: if a weight has another shape than its layer.
