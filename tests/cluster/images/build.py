@@ -37,6 +37,8 @@ PACKAGES = {
     "postgres": "postgresql",
 }
 """Debian's, of the roots that images begin with."""
+WORKER = "nemo_rl.models.policy.workers.dtensor_policy_worker_v2.DTensorPolicyWorkerV2"
+"""Whose environment NeMo-RL's base has, and images/rl looks for."""
 SOURCES = {"RL": ("nemo_rl", "examples/converters"), "Automodel": ("nemo_automodel",)}
 """Of each checkout of NeMo-RL's, what is run."""
 
@@ -69,6 +71,8 @@ def build_gpu_base(context: Path) -> None:
     (context / "Containerfile").write_text(
         f"FROM {BASE}\nRUN --mount=type=bind,target=/context python3 -m pip install --quiet --no-index --no-deps"
         " --break-system-packages --root-user-action ignore /context/wheels/*.whl\n"
+        f"ENV NEMO_RL_VENV_DIR=/opt/ray_venvs\nRUN mkdir -p /opt/ray_venvs/{WORKER}/bin"
+        f" && ln -s /usr/bin/python3 /opt/ray_venvs/{WORKER}/bin/python\n"
     )
     call("buildah", "build", "--quiet", "--tag", GPU_BASE, context)
 
