@@ -208,9 +208,7 @@ for one in Path("/proc").glob("[0-9]*"):
 def test_training_that_is_killed_goes_on_from_its_checkpoint(
     distillation: Distillation, undisturbed: list[float], reader: Reader, record: dict[str, Any]
 ) -> None:
-    config = DISTILL.but(
-        checkpoint_every_steps=4
-    )  # another stage run than the undisturbed one, and the same mathematics
+    config = DISTILL.but(checkpoint_every_steps=4)  # another stage run, and the same mathematics
     kubectl("delete", "trainjobs", "--all", "--wait")
     begun = time.monotonic()
     task = threading.Thread(target=distillation.start, args=(config,), kwargs={"num_nodes": 1}, daemon=True)
