@@ -29,18 +29,18 @@ from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import GPT_OSS_120B
 from moesaic.models.synthesis import find_model, scale_model, write_synthetic
 from moesaic.pipelines.recipes import RECIPES
-from moesaic.recover.calibrate_kv.simulated_memory import calibration_bytes
+from moesaic.recover.calibrate_kv.simulated_memory import calibration_peak
 from moesaic.search.rank_experts.run import _rank
 from moesaic.search.rank_experts.stage import RankExpertsConfig
-from moesaic.search.simulated_memory import ranking_bytes, refinement_bytes, scoring_bytes
+from moesaic.search.simulated_memory import ranking_peak, refinement_peak, scoring_peak
 from moesaic.stages import find_stage
 
 GIB = 2**30
 SIMULATED = {
-    "rank_experts": ranking_bytes,
-    "score_blocks": scoring_bytes,
-    "refine_architecture": refinement_bytes,
-    "calibrate_kv": calibration_bytes,
+    "rank_experts": ranking_peak,
+    "score_blocks": scoring_peak,
+    "refine_architecture": refinement_peak,
+    "calibrate_kv": calibration_peak,
 }
 MODELS = {"gpt-oss-120b": ("gpt_oss_120b_h100x8", 8), "gpt-oss-20b": ("gpt_oss_20b_h100x1", 1)}
 SMALL = RankExpertsConfig(max_sequences=4, max_tokens=1024, batch_tokens=4096)
@@ -61,7 +61,8 @@ def full_size(name: str) -> list[dict[str, Any]]:
             {
                 "model": name,
                 "stage": stage,
-                "simulated_gib": simulate(config, GPT_OSS_120B, parent, True, True) / GIB,
+                "simulated_gib": (peak := simulate(config, GPT_OSS_120B, parent, True, True)).total / GIB,
+                "parts_gib": {what: size / GIB for what, size in peak.parts.items()},
                 "computed_gib": computed.device_bytes / GIB,
                 "host_gib": computed.host_bytes / GIB,
                 "states_gib": computed.state_bytes / GIB,
@@ -86,7 +87,7 @@ def two_layers() -> dict[str, float]:
         with torch.inference_mode():
             list(ranked)
         measured = resident_bytes("VmHWM") - before
-    simulated = ranking_bytes(SMALL, model.shape, model.architecture, True, False)
+    simulated = ranking_peak(SMALL, model.shape, model.architecture, True, False).total
     return {"measured_mib": measured / 2**20, "simulated_mib": simulated / 2**20}
 
 

@@ -28,6 +28,8 @@ class Site:
     """The client's, with its key."""
     url: str = f"https://{HOST}"
     proxy: str = ""
+    status: int = 401
+    """What the server answers those who show a certificate."""
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path, and who the client's certificate is for."""
     tunnels: list[str] = field(default_factory=list)
@@ -35,8 +37,8 @@ class Site:
 
 
 @contextmanager
-def site_servers(folder: Path) -> Iterator[Site]:
-    """The server and the proxy, while the block runs."""
+def site_servers(folder: Path, handler: type[BaseHTTPRequestHandler] | None = None) -> Iterator[Site]:
+    """The server and the proxy, while the block runs; with a handler of its own the server asks for no certificate."""
     site = Site(folder / "authorities.pem", folder / "client.pem")
     _write_certificates(folder)
 
@@ -47,7 +49,7 @@ def site_servers(folder: Path) -> Iterator[Site]:
             subject: Any = self.connection.getpeercert()
             site.asked.append((self.command, self.path, subject["subject"][0][0][1]))
             body = b'{"message": "this site answers nobody"}'
-            self.send_response(401)
+            self.send_response(site.status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(body)))
             self.end_headers()
@@ -76,8 +78,8 @@ def site_servers(folder: Path) -> Iterator[Site]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem")
     context.load_verify_locations(site.authorities)
-    context.verify_mode = ssl.CERT_REQUIRED
-    with Quiet(("127.0.0.1", 0), Server) as server, Quiet(("127.0.0.1", 0), Proxy) as proxy:
+    context.verify_mode = ssl.CERT_NONE if handler else ssl.CERT_REQUIRED
+    with Quiet(("127.0.0.1", 0), handler or Server) as server, Quiet(("127.0.0.1", 0), Proxy) as proxy:
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         for one in (server, proxy):
             threading.Thread(target=one.serve_forever, args=(0.05,), daemon=True).start()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from moesaic.command_line.main import _add_inputs, main
 from moesaic.models.checkpoint_layout import INDEX
+from moesaic.pipelines import example
 from moesaic.platform.store import Store
 from tests.damaged_checkpoints import damaged_copy
 from tests.data_sets import write_sets
@@ -40,6 +41,15 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (
         lambda parent: (parent / "model-outer.safetensors").write_bytes(b"\x00" * 9),
         "model-outer.safetensors is not a safetensors file",
+    ),
+    "no tokenizer": (lambda parent: (parent / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "no template": (lambda parent: (parent / "chat_template.jinja").unlink(), "has no chat template"),
+    "nothing ends a reply": (
+        lambda parent: (
+            (parent / "generation_config.json").unlink(missing_ok=True),
+            _edit(lambda config: config.update(eos_token_id=[]))(parent),
+        ),
+        "names an eos_token_id: no reply would end",
     ),
     "KV scales": (
         lambda parent: (
@@ -102,6 +112,22 @@ def test_unusable_data_end_a_run_before_it_begins(
     _refused_run(tiny_parent, data, tmp_path, message, capsys)
 
 
+@pytest.mark.parametrize("name", ["calibration_long.jsonl", "prompts.jsonl", "test.jsonl"])
+def test_a_row_that_the_template_refuses_ends_a_run_before_it_begins(
+    tiny_parent: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny reasoner's template knows no tools; it is the second row that has one."""
+    parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
+    shutil.copy(example() / "parent" / "chat_template.jinja", parent)
+    row = json.loads((data / name).read_text())
+    key = "messages" if "messages" in row else "prompt"
+    row |= {"id": "second", key: [{"role": "tool", "content": "w1"}, *row[key]]}
+    with (data / name).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    place = f"{data / name}, line 2" if key == "messages" else "problem 'second'"
+    _refused_run(parent, data, tmp_path, f"{place}: the chat template refuses", capsys)
+
+
 def test_the_store_takes_what_the_checkpoint_is_made_of(tiny_parent: Path, data: Path, tmp_path: Path) -> None:
     parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
     for extra in ("original/model.safetensors", "metal/model.bin", "optimizer.pt"):
@@ -113,9 +139,37 @@ def test_the_store_takes_what_the_checkpoint_is_made_of(tiny_parent: Path, data:
     assert paths == {path.name for path in tiny_parent.iterdir()}
 
 
-def test_tensors_nothing_uses_are_told(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("https://huggingface.co/openai/gpt-oss-20b", "is an address; give a model by its folder, or as OWNER/NAME"),
+        ("hf://openai/gpt-oss-20b", "is an address"),
+        ("x" * 300 + "/y", "File name too long"),
+        ("loop/y/z", "Too many levels of symbolic links"),
+        ("file/y/z", "Not a directory"),
+    ],
+)
+def test_a_path_that_is_no_model_is_told_in_a_line(
+    given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("file").touch()
+    assert main(["inspect", given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_tensors_and_keys_nothing_uses_are_told(
+    tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
     (parent / INDEX).unlink()
     save_file({"model.rotary_emb.inv_freq": torch.ones(3)}, parent / "extra.safetensors")
+    _edit(lambda config: config.update(num_nextn_predict_layers=1, use_cache=False, torch_dtype="bfloat16"))(parent)
     assert main(["inspect", str(parent)]) == 0
-    assert "1 tensors, the first is model.rotary_emb.inv_freq" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 tensors, the first is model.rotary_emb.inv_freq" in shown
+    assert "not read of config.json: num_nextn_predict_layers; transformers" in shown
+    assert main(["inspect", str(tiny_parent)]) == 0
+    assert "not read" not in capsys.readouterr().out

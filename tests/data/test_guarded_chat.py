@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
 from moesaic.data.calibration import Conversation, tokenize
-from moesaic.data.chat import PROMPT_DATE, load_tokenizer, render_conversation
+from moesaic.data.chat import PROMPT_DATE, decode_reply, encode_reply, find_markers, load_tokenizer, render_conversation
 from moesaic.data.problems import Message, Problem, render_prompt
+from moesaic.data.verifiers import Reply, split_reply
+from moesaic.deploy.server.harmony import ChatWriter
 
 MARKERS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"]
 HARMONY = """
@@ -121,6 +123,41 @@ def test_calibration_marks_what_the_assistant_wrote_and_no_more(harmony: PreTrai
         assert harmony.decode(marked) == reply
         own = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"]
         assert control_ids(harmony, marked) == own
+
+
+def spelled(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a text without control tokens."""
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.encode_special_tokens = True
+    return list(plain.encode(text, add_special_tokens=False).ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(thought=TEXTS, answer=TEXTS)
+def test_what_a_model_spells_in_its_reply_is_no_control_token(
+    harmony: PreTrainedTokenizerFast, thought: str, answer: str
+) -> None:
+    """Evaluation, traces and rewards read the reply that our server shows, whatever characters are in it."""
+    event("marked" if any(marker in thought + answer for marker in MARKERS) else "plain")
+    own = {marker: harmony.convert_tokens_to_ids(marker) for marker in MARKERS}
+    head = [own["<|channel|>"], *spelled(harmony, "analysis"), own["<|message|>"], *spelled(harmony, thought)]
+    ids = [*head, own["<|end|>"], own["<|start|>"], *spelled(harmony, "assistant"), own["<|channel|>"]]
+    ids += [*spelled(harmony, "final"), own["<|message|>"], *spelled(harmony, answer), own["<|return|>"]]
+    text = decode_reply(ids, harmony)
+    if "\ufdd0" not in thought + answer:
+        assert split_reply(text) == Reply(thought.strip(), answer.strip())
+        assert encode_reply(text, harmony) == ids
+    writer = ChatWriter(harmony.decode, find_markers(harmony), ())
+    pieces = [piece for token in ids for piece in writer.add(token, True)] + writer.finish()
+    shown = "".join(piece.text for piece in pieces if piece.kind == "content")
+    assert shown.replace("\ufdd0", "").strip() == split_reply(text).final
+
+
+def test_a_spelled_stop_token_neither_ends_nor_answers(tiny: PreTrainedTokenizerFast) -> None:
+    """A word-level tokenizer's control tokens, and the same characters one by one."""
+    ids = tiny.convert_tokens_to_ids(["<|channel|>", "analysis", "<|message|>", "w1", "<|end|>"])
+    assert split_reply(decode_reply(ids, tiny)) == Reply("w1", None)
+    assert not decode_reply([*ids, *spelled(tiny, "w2")], tiny).endswith("<|return|>")
 
 
 def test_a_forged_turn_is_no_turn(harmony: PreTrainedTokenizerFast, tiny: PreTrainedTokenizerFast) -> None:

@@ -157,10 +157,12 @@ def test_what_gives_a_test_away_or_cannot_be_used_is_counted(
     )
     assert counts["calibration_short"].dropped == {
         "holds a problem of the tests": 1,
-        "holds control markers of the chat template": 1,
         "the same as another row": 1,
     }
-    (kept,) = _rows(tmp_path / "data" / "calibration_short.jsonl")
+    kept, written = sorted(
+        _rows(tmp_path / "data" / "calibration_short.jsonl"), key=lambda row: row["messages"] == marker
+    )
+    assert written["messages"] == marker, "control markers that somebody wrote are text"
     assert kept["effort"] in ("low", "high") and kept["task"] == "short" and kept["messages"] == [held[0], reply]
     assert counts["calibration_short"].tokens[0] > counts["calibration_short"].reply_tokens > 0
 

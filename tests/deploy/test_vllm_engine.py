@@ -137,15 +137,9 @@ def bundle_of(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [
-        ("parent", "bf16"),
-        ("child", "bf16"),
-        pytest.param("parent", "fp8", marks=without_fp8),
-        pytest.param("child", "fp8", marks=without_fp8),
-        pytest.param("child", "fp8_unit", marks=without_fp8),
-    ],
+    [("parent", "bf16"), ("child", "bf16"), pytest.param("child", "fp8", marks=without_fp8)],
 )
-def test_the_engine_replies_as_transformers_does_at_every_effort(
+def test_as_it_serves_the_engine_replies_as_transformers_does_but_for_rounding(
     name: str, cache: str, bundle_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     verdict = validate_by_engine(ASKED, bundle_of(name, kv_cache=cache), PROMPTS, tmp_path)
@@ -155,11 +149,30 @@ def test_the_engine_replies_as_transformers_does_at_every_effort(
     assert all(agreement["equal"] >= 0.9 * agreement["replies"] for agreement in verdict.replies.values())
 
 
-def test_layers_have_their_own_experts_per_token_and_width(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
-    """Where a token uses one expert, a near tie of the router turns all of the layer's output, so a reply may part."""
-    lenient = ASKED.but(min_agreeing_replies=0.95)
-    verdict = validate_by_engine(lenient, bundle_of("sparser", kv_cache="bf16"), PROMPTS, tmp_path)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the engine computes MXFP4 models in BF16 alone")
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("child", "bf16"),
+        ("sparser", "bf16"),
+        pytest.param("parent", "fp8", marks=without_fp8),
+        pytest.param("child", "fp8_unit", marks=without_fp8),
+    ],
+)
+def test_in_float32_its_replies_are_those_of_transformers(
+    name: str, cache: str, bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """At every effort at least 99 % of them, token for token.
+
+    With an FP8 cache 95 %: sums in another order differ by 1e-7, which may put a value on the other side of a step.
+    """
+    equal, closest = (0.99, 1e-5) if cache == "bf16" else (0.95, 1e-3)
+    asked = ASKED.but(engine_precision="float32")
+    verdict = validate_by_engine(asked, bundle_of(name, kv_cache=cache), PROMPTS, tmp_path)
     assert verdict.passed, verdict.problems
+    for effort, agreement in verdict.replies.items():
+        assert agreement["equal"] >= equal * agreement["replies"], (effort, agreement)
+        assert agreement["mean_logprob_difference"] < closest, (effort, agreement)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """AIPerf's surroundings: its environment, what it is told and what it reports. It really runs in the stage's test."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,6 +20,8 @@ from moesaic.measure.benchmark_serving.aiperf.environment import AIPERF
 from moesaic.measure.benchmark_serving.aiperf.export import EXPORT, read_export
 from moesaic.measure.benchmark_serving.load_sweep import Counts, Latency, LoadPoint
 from tests.measure.aiperf_export import export, metric
+from tests.odd_answers import KEY
+from tests.site_servers import HOST, site_servers
 
 LOAD = Load(LoadPoint("short", 32, 8, 2), requests=6, warmup_requests=2, vocab_size=64, seed=0)
 
@@ -87,6 +91,93 @@ def test_a_client_that_fails_or_takes_too_long_says_what_it_printed(tmp_path: Pa
     slow = Client(program(tmp_path, "import time; print('waiting', flush=True); time.sleep(60)"), "0")
     with pytest.raises(StageError, match=r"not done .* after 2 s \(point_timeout_s\)(.|\n)*  waiting"):
         slow.run("http://127.0.0.1:1", "parent", LOAD, tmp_path / "slow", 2)
+
+
+TELLS = """
+import json, os, sys
+settings = json.load(open(sys.argv[sys.argv.index('--config') + 1]))
+print(json.dumps({'argv': sys.argv, 'settings': settings, 'key': os.environ.get('OPENAI_API_KEY')}))
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("key", ["sk-nobody-may-see-this", "12345", None])
+def test_a_key_is_in_no_command_line_and_no_file(
+    key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "another server's")
+    with pytest.raises(StageError, match="failed with status 3"):
+        Client(program(tmp_path, TELLS), "0").run("http://127.0.0.1:1", "m", LOAD, tmp_path / "out", 60, key)
+    told = json.loads((tmp_path / "out/aiperf.log").read_text())
+    endpoint = told["settings"]["benchmark"]["endpoint"]
+    assert told["key"] == key
+    assert endpoint.get("headers") == ({"Authorization": "Bearer ${OPENAI_API_KEY}"} if key else None)
+    assert key is None or key not in json.dumps([told["argv"], told["settings"]])
+
+
+class KeyedServer(BaseHTTPRequestHandler):
+    """Streams eight tokens to those who have the key, and looks who else of this machine has read it meanwhile."""
+
+    heard: ClassVar[set[tuple[bool, bool]]] = set()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+        self.heard.add((self.headers["authorization"] == f"Bearer {KEY}", any(KEY.encode() in line for line in lines)))
+        usage = {
+            "prompt_tokens": len(asked["prompt"]),
+            "completion_tokens": 8,
+            "total_tokens": len(asked["prompt"]) + 8,
+        }
+        chunks = [{"choices": [{"index": 0, "text": "a"}]}] * 8 + [{"choices": [], "usage": usage}]
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        for chunk in chunks:
+            self.wfile.write(
+                b"data: " + json.dumps({"object": "text_completion", "model": "m"} | chunk).encode() + b"\n\n"
+            )
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(3600)
+def test_the_real_client_sends_a_key_that_nobody_else_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a site's proxy, to a server whose certificate is of the site's own authority."""
+    with site_servers(tmp_path, KeyedServer) as site:
+        monkeypatch.setenv("https_proxy", site.proxy)
+        monkeypatch.setenv("SSL_CERT_FILE", str(site.authorities))
+        found = find_client().run(site.url, "m", LOAD, tmp_path / "out", 300, KEY)
+        assert set(site.tunnels) == {f"{HOST}:443"}
+    assert (found.counts, found.warmup, found.errors) == (Counts(6, 192, 48), Counts(2, 64, 16), 0)
+    assert KeyedServer.heard == {(True, False)}
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_server_that_asks_for_a_certificate_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What answers everybody, or nobody yet, is left alone."""
+    with site_servers(tmp_path) as site:
+        site.status = 200
+        monkeypatch.setenv("https_proxy", site.proxy)
+        monkeypatch.setenv("SSL_CERT_FILE", str(site.authorities))
+        monkeypatch.setenv("SSL_CLIENT_CERT", str(site.certificate))
+        with pytest.raises(
+            ConfigError, match=r"AIPerf shows none \(.*; name an address of this server that asks for none"
+        ):
+            client.check_certificates(site.url)
+        assert [path for _, path, _ in site.asked] == ["/v1/models"], "the other one came to no request"
+        site.status = 401
+        with pytest.raises(ConfigError, match=r"401.*set OPENAI_API_KEY"):
+            client.check_certificates(site.url)
+        site.status = 503
+        client.check_certificates(site.url)
+        monkeypatch.delenv("SSL_CLIENT_CERT")
+        client.check_certificates(site.url)
 
 
 def test_the_environments_of_others_do_not_reach_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,8 @@ def pretend(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text(
         f"#!{sys.executable}\nimport json, sys\n"
         "if '--version' in sys.argv: raise SystemExit(print('0'))\n"
-        f"target = sys.argv[sys.argv.index('--artifact-dir') + 1]\n"
+        "settings = json.load(open(sys.argv[sys.argv.index('--config') + 1]))\n"
+        "target = settings['benchmark']['artifacts']['dir']\n"
         f"json.dump({said}, open(target + '/profile_export_aiperf.json', 'w'))\n"
     )
     path.chmod(0o755)

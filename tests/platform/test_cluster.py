@@ -104,6 +104,32 @@ def test_variables_secrets_and_claims_reach_every_task() -> None:
         assert config["imagePullSecret"][0]["secretName"] == "registry"
 
 
+AUTHORITIES, CLIENT = {"config_map": "authorities", "key": "ca.pem"}, {"secret": "client", "key": "tls-combined.pem"}
+
+
+def test_certificates_are_mounted_in_every_task_and_named_by_our_variables() -> None:
+    containers, platform = placed(certificates={"authorities": AUTHORITIES, "client": CLIENT})
+    files = {
+        "SSL_CERT_FILE": "/etc/moesaic/authorities/ca.pem",
+        "SSL_CLIENT_CERT": "/etc/moesaic/client/tls-combined.pem",
+    }
+    assert all(one["env"] == [{"name": name, "value": files[name]} for name in files] for one in containers.values())
+    for config in platform.values():
+        (authorities,), (client,) = config["configMapAsVolume"], config["secretAsVolume"]
+        assert authorities["configMapNameParameter"] == {"runtimeValue": {"constant": "authorities"}}
+        assert authorities["mountPath"] == "/etc/moesaic/authorities"
+        assert (client["secretName"], client["mountPath"]) == ("client", "/etc/moesaic/client")
+
+
+def test_an_object_with_both_certificates_is_mounted_once() -> None:
+    """Kubeflow calls the volume as the secret is called: twice would be no pod."""
+    both = {"secret": "site", "key": "tls-combined.pem"}
+    containers, platform = placed(certificates={"authorities": both | {"key": "ca.crt"}, "client": both})
+    assert all(len(config["secretAsVolume"]) == 1 and "configMapAsVolume" not in config for config in platform.values())
+    values = [one["value"] for one in containers["exec-ingest"]["env"]]
+    assert values == ["/etc/moesaic/site/ca.crt", "/etc/moesaic/site/tls-combined.pem"]
+
+
 def test_a_registry_replaces_what_stands_before_our_images_and_keeps_the_digest() -> None:
     digest = "sha256:" + "a" * 64
     pipeline = search()
@@ -177,6 +203,14 @@ def test_one_image_for_all_stages_and_limits_above_what_is_asked_for() -> None:
         ({"stages": {"score_block": "gpu"}}, "score_block"),
         ({"stages": {"distill": "tpu"}}, "tpu"),
         ({"default": "tpu"}, "tpu"),
+        (
+            {"nodes": {"cpu": {"cpu": 2, "memory": "7Gi", "memory_limit": "4Gi"}}},
+            "memory_limit 4Gi is less than memory 7Gi",
+        ),
+        (
+            {"nodes": {"cpu": {"cpu": "1.5", "cpu_limit": "900m", "memory": "7Gi"}}},
+            "cpu_limit 900m is less than cpu 1.5",
+        ),
         ({"nodes": {"cpu": {"cpu": 2, "memory": "4 GB"}, "gpu": SMALL["nodes"]["gpu"]}}, "memory"),
         ({"environment": {"AWS_SECRET_ACCESS_KEY": "abc"}}, "AWS_SECRET_ACCESS_KEY"),
         ({"environment": {"MLFLOW_TRACKING_URI": "http://user:word@mlflow"}}, "MLFLOW_TRACKING_URI"),
@@ -188,6 +222,18 @@ def test_one_image_for_all_stages_and_limits_above_what_is_asked_for() -> None:
             "set twice",
         ),
         ({"node_selector": {}}, "node_selector"),
+        ({"certificates": {"client": AUTHORITIES}}, "holds a private key"),
+        ({"certificates": {"authorities": CLIENT | AUTHORITIES}}, "one of them"),
+        ({"certificates": {"authorities": {"key": "ca.pem"}}}, "one of them"),
+        ({"certificates": {"authorities": AUTHORITIES | {"key": "../token"}}}, "key"),
+        ({"certificates": {"authorities": AUTHORITIES | {"config_map": "a.b"}}}, "config_map"),
+        ({"certificates": {"client": CLIENT | {"secret": "tmp"}}}, "names of other volumes"),
+        ({"certificates": {"client": CLIENT | {"secret": "authorities"}, "authorities": AUTHORITIES}}, "both called"),
+        ({"certificates": {"client": CLIENT}, "environment": {"SSL_CLIENT_CERT": "/a"}}, "set twice"),
+        (
+            {"certificates": {"client": CLIENT}, "claims": [{"claim": "c", "path": "/etc/moesaic/client"}]},
+            "mounted twice",
+        ),
     ],
 )
 def test_a_bad_profile_is_explained(changes: dict[str, Any], word: str, tmp_path: Path) -> None:

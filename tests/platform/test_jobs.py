@@ -90,6 +90,7 @@ def training(api: KubernetesApi) -> Iterator[None]:
     """The scenes of a TrainJob that waits in the queue, starts, prints and completes."""
     yield
     api.condition(NAME, "Suspended", True, message="TrainJob is suspended")
+    api.set_workload(NAME, None)  # Kueue has made it, and has said nothing of it
     yield
     api.set_workload(NAME, "insufficient quota for cpu, 80 more needed")
     yield
@@ -409,6 +410,36 @@ def test_filled_jobs_are_valid_and_as_tight_as_their_templates(stage: str, num_n
     assert text.count('"registry/moesaic/image:1"') == (2 if stage == "reinforce" and num_nodes == 3 else 1)
     assert '"secretKeyRef": {"name": "mlflow-user", "key": "password"' in text
     assert '"value": "/other"' in text and '"/store"}' not in text.replace('"mountPath": "/store"}', "")
+
+
+@pytest.mark.parametrize("stage", ["distill", "reinforce"])
+def test_all_nodes_of_a_job_mount_the_sites_certificates(stage: str) -> None:
+    """Besides the template's own volumes; variables of a TrainJob's node go by its trainer alone."""
+    given = {
+        "authorities": {"config_map": "authorities", "key": "ca.pem"},
+        "client": {"secret": "client", "key": "c.pem"},
+    }
+    plain, found = (job_settings(profile(**more), stage, "i:1").template for more in ({}, {"certificates": given}))
+    named = render_job(job_settings(profile(certificates=given), stage, "i:1"), "n", "t", ["a"], {}, Path("/store/log"))
+    assert problems(named) == []
+    spec = found["spec"]
+    if stage == "distill":
+        (nodes,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        pods, variables, before = [nodes["template"]["spec"]["template"]["spec"]], spec["trainer"]["env"], 0
+    else:
+        cluster = spec["rayClusterSpec"]
+        pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+        before = len(plain["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"])
+        variables = pods[1]["containers"][0]["env"]
+    for pod in pods:
+        assert pod["volumes"][before:] == [
+            {"name": "authorities", "configMap": {"name": "authorities"}},
+            {"name": "client", "secret": {"secretName": "client"}},
+        ]
+        mounts = pod["containers"][0]["volumeMounts"][-2:]
+        assert [mount["mountPath"] for mount in mounts] == ["/etc/moesaic/authorities", "/etc/moesaic/client"]
+        assert len(pod["volumes"]) == before + 2
+    assert {"name": "SSL_CLIENT_CERT", "value": "/etc/moesaic/client/c.pem"} in variables
 
 
 def test_all_nodes_of_a_job_are_counted_and_placed() -> None:

@@ -4,12 +4,10 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moesaic.command_line import planning_commands
 from moesaic.command_line.main import main
 from moesaic.command_line.planning_commands import read_tasks
 from moesaic.core.config import Config
@@ -32,11 +30,13 @@ from moesaic.models.gpt_oss import (
     GPT_OSS_PUZZLE_88B_BLOCKS,
     ModelShape,
 )
+from moesaic.models.peak import Peak
 from moesaic.pipelines import compiled, find_pipeline
 from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.planning import Planned, assume_child, plan, totals
+from moesaic.platform.planning import Planned, assume_child, plan, simulation, totals
+from moesaic.platform.planning.devices import check_devices
 from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 from moesaic.recover.distill import needs as distill_needs
@@ -216,12 +216,23 @@ def test_only_what_does_not_fit_is_refused_with_what_does() -> None:
     facts = Facts(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, GPT_OSS_PUZZLE_88B_BLOCKS, target)
     planned = plan([task("ingest", INGEST), scores], facts)
     assert planned[1].needs.state_bytes > 140 * GIB > 21 * GIB > planned[1].needs.device_bytes
-    planning_commands._check_devices(planned, facts)
+    check_devices(planned, facts)
     smaller = replace(facts, target=replace(target, table=replace(H100, memory_mib=40_960)))
     with pytest.raises(
-        InfeasibleError, match=r"score_blocks takes 40\.7 GiB on a GPU, where 36\.0 .*variants_per_batch"
-    ):
-        planning_commands._check_devices(planned, smaller)
+        InfeasibleError, match=r"score_blocks takes 40\.7 GiB on a GPU, where 36\.0 .*: (.*)"
+    ) as refused:
+        check_devices(planned, smaller)
+    advice = str(refused.value).split("what fits: ")[1].split(" or ")
+    assert advice and all(" " in one for one in advice)
+    for key, value in (one.split() for one in advice):
+        half = task("score_blocks", recipe.score_blocks.but(**{key: int(value)}), "ingest")
+        check_devices(plan([task("ingest", INGEST), half], smaller), smaller)
+        twice = task("score_blocks", recipe.score_blocks.but(**{key: 2 * int(value)}), "ingest")
+        with pytest.raises(InfeasibleError):
+            check_devices(plan([task("ingest", INGEST), twice], smaller), smaller)
+    tiny = replace(facts, target=replace(target, table=replace(H100, memory_mib=4096)))
+    with pytest.raises(InfeasibleError, match=r"a smaller model; none of variants_per_batch, batch_tokens, max_long"):
+        check_devices(planned, tiny)
 
 
 def test_an_engine_holds_the_requests_that_its_cache_has_room_for() -> None:
@@ -377,9 +388,15 @@ def test_plan_of_gpt_oss_on_the_command_line(capsys: pytest.CaptureFixture[str])
     assert "60.8 GiB" in shown
     assert "46.6 GiB" in shown
     assert "S3 up" in shown
-    assert "distill on 4 nodes of 8 GPUs, for each of them: 56.9 GiB" in " ".join(shown.split())
+    words = " ".join(shown.split())
+    assert "What is trained is planned for 4 nodes of 8 GPUs." in words
+    assert "- distill, computed: 56.9 GiB: inputs of layers 25.3 GiB, " in words
+    assert "- evaluate, computed: 69.6 GiB: KV cache of 363 requests of full length 63.5 GiB, weights 6.2 GiB" in words
     assert main(["plan", "compress", *like, "--nodes", "1"]) == 2
     assert "what fits: these rows on 2 nodes" in " ".join(capsys.readouterr().err.split())
+    assert main(["plan", "compress", *like, "--nodes", "2"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "reinforce takes 75.1 GiB" in said and "what fits: max_new_tokens 32768 or 4 nodes" in said
     assert main(["plan", "compress", *like[:-1], "elsewhere"]) == 2
     assert main(["plan", "nothing", *like]) == 2
     assert not torch.cuda.is_initialized()
@@ -388,14 +405,31 @@ def test_plan_of_gpt_oss_on_the_command_line(capsys: pytest.CaptureFixture[str])
 def test_plan_tells_what_a_simulated_step_takes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The simulations themselves have tests of their own."""
     like = ["plan", "compress", "--recipe", "gpt_oss_120b_h100x8", "--like", "gpt-oss-120b", "--simulate"]
+    monkeypatch.setattr(simulation, "STREAMED", ())
     for peak, status in ((60 * GIB, 0), (75 * GIB, 2)):
-        found = SimpleNamespace(total=peak, parts={"weights": peak})
-        monkeypatch.setattr(planning_commands, "simulated_peak", lambda *_, found=found: found)
+        monkeypatch.setattr(simulation, "simulated_peak", lambda *_, peak=peak: Peak({"weights": peak - 1, "rest": 1}))
         assert main(like) == status
     shown = capsys.readouterr()
-    assert "4 nodes of 8 GPUs, for each of them, simulated: 60.0 GiB: weights 60.0 GiB" in " ".join(shown.out.split())
+    assert "- distill, simulated: 60.0 GiB: weights 60.0 GiB, rest 0.0 MiB" in " ".join(shown.out.split())
+    assert "- rank_experts, computed: 13.6 GiB: layers" in " ".join(shown.out.split())
     assert "distill takes 75.0 GiB on each of 32 GPUs, where 71.7 are to be had" in " ".join(shown.err.split())
+
+
+def test_what_goes_layer_by_layer_is_simulated_for_any_checkpoint(
+    tiny_parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["plan", "search", "--recipe", "tiny_cpu_fast", "--parent", str(tiny_parent), "--json"]
+    assert main(given) == 0
+    computed = {row["task"]: row for row in json.loads(capsys.readouterr().out)["tasks"]}
+    assert main([*given, "--simulate"]) == 0
+    found = {row["task"]: row for row in json.loads(capsys.readouterr().out)["tasks"]}
+    stages = {row["stage"] for row in found.values() if row["simulated"]}
+    assert stages == {"rank_experts", "score_blocks", "refine_architecture"}
+    for name, row in found.items():
+        assert row["device_bytes"] == sum(row["device"].values())
+        assert row["device_bytes"] == pytest.approx(computed[name]["device_bytes"], rel=0.2), name
 
 
 def test_data_sets_are_counted(tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -535,6 +535,7 @@ def test_refused_credentials_are_told_and_no_secret_is(options: S3Options, caplo
     ("status", "code", "error", "message"),
     [
         (403, "AccessDenied", ConfigError, "refused the credentials for PutObject"),
+        (403, "RequestTimeTooSkewed", ConfigError, "the clock here and that of the server .* differ"),
         (507, "XMinioStorageFull", StageError, "no space left.*free space there"),
         (400, "EntityTooLarge", StageError, r"answered PutObject with 400 \(EntityTooLarge: injected\)"),
         (

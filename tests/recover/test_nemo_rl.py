@@ -18,7 +18,7 @@ from torch import nn
 
 import moesaic.recover.reinforce.nemo_rl
 from moesaic.core.errors import ConfigError, StageError
-from moesaic.data.chat import load_tokenizer
+from moesaic.data.chat import encode_reply, load_tokenizer
 from moesaic.data.problems import Message, Problem, render_prompt
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import Checkpoint
@@ -236,10 +236,13 @@ def test_a_step_is_one_line_of_the_curve(tiny_parent: Path, tmp_path: Path) -> N
 
 
 def test_rollouts_keep_their_markers(tiny_parent: Path) -> None:
+    """NeMo-RL decodes tensors."""
     tokenizer = load_tokenizer(tiny_parent)
-    ids = [tokenizer(RIGHT, add_special_tokens=False)["input_ids"]]
-    assert "<|return|>" not in tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
-    assert keep_markers(tokenizer).batch_decode(ids, skip_special_tokens=True)[0].split() == RIGHT.split()
+    ids = tokenizer(RIGHT, add_special_tokens=False)["input_ids"]
+    assert "<|return|>" not in tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
+    (text,) = keep_markers(tokenizer).batch_decode([torch.tensor(ids)], skip_special_tokens=True)
+    assert text.replace(" ", "") == RIGHT.replace(" ", "")
+    assert encode_reply(text, tokenizer) == ids
 
 
 def test_only_the_named_tensors_learn(tiny_parent: Path) -> None:
@@ -435,7 +438,9 @@ def test_the_policy_worker_freezes_before_its_optimizer_is_built(
     assert registered
 
 
-def test_the_driver_wires_our_parts_into_grpo(stand_ins: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_the_driver_wires_our_parts_into_grpo(
+    stand_ins: dict[str, ModuleType], tiny_parent: Path, tmp_path: Path
+) -> None:
     calls: list[str] = []
     received: dict[str, Any] = {}
 
@@ -449,7 +454,7 @@ def test_the_driver_wires_our_parts_into_grpo(stand_ins: dict[str, ModuleType], 
 
         setattr(stand_ins[f"nemo_rl.{module}"], attribute, record)
 
-    tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens=False: [str(skip_special_tokens)])
+    tokenizer = load_tokenizer(tiny_parent)
     thirteen = [f"part {number}" for number in range(13)]
     registry: dict[str, str] = {}
     stand_ins["nemo_rl.distributed.ray_actor_environment_registry"].ACTOR_ENVIRONMENT_REGISTRY = registry
@@ -479,7 +484,8 @@ def test_the_driver_wires_our_parts_into_grpo(stand_ins: dict[str, ModuleType], 
     assert trained[3:5] == (None, tokenizer)
     assert trained[5:8] == ("part 6", {"task": "environment"}, {})
     assert trained[8:] == ("part 7", "part 8", "part 9", "part 10")
-    assert tokenizer.batch_decode([[1]], skip_special_tokens=True) == ["False"]
+    stop = tokenizer.convert_tokens_to_ids("<|return|>")
+    assert tokenizer.batch_decode([[stop]], skip_special_tokens=True) == ["<|return|>"]
 
 
 def foreign_imports(path: Path) -> set[str]:

@@ -110,15 +110,6 @@ def test_a_child_computes_with_its_own_yarn_factor(tiny_parent: Path, child: Pat
     assert angles[0][0, 0] == pytest.approx(scale * before[0][0, 0], rel=1e-6), "cosines of position 0 are YaRN's scale"
 
 
-def test_a_yarn_factor_needs_yarn(tiny_parent: Path, tmp_path: Path) -> None:
-    plain = shutil.copytree(tiny_parent, tmp_path / "plain")
-    config = json.loads((plain / "config.json").read_text())
-    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}, "rope_scaling": None}
-    (plain / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="yarn_factor is 56, but the parent's RoPE is 'default'"):
-        _prune(plain, MIXED, tmp_path, yarn_factor=56.0)
-
-
 def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Checkpoint) -> None:
     written = Checkpoint.open(child)
     assert written.architecture == MIXED

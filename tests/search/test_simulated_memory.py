@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.command_line.planning_commands import STATE_SHARE
 from moesaic.core.process_group import BatchShare
 from moesaic.costs.facts import Facts, PipelineTask
 from moesaic.costs.hardware import Target
@@ -19,10 +18,12 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import GPT_OSS_120B, ModelShape
 from moesaic.models.layers import run_block
-from moesaic.models.simulated_memory import peak_bytes
+from moesaic.models.peak import Peak
+from moesaic.models.simulated_memory import peak_of
 from moesaic.models.synthesis import Model, write_synthetic
+from moesaic.platform.planning.devices import STATE_SHARE
 from moesaic.recover.calibrate_kv.needs import needs as calibration_needs
-from moesaic.recover.calibrate_kv.simulated_memory import calibration_bytes
+from moesaic.recover.calibrate_kv.simulated_memory import calibration_peak
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 from moesaic.search.library import variants_of
 from moesaic.search.probing import Probes, embed, open_parent
@@ -35,7 +36,7 @@ from moesaic.search.refine_architecture.stage import RefineArchitectureConfig
 from moesaic.search.score_blocks.needs import needs as scoring_needs
 from moesaic.search.score_blocks.scoring import Probe, Variant, run_parent, score_layer
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
-from moesaic.search.simulated_memory import ranking_bytes, refinement_bytes, scoring_bytes
+from moesaic.search.simulated_memory import ranking_peak, refinement_peak, scoring_peak
 from moesaic.search.space import SearchSpace
 
 SHAPE = ModelShape(
@@ -55,11 +56,11 @@ SCORES = ScoreBlocksConfig(
 RANKING = RankExpertsConfig(max_sequences=ROWS, max_tokens=LENGTH, batch_tokens=ROWS * LENGTH)
 REFINEMENT = RefineArchitectureConfig.like(SCORES).but(assemblies_per_round=2)
 CALIBRATION = CalibrateKvConfig(max_sequences=ROWS, max_tokens=LENGTH, batch_tokens=ROWS * LENGTH, precision="float32")
-STAGES: dict[str, tuple[Any, Callable[..., int], Callable[..., Any]]] = {
-    "rank_experts": (RANKING, ranking_bytes, ranking_needs),
-    "score_blocks": (SCORES, scoring_bytes, scoring_needs),
-    "refine_architecture": (REFINEMENT, refinement_bytes, refinement_needs),
-    "calibrate_kv": (CALIBRATION, calibration_bytes, calibration_needs),
+STAGES: dict[str, tuple[Any, Callable[..., Peak], Callable[..., Any]]] = {
+    "rank_experts": (RANKING, ranking_peak, ranking_needs),
+    "score_blocks": (SCORES, scoring_peak, scoring_needs),
+    "refine_architecture": (REFINEMENT, refinement_peak, refinement_needs),
+    "calibrate_kv": (CALIBRATION, calibration_peak, calibration_needs),
 }
 
 
@@ -118,11 +119,14 @@ def test_simulated_and_computed_peaks_are_those_of_real_tensors(
     monkeypatch.setenv(streaming.STATE_MEMORY, "0")
     config, simulate, needs = STAGES[stage]
     with torch.inference_mode():
-        measured = peak_bytes(lambda: REAL[stage](checkpoint, tmp_path))
-    simulated = simulate(config, SHAPE, PARENT, True, False)
+        measured = peak_of(lambda: REAL[stage](checkpoint, tmp_path)).total
+    peak = simulate(config, SHAPE, PARENT, True, False)
+    simulated = peak.total
     computed = needs(PipelineTask(stage, stage, config, ()), Facts(SHAPE, PARENT, True, PARENT, None), [{"parent": 0}])
     assert measured == pytest.approx(simulated, rel=0.1)
     assert computed.device_bytes == pytest.approx(simulated, rel=0.1)
+    for what, size in computed.device.items():
+        assert size == pytest.approx(peak.parts[what], rel=0.15, abs=0.02 * simulated), what
 
 
 @pytest.mark.parametrize("stage", REAL)
@@ -133,7 +137,7 @@ def test_computed_peaks_of_a_gpu_are_the_simulated_ones(stage: str) -> None:
     config = config.but(max_tokens=16_384, max_sequences=8, batch_tokens=65_536, precision="bfloat16")
     facts = Facts(GPT_OSS_120B, parent, True, parent, Target(read_table("h100"), GPT_OSS_120B, 8, "fp8"))
     computed = needs(PipelineTask(stage, stage, config, ()), facts, [{"parent": 0}]).device_bytes
-    assert simulate(config, replace(GPT_OSS_120B), parent, True, True) == pytest.approx(computed, rel=0.1)
+    assert simulate(config, replace(GPT_OSS_120B), parent, True, True).total == pytest.approx(computed, rel=0.1)
 
 
 def test_states_take_the_share_of_a_gpu_that_plans_say() -> None:

@@ -169,9 +169,11 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
     wanted = options.recipe + "_fast" * options.fast
     recipe = find_recipe(wanted).seeded(options.seed)
     manifest = find_pipeline(options.pipeline, recipe.rounds, recipe.baseline is not None)
-    DataSets.at(options.data).check()
+    data = DataSets.at(options.data)
+    data.check()
     options.source = find_named(options, "parent")
     _check_parent(options.parent)
+    data.check_template(options.parent)
     labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
     return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"
 
@@ -296,6 +298,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from moesaic.models import gpt_oss
     from moesaic.models.architecture import AXES
     from moesaic.models.checkpoint import Checkpoint
+    from moesaic.models.resolved_config import unread_keys
 
     find_named(options)
     checkpoint = Checkpoint.open(options.model)
@@ -317,6 +320,8 @@ def _inspect(options: argparse.Namespace) -> None:
     sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
     if unused := checkpoint.unused:
         sizes.add_row("not used", f"{len(unused)} tensors, the first is {unused[0]}; a child does not have them")
+    if unread := unread_keys(checkpoint.config):
+        sizes.add_row("not read", f"of config.json: {', '.join(unread)}; transformers computes without them")
     console.print(sizes)
     layers = Table("layer", *(axis.title for axis in AXES.values()), box=None)
     for layer, block in enumerate(architecture.blocks):

@@ -12,44 +12,32 @@ from rich.table import Table
 
 from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.core.config import Config
-from moesaic.core.errors import ArtifactError, ConfigError, InfeasibleError
+from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.costs.facts import Assumed, Facts, PipelineTask, room_bytes
 from moesaic.pipelines import find_pipeline
 from moesaic.platform.cluster import read_profile
 from moesaic.platform.cluster.agreement import check_agreement
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.planning import MEMORY, Planned, assume_child, plan, totals
+from moesaic.platform.planning.devices import by_stage, check_devices, largest_by_stage
 from moesaic.recover.distill.needs import (
     GPUS_PER_NODE,
-    check_memory,
     check_nodes,
     fewest_nodes,
-    gpu_bytes,
-    simulated_peak,
 )
 from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.reinforce.needs import policy_bytes
+from moesaic.recover.reinforce.needs import policy_memory
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import STAGES
 
 MIB, GIB = 2**20, 2**30
-STATE_SHARE = 0.5
-"""The share of a GPU's memory that hidden states take, if there are so many, as ``moesaic.models.streaming`` has it."""
 _RIVALS = ("greedy", "uniform", "max_parameters")
 """Baselines that are pruned and evaluated beside the random ones."""
 _MODEL_INPUTS = ("parent", "model", "child", "policies", "bundle")
 """Inputs of stages that are models, whose files a stage reads unless it takes their manifests only."""
 _POLICIES = "reinforce_configs"
-_LESS = {
-    "rank_experts": "a smaller batch_tokens, or shorter max_tokens",
-    "calibrate_kv": "a smaller batch_tokens, or shorter max_tokens",
-    "score_blocks": "fewer variants_per_batch, a smaller batch_tokens, or shorter max_long_tokens",
-    "refine_architecture": "a smaller batch_tokens, or shorter max_long_tokens",
-    "validate_bundle": "compare_replies false: the reference is the whole model, unpacked, on one device",
-}
-"""What makes a stage smaller."""
 
 
 def add_planning_commands(commands: Any) -> None:
@@ -87,7 +75,10 @@ def add_planning_commands(commands: Any) -> None:
     )
     planning.add_argument("--profile", type=Path, help="cluster profile that must be able to run the recipe")
     planning.add_argument(
-        "--simulate", action="store_true", help="run a step of distill on tensors without values, for its true memory"
+        "--simulate",
+        action="store_true",
+        help="run ranking, scoring, refinement, calibration and a step of distill on tensors without values, for their "
+        "true memory on a GPU; it takes minutes",
     )
     planning.add_argument("--json", action="store_true", help="print JSON, every task by itself")
 
@@ -124,18 +115,20 @@ def _plan(options: argparse.Namespace) -> None:
         profile.check_stages(STAGES)
         check_agreement(tasks, profile)
     if facts.target is not None:
-        facts = replace(facts, training_gpus=GPUS_PER_NODE * _training_nodes(options, tasks, facts))
-        notes += [_memory_of_distill(options, tasks, facts)]
-    planned = plan(tasks, facts)
+        nodes = _training_nodes(options, tasks, facts)
+        facts = replace(facts, training_gpus=GPUS_PER_NODE * nodes)
+        notes += [f"What is trained is planned for {nodes} nodes of {GPUS_PER_NODE} GPUs."]
+    planned = plan(tasks, facts, simulate=options.simulate)
     notes += [_spilled(planned)]
     if facts.target is not None:
-        _check_devices(planned, facts)
+        check_devices(planned, facts)
     if options.json:
         print(json.dumps(_as_json(options, facts, planned, notes), indent=1))
     else:
         Console().print(_table(planned, traffic=options.store is not None))
-        counted = [f"{stage}: {_what(members)}" for stage, members in _by_stage(planned).items() if _what(members)]
+        counted = [f"{stage}: {_what(members)}" for stage, members in by_stage(planned).items() if _what(members)]
         print("\n".join(f"- {line}" for line in (*counted, *notes)))
+        print("\n".join(["", "On one device at its peak:", *_peaks(planned)]))
 
 
 def _training_nodes(options: argparse.Namespace, tasks: Iterable[PipelineTask[Config]], facts: Facts) -> int:
@@ -161,24 +154,8 @@ def _training_nodes(options: argparse.Namespace, tasks: Iterable[PipelineTask[Co
 
 
 def _is_too_large(policy: ReinforceConfig, facts: Facts, nodes: int) -> bool:
-    return policy_bytes(policy, replace(facts, training_gpus=GPUS_PER_NODE * nodes)) > room_bytes(facts)
-
-
-def _memory_of_distill(options: argparse.Namespace, tasks: Iterable[PipelineTask[Config]], facts: Facts) -> str:
-    """A note on the distillation that needs most, simulated if that is asked for."""
-    nodes = facts.training_gpus // GPUS_PER_NODE
-    configs = sorted(_distillations(tasks), key=lambda config: gpu_bytes(config, facts, facts.training_gpus))
-    if not configs:
-        return "Nothing is distilled."
-    where = f"distill on {nodes} nodes of {GPUS_PER_NODE} GPUs, for each of them"
-    if not options.simulate:
-        return (
-            f"{where}: {_size(gpu_bytes(configs[-1], facts, facts.training_gpus))} (computed; --simulate runs a step)."
-        )
-    peak = simulated_peak(configs[-1], facts, nodes)
-    check_memory(peak.total, configs[-1], facts, nodes)
-    parts = ", ".join(f"{name} {_size(value)}" for name, value in peak.parts.items())
-    return f"{where}, simulated: {_size(peak.total)}: {parts}."
+    memory = policy_memory(policy, replace(facts, training_gpus=GPUS_PER_NODE * nodes))
+    return sum(memory.values()) > room_bytes(facts)
 
 
 def _distillations(tasks: Iterable[PipelineTask[Config]]) -> list[DistillConfig]:
@@ -351,21 +328,17 @@ def _in_order(tasks: list[PipelineTask[Config]]) -> list[PipelineTask[Config]]:
 # ---- what is printed ----
 
 
-def _check_devices(planned: Sequence[Planned], facts: Facts) -> None:
-    """Raise InfeasibleError for the stages of which a task does not fit a GPU, hidden states included that stay on it,
-    each with what would."""
-    peaks: dict[str, float] = {}
-    for one in planned:
-        states = min(one.needs.state_bytes, STATE_SHARE * facts.target.table.memory_mib * MIB) if facts.target else 0
-        peaks[one.task.stage] = max(peaks.get(one.task.stage, 0), one.needs.device_bytes + states)
-    if too_large := {stage: peak for stage, peak in peaks.items() if peak > room_bytes(facts)}:
-        raise InfeasibleError(
-            "; ".join(
-                f"{stage} takes {peak / GIB:.1f} GiB on a GPU, where {room_bytes(facts) / GIB:.1f} are to be had; "
-                f"what fits: {_LESS.get(stage, 'an engine on more GPUs, which keeps experts packed')}"
-                for stage, peak in too_large.items()
-            )
-        )
+def _by_size(part: tuple[str, float]) -> float:
+    return -part[1]
+
+
+def _peaks(planned: Sequence[Planned]) -> list[str]:
+    """A line for each stage: what it holds on a device, what that is, and how it is known."""
+    return [
+        f"- {one.task.stage}, {'simulated' if one.simulated else 'computed'}: {_size(one.needs.device_bytes)}: "
+        + ", ".join(f"{what} {_size(size)}" for what, size in sorted(one.needs.device.items(), key=_by_size) if size)
+        for one in largest_by_stage(planned)
+    ]
 
 
 def _spilled(planned: Sequence[Planned]) -> str:
@@ -389,14 +362,6 @@ def _as_json(options: argparse.Namespace, facts: Facts, planned: Sequence[Planne
     }
 
 
-def _by_stage(planned: Sequence[Planned]) -> dict[str, list[Planned]]:
-    """The tasks that need any resources, by stage in the method's order."""
-    from moesaic.stages import STAGES
-
-    by_stage = {stage: [one for one in planned if one.task.stage == stage] for stage in STAGES}
-    return {stage: members for stage, members in by_stage.items() if any(one.needs.takes_something for one in members)}
-
-
 def _table(planned: Sequence[Planned], traffic: bool) -> Table:
     """A table with the sums over each stage's tasks; memory is that of the largest task."""
     columns = [
@@ -413,7 +378,7 @@ def _table(planned: Sequence[Planned], traffic: bool) -> Table:
     table = Table(title, box=None)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for stage, members in _by_stage(planned).items():
+    for stage, members in by_stage(planned).items():
         table.add_row(stage, str(len(members)), *_cells(totals(members), unit, traffic))
     table.add_section()
     table.add_row("total", str(len(planned)), *_cells(totals(planned), unit, traffic))

@@ -13,11 +13,12 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moesaic.core.errors import StageError
+from moesaic.core.errors import ConfigError, StageError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A digest in hexadecimal."""
 _DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EROFS})
+_NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 _REFUSED = _DENIED | {errno.ENOSYS, errno.EOPNOTSUPP}
 """For another user's files, or on a file system that has no modes, times or links, as some of NFS, SMB and FUSE."""
 
@@ -101,7 +102,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def explained_file_errors(directory: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" and "permission denied" into errors that say where and what to do."""
+    """Turn the operating system's errors of paths, disks and permissions into errors that say where and what to do."""
     try:
         yield
     except OSError as failure:
@@ -109,6 +110,8 @@ def explained_file_errors(directory: Path) -> Iterator[None]:
             raise StageError(f"the disk that holds {directory} is full; free space and run again") from failure
         if failure.errno in _DENIED:
             raise StageError(describe_denial(failure, directory)) from failure
+        if failure.errno in _NO_PATH:
+            raise ConfigError(f"{os.fsdecode(failure.filename or directory)!r}: {failure.strerror}") from failure
         raise
 
 

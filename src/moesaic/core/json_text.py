@@ -13,6 +13,8 @@ _FOREIGN = {
     b"\x1f\x8b": "compressed by gzip",
     b"PK\x03\x04": "a zip archive",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
     b"ARROW1": "an Arrow file",
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",

@@ -80,16 +80,21 @@ def proxy_headers(proxy: str) -> dict[str, str]:
     return {"proxy-authorization": f"Basic {b64encode(user.encode()).decode()}"}
 
 
-def opener(url: str, *handlers: urllib.request.BaseHandler) -> urllib.request.OpenerDirector:
+def opener(
+    url: str, *handlers: urllib.request.BaseHandler, shows_certificate: bool = True
+) -> urllib.request.OpenerDirector:
     """What opens an address by the site's proxy and certificates."""
     proxy = proxy_for(url)
     by_proxy = urllib.request.ProxyHandler({"http": proxy, "https": proxy} if proxy else {})
-    secure = [urllib.request.HTTPSHandler(context=tls_context())] if url.startswith("https:") else []
+    secure = [urllib.request.HTTPSHandler(context=tls_context(shows_certificate))] if url.startswith("https:") else []
     return urllib.request.build_opener(by_proxy, *secure, *handlers)
 
 
-def tls_context() -> ssl.SSLContext:
+def tls_context(shows_certificate: bool = True) -> ssl.SSLContext:
     """What our own connections trust, and the certificate that they show.
+
+    Args:
+        shows_certificate: False for a client without one.
 
     Raises:
         ConfigError: if a file that a variable names is missing or cannot be read.
@@ -104,7 +109,7 @@ def tls_context() -> ssl.SSLContext:
             raise ConfigError(
                 f"SSL_CERT_FILE is {authorities!r}, which holds no certificates in PEM ({broken}); correct it"
             ) from broken
-    if certificate := variables.get(CLIENT_CERTIFICATE):
+    if shows_certificate and (certificate := variables.get(CLIENT_CERTIFICATE)):
         try:
             context.load_cert_chain(certificate)
         except (OSError, ValueError) as broken:

@@ -77,8 +77,9 @@ class Needs:
 
     read_bytes: float = 0
     written_bytes: float = 0
-    device_bytes: float = 0
-    """The most that one device which computes must hold: a GPU, or the host where there is none."""
+    device: Mapping[str, float] = field(default_factory=dict)
+    """The most bytes that one device which computes must hold at once, by what they are: a GPU, or the host where there
+    is none."""
     host_bytes: float = 0
     """Beside that, what the host must hold for it."""
     state_bytes: float = 0
@@ -90,6 +91,11 @@ class Needs:
     """What the other numbers follow from, by name."""
     made: ShardSizes = field(default_factory=dict)
     """The shards of the checkpoint that the task writes."""
+
+    @property
+    def device_bytes(self) -> float:
+        """All that a device holds at once."""
+        return sum(self.device.values())
 
     @property
     def takes_something(self) -> bool:

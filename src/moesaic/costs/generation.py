@@ -11,6 +11,7 @@ run, and its cache holds; one of full length must fit, or it does not start (``m
     room   = g (memory - overhead) - weights - expert padding
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moesaic.core.config import CacheDtype
@@ -42,10 +43,16 @@ class Requests:
 class Generation:
     """Memory of one process, or one GPU of an engine."""
 
-    device_bytes: float
+    device: Mapping[str, float]
+    """Bytes by what they are."""
     host_bytes: float
     requests: int
     """Requests of full length in flight."""
+
+    @property
+    def device_bytes(self) -> float:
+        """All that a device holds."""
+        return sum(self.device.values())
 
 
 def generation(stage: str, facts: Facts, model: Architecture, asked: Requests) -> Generation:
@@ -57,7 +64,8 @@ def generation(stage: str, facts: Facts, model: Architecture, asked: Requests) -
     if asked.engine in ("in_process", "moesaic") or facts.target is None:
         values = request_kv_bytes(facts.shape, model, asked.longest, "fp8", "moesaic")  # one byte each
         weights = resident(facts, model, asked.precision)
-        return Generation(weights + asked.in_flight * values * WIDTH[asked.precision], weights, asked.in_flight)
+        cache = asked.in_flight * values * WIDTH[asked.precision]
+        return Generation({"weights, unpacked": weights, _cache(asked.in_flight): cache}, weights, asked.in_flight)
     target = replace(facts.target, num_gpus=asked.num_gpus)
     allocator: TargetEngine = "vllm" if asked.engine == "vllm" else target.engine
     each = request_kv_bytes(facts.shape, model, asked.longest, asked.kv_cache, allocator)
@@ -73,4 +81,9 @@ def generation(stage: str, facts: Facts, model: Architecture, asked: Requests) -
             f"tokens takes {each / 2**30:.1f}; what fits: {advice}"
         )
     held = asked.num_gpus * usable * MIB - room
-    return Generation((held + requests * each) / asked.num_gpus, 0.0, requests)
+    shares = {"weights": held / asked.num_gpus, _cache(requests): requests * each / asked.num_gpus}
+    return Generation(shares, 0.0, requests)
+
+
+def _cache(requests: int) -> str:
+    return f"KV cache of {requests} requests of full length"

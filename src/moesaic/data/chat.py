@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
-
-_MARKER = re.compile(r"<\|(\w+)\|>")
-_GUARDS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
-"""Unicode's noncharacters: text that is exchanged has none of them."""
+from moesaic.data.markers import GUARD, GUARDS, MARKER, guard_markers
 
 PROMPT_DATE = date(2025, 8, 5)
 """What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
@@ -50,7 +48,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
 
 def find_markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The name of every token that is a marker, such as ``channel`` for ``<|channel|>``."""
-    matches = ((token, _MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
+    matches = ((token, MARKER.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
     return {token: match[1] for token, match in matches if match}
 
 
@@ -66,6 +64,19 @@ def render_conversation(
     return [token for token, _ in chat.encode(chat.render(effort, prompt=True))]
 
 
+def decode_reply(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A reply's text whose markers are its control tokens; those that the model spelled in words are guarded."""
+    control = _control(tokenizer)
+    runs = ((is_control, list(run)) for is_control, run in groupby(token_ids, control.numbers.__contains__))
+    texts = ((is_control, str(tokenizer.decode(run, skip_special_tokens=False))) for is_control, run in runs)
+    return "".join(text if is_control else guard_markers(text) for is_control, text in texts)
+
+
+def encode_reply(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what :func:`decode_reply` gave: the same where the model split its text as the tokenizer does."""
+    return [token for token, _ in GuardedChat((), GUARD, tokenizer).encode(text)]
+
+
 @dataclass(frozen=True)
 class GuardedChat:
     """A conversation whose markers are guarded, to be rendered and encoded."""
@@ -79,7 +90,7 @@ class GuardedChat:
     def of(cls, messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> "GuardedChat":
         """Guard the markers in every text of the messages, those of calls and their arguments included."""
         written = json.dumps(list(messages), ensure_ascii=False, default=str)
-        guard = next((guard for guard in _GUARDS if guard not in written), None)
+        guard = next((guard for guard in GUARDS if guard not in written), None)
         if guard is None:
             raise ArtifactError("the messages hold all of U+FDD0 to U+FDEF, which stand for no character; remove them")
         markers = _control(tokenizer).markers
@@ -187,7 +198,7 @@ def _control(tokenizer: PreTrainedTokenizerBase) -> _Control:
 def _guarded(value: Any, markers: re.Pattern[str], guard: str) -> Any:
     """The same with guards in its texts; the role of a message is the format's own word."""
     if isinstance(value, str):
-        return markers.sub(lambda marker: marker[0][0] + guard + marker[0][1:], value)
+        return guard_markers(value, markers, guard)
     if isinstance(value, Mapping):
         return {
             _guarded(key, markers, guard): inner if key == "role" else _guarded(inner, markers, guard)

@@ -72,7 +72,10 @@ def _find_file(path: Path) -> Path:
 
 
 def _read_row(line: bytes, place: str) -> Row:
-    values = parse_json(line, place)
+    try:
+        values = parse_json(line, place)
+    except ArtifactError as broken:
+        raise ArtifactError(f"{broken}; a row is one JSON object on one line") from broken
     if not isinstance(values, dict):
         raise ArtifactError(f"{place} must be a JSON object, found {type(values).__name__}")
     return Row(values, place)

@@ -44,7 +44,7 @@ class Problem:
         return final is not None and get_verifier(self.verifier)(final, self.answer)
 
     def is_solved_by_reply(self, text: str, truncated: bool) -> bool:
-        """Whether a whole reply, its control tokens included, ends in the answer; a truncated one is wrong."""
+        """Whether a reply (of ``chat.decode_reply``) ends in the answer; a truncated one is wrong."""
         return not truncated and self.is_solved_by(split_reply(text).final)
 
 
@@ -95,7 +95,10 @@ def spread_over_tasks(problems: Sequence[Problem], limit: int | None) -> list[Pr
 def render_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, effort: str) -> list[int]:
     """Token ids of the prompt in the tokenizer's chat template, up to where the model's reply begins."""
     messages = [{"role": message.role, "content": message.content} for message in problem.prompt]
-    return render_conversation(messages, tokenizer, effort)
+    try:
+        return render_conversation(messages, tokenizer, effort)
+    except ArtifactError as refused:
+        raise type(refused)(f"problem {problem.id!r}: {refused}") from refused
 
 
 def read_problem(row: Row) -> Problem:

@@ -1,7 +1,9 @@
 """The data sets that a run starts from, under their usual names in one directory."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from moesaic.core.errors import ArtifactError
 
@@ -39,6 +41,29 @@ class DataSets:
                 names = ", ".join(FILES.values())
                 raise ArtifactError(f"{path.parent} holds no {path.name}; a data directory holds {names}")
             count_rows(name, path)
+
+    def check_template(self, model: Path) -> None:
+        """Render a row of every shape, which is the roles and keys of its messages, as the model will see it.
+
+        Raises:
+            ArtifactError: if the model has no tokenizer with a chat template, or that refuses a row.
+        """
+        from moesaic.data.calibration import read_conversations, tokenize
+        from moesaic.data.chat import load_tokenizer
+        from moesaic.data.problems import read_problems, render_prompt
+
+        tokenizer = load_tokenizer(model)
+        for path in (self.calibration_short, self.calibration_long):
+            for row in {_shape(row.messages): row for row in read_conversations(path)}.values():
+                tokenize(tokenizer, row, max_tokens=1)
+        for path in (self.prompts, self.tests):
+            rows = {_shape([vars(message) for message in row.prompt]): row for row in read_problems(path)}
+            for problem in rows.values():
+                render_prompt(problem, tokenizer, "low")
+
+
+def _shape(messages: Sequence[Mapping[str, Any]]) -> frozenset[tuple[str, frozenset[str]]]:
+    return frozenset((message["role"], frozenset(message)) for message in messages)
 
 
 def count_rows(name: str, path: Path) -> int:

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from moesaic.core.errors import ConfigError
+from moesaic.data.markers import GUARD, MARKER
 
 Verifier = Callable[[str, str], bool]
-
-_MARKER = re.compile(r"<\|(\w+)\|>")
 
 _LIMIT_S = 4.0
 """For reading and comparing mathematics; what takes longer is not equal."""
@@ -48,18 +47,19 @@ def split_reply(text: str) -> Reply:
     """Read the channels of a generated reply, however malformed.
 
     Args:
-        text: the decoded reply, markers included.
+        text: of ``chat.decode_reply``, so that a marker the model spelled in words is part of its answer. In text that
+            somebody else decoded it would count as a control token.
     """
     closed: dict[str, str] = {}
     channel = ""
-    pieces = _MARKER.split(text)
+    pieces = MARKER.split(text)
     for position in range(1, len(pieces), 2):
         marker, content, is_closed = pieces[position], pieces[position + 1], position + 2 < len(pieces)
         if marker == "channel":
             channel = content.split()[0] if content.split() else ""
         elif marker == "message":
             if is_closed and channel:
-                closed.setdefault(channel, content.strip())
+                closed.setdefault(channel, content.replace(GUARD, "").strip())
             channel = ""
     return Reply(closed.get("analysis"), closed.get("final"))
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.core.errors import ArtifactError, ConfigError, StageError
+from moesaic.core.errors import ArtifactError, MoesaicError, StageError
 from moesaic.core.files import set_mode
 from moesaic.core.json_text import parse_json
 from moesaic.models import gpt_oss
@@ -63,16 +63,14 @@ class Checkpoint:
         """
         try:
             config = read_config_file(directory)
-            shape, architecture = gpt_oss.read_config(config)
             tensors = locate_tensors(directory)
         except OSError as unreadable:
             raise ArtifactError(f"{unreadable.filename} cannot be read: {unreadable.strerror}") from unreadable
-        except ConfigError as wrong:
-            raise ArtifactError(f"{directory / CONFIG}: {wrong}") from wrong
         try:
+            shape, architecture = gpt_oss.read_config(config)
             packed = is_packed(config, tensors)
             check_tensors(config, gpt_oss.tensor_specs(shape, architecture, packed), tensors)
-        except (ArtifactError, ConfigError) as wrong:
+        except MoesaicError as wrong:
             raise ArtifactError(f"{directory}: {wrong}") from wrong
         return cls(directory, config, shape, architecture, packed, tensors)
 

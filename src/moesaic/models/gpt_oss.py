@@ -125,13 +125,8 @@ def child_config(
 
     RoPE stands there in both spellings: engines of transformers 4's age read ``rope_theta`` and ``rope_scaling`` only
     and fall back to wrong defaults without a word. Both get ``yarn_factor``, if it is given.
-
-    Raises:
-        ConfigError: for a factor of a parent whose RoPE is not YaRN.
     """
     if yarn_factor is not None:
-        if (kind := parent["rope_parameters"]["rope_type"]) != "yarn":
-            raise ConfigError(f"yarn_factor is {yarn_factor:g}, but the parent's RoPE is {kind!r}; leave it out")
         places = ("rope_scaling", "rope_parameters")
         parent = dict(parent) | {place: {**parent[place], "factor": yarn_factor} for place in places}
     kinds = ["full_attention" if block.window is None else "sliding_attention" for block in architecture.blocks]

@@ -31,12 +31,16 @@ def find_model(given: str, revision: str | None = None) -> NamedModel:
         revision: of the repository: branch, tag or commit.
 
     Raises:
-        ConfigError: for the revision of a folder.
+        ConfigError: for the revision of a folder, or an address.
         ArtifactError: if the hub has no such model, or one may not have it.
         StageError: if it cannot be fetched.
     """
     from moesaic.core.hub import fetch, is_hub_name
 
+    if "://" in given:
+        raise ConfigError(
+            f"{given} is an address; give a model by its folder, or as OWNER/NAME of a hub, such as openai/gpt-oss-20b"
+        )
     if not is_hub_name(given):
         if revision is not None:
             raise ConfigError(f"--revision {revision} is of a name on a hub, OWNER/NAME; {given} is a path here")

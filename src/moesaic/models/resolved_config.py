@@ -18,10 +18,27 @@ from moesaic.core.json_text import read_json_object
 from moesaic.models import gpt_oss
 
 CONFIG = "config.json"
-_CONSTANTS = {"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False, "swiglu_limit": 7.0}
+_CONSTANTS = {
+    "hidden_act": "silu",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "swiglu_limit": 7.0,
+}
 """What every model of the family computes with."""
+_CLASSES = ("GptOssForCausalLM", gpt_oss.CHILD_CLASS)
+"""What engines choose the model's code by."""
 _ALIASES = {"experts_per_token": "num_experts_per_tok", "num_experts": "num_local_experts"}
 """Second names, which are left out: in a child they would go on naming its parent's value."""
+_READ_HERE = (
+    "quantization_config",
+    "auto_map",
+    "block_configs",
+    "rope_scaling",
+    "rope_theta",
+    "initial_context_length",
+)
+"""Keys that the class has no default for."""
 _SIZES = (
     "num_hidden_layers",
     "num_local_experts",
@@ -35,8 +52,12 @@ _SIZES = (
     "num_experts_per_tok",
 )
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose angles do not depend on how long a text is."""
+_YARN = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+"""What the engines' gpt-oss reads of RoPE, and all of it; the type is always ``yarn``."""
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+"""What transformers takes where a config says nothing; engines have no defaults."""
+_WHOLE_HEAD = ("partial_rotary_factor", 1.0)
+"""A key of RoPE at the value that changes nothing."""
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
@@ -63,13 +84,21 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(given) | {key: getattr(config, key) for key in GptOssConfig.__annotations__}
     if given["model_type"] == gpt_oss.CHILD_TYPE:
         values["block_configs"] = config.block_configs
-    rope = {key: value for key, value in values["rope_parameters"].items() if key != "type"}
+    if (dtype := given.get("dtype", given.get("torch_dtype"))) is not None:
+        values["dtype"] = dtype
+    rope = _resolved_rope(values["rope_parameters"])
     theta = rope.pop("rope_theta")
     values.update(rope_theta=theta, rope_scaling=rope, rope_parameters={**rope, "rope_theta": theta})
     _check(given, values)
     _check_rope(given, values)
     _check_angles(config)
     return {key: value for key, value in values.items() if key not in _ALIASES}
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a config that neither its class nor anything here reads."""
+    known = _class_of(config["model_type"])()
+    return sorted(key for key in config if not hasattr(known, key) and key not in {*_READ_HERE, *_CONSTANTS})
 
 
 def as_class(given: Mapping[str, Any]) -> GptOssConfig:
@@ -118,9 +147,13 @@ def _check(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     for key, constant in _CONSTANTS.items():
         if values.get(key, constant) != constant:
             raise ArtifactError(f"{key} is {values[key]!r}; models of this family compute with {constant!r} always")
+    if given.get("torch_dtype", values.get("dtype")) != values.get("dtype"):
+        raise ArtifactError(f"torch_dtype is {given['torch_dtype']!r} but dtype {values['dtype']!r}; keep one")
+    if classes := [name for name in given.get("architectures") or () if name not in _CLASSES]:
+        raise ArtifactError(f"architectures names {classes[0]!r}; engines would run that, allowed are {_CLASSES}")
     for key, meant in _ALIASES.items():
         if given.get(key, values[meant]) != values[meant]:
-            raise ArtifactError(f"{key} is {given[key]!r} but {meant} is {values[meant]!r}; they are one number")
+            raise ArtifactError(f"{key} is {given[key]!r} but {meant} is {values[meant]!r}; they mean the same")
     for key in _SIZES:
         if values[key] < 1:
             raise ArtifactError(f"{key} is {values[key]}; it must be at least 1")
@@ -137,12 +170,25 @@ def _check(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             raise ArtifactError(f"{key} is {wrong[0]}; the vocabulary has ids 0 to {values['vocab_size'] - 1}")
 
 
+def _resolved_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE with the values that transformers takes where it says nothing; nothing else may stand in it."""
+    if rope["rope_type"] != "yarn":
+        raise ArtifactError(f"rope_type is {rope['rope_type']!r}; the engines' gpt-oss is always 'yarn'")
+    given = {key: value for key, value in rope.items() if value is not None}
+    for key, value in given.items():
+        if key not in (*_YARN, "type") and (key, value) != _WHOLE_HEAD:
+            raise ArtifactError(
+                f"RoPE has {key} = {value!r}, which engines do not read; allowed are {', '.join(_YARN)}; remove it"
+            )
+    if missing := [key for key in _YARN if key not in given and key not in _YARN_DEFAULTS]:
+        raise ArtifactError(f"RoPE has no {missing[0]}, which engines read; write it into config.json")
+    return {key: given.get(key, _YARN_DEFAULTS.get(key)) for key in _YARN}
+
+
 def _check_rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     resolved = values["rope_parameters"]
-    if resolved["rope_type"] not in _ROPE_TYPES:
-        raise ArtifactError(f"rope_type is {resolved['rope_type']!r}; allowed are {', '.join(_ROPE_TYPES)}")
     for place, key, value in _spelt_rope(given):
-        if resolved.get(key) != value:
+        if value is not None and resolved.get(key) != value and (key, value) != _WHOLE_HEAD:
             raise ArtifactError(
                 f"RoPE is spelt in ways that differ: {key} is {value} in {place}, and {resolved.get(key)} by all that "
                 "the config says; engines read the one or the other, so make them the same"
@@ -154,8 +200,8 @@ def _spelt_rope(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     for place in ("rope_scaling", "rope_parameters"):
         for key, value in (_of_all_layers(place, given.get(place)) or {}).items():
             yield place, "rope_type" if key == "type" else key, value
-    if given.get("rope_theta") is not None:
-        yield "the key of its own", "rope_theta", given["rope_theta"]
+    for key, meant in (("rope_theta", "rope_theta"), ("initial_context_length", "original_max_position_embeddings")):
+        yield f"the key {key}", meant, given.get(key)
 
 
 def _check_angles(config: GptOssConfig) -> None:

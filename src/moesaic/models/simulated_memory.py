@@ -11,8 +11,10 @@ Not counted: CUDA's own memory and what the allocator cannot hand out because of
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +32,7 @@ from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import ModelShape
 from moesaic.models.layers import Head, Rotary
+from moesaic.models.peak import BATCH, HEAD, LAYERS, Peak
 from moesaic.models.synthesis import Model, model_config
 
 _DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -37,12 +40,25 @@ _NOWHERE = Path("/nowhere")
 _attend_rows = attention._attend_rows
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
+_made: ContextVar[str] = ContextVar("what tensors are made for", default=BATCH)
+
+
+def peak_of(run: Callable[[], object]) -> Peak:
     """The most bytes of tensors that are alive at once while a function runs, of those that it makes."""
     memory = _Alive()
     with memory:
         run()
     return memory.peak
+
+
+@contextmanager
+def made_for(what: str) -> Iterator[None]:
+    """Tensors that are made within the block are counted as this."""
+    before = _made.set(what)
+    try:
+        yield
+    finally:
+        _made.reset(before)
 
 
 @contextmanager
@@ -78,17 +94,19 @@ class SimulatedLayers:
     def load(self, layer: int, then: int | None = None) -> GptOssDecoderLayer:
         """Build a layer; ``then`` is in memory as it is stored."""
         self._ahead = {}
-        block = loading.build_block(self._checkpoint, layer, self._stored(layer), self._dtype)
+        with made_for(LAYERS):
+            block = loading.build_block(self._checkpoint, layer, self._stored(layer), self._dtype)
+            self._ahead = {} if then is None else self._stored(then)
         if self._on_gpu:
             block.self_attn.config._experts_implementation = "grouped_mm"
-        self._ahead = {} if then is None else self._stored(then)
         return block
 
     def head(self) -> Head:
         """The final norm and the output head."""
         shape = self._checkpoint.shape
-        weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=self._dtype)
-        return Head(GptOssRMSNorm(shape.hidden_size).requires_grad_(False), weight)
+        with made_for(HEAD):
+            weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=self._dtype)
+            return Head(GptOssRMSNorm(shape.hidden_size).requires_grad_(False), weight)
 
     def rotary(self, num_positions: int) -> Rotary:
         """Cosine and sine of so many positions."""
@@ -130,8 +148,8 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak: int = 0
-        self._now = 0
+        self.peak = Peak({})
+        self._now: Counter[str] = Counter()
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -141,13 +159,14 @@ class _Alive(TorchDispatchMode):
                 continue
             if (storage := tensor.untyped_storage()) not in self._known:
                 self._known[storage] = True
-                self._now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self._now)
+                self._now[_made.get()] += storage.nbytes()
+                weakref.finalize(storage, self._free, _made.get(), storage.nbytes())
+        if self._now.total() > self.peak.total:
+            self.peak = Peak(dict(self._now))
         return results
 
-    def _free(self, num_bytes: int) -> None:
-        self._now -= num_bytes
+    def _free(self, what: str, num_bytes: int) -> None:
+        self._now[what] -= num_bytes
 
 
 class _KnownValues(TorchDispatchMode):

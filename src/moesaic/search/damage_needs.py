@@ -13,6 +13,7 @@ from moesaic.costs.facts import (
     squares_bytes,
     streamed_layers,
 )
+from moesaic.models.peak import BATCH, HEAD, LAYERS
 from moesaic.search.damage_config import DamageConfig
 
 
@@ -49,10 +50,14 @@ def damage_memory(
         compared: changed models whose outputs are compared with the parent's at once.
     """
     precision = config.precision
-    working = streamed_layers(facts, precision) + max(running, squares_bytes(facts, tokens.batch, precision))
-    comparing = compare_bytes(facts, tokens.batch, at_once, compared, precision)
+    running = max(running, squares_bytes(facts, tokens.batch, precision))
+    layers, comparing = (
+        streamed_layers(facts, precision),
+        compare_bytes(facts, tokens.batch, at_once, compared, precision),
+    )
+    working = {LAYERS: layers, BATCH: running} if layers + running > comparing else {BATCH: comparing}
     return {
-        "device_bytes": head_bytes(facts, precision) + max(working, comparing),
+        "device": {HEAD: head_bytes(facts, precision), **working},
         "host_bytes": host_layers(facts),
         "state_bytes": (1 + at_once) * hidden_bytes(facts, tokens.count, precision),
     }

@@ -18,7 +18,8 @@ from torch import Tensor
 from moesaic.data.batches import Batch
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.gpt_oss import COMPARED_LOGITS, ModelShape
-from moesaic.models.simulated_memory import Elsewhere, SimulatedLayers, peak_bytes, rows_of_batch, without_values
+from moesaic.models.peak import Peak
+from moesaic.models.simulated_memory import Elsewhere, SimulatedLayers, peak_of, rows_of_batch, without_values
 from moesaic.models.streaming import StateOffloader
 from moesaic.search.damage_config import DamageConfig
 from moesaic.search.library import variants_of
@@ -34,9 +35,9 @@ _CHUNKS = 2
 
 
 @cache
-def ranking_bytes(
+def ranking_peak(
     config: RankExpertsConfig, shape: ModelShape, parent: Architecture, packed: bool, on_gpu: bool
-) -> int:
+) -> Peak:
     """The most that ``rank_experts`` holds on its device, its states kept elsewhere."""
     rows, small = rows_of_batch(config.batch_tokens, config.max_tokens, config.max_sequences), _two_layers(parent)
 
@@ -51,13 +52,13 @@ def ranking_bytes(
             del module
 
     with without_values(on_gpu):
-        return peak_bytes(run)
+        return peak_of(run)
 
 
 @cache
-def scoring_bytes(
+def scoring_peak(
     config: ScoreBlocksConfig, shape: ModelShape, parent: Architecture, packed: bool, on_gpu: bool
-) -> int:
+) -> Peak:
     """The most that ``score_blocks`` holds on its device, its states kept elsewhere."""
     small, size = _two_layers(parent), config.variants_per_batch
     offers = [variants_of(block, config.space)[: 1 + size] for block in small.blocks]
@@ -67,13 +68,13 @@ def scoring_bytes(
         for layer, offered in enumerate(variants):
             score_layer(model, layer, [Elsewhere(states)], measurements, offered, size, _ignored)
 
-    return _damage_bytes(config, size, shape, small, packed, on_gpu, score)
+    return _damage_peak(config, size, shape, small, packed, on_gpu, score)
 
 
 @cache
-def refinement_bytes(
+def refinement_peak(
     config: RefineArchitectureConfig, shape: ModelShape, parent: Architecture, packed: bool, on_gpu: bool
-) -> int:
+) -> Peak:
     """The most that ``refine_architecture`` holds on its device, its states kept elsewhere."""
     small, size = _two_layers(parent), config.assemblies_per_round
     fewer = [
@@ -85,10 +86,10 @@ def refinement_bytes(
     def refine(model: Parent, states: Tensor, measurements: Sequence[Measurement]) -> None:
         assemblies.run_assemblies(model, [Elsewhere(states)], measurements, assembled, _ignored)
 
-    return _damage_bytes(config, size, shape, small, packed, on_gpu, refine)
+    return _damage_peak(config, size, shape, small, packed, on_gpu, refine)
 
 
-def _damage_bytes(
+def _damage_peak(
     config: DamageConfig,
     at_once: int,
     shape: ModelShape,
@@ -96,7 +97,7 @@ def _damage_bytes(
     packed: bool,
     on_gpu: bool,
     measure: Any,
-) -> int:
+) -> Peak:
     """The larger of both calibration sets' peaks."""
 
     def run_on(tokens: int) -> None:
@@ -108,7 +109,8 @@ def _damage_bytes(
 
     longest = max(config.max_tokens, config.max_long_tokens or 0)
     with without_values(on_gpu), _first_comparisons():
-        return max(peak_bytes(partial(run_on, tokens)) for tokens in {config.max_tokens, longest})
+        peaks = [peak_of(partial(run_on, tokens)) for tokens in {config.max_tokens, longest}]
+        return max(peaks, key=lambda peak: peak.total)
 
 
 def _two_layers(parent: Architecture) -> Architecture:

@@ -180,7 +180,6 @@ class _Draw:
 
     def __init__(self, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         self._config, self._tokenizer = config, tokenizer
-        self._markers = sorted(tokenizer.get_added_vocab())
         self._tests, self._like_tests = TestProblems([]), NearDuplicates(config.near)
         self._ids: set[str] = set()
 
@@ -245,8 +244,6 @@ class _Draw:
 
     def _refuses(self, row: Made) -> str | None:
         texts = [str(message.get(key) or "") for message in content_of(row) for key in ("content", "thinking")]
-        if any(marker in text for text in texts for marker in self._markers):
-            return "holds control markers of the chat template"
         return "holds a problem of the tests" if self._tests.are_in(texts) else None
 
     @staticmethod

@@ -4,7 +4,7 @@
 not been run from here; a server that runs already is named by an environment variable.
 """
 
-from moesaic.deploy.engines.adapters import URL_VARIABLE, ServerSpec, check_available
+from moesaic.deploy.engines.adapters import URL_VARIABLE, ServerSpec, check_available, running_url
 from moesaic.deploy.engines.server_process import Server, started_server
 
-__all__ = ["URL_VARIABLE", "Server", "ServerSpec", "check_available", "started_server"]
+__all__ = ["URL_VARIABLE", "Server", "ServerSpec", "check_available", "running_url", "started_server"]

@@ -24,13 +24,14 @@ class NotYetError(StageError):
     """The server does not answer, or says that it cannot at the moment."""
 
 
-def fetch(url: str, key: str | None, expected: str) -> str:
+def fetch(url: str, key: str | None, expected: str, *, shows_certificate: bool = True) -> str:
     """The body of a page.
 
     Args:
         url: its address.
         key: sent as bearer token.
         expected: what the page is, for messages.
+        shows_certificate: False to ask as a client without the site's client certificate.
 
     Raises:
         NotYetError: if nobody answers, or the server fails.
@@ -39,7 +40,9 @@ def fetch(url: str, key: str | None, expected: str) -> str:
     """
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with opener(url, _NoRedirects()).open(request, timeout=_ANSWER_WITHIN_S) as answer:
+        with opener(url, _NoRedirects(), shows_certificate=shows_certificate).open(
+            request, timeout=_ANSWER_WITHIN_S
+        ) as answer:
             text = _read(answer).decode()
             if answer.status != 200:
                 raise explain(url, answer.status, text, expected)

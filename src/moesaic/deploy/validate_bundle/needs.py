@@ -15,8 +15,9 @@ def needs(task: PipelineTask[ValidateBundleConfig], facts: Facts, inputs: Sequen
     if not task.config.ask_engine or (target is not None and target.engine == "tensorrt_llm"):
         return Needs(read_bytes=size)
     reference = resident(facts, model_of(facts, inputs[0]), task.config.precision) if task.config.compare_replies else 0
+    share = size / (target.num_gpus if target else 1)
     return Needs(
         read_bytes=2 * size,
-        device_bytes=max(reference, size / (target.num_gpus if target else 1)),
+        device={"reference, unpacked": reference} if reference > share else {"weights": share},
         host_bytes=reference if target else 0,
     )

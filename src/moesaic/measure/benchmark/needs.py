@@ -29,9 +29,9 @@ def needs(task: PipelineTask[BenchmarkConfig], facts: Facts, inputs: Sequence[Sh
         ms = facts.target.num_gpus * (config.repeats + 1) * busy
     return Needs(
         read_bytes=sum(sum(each.values()) for each in inputs),
-        device_bytes=streamed_layers(facts, config.precision) + outer_bytes(facts.shape)
+        device={"layers": streamed_layers(facts, config.precision), "outside the layers": outer_bytes(facts.shape)}
         if config.by_block
-        else sum(resident(facts, model, config.precision) for model in (facts.parent, facts.child)),
+        else {"both models": sum(resident(facts, model, config.precision) for model in (facts.parent, facts.child))},
         gpu_ms=ms,
         counts={"points": len(loads)},
     )

@@ -37,7 +37,7 @@ def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequ
     ]
     return Needs(
         read_bytes=config.repeats * sum(sum(each.values()) for each in inputs),
-        device_bytes=max(held.device_bytes for held in loaded),
+        device=max(loaded, key=lambda held: held.device_bytes).device,
         host_bytes=max(held.host_bytes for held in loaded),
         gpu_ms=ms,
         counts={

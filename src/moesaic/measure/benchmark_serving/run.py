@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.progress import count_steps
-from moesaic.deploy.engines import Server, ServerSpec, check_available, started_server
-from moesaic.measure.benchmark_serving.aiperf import Client, Load, find_client
+from moesaic.deploy.engines import Server, ServerSpec, check_available, running_url, started_server
+from moesaic.measure.benchmark_serving.aiperf import Client, Load, check_certificates, find_client
 from moesaic.measure.benchmark_serving.load_sweep import (
     LoadPoint,
     LoadRun,
@@ -77,6 +77,8 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
     vocab_size = min(_check_model(spec.directory, points) for spec in specs)
     for spec in specs:
         check_available(config.engine, spec)
+        if config.engine == "running":
+            check_certificates(running_url(spec.role))
     sweeping = Sweeping(config, find_client(), vocab_size, scratch)
     sweeping.measure(specs, range(config.repeats), points)
     measured = sweeping.read(specs, points)

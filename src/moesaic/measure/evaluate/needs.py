@@ -17,7 +17,7 @@ def needs(task: PipelineTask[EvaluateConfig], facts: Facts, inputs: Sequence[Sha
     held = generation(task.stage, facts, model, requests_of(config, facts))
     return Needs(
         read_bytes=sum(inputs[0].values()),
-        device_bytes=held.device_bytes,
+        device=held.device,
         host_bytes=held.host_bytes,
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},

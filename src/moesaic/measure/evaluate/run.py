@@ -20,7 +20,7 @@ from moesaic.core.config import Effort
 from moesaic.core.files import write_text_atomically
 from moesaic.core.json_text import read_json_object
 from moesaic.core.progress import track
-from moesaic.data.chat import load_tokenizer
+from moesaic.data.chat import decode_reply, load_tokenizer
 from moesaic.data.problems import Problem, first_of_each_task, problems_digest, read_problems, render_prompt
 from moesaic.deploy.engines.completions import Completion
 from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
@@ -207,7 +207,7 @@ def answer_problems(
 def judge(problem: Problem, reply: Generated, tokenizer: PreTrainedTokenizerBase, effort: str) -> Sample:
     """Decode a reply and compare its final channel with the answer."""
     text = str(tokenizer.decode(reply.token_ids, skip_special_tokens=False))
-    correct = problem.is_solved_by_reply(text, reply.truncated)
+    correct = problem.is_solved_by_reply(decode_reply(reply.token_ids, tokenizer), reply.truncated)
     return Sample(problem.id, problem.task, effort, text, correct, reply.num_tokens, reply.truncated)
 
 

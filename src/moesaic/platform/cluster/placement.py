@@ -19,6 +19,7 @@ from moesaic.platform.cluster.profile import (
     SHARED_MEMORY,
     STAGE_LABEL,
     TEMPORARY,
+    VOLUMES,
     ClusterProfile,
     Node,
 )
@@ -81,7 +82,7 @@ def _equip(container: dict[str, Any], profile: ClusterProfile, node: Node, *, wa
     if node.accelerators and not waits:
         accelerator = {"resourceType": node.accelerator, "resourceCount": str(node.accelerators)}
         container["resources"]["accelerator"] = accelerator
-    container["env"] = [{"name": name, "value": value} for name, value in sorted(profile.environment.items())]
+    container["env"] = [{"name": name, "value": value} for name, value in sorted(profile.variables.items())]
 
 
 def _platform_config(profile: ClusterProfile, stage: str) -> dict[str, Any]:
@@ -101,6 +102,16 @@ def _platform_config(profile: ClusterProfile, stage: str) -> dict[str, Any]:
             for secret in profile.secrets
         ],
         "pvcMount": [{**_named("pvcName", claim.claim), "mountPath": claim.path} for claim in profile.claims],
+        "secretAsVolume": [
+            {**_named("secretName", file.secret), "mountPath": file.directory}
+            for file in profile.certificates.mounted
+            if file.secret
+        ],
+        "configMapAsVolume": [
+            {**_named("configMapName", file.config_map), "mountPath": file.directory}
+            for file in profile.certificates.mounted
+            if file.config_map
+        ],
         "imagePullSecret": [_named("secretName", name) for name in profile.image_pull_secrets],
         "tolerations": [one.model_dump(exclude_none=True) for one in node.tolerations],
         "nodeSelector": {"labels": dict(node.selector)} if node.selector else {},
@@ -109,17 +120,18 @@ def _platform_config(profile: ClusterProfile, stage: str) -> dict[str, Any]:
 
 
 def _volumes(node: Node) -> list[dict[str, str]]:
+    scratch, temporary, memory = VOLUMES
     volumes = [
-        {"volumeName": "scratch", "mountPath": SCRATCH, "sizeLimit": node.scratch},
-        {"volumeName": "tmp", "mountPath": TEMPORARY, "sizeLimit": node.scratch},
+        {"volumeName": scratch, "mountPath": SCRATCH, "sizeLimit": node.scratch},
+        {"volumeName": temporary, "mountPath": TEMPORARY, "sizeLimit": node.scratch},
     ]
     if node.shared_memory:
-        shared = {"volumeName": "shared-memory", "mountPath": SHARED_MEMORY, "medium": "Memory"}
+        shared = {"volumeName": memory, "mountPath": SHARED_MEMORY, "medium": "Memory"}
         volumes.append(shared | {"sizeLimit": node.shared_memory})
     return volumes
 
 
 def _named(field: str, name: str) -> dict[str, Any]:
     """A name as Kubeflow's servers read it; the plain field is for servers before 2.5."""
-    plain = {"secretName": {"secretName": name}, "pvcName": {"constant": name}}[field]
+    plain = {"constant": name} if field == "pvcName" else {field: name}
     return {**plain, f"{field}Parameter": {"runtimeValue": {"constant": name}}}

@@ -14,20 +14,30 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from moesaic.core.config import Config, Positive
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.json_text import read_text
+from moesaic.core.network import CLIENT_CERTIFICATE
 from moesaic.core.redaction import holds_password, names_secret
 
 Quantity = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[KMGT]i?|P)?$")]
 """Kubernetes' form: ``8``, ``500m``, ``64Gi``."""
+_SCALES = {"m": 1e-3, "": 1.0} | {
+    f"{letter}{i}": base**power for i, base in (("", 1000.0), ("i", 1024.0)) for power, letter in enumerate("KMGTP", 1)
+}
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """The name of a Kubernetes object."""
 QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 """The name of a queue; it is the value of a label."""
+VolumeName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+"""The name of an object whose volume Kubeflow calls the same: a volume's has no dots."""
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """The name of an environment variable."""
 MountPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$")]
 
 SCRATCH, TEMPORARY, SHARED_MEMORY = "/scratch", "/tmp", "/dev/shm"
 """Where our images write, and nowhere else."""
+VOLUMES = ("scratch", "tmp", "shared-memory")
+"""The names of the volumes there."""
+CERTIFICATES = "/etc/moesaic"
+"""Where certificates are mounted."""
 _OUR_IMAGE = re.compile(r"(?:.*/)?(?P<image>moesaic/[^/]+)")
 QUEUE_LABEL, STAGE_LABEL = "kueue.x-k8s.io/queue-name", "moesaic/stage"
 JOB_KINDS = {"distill": "TrainJob", "reinforce": "RayJob"}
@@ -66,6 +76,19 @@ class Node(Config):
     """Labels that a node must have."""
     tolerations: tuple[Toleration, ...] = ()
 
+    @model_validator(mode="after")
+    def _limits_hold_what_is_asked_for(self) -> Self:
+        for what in ("cpu", "memory"):
+            asked, limit = getattr(self, what), getattr(self, f"{what}_limit")
+            if limit is not None and _amount(limit) < _amount(asked):
+                raise ValueError(f"{what}_limit {limit} is less than {what} {asked}, which is asked for; raise it")
+        return self
+
+
+def _amount(quantity: str) -> float:
+    digits = quantity.rstrip("mkKMGTPi")
+    return float(digits) * _SCALES[quantity.removeprefix(digits).replace("k", "K")]
+
 
 class SecretVariables(Config):
     """Variables that a task gets from a secret of the cluster."""
@@ -75,6 +98,59 @@ class SecretVariables(Config):
     """Name of the variable: key within the secret."""
     optional: bool = False
     """Start without them where the secret does not exist."""
+
+
+class CertificateFile(Config):
+    """A PEM file: one key of a secret or of a config map of the cluster."""
+
+    secret: VolumeName | None = None
+    config_map: VolumeName | None = None
+    key: Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]{1,253}$")]
+
+    @model_validator(mode="after")
+    def _is_in_one(self) -> Self:
+        if (self.secret is None) == (self.config_map is None):
+            raise ValueError("name a `secret` or a `config_map`, one of them")
+        return self
+
+    @property
+    def volume(self) -> str:
+        """The name of the object, which Kubeflow gives its volume too."""
+        return self.secret or self.config_map or ""
+
+    @property
+    def directory(self) -> str:
+        """Where the object is mounted; each of its keys is a file there."""
+        return f"{CERTIFICATES}/{self.volume}"
+
+
+class Certificates(Config):
+    """A site's own certificates, mounted in every task and every node of a job; docs/network.md says who uses them."""
+
+    authorities: CertificateFile | None = None
+    """The authorities that are trusted, all of them in one file: ``SSL_CERT_FILE``."""
+    client: CertificateFile | None = None
+    """The certificate that our connections show, with its key, in one file of a secret: ``SSL_CLIENT_CERT``."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables that name the files."""
+        files = {"SSL_CERT_FILE": self.authorities, CLIENT_CERTIFICATE: self.client}
+        return {name: f"{file.directory}/{file.key}" for name, file in files.items() if file is not None}
+
+    @property
+    def mounted(self) -> list[CertificateFile]:
+        """One file of each object: an object is mounted once, whole."""
+        files = [file for file in (self.authorities, self.client) if file is not None]
+        return list({(file.secret, file.config_map): file for file in files}.values())
+
+    @model_validator(mode="after")
+    def _can_be_mounted(self) -> Self:
+        if self.client is not None and self.client.secret is None:
+            raise ValueError("`client` holds a private key; keep it in a `secret`, not in a `config_map`")
+        if len({file.volume for file in self.mounted}) < len(self.mounted):
+            raise ValueError(f"a secret and a config map are both called {self.mounted[0].volume}; rename one")
+        return self
 
 
 class Claim(Config):
@@ -147,6 +223,7 @@ class ClusterProfile(Config):
     """``MOESAIC_STORE``, ``MLFLOW_TRACKING_URI`` and the like; nothing secret."""
     secrets: tuple[SecretVariables, ...] = ()
     claims: tuple[Claim, ...] = ()
+    certificates: Certificates = Field(default_factory=Certificates)
     nodes: dict[str, Node]
     """Kinds of nodes, by names of your own."""
     default: str
@@ -176,11 +253,16 @@ class ClusterProfile(Config):
         if unknown:
             raise ValueError(f"{unknown} are no kinds under `nodes`, which has {sorted(self.nodes)}")
         mounted = [SCRATCH, TEMPORARY, SHARED_MEMORY, *(claim.path for claim in self.claims)]
+        mounted += [file.directory for file in self.certificates.mounted]
         if repeated := sorted({path for path in mounted if mounted.count(path) > 1}):
             raise ValueError(f"{repeated} would be mounted twice; /scratch, /tmp and /dev/shm are taken")
-        given = [*self.environment, *(name for secret in self.secrets for name in secret.variables)]
+        volumes = [*VOLUMES, *(claim.claim for claim in self.claims)]
+        if taken := sorted({file.volume for file in self.certificates.mounted} & set(volumes)):
+            raise ValueError(f"{taken} under `certificates` are names of other volumes ({volumes}); rename the object")
+        given = [*self.environment, *self.certificates.variables]
+        given += [name for secret in self.secrets for name in secret.variables]
         if twice := sorted({name for name in given if given.count(name) > 1}):
-            raise ValueError(f"{twice} are set twice, in `environment` or `secrets`")
+            raise ValueError(f"{twice} are set twice, in `environment`, `secrets` or by `certificates`")
         return self
 
     @model_validator(mode="after")
@@ -198,6 +280,11 @@ class ClusterProfile(Config):
                 "or MOESAIC_CACHE where the store is a bucket, must be a directory of one of `claims`"
             )
         return self
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What every container gets, besides those of secrets."""
+        return self.environment | self.certificates.variables
 
     def node_for(self, stage: str) -> Node:
         """The kind of node that a stage runs on."""

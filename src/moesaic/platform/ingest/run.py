@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from moesaic.core.errors import ArtifactError
+from moesaic.data.chat import load_tokenizer
 from moesaic.data.sets import count_rows
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.generation import read_stop_ids
 from moesaic.models.loading import check_weights
 from moesaic.platform.ingest.stage import IngestConfig
 from moesaic.platform.store import Address, Kind, Manifest, Store
@@ -27,9 +29,15 @@ def run(config: IngestConfig, *, store: Address, output: Path, scratch: Path) ->
 
 
 def check_model(directory: Path) -> dict[str, float]:
-    """Look at a parent whole: layout, config, and that its numbers are finite; an ArtifactError says what is wrong."""
+    """Look at a parent whole: layout, config, tokenizer, what ends a reply, and that its numbers are finite.
+
+    Raises:
+        MoesaicError: that says what is wrong.
+    """
     checkpoint = Checkpoint.open(directory)
     checkpoint.check_prunable()
+    load_tokenizer(directory)
+    read_stop_ids(directory)
     check_weights(checkpoint)
     return {
         "parent_layers": checkpoint.num_layers,

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moesaic.core.config import Config
-from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes
+from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of
 from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture
+from moesaic.platform.planning.simulation import simulated
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 from moesaic.stages import find_stage
 
@@ -27,7 +28,11 @@ class Planned:
     """A task with its needs and its traffic, after all tasks before it."""
 
     task: PipelineTask[Config]
+    inputs: tuple[ShardSizes, ...]
+    """The shards of the models that it takes."""
     needs: Needs
+    simulated: bool
+    """Whether what it holds on a device was simulated, not computed by a formula."""
     upload_bytes: int
     """Bytes of shards that the store does not have yet."""
     download_bytes: int
@@ -42,6 +47,8 @@ class Planned:
             "read_bytes": round(self.needs.read_bytes),
             "written_bytes": round(self.needs.written_bytes),
             "device_bytes": round(self.needs.device_bytes),
+            "device": {what: round(size) for what, size in self.needs.device.items()},
+            "simulated": self.simulated,
             "host_bytes": round(self.needs.host_bytes),
             "state_bytes": round(self.needs.state_bytes),
             "gpu_hours": None if hours is None else round(hours / HOUR_MS, 4),
@@ -63,21 +70,36 @@ def assume_child(parent: Architecture, config: SearchArchitectureConfig) -> Arch
     return Architecture.of(replace(block, num_experts=math.floor(block.num_experts * ratio)) for block in parent.blocks)
 
 
-def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts) -> list[Planned]:
-    """Go through the tasks in an order in which each follows those it takes models from."""
+def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts, *, simulate: bool = False) -> list[Planned]:
+    """Go through the tasks in an order in which each follows those it takes models from.
+
+    Args:
+        tasks: of the pipeline.
+        facts: what is planned for.
+        simulate: run what can be run on tensors without values, for its true memory on a device; it takes minutes.
+    """
     made: dict[str, ShardSizes] = {}
     stored: dict[str, int] = {}
     planned = []
     for task in tasks:
-        inputs = [made[name] for name in task.models]
-        formulas = find_stage(task.stage).needs
-        needs = formulas(task, facts, inputs) if formulas else Needs()
+        inputs = tuple(made[name] for name in task.models)
+        needs = needs_of(task, facts, inputs)
+        peak = simulated(task, facts, model_of(facts, inputs[0])) if simulate and inputs else None
+        if peak is not None:
+            needs = replace(needs, device=peak.parts)
         made[task.name] = needs.made
         new = {key: size for key, size in needs.made.items() if key not in stored}
         stored |= new
         downloads = {key: size for shards in inputs for key, size in shards.items()}
-        planned.append(Planned(task, needs, sum(new.values()), sum(downloads.values())))
+        planned.append(Planned(task, inputs, needs, peak is not None, sum(new.values()), sum(downloads.values())))
     return planned
+
+
+def needs_of(task: PipelineTask[Config], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
+    """What a task needs by the formulas of its stage."""
+    formulas = find_stage(task.stage).needs
+    needs: Needs = formulas(task, facts, inputs) if formulas else Needs()
+    return needs
 
 
 def totals(planned: Sequence[Planned]) -> dict[str, float | None]:

@@ -106,6 +106,10 @@ def _explain(address: str, failure: ClientError, encrypted: bool) -> MoesaicErro
         return ConfigError(f"there is no bucket for {address}; create it, or correct MOESAIC_STORE or --store")
     if code in _FULL or status == 507:
         return StageError(f"the server of {address} has no space left ({said}); free space there and run again")
+    if code == "RequestTimeTooSkewed":
+        return ConfigError(
+            f"the clock here and that of the server of {address} differ ({said}); set this machine's clock"
+        )
     if code in _REFUSED or status in (401, 403):
         return ConfigError(
             f"{address} refused the credentials for {failure.operation_name} ({said}); "

@@ -18,6 +18,7 @@ from moesaic.costs.facts import (
     unpacked_layer,
 )
 from moesaic.costs.times import forward_ms
+from moesaic.models.peak import BATCH, LAYERS
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 
 
@@ -36,7 +37,7 @@ def needs(task: PipelineTask[CalibrateKvConfig], facts: Facts, inputs: Sequence[
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=new_bytes(made, inputs[0]),
-        device_bytes=unpacked_layer(facts, config.precision) + working,
+        device={LAYERS: unpacked_layer(facts, config.precision), BATCH: working},
         host_bytes=host_layers(facts) + hidden_bytes(facts, tokens, config.precision),
         gpu_ms=forward_ms(facts, model.blocks, tokens, config.max_tokens),
         counts={"tokens": tokens},

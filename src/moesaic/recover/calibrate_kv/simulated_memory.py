@@ -8,14 +8,15 @@ from functools import cache
 from moesaic.models.architecture import Architecture
 from moesaic.models.gpt_oss import ModelShape
 from moesaic.models.layers import run_block
-from moesaic.models.simulated_memory import SimulatedLayers, peak_bytes, rows_of_batch, without_values
+from moesaic.models.peak import Peak
+from moesaic.models.simulated_memory import SimulatedLayers, peak_of, rows_of_batch, without_values
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 
 
 @cache
-def calibration_bytes(
+def calibration_peak(
     config: CalibrateKvConfig, shape: ModelShape, model: Architecture, packed: bool, on_gpu: bool
-) -> int:
+) -> Peak:
     """The most that ``calibrate_kv`` holds on its device; its states are on the host."""
     rows = rows_of_batch(config.batch_tokens, config.max_tokens, config.max_sequences)
     largest = Architecture.of([max(model.blocks, key=lambda block: (block.window is None, block.num_experts))])
@@ -27,4 +28,4 @@ def calibration_bytes(
         run_block(block, loader.states(rows, config.max_tokens), rotary, largest.blocks[0].window)
 
     with without_values(on_gpu):
-        return peak_bytes(run)
+        return peak_of(run)

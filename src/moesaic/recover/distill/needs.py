@@ -24,17 +24,17 @@ from moesaic.costs.times import learn_ms
 from moesaic.recover.distill.stage import DistillConfig, check_batch
 
 if TYPE_CHECKING:
-    from moesaic.recover.distill.automodel.simulation import Peak
+    from moesaic.models.peak import Peak
 
 GPUS_PER_NODE = 8
-_MOST_NODES = 16
+MOST_NODES = 16
 _SHORTEST_ROW = 4096
 
 
 def needs(task: PipelineTask[DistillConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Tokens = steps * rows_per_step * sequence_tokens. Time: :func:`~moesaic.costs.times.learn_ms` with a teacher.
 
-    Memory: :func:`gpu_bytes`. Only what learns has gradients and optimiser state. Reads the traces as well as both
+    Memory: :func:`gpu_memory`. Only what learns has gradients and optimiser state. Reads the traces as well as both
     models.
     """
     config = task.config
@@ -44,7 +44,7 @@ def needs(task: PipelineTask[DistillConfig], facts: Facts, inputs: Sequence[Shar
     return Needs(
         read_bytes=sum(sum(each.values()) for each in inputs) + tokens * TRACE_BYTES_PER_TOKEN,
         written_bytes=new_bytes(made, inputs[0]),
-        device_bytes=gpu_bytes(config, facts, facts.training_gpus if facts.target else 1),
+        device=gpu_memory(config, facts, facts.training_gpus if facts.target else 1),
         gpu_ms=learn_ms(facts, tokens, config.sequence_tokens, config.trainable, teacher=True),
         counts={
             "tokens": tokens,
@@ -56,7 +56,12 @@ def needs(task: PipelineTask[DistillConfig], facts: Facts, inputs: Sequence[Shar
 
 
 def gpu_bytes(config: DistillConfig, facts: Facts, num_gpus: int) -> float:
-    """The most that is alive on one of so many GPUs: when the loss learns, all layers' inputs being kept.
+    """The most that is alive on one of so many GPUs."""
+    return sum(gpu_memory(config, facts, num_gpus).values())
+
+
+def gpu_memory(config: DistillConfig, facts: Facts, num_gpus: int) -> dict[str, float]:
+    """The same by what it is: when the loss learns, all layers' inputs being kept.
 
     With everything sharded, h = hidden, w = bytes of the precision, n = tokens of a forward pass and l layers::
 
@@ -75,10 +80,14 @@ def gpu_bytes(config: DistillConfig, facts: Facts, num_gpus: int) -> float:
     weights = sum(resident(facts, model, config.precision) for model in (facts.parent, facts.child))
     tokens = config.rows_per_forward * config.sequence_tokens
     compared = min(tokens, config.hidden_tokens)
-    states = (layers * tokens + 2 * layers * compared + 4 * tokens) * shape.hidden_size * width
-    heads = (width + 16) * shape.vocab_size * shape.hidden_size
-    logits = 4 * config.logits_chunk_tokens * shape.vocab_size * 4
-    return (weights + trainable * (TRAINED_BYTES - width)) / num_gpus + states + heads + logits
+    return {
+        "weights": weights / num_gpus,
+        "gradients, optimizer": trainable * (TRAINED_BYTES - width) / num_gpus,
+        "inputs of layers": layers * tokens * shape.hidden_size * width,
+        "states that are compared": (2 * layers * compared + 4 * tokens) * shape.hidden_size * width,
+        "heads": (width + 16) * shape.vocab_size * shape.hidden_size,
+        "logits": 4 * config.logits_chunk_tokens * shape.vocab_size * 4,
+    }
 
 
 def simulated_peak(config: DistillConfig, facts: Facts, nodes: int, worst_routing: bool = False) -> "Peak":
@@ -110,8 +119,8 @@ def fewest_nodes(config: DistillConfig, facts: Facts) -> int:
     """
     fitting = [nodes for nodes in _node_counts() if _fits(config, facts, nodes)]
     if not fitting:
-        what = f"distill fits on no {_MOST_NODES} nodes of {GPUS_PER_NODE} GPUs"
-        raise InfeasibleError(f"{what}; {_advice(config, facts, _MOST_NODES)}")
+        what = f"distill fits on no {MOST_NODES} nodes of {GPUS_PER_NODE} GPUs"
+        raise InfeasibleError(f"{what}; {_advice(config, facts, MOST_NODES)}")
     for nodes in fitting:
         if config.rows_per_step % (nodes * GPUS_PER_NODE * config.rows_per_forward) == 0:
             return nodes
@@ -147,7 +156,7 @@ def _advice(config: DistillConfig, facts: Facts, nodes: int) -> str:
 
 
 def _node_counts() -> list[int]:
-    return [2**power for power in range(_MOST_NODES.bit_length())]
+    return [2**power for power in range(MOST_NODES.bit_length())]
 
 
 def _fits(config: DistillConfig, facts: Facts, nodes: int) -> bool:

@@ -14,6 +14,7 @@ from moesaic.costs.facts import (
     two_layers,
 )
 from moesaic.costs.times import learn_ms
+from moesaic.models.peak import LAYERS
 from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
 
 
@@ -29,12 +30,13 @@ def needs(task: PipelineTask[DistillBlocksConfig], facts: Facts, inputs: Sequenc
         return Needs(made=inputs[0])
     tokens = config.steps * config.batch_tokens
     trained = trainable_parameters(facts, config.trainable) / facts.child.num_layers * TRAINED_BYTES
+    at_once = config.layers_in_parallel
     learning = learn_ms(facts, tokens, config.max_tokens, config.trainable, teacher=True)
     made = retrained(inputs[0], task.name, config.trainable)
     return Needs(
         read_bytes=sum(sum(each.values()) for each in inputs),
         written_bytes=new_bytes(made, inputs[0]),
-        device_bytes=config.layers_in_parallel * (two_layers(facts, config.precision) + trained),
+        device={LAYERS: at_once * two_layers(facts, config.precision), "gradients, optimizer": at_once * trained},
         gpu_ms=None if learning is None else learning * changed / facts.child.num_layers,
         counts={"tokens": tokens, "layers": changed},
         made=made,

@@ -26,7 +26,7 @@ def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequen
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=replies * (mean + facts.assumed.prompt_tokens) * TRACE_BYTES_PER_TOKEN,
-        device_bytes=held.device_bytes,
+        device=held.device,
         host_bytes=held.host_bytes,
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},

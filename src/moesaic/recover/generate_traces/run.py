@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.files import write_text_atomically
 from moesaic.core.progress import track
-from moesaic.data.chat import load_tokenizer
+from moesaic.data.chat import decode_reply, load_tokenizer
 from moesaic.data.problems import Problem, read_problems, render_prompt, spread_over_tasks
 from moesaic.deploy.engines.completions import Completion
 from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
@@ -154,7 +154,7 @@ def _completion(config: GenerateTracesConfig, effort: str, request: Request) -> 
 
 
 def _trace(request: Request, reply: Generated, tokenizer: PreTrainedTokenizerBase, effort: str) -> Trace:
-    text = str(tokenizer.decode(reply.token_ids, skip_special_tokens=False))
+    text = decode_reply(reply.token_ids, tokenizer)
     return Trace(
         id=request.problem.id,
         task=request.problem.task,

@@ -24,7 +24,7 @@ from moesaic.recover.training import Trainable
 def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Replies = steps * prompts_per_step * generations_per_prompt: generated, then learnt from in one pass.
 
-    Memory of one process: see :func:`policy_bytes`.
+    Memory of one process: see :func:`policy_memory`.
     """
     config = task.config
     replies = config.steps * config.prompts_per_step * config.generations_per_prompt
@@ -37,14 +37,14 @@ def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Sh
     return Needs(
         read_bytes=sum(inputs[0].values()),
         written_bytes=new_bytes(made, inputs[0]),
-        device_bytes=policy_bytes(config, facts),
+        device=policy_memory(config, facts),
         gpu_ms=None if generating is None or learning is None else generating + learning,
         counts={"replies": replies, "tokens": replies * mean, "trainable_parameters": trainable},
         made=made,
     )
 
 
-def policy_bytes(config: ReinforceConfig, facts: Facts) -> float:
+def policy_memory(config: ReinforceConfig, facts: Facts) -> dict[str, float]:
     """Memory of one process while the policy learns, by a formula: neither engine has been run at this size.
 
     TRL: the policy in the config's precision, ``trainable * 16``, and the states of every layer of
@@ -56,11 +56,18 @@ def policy_bytes(config: ReinforceConfig, facts: Facts) -> float:
     row = facts.assumed.prompt_tokens + config.max_new_tokens
     state = facts.shape.hidden_size * (facts.child.num_layers + 1) * WIDTH[config.precision]
     if config.engine == "trl":
-        weights = resident(facts, facts.child, config.precision) + trainable * TRAINED_BYTES
-        return weights + config.replies_per_forward * row * state
+        return {
+            "weights": resident(facts, facts.child, config.precision),
+            "gradients, optimizer": trainable * TRAINED_BYTES,
+            "inputs of layers": config.replies_per_forward * row * state,
+        }
     ranks = facts.training_gpus
     rest = trainable_parameters(facts, get_args(Trainable))
     experts = resident(facts, facts.child, "bfloat16") - rest * WIDTH["bfloat16"]
-    sharded = experts + rest * WIDTH["float32"] + trainable * (TRAINED_BYTES - WIDTH["float32"])
     rows = max(1, config.replies_per_forward // ranks)
-    return sharded / ranks + rows * row * (state + 2 * facts.shape.vocab_size * WIDTH["bfloat16"])
+    return {
+        "weights": (experts + rest * WIDTH["float32"]) / ranks,
+        "gradients, optimizer": trainable * (TRAINED_BYTES - WIDTH["float32"]) / ranks,
+        "inputs of layers": rows * row * state,
+        "logits, gradient of them": 2 * rows * row * facts.shape.vocab_size * WIDTH["bfloat16"],
+    }

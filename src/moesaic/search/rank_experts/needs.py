@@ -18,6 +18,7 @@ from moesaic.costs.facts import (
 )
 from moesaic.costs.times import forward_ms
 from moesaic.models import gpt_oss
+from moesaic.models.peak import BATCH, LAYERS
 from moesaic.search.rank_experts.stage import NUM_SPARE, RankExpertsConfig
 
 
@@ -38,7 +39,7 @@ def needs(task: PipelineTask[RankExpertsConfig], facts: Facts, inputs: Sequence[
     head = facts.shape.vocab_size * facts.shape.hidden_size * gpt_oss.BF16_BYTES
     return Needs(
         read_bytes=sum(inputs[0].values()) - head,
-        device_bytes=streamed_layers(facts, config.precision) + working,
+        device={LAYERS: streamed_layers(facts, config.precision), BATCH: working},
         host_bytes=host_layers(facts),
         state_bytes=hidden_bytes(facts, tokens, config.precision),
         gpu_ms=forward_ms(facts, model_of(facts, inputs[0]).blocks, tokens, config.max_tokens, head=False),

@@ -4,20 +4,27 @@ AIPerf gets whole request bodies (its ``inputs_json`` data set), so that nothing
 exactly as many as the point says and never twice the same, and the reply ends after exactly as many as the point says.
 Tokens are counted by the server (``--use-server-token-count``): a client that splits text into tokens again counts
 others. AIPerf insists on a tokenizer all the same, and gets one of a single word. No cache of it outlives the run.
+
+All it is told stands in a file: a command line is for every user of the machine to read, and a server's key is not. The
+file only names the environment variable of the key, which AIPerf puts in (``${NAME}``).
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moesaic.core.child_processes import last_lines, tethered
-from moesaic.core.errors import StageError
+from moesaic.core.errors import ConfigError, MoesaicError, StageError
+from moesaic.core.network import CLIENT_CERTIFICATE
 from moesaic.core.own_environment import own_variables, program_version
+from moesaic.deploy.engines.server_answers import KEY_VARIABLE, NotYetError, fetch
 from moesaic.measure.benchmark_serving.aiperf.environment import AIPERF
 from moesaic.measure.benchmark_serving.aiperf.export import EXPORT, read_export
 from moesaic.measure.benchmark_serving.load_sweep import LoadPoint, LoadRun
@@ -37,6 +44,7 @@ _TOKENIZER = {
     "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
 }
 """The files of a tokenizer with a vocabulary of one word."""
+_SETTINGS = "settings.yaml"
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Client:
             load: what to send.
             artifacts: a directory for what AIPerf reads and writes; what an earlier run left there is removed.
             timeout_s: how long it may take.
-            key: what the server asks for; AIPerf takes it on its command line alone.
+            key: what the server asks for.
 
         Raises:
             StageError: if it fails or takes longer, with the end of its output.
@@ -80,11 +88,11 @@ class Client:
         artifacts.mkdir(parents=True)
         inputs, log = artifacts / "inputs.json", artifacts / "aiperf.log"
         _write_inputs(inputs, model, load)
-        for name, content in _TOKENIZER.items():
+        settings = {_SETTINGS: _settings(url, model, load, inputs, asks_key=key is not None)}
+        for name, content in (_TOKENIZER | settings).items():
             (artifacts / name).write_text(json.dumps(content))
-        command = [str(self.program), *_arguments(url, model, load, inputs, artifacts)]
-        command += ["--api-key", key] if key else []
-        with tethered(command, log, _variables(artifacts)) as process:
+        command = [str(self.program), "profile", "--config", str(artifacts / _SETTINGS)]
+        with tethered(command, log, _variables(artifacts, key)) as process:
             try:
                 status = process.wait(timeout_s)
             except subprocess.TimeoutExpired as late:
@@ -106,6 +114,28 @@ def find_client() -> Client:
     """
     program = AIPERF.find_program()
     return Client(program, program_version(program, "--version"))
+
+
+def check_certificates(url: str) -> None:
+    """Refuse a server that asks for a client's certificate, which AIPerf cannot show.
+
+    Raises:
+        ConfigError: that says so, or why the server refuses us as well. One that does not answer yet is left alone.
+    """
+    if not (url.startswith("https:") and os.environ.get(CLIENT_CERTIFICATE)):
+        return
+    page, expected = f"{url}/v1/models", "the list of models of an OpenAI-compatible server"
+    key = os.environ.get(KEY_VARIABLE)
+    with suppress(NotYetError):
+        fetch(page, key, expected)
+        try:
+            fetch(page, key, expected, shows_certificate=False)
+        except MoesaicError as refusal:
+            raise ConfigError(
+                f"{url} answers only clients that show a certificate ({CLIENT_CERTIFICATE}), and AIPerf shows none "
+                f"({refusal}); name an address of this server that asks for none: plain HTTP within the site, or a "
+                "proxy there that shows the certificate"
+            ) from refusal
 
 
 def _write_inputs(path: Path, model: str, load: Load) -> None:
@@ -134,32 +164,43 @@ def _bodies(model: str, load: Load) -> Iterator[dict[str, Any]]:
         }
 
 
-def _variables(artifacts: Path) -> dict[str, str]:
+def _variables(artifacts: Path, key: str | None) -> dict[str, str]:
     """Environment variables of AIPerf: it goes by the site's proxies, and its files are kept for no other run."""
-    return own_variables() | {
+    variables = own_variables() | {
         "AIPERF_HTTP_TRUST_ENV": "true",
         "AIPERF_DATASET_MMAP_CACHE_ENABLED": "false",
         "AIPERF_DATASET_MMAP_BASE_PATH": str(artifacts.absolute()),
     }
+    variables.pop(KEY_VARIABLE, None)
+    return variables | ({KEY_VARIABLE: key} if key else {})
 
 
-def _arguments(url: str, model: str, load: Load, inputs: Path, artifacts: Path) -> list[str]:
-    options = {
-        "--model": model,
-        "--tokenizer": artifacts.absolute(),
-        "--url": url,
-        "--endpoint-type": "completions",
-        "--concurrency": load.point.concurrency,
-        "--request-count": load.requests,
-        "--input-file": inputs,
-        "--custom-dataset-type": "inputs_json",
-        "--dataset-sampling-strategy": "sequential",
-        "--random-seed": load.seed,
-        "--artifact-dir": artifacts,
-        "--export-level": "summary",
-        "--ui": "none",
+def _settings(url: str, model: str, load: Load, inputs: Path, *, asks_key: bool) -> dict[str, Any]:
+    """AIPerf's config, version 2.0; JSON is YAML.
+
+    The key is given as the header that it becomes: alone, one that is a number would be read as a number.
+    """
+    users = {"type": "concurrency", "concurrency": load.point.concurrency}
+    key = {"headers": {"Authorization": f"Bearer ${{{KEY_VARIABLE}}}"}} if asks_key else {}
+    before = users | {"requests": load.warmup_requests, "excludeFromResults": True}
+    return {
+        "schemaVersion": "2.0",
+        "randomSeed": load.seed,
+        "benchmark": {
+            "model": model,
+            "endpoint": {"url": url, "type": "completions", "streaming": True, "useServerTokenCount": True, **key},
+            "tokenizer": {"name": str(inputs.parent.absolute())},
+            "dataset": {
+                "type": "file",
+                "path": str(inputs.absolute()),
+                "format": "inputs_json",
+                "sampling": "sequential",
+            },
+            **({"warmup": before} if load.warmup_requests else {}),
+            "profiling": users | {"requests": load.requests},
+            "artifacts": {"dir": str(inputs.parent.absolute()), "records": False},
+            "runtime": {"ui": "none"},
+            "gpuTelemetry": {"enabled": False},
+            "serverMetrics": {"enabled": False},
+        },
     }
-    if load.warmup_requests:
-        options["--warmup-request-count"] = load.warmup_requests
-    flags = ["--streaming", "--use-server-token-count", "--no-gpu-telemetry", "--no-server-metrics"]
-    return ["profile", *(str(part) for pair in options.items() for part in pair), *flags]

@@ -1,7 +1,7 @@
 """Kubernetes jobs from templates: filled first from the cluster profile, then for one run of a stage.
 
 Fields are those of Kubeflow Trainer 2.2 (``TrainJob``) and KubeRay 1.5 (``RayJob``). Volumes are the template's own, or
-those of the TrainingRuntime that it names.
+those of the TrainingRuntime that it names, and the profile's certificates.
 """
 
 import copy
@@ -77,7 +77,11 @@ def _fill_trainjob(spec: Object, profile: ClusterProfile, node: Node, image: str
         "env": _environment(profile),
     }
     kept = [patch for patch in spec.pop("runtimePatches", []) if patch["manager"] != _PATCHER]
-    if pod := _placement(profile, node):
+    volumes, mounts = _certificates(profile)
+    pod = _placement(profile, node)
+    if mounts:
+        pod |= {"volumes": volumes, "containers": [{"name": NODE, "volumeMounts": mounts}]}
+    if pod:
         nodes = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
         ours = {"template": {"spec": {"replicatedJobs": [nodes]}}}
         kept.append({"manager": _PATCHER, "trainingRuntimeSpec": ours})
@@ -97,6 +101,10 @@ def _fill_rayjob(spec: Object, profile: ClusterProfile, node: Node, image: str, 
             pod.pop(field, None)
         pod |= _placement(profile, node)
         pod["containers"][0] |= {"image": image, "resources": _resources(node), "env": _environment(profile)}
+        volumes, mounts = _certificates(profile)
+        if mounts:
+            pod["volumes"] = [*pod.get("volumes", []), *volumes]
+            pod["containers"][0]["volumeMounts"] = [*pod["containers"][0].get("volumeMounts", []), *mounts]
 
 
 def _ray_pods(spec: Object) -> list[Object]:
@@ -123,9 +131,21 @@ def _placement(profile: ClusterProfile, node: Node) -> Object:
     return {key: value for key, value in fields.items() if value}
 
 
+def _certificates(profile: ClusterProfile) -> tuple[list[Object], list[Object]]:
+    """Volumes of the profile's certificates, and where the container mounts them."""
+    files = profile.certificates.mounted
+    volumes: list[Object] = [
+        {"name": file.volume, "secret": {"secretName": file.secret}}
+        if file.secret
+        else {"name": file.volume, "configMap": {"name": file.config_map}}
+        for file in files
+    ]
+    return volumes, [{"name": file.volume, "mountPath": file.directory, "readOnly": True} for file in files]
+
+
 def _environment(profile: ClusterProfile) -> list[Object]:
     """The profile's variables; of its secrets MLflow's, by reference: all else that nodes need is in files."""
-    plain = [{"name": name, "value": value} for name, value in sorted(profile.environment.items())]
+    plain = [{"name": name, "value": value} for name, value in sorted(profile.variables.items())]
     return plain + [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": one.secret, "key": key, "optional": one.optional}}}
         for one in profile.secrets

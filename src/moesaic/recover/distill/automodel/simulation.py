@@ -18,7 +18,6 @@ memory, NCCL's buffers and what the allocator cannot hand out because of fragmen
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -43,6 +42,7 @@ from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture
 from moesaic.models.gpt_oss import ModelShape
 from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.models.peak import Peak
 from moesaic.models.synthesis import Model, model_config
 from moesaic.recover.distill.automodel import cluster_model
 from moesaic.recover.distill.automodel.cluster_experts import StreamedExperts, limit_experts
@@ -61,18 +61,6 @@ _PARTS = {
     "temporary": ("Temp",),
 }
 """The tracker's categories by ours. The last are tensors made in the backward pass, gradients of activations too."""
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The most that is alive at once on one GPU, in bytes, by what it is."""
-
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """All parts."""
-        return sum(self.parts.values())
 
 
 def simulate(

@@ -1,9 +1,9 @@
 """Rewards of a step's replies, and their figures for the training curve. It imports neither Ray nor NeMo-RL.
 
 NeMo-RL gives an environment the text of a reply and nothing else. So the driver keeps channel markers and stop tokens
-in that text (``keep_markers``). Two inputs of the reward are read back from it. A reply is truncated if it does not end
-in a stop token. Its length is the number of tokens of its text, encoded again: this differs from the number generated
-where the model did not split a text as the tokenizer does.
+in that text, and guards what the model only spelled (``keep_markers``). Two inputs of the reward are read back from it.
+A reply is truncated if it does not end in a stop token. Its length is the number of tokens of its text, encoded again:
+this differs from the number generated where the model did not split a text as the tokenizer does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from moesaic.core.training_curve import append_row
-from moesaic.data.chat import load_tokenizer
+from moesaic.data.chat import decode_reply, encode_reply, load_tokenizer
 from moesaic.recover.reinforce.nemo_rl.processor import problem_of
 from moesaic.recover.reinforce.rewards import GradedReply, grade_reply
 from moesaic.recover.reinforce.stage import RewardConfig
@@ -44,7 +44,7 @@ class Grader:
 
     def grade(self, text: str, row: Mapping[str, Any]) -> GradedReply:
         """Grade one reply."""
-        num_tokens = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        num_tokens = len(encode_reply(text, self._tokenizer))
         truncated = not text.endswith(self._stops)
         correct = problem_of(row).is_solved_by_reply(text, truncated)
         return grade_reply(text, num_tokens, truncated, correct, row["reference_tokens"], self._rewards)
@@ -64,12 +64,10 @@ def _mean_figures(replies: Sequence[GradedReply], efforts: Sequence[str]) -> dic
 
 
 def keep_markers(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Make a tokenizer keep special tokens whatever it is asked: NeMo-RL decodes rollouts without them."""
-    decode = tokenizer.batch_decode
+    """Make a tokenizer decode as :func:`decode_reply` whatever it is asked: NeMo-RL would leave markers out."""
 
-    def batch_decode(sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
-        texts: list[str] = decode(sequences, skip_special_tokens=False, **options)
-        return texts
+    def batch_decode(sequences: Any, **_: Any) -> list[str]:
+        return [decode_reply([*map(int, sequence)], tokenizer) for sequence in sequences]
 
     tokenizer.batch_decode = batch_decode
     return tokenizer

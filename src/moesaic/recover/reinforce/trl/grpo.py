@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.chat import load_tokenizer
+from moesaic.data.chat import decode_reply, load_tokenizer
 from moesaic.data.problems import Question, render_prompt
 from moesaic.models import gpt_oss
 from moesaic.models.checkpoint import CURVE, Checkpoint
@@ -105,7 +105,7 @@ def reward_function(
     ) -> list[float]:
         rewards = []
         for ids, is_cut, index, level in zip(completion_ids, truncated, question, effort, strict=True):
-            text = str(tokenizer.decode(ids, skip_special_tokens=False))
+            text = decode_reply(ids, tokenizer)
             asked = questions[index][0]
             correct = asked.is_solved_by_reply(text, is_cut)
             reply = grade_reply(text, len(ids), is_cut, correct, reference_tokens[asked.task, level], config.rewards)

@@ -22,13 +22,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
-from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM, GptOssModel, OAIAttention, TransformerBlock
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index, maybe_prefix
 from vllm.v1.attention.backend import AttentionType
-
-from .unpacked_experts import UnpackedExpertsConfig, has_no_kernel
 
 _SCALES = (".k_scale", ".v_scale")
 _NOT_STORED = (".q_scale", ".prob_scale")
@@ -95,8 +92,6 @@ class GptOssPuzzleBlock(TransformerBlock):
         view.model_config = copy.copy(vllm_config.model_config)
         whole = vllm_config.model_config.hf_config
         view.model_config.hf_config = whole.get_gpt_oss_config_for_layer(extract_layer_index(prefix))
-        if isinstance(view.quant_config, GptOssMxfp4Config) and has_no_kernel():
-            view.quant_config = UnpackedExpertsConfig()
         super().__init__(view, quant_config, prefix)
 
 
