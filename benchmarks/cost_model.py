@@ -198,9 +198,9 @@ def unexplained() -> dict[str, Any]:
                 "modelled_ratio": round(token_ms[0] / token_ms[1], 3),
                 "saved_us_per_halved_layer": round(1000 * (token_ms[0] - token_ms[1]) / halved, 1),
                 "needed_us_per_halved_layer": round(1000 * needed, 1),
-                "mixture_us_of_a_full_layer": round(1000 * target.moe_ms(Block(128, 4), requests), 1),
+                "mixture_us_of_a_full_layer": round(1000 * target.moe_ms(Block(128, 4, 2880), requests), 1),
                 "step_without_any_experts_read_ratio": round(
-                    token_ms[0] / (token_ms[0] - halved * _streamed_ms(target, Block(128, 4), requests)), 3
+                    token_ms[0] / (token_ms[0] - halved * _streamed_ms(target, Block(128, 4, 2880), requests)), 3
                 ),
             }
         )

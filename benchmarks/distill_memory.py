@@ -47,15 +47,14 @@ POINTS = {
 """Nodes and tokens of a row, by child."""
 TRUE_WIDTH = ModelShape(
     hidden_size=2880,
-    intermediate_size=2880,
     num_heads=64,
     num_kv_heads=8,
     head_dim=64,
     vocab_size=32_768,
     max_positions=131_072,
 )
-PARENT = Architecture.of([Block(8, 2, 128), Block(8, 2, None)])
-CHILD = Architecture.of([Block(8, 2, 128), Block(4, 2, None)])
+PARENT = Architecture.of([Block(8, 2, 2880, 128), Block(8, 2, 2880, None)])
+CHILD = Architecture.of([Block(8, 2, 2880, 128), Block(4, 2, 2880, None)])
 SMALL = DistillConfig(
     sequence_tokens=1024, rows_per_step=2, expert_chunk_tokens=512, logits_chunk_tokens=256, hidden_tokens=512
 )

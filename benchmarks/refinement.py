@@ -155,7 +155,7 @@ def _measured(path: Path, search: Search, choices: Sequence[Choice], ranking: Pa
         if saved["choices"] == [list(choice) for choice in choices]:
             return list(saved["damages"])
     config, checkpoint = REFINEMENT.but(max_sequences=SEQUENCES * DRAWS), Checkpoint.open(PARENT)
-    variants = choose_variants(search.library.variants, checkpoint, ranking / "ranking.json")
+    variants = choose_variants(search.library.variants, checkpoint, ranking)
     probes = Probes.read(config, checkpoint, data.calibration_short, data.calibration_long, SPACE.windows, 4)
     assemblies = [tuple(options[index] for options, index in zip(variants, choice, strict=True)) for choice in choices]
     with open_parent(config, checkpoint, probes, path, BatchShare()) as parent:

@@ -132,26 +132,30 @@ class Straightforward:
         return scoring.total(sums)
 
 
-def offers(num_layers: int, experts: int, counts: Sequence[int], windows: Sequence[int | None]) -> list[list[Variant]]:
+def offers(num_layers: int, own: Block, counts: Sequence[int], windows: Sequence[int | None]) -> list[list[Variant]]:
     """Every count with every window, the whole block first; experts in the order of their ids."""
-    order = range(experts)
+    order = range(own.num_experts)
     return [
-        [Variant(Block(count, 2, window), kept_experts(order, count)) for window in windows for count in counts]
+        [
+            Variant(replace(own, num_experts=count, window=window), kept_experts(order, count))
+            for window in windows
+            for count in counts
+        ]
         for _ in range(num_layers)
     ]
 
 
 def write_wide(directory: Path) -> Checkpoint:
     """The first case's model."""
-    shape = ModelShape(128, 128, 8, 1, 64, 512, 131_072)
-    write_synthetic(Model(shape, Architecture.of([Block(16, 4)] * 12), 3), directory / "wide")
+    shape = ModelShape(128, 8, 1, 64, 512, 131_072)
+    write_synthetic(Model(shape, Architecture.of([Block(16, 4, 128)] * 12), 3), directory / "wide")
     return Checkpoint.open(directory / "wide")
 
 
 def compare_with_straightforward(directory: Path) -> dict[str, Any]:
     """The first case."""
     checkpoint = write_wide(directory)
-    variants = offers(12, 16, (16, 14, 12, 10, 8, 4), (None, 128, 64, 32))
+    variants = offers(12, Block(16, 2, 128), (16, 14, 12, 10, 8, 4), (None, 128, 64, 32))
     probes = make_probes(LENGTHS, BATCH_TOKENS // GROUP, checkpoint.shape.vocab_size)
     whole = Straightforward(checkpoint, make_probes(LENGTHS, BATCH_TOKENS, checkpoint.shape.vocab_size))
     picks = [(layer, 1 + (7 * layer) % 23) for layer in range(0, 12, 12 // SAMPLED)]
@@ -206,16 +210,16 @@ def told_apart(probes: Sequence[Probe], variants: Sequence[Sequence[Variant]]) -
 
 def compare_with_puzzletron(directory: Path) -> dict[str, Any]:
     """The second case; 28 variants are 7 per layer."""
-    shape = ModelShape(64, 64, 8, 1, 64, 4480, 131_072)
-    model = Model(shape, Architecture.of([Block(8, 4, None if layer % 2 else 128) for layer in range(4)]), 2)
+    shape = ModelShape(64, 8, 1, 64, 4480, 131_072)
+    model = Model(shape, Architecture.of([Block(8, 4, 64, None if layer % 2 else 128) for layer in range(4)]), 2)
     write_synthetic(model, directory / "tiny")
     checkpoint = Checkpoint.open(directory / "tiny")
     probes = make_probes([512, 512], 256, shape.vocab_size)
     probes = [replace(probe, measured=probe.batch.is_token) for probe in probes]
     variants = [
-        [Variant(Block(8, 4, own.window), tuple(range(8)))]
-        + [Variant(Block(count, 4, own.window), tuple(range(count))) for count in (7, 6, 5, 4)]
-        + [Variant(Block(count, 4, 64), tuple(range(count))) for count in (8, 4)]
+        [Variant(Block(8, 4, 64, own.window), tuple(range(8)))]
+        + [Variant(Block(count, 4, 64, own.window), tuple(range(count))) for count in (7, 6, 5, 4)]
+        + [Variant(Block(count, 4, 64, 64), tuple(range(count))) for count in (8, 4)]
         for own in checkpoint.architecture.blocks
     ]
 

@@ -27,6 +27,8 @@ CONTEXT = ROOT / "build" / "images"
 ENGINES = ("docker", "podman", "buildah")
 _BASE = re.compile(r"^ARG BASE_IMAGE=(\S+)$", re.MULTILINE)
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_THIS_MACHINE = re.compile(r"(localhost|127\.[\d.]+)(:\d+)?/")
+"""Images in a registry on this machine, which may be without TLS."""
 _SHOWN_LINES = 20
 
 
@@ -167,8 +169,9 @@ def _push(plan: Plan, name: str, log: Path) -> str:
         of_registry = [one for one in json.loads(shown) if one.startswith(plan.repository(name) + "@")]
         digest: str = of_registry[0].partition("@")[2]
         return digest
+    here = ["--tls-verify=false"] if _THIS_MACHINE.match(reference) else []  # as docker does
     with tempfile.NamedTemporaryFile("r") as file:
-        _call([plan.engine, "push", "--digestfile", file.name, reference], log)
+        _call([plan.engine, "push", *here, "--digestfile", file.name, reference], log)
         return file.read().strip()
 
 

@@ -15,14 +15,13 @@ from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 
 SHAPE = gpt_oss.ModelShape(
     hidden_size=64,
-    intermediate_size=32,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
     vocab_size=64,
     max_positions=512,
 )
-BLOCKS = Architecture.of(Block(8, 2, None if layer % 2 else 8) for layer in range(4))
+BLOCKS = Architecture.of(Block(8, 2, 64, None if layer % 2 else 8) for layer in range(4))
 
 SPECIAL = ["<|endoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 TEMPLATE = (
@@ -68,7 +67,7 @@ def parent_config() -> dict[str, object]:
         "num_hidden_layers": BLOCKS.num_layers,
         "num_local_experts": 8,
         "hidden_size": SHAPE.hidden_size,
-        "intermediate_size": SHAPE.intermediate_size,
+        "intermediate_size": BLOCKS.blocks[0].expert_width,
         "num_attention_heads": SHAPE.num_heads,
         "num_key_value_heads": SHAPE.num_kv_heads,
         "head_dim": SHAPE.head_dim,

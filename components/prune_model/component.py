@@ -16,7 +16,9 @@ def prune_model(
     child: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Assembles a candidate's checkpoint from the parent's weights; kept experts are byte-exact."""
+    """Assembles a candidate's checkpoint from the parent's weights; kept experts are byte-exact, but for the
+    second projection of narrower ones, which is packed anew.
+    """
     from moesaic.platform.runs.runtime import run_stage
 
     run_stage(

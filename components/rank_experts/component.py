@@ -15,7 +15,9 @@ def rank_experts(
     ranking: Output[Artifact],
     metrics: Output[Metrics],
 ):
-    """Orders the experts of every layer by importance, in one streaming pass over calibration data."""
+    """Orders the experts of every layer, and the channels of every expert, by importance, in one streaming pass
+    over calibration data.
+    """
     from moesaic.platform.runs.runtime import run_stage
 
     run_stage(

@@ -9,19 +9,31 @@ from typing import Any
 
 import pytest
 
+from moesaic.data.sets import DataSets
+from moesaic.pipelines import example
 from moesaic.platform.cluster import ClusterProfile, read_profile
-from tests.cluster.pods import KUBECTL, NAMESPACE, Reader, kubectl, wait_until
+from moesaic.platform.ingest.stage import IngestConfig
+from moesaic.platform.runs.records import describe_hardware
+from moesaic.platform.store import Store
+from tests.cluster.pods import KUBECTL, NAMESPACE, STORE, Reader, get, give_back, kubectl, volume_here, wait_until
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 OVERLAY = MANIFESTS / "overlays" / "small-cpu"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that apply and remove overlays come before those that share one for the rest of the session."""
+    items.sort(key=lambda item: "small" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
-    """Skip without a cluster; fail if it does not answer."""
+    """Skip without a cluster; fail if it does not answer, or has what these tests would remove."""
     if not os.environ.get("KUBECONFIG"):
         pytest.skip("KUBECONFIG names no cluster")
     kubectl("get", "nodes", "--request-timeout=20s")
+    if f"namespace/{NAMESPACE}" in kubectl("get", "ns", "-o", "name").split():
+        pytest.exit(f"the cluster has a namespace {NAMESPACE}, which these tests remove; delete it, or take another", 2)
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +42,29 @@ def record() -> Iterator[dict[str, Any]]:
     begun, measured = time.monotonic(), dict[str, Any]()
     yield measured
     if path := os.environ.get("MOESAIC_CLUSTER_RECORD"):
-        server = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
-        whole = {"kubernetes": server, "total_s": round(time.monotonic() - begun), **measured}
-        Path(path).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+        whole = {
+            "command": "make test-cluster",
+            "versions": {"kubernetes": json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]},
+            "hardware": describe_hardware(),
+            "images": sorted({image for node in get("nodes")["items"] for image in our_images(node)}),
+            "outcomes": OUTCOMES,
+            "measured": measured | {"total_s": round(time.monotonic() - begun)},
+        }
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+OUTCOMES: dict[str, dict[str, Any]] = {}
+"""Of every test: how it ended, and its seconds without those of its fixtures."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        OUTCOMES[report.nodeid.partition("::")[2]] = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+
+
+def our_images(node: dict[str, Any]) -> list[str]:
+    """Those of this project that a node has pulled, by digest."""
+    return [name for one in node["status"]["images"] for name in one["names"] if "moesaic/" in name and "@" in name]
 
 
 @pytest.fixture(scope="session")
@@ -57,11 +89,35 @@ def reader(small: None, profile: ClusterProfile) -> Reader:
     return Reader(profile)
 
 
+@pytest.fixture(scope="session")
+def ingest(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> IngestConfig:
+    """The inputs, put into the volume's store by root where the volume lies here, else by a pod."""
+    local = tmp_path_factory.mktemp("inputs") / "store"
+    config = put_inputs(Store.at(local))
+    if os.geteuid() == 0 and (volume := volume_here()):
+        assert put_inputs(Store.at(volume)) == config
+    else:
+        kubectl("cp", f"{local}/.", f"{reader.name}:{STORE}")
+    return config
+
+
+def put_inputs(store: Store) -> IngestConfig:
+    parent = store.add_directory(example() / "parent", "model", format="safetensors", producer="test").id
+    sets = DataSets.at(example() / "data")
+    ids = {
+        name: store.add_file(getattr(sets, name), "dataset", format="jsonl", producer="test").id
+        for name in ("calibration_short", "calibration_long", "prompts", "tests")
+    }
+    return IngestConfig(parent=parent, **ids)
+
+
 def remove(overlay: Path) -> None:
     """Remove an overlay, and wait until its namespace has gone."""
+    volumes = [claim["spec"].get("volumeName") for claim in get("pvc")["items"]]
     kubectl("delete", "trainjobs,rayjobs,jobs,pods", "--all", "--wait", "--timeout=60s", check=False)
     kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--wait", "--timeout=120s")
     wait_until(lambda: NAMESPACE not in kubectl("get", "ns", "-o", "name"), "the namespace has gone")
+    give_back([name for name in volumes if name])
 
 
 __all__ = ["KUBECTL", "remove"]

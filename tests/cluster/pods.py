@@ -6,15 +6,17 @@ What runs in a pod is the container of the pipeline as it would be uploaded, com
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from moesaic.platform.cluster import ClusterProfile, place
@@ -24,6 +26,8 @@ Object = dict[str, Any]
 KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl") or "kubectl"
 NAMESPACE, STORE = "moesaic", "/store"
 ARTIFACTS = f"{STORE}/artifacts"
+IMAGES = os.environ.get("MOESAIC_CLUSTER_IMAGES", "").split()
+"""Those of ``tests.cluster.images.build`` that the cluster's registry has."""
 _ITEM = "-loop-item"
 
 
@@ -33,6 +37,16 @@ def kubectl(*words: str, given: str | None = None, check: bool = True) -> str:
     if check and done.returncode:
         raise AssertionError(f"kubectl {' '.join(words)} failed:\n{done.stderr}")
     return done.stdout
+
+
+def needs_images(*names: str) -> pytest.MarkDecorator:
+    """Skip where the cluster's registry does not have these."""
+    lacking = [name for name in names if name not in IMAGES]
+    return pytest.mark.skipif(bool(lacking), reason=f"MOESAIC_CLUSTER_IMAGES does not name {', '.join(lacking)}")
+
+
+def image_of(name: str) -> str:
+    return f"localhost:5000/moesaic/{name}:0.1.0"
 
 
 def get(*words: str) -> Any:
@@ -210,7 +224,7 @@ class PipelineDriver:
                 "image": container["image"],
                 "command": container["command"],
                 "args": [part.replace("{{$}}", json.dumps(given)) for part in container["args"]],
-                "env": container["env"],
+                "env": container["env"] + secrets_of(wanted),
                 "resources": {
                     "requests": {"cpu": resources["resourceCpuRequest"], "memory": resources["resourceMemoryRequest"]},
                     "limits": {"cpu": resources["resourceCpuLimit"], "memory": resources["resourceMemoryLimit"]},
@@ -235,7 +249,7 @@ class PipelineDriver:
         job = get("job", name)
         conditions = {one["type"]: one for one in job["status"].get("conditions", []) if one["status"] == "True"}
         if "Failed" in conditions:
-            log = kubectl("logs", f"job/{name}", "--tail=30", check=False)
+            log = kubectl("logs", f"job/{name}", "--tail=60", check=False)
             raise AssertionError(f"{name} failed: {conditions['Failed'].get('message')}\n{log}")
         if "Complete" not in conditions:
             return None
@@ -253,6 +267,18 @@ class PipelineDriver:
 
 
 STAGE, QUEUE = "moesaic/stage", "kueue.x-k8s.io/queue-name"
+
+
+def secrets_of(wanted: Object) -> list[Object]:
+    """The variables that Kubeflow fills from secrets."""
+    return [
+        {
+            "name": one["envVar"],
+            "valueFrom": {"secretKeyRef": {"name": secret["secretName"], "key": one["secretKey"]}},
+        }
+        for secret in wanted.get("secretAsEnv", [])
+        for one in secret["keyToEnv"]
+    ]
 
 
 def seconds_of(stamp: str) -> float:
@@ -290,8 +316,18 @@ class Reader:
         return [json.loads(line) for line in listed.splitlines()]
 
 
-def volume_here() -> Path | None:
-    """The directory of the store's volume, if it lies on this machine, where root can put the inputs."""
-    volume = get("pv", get("pvc", "moesaic-store")["spec"]["volumeName"])["spec"]
+def volume_here(name: str | None = None) -> Path | None:
+    """The directory of a volume, the store's, if it lies on this machine, where root can put the inputs."""
+    volume = get("pv", name or get("pvc", "moesaic-store")["spec"]["volumeName"])["spec"]
     path = volume.get("local", volume.get("hostPath", {})).get("path")
     return Path(path) if path and Path(path).is_dir() else None
+
+
+def give_back(volumes: Iterable[str]) -> None:
+    """Empty the volumes on this machine that are kept when their claims go, so that other claims can have them."""
+    released = {one["metadata"]["name"] for one in get("pv")["items"] if one["status"]["phase"] == "Released"}
+    for name in released.intersection(volumes):
+        if os.geteuid() == 0 and (folder := volume_here(name)):
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            kubectl("patch", "pv", name, "--type=json", "-p", '[{"op": "remove", "path": "/spec/claimRef"}]')

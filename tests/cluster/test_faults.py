@@ -1,5 +1,6 @@
 """Jobs that go wrong on a real cluster: each is told for what it is, and nothing is left behind."""
 
+import json
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from moesaic.platform.cluster import ClusterProfile
 from moesaic.platform.cluster.jobs import ClusterJob
 from moesaic.platform.cluster.jobs.job_template import job_settings
 from tests.cluster.conftest import MANIFESTS
-from tests.cluster.pods import get, kubectl, wait_until
+from tests.cluster.pods import NAMESPACE, get, kubectl, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -34,8 +35,9 @@ import sys
 from pathlib import Path
 from moesaic.core.nodes import Work
 from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
-job = ClusterJob(JobSettings.parse(sys.argv[1]), sys.argv[2])
-job.run(Work(["sleep", "600"], {}, Path(sys.argv[3])), prepare=lambda: None, show=print)
+settings, key, command, log = sys.argv[1:]
+work = Work(["sh", "-c", command], {}, Path(log))
+ClusterJob(JobSettings.parse(settings), key).run(work, prepare=lambda: None, show=print)
 """
 
 
@@ -74,13 +76,42 @@ def meanwhile(action: Callable[[], object]) -> Iterator[None]:
     """Do something in a thread while the block runs."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
-    yield
-    thread.join(120)
+    try:
+        yield
+    finally:
+        thread.join(200)
+
+
+@contextmanager
+def follower(one: ClusterJob, command: str, directory: Path) -> "Iterator[subprocess.Popen[str]]":
+    """A process that starts a job and follows it."""
+    directory.mkdir(exist_ok=True)
+    words = [sys.executable, "-c", _SCRIPT, one.settings.to_json(), one.key, command, str(directory / "log")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def running_pods() -> list[str]:
-    pods = get("pods", "-l", "jobset.sigs.k8s.io/jobset-name")["items"]
-    return [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] == "Running"]
+    return [pod["metadata"]["name"] for pod in pods() if pod["status"]["phase"] == "Running"]
+
+
+def unplaced_pods() -> list[str]:
+    """Those that the scheduler has looked at and found no node for."""
+    return [
+        pod["metadata"]["name"]
+        for pod in pods()
+        if any(
+            one["type"] == "PodScheduled" and one["status"] == "False" for one in pod["status"].get("conditions", [])
+        )
+    ]
+
+
+def pods() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = get("pods", "-l", "jobset.sigs.k8s.io/jobset-name")["items"]
+    return found
 
 
 def test_a_job_of_two_pods_waits_for_its_turn_and_ends(profile: ClusterProfile, tmp_path: Path, capfd: Any) -> None:
@@ -89,13 +120,72 @@ def test_a_job_of_two_pods_waits_for_its_turn_and_ends(profile: ClusterProfile, 
     assert "waits in the queue moesaic" in said
 
 
-def test_a_pod_that_is_deleted_fails_the_job(profile: ClusterProfile, tmp_path: Path) -> None:
-    def delete() -> None:
-        (name,) = wait_until(running_pods, "the node runs")
-        kubectl("delete", "pod", name, "--grace-period=0", "--force")
+def delete(pod: str) -> None:
+    kubectl("delete", "pod", pod, "--grace-period=0", "--force")
 
-    with meanwhile(delete), pytest.raises(StageError, match="TrainJob moesaic-distill-bbbbbbbbbbbb-1 failed: "):
-        run(job(profile, "b"), "sleep 300", tmp_path)
+
+def evict(pod: str) -> None:
+    """As a node that is drained does."""
+    path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}/eviction"
+    metadata = {"name": pod, "namespace": NAMESPACE}
+    asked = {"kind": "Eviction", "metadata": metadata, "deleteOptions": {"gracePeriodSeconds": 1}}
+    kubectl("create", "--raw", path, "-f", "-", given=json.dumps({"apiVersion": "policy/v1", **asked}))
+
+
+@pytest.mark.parametrize(("key", "end"), [("b", delete), ("7", evict)])
+def test_a_pod_that_is_taken_away_fails_the_job(
+    profile: ClusterProfile, tmp_path: Path, key: str, end: Callable[[str], None]
+) -> None:
+    def take_away() -> None:
+        (name,) = wait_until(running_pods, "the node runs")
+        end(name)
+
+    with meanwhile(take_away), pytest.raises(StageError, match=f"TrainJob moesaic-distill-{key * 12}-1 failed: "):
+        run(job(profile, key), "sleep 300", tmp_path)
+
+
+def test_a_node_that_takes_no_pods_is_told_until_it_does(profile: ClusterProfile, tmp_path: Path, capfd: Any) -> None:
+    nodes = kubectl("get", "nodes", "-o", "name").split()
+
+    def allow_later() -> None:
+        wait_until(unplaced_pods, "the node's pod waits")
+        time.sleep(3)
+        kubectl("uncordon", *nodes)
+
+    kubectl("cordon", *nodes)
+    try:
+        with meanwhile(allow_later):
+            assert run(job(profile, "6"), "echo ended", tmp_path) == ["ended"]
+    finally:
+        kubectl("uncordon", *nodes)
+    assert re.search(r"node 0 waits: Unschedulable: 0/\d+ nodes are available: .*unschedulable", capfd.readouterr().err)
+
+
+def test_a_job_that_finds_the_quota_taken_waits_and_is_admitted(
+    profile: ClusterProfile, tmp_path: Path, capfd: Any
+) -> None:
+    first, second = (
+        job(profile, "1", memory="7Gi", memory_limit="7Gi"),
+        job(profile, "2", memory="7Gi", memory_limit="7Gi"),
+    )
+    with follower(first, "sleep 25", tmp_path / "first") as other:
+        wait_until(running_pods, "the first job runs")
+        assert run(second, "echo ended", tmp_path) == ["ended"]
+        assert other.wait(60) == 0
+    said = capfd.readouterr().err
+    assert re.search(r"waits in the queue moesaic: .*insufficient unused quota for memory.*more needed", said)
+
+
+def test_two_that_start_the_same_job_follow_one(profile: ClusterProfile, tmp_path: Path) -> None:
+    same = job(profile, "3")
+    with (
+        follower(same, "echo once; sleep 15", tmp_path / "a") as one,
+        follower(same, "echo once; sleep 15", tmp_path / "b") as other,
+    ):
+        said = [process.communicate(timeout=120) for process in (one, other)]
+    assert [one.returncode, other.returncode] == [0, 0], said
+    assert [lines for lines, _ in said] == ["once\n", "once\n"]
+    assert len(get("trainjobs")["items"]) == 1
 
 
 def test_a_pod_that_takes_too_much_memory_is_told_as_such(profile: ClusterProfile, tmp_path: Path) -> None:
@@ -135,15 +225,17 @@ LOST = {
 }
 
 
-def test_a_quota_that_is_too_small_is_told_with_its_numbers(profile: ClusterProfile, tmp_path: Path) -> None:
-    said = r"waits in the queue moesaic: .*\(100\) > maximum capacity \(2\)"
+def test_a_quota_that_is_too_small_is_told_with_its_numbers(
+    profile: ClusterProfile, tmp_path: Path, record: dict[str, Any]
+) -> None:
+    said, begun = r"waits in the queue moesaic: .*\(100\) > maximum capacity \(2\)", time.monotonic()
     stop_when(job(profile, "f", cpu=100), tmp_path, said)
+    record["quota_told_s"] = round(time.monotonic() - begun, 1)
 
 
 def stop_when(one: ClusterJob, directory: Path, said: str) -> None:
     """Follow a job in a process until it says this, then tell the process to end: the job must be deleted."""
-    command = [sys.executable, "-c", _SCRIPT, one.settings.to_json(), one.key, str(directory / "log")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with follower(one, "sleep 600", directory) as process:
         assert process.stderr is not None
         lines = []
         for line in process.stderr:
@@ -154,7 +246,7 @@ def stop_when(one: ClusterJob, directory: Path, said: str) -> None:
             raise AssertionError(f"{said!r} was not said:\n{''.join(lines)}")
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
-    assert process.returncode == 1
+        assert process.wait(60) == 1
     assert "is deleted" in rest and "told to end (SIGTERM)" in rest
     wait_until(lambda: get("trainjobs")["items"] == [], "the job has gone", 60)
 

@@ -121,11 +121,12 @@ def test_a_report_shows_the_comparison_and_where_things_are(tmp_path: Path, caps
     (tmp_path / "report").mkdir()
     accuracy = {"high": {"mean": 0.9, "min": 0.9, "max": 0.9}}
     difference = {"points": -5, "low_points": -9, "high_points": -1, "problems": 300, "p_value": 0.02}
-    sizes = {"parameters": 1_800_000, "experts": 96, "experts_per_token": 12}
+    sizes = {"parameters": 1_800_000, "experts": 96, "experts_per_token": 12, "expert_width": 448}
     summary = {
         "child": "puzzle",
         "experts": {"parent": 128, "child": 96, "ratio": 0.75},
         "experts_per_token": {"parent": 16, "child": 12, "ratio": 0.75},
+        "expert_width": {"parent": 512, "child": 448, "ratio": 0.875},
         "parameters": {"parent": 2_700_000, "child": 1_800_000, "ratio": 2 / 3},
         "memory_mib": {"long": {"parent": 10.0, "child": 7.5, "ratio": 0.75}},
         "kv_mib_per_request": {},
@@ -148,7 +149,7 @@ def test_a_report_shows_the_comparison_and_where_things_are(tmp_path: Path, caps
     lines = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert ["parameters", "2,700,000", "1,800,000", "0.67x"] in lines
     assert ["accuracy, high effort", "95.0 %", "90.0 %", "-5.0 [-9.0, -1.0]"] in lines
-    assert ["random", "7.25", "96", "12", "not measured"] in lines
+    assert ["random", "7.25", "96", "12", "448", "not measured"] in lines
 
 
 def test_doctor_finds_what_runs_these_tests(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +164,7 @@ def choose(directory: Path, num_layers: int) -> None:
         (directory / name).mkdir()
     layer = {"order": list(range(8)), "scores": [0.0] * 8}
     (directory / "ranking" / "ranking.json").write_text(json.dumps({"layers": [layer] * num_layers}))
-    blocks = [Block(2, 1, 8).as_config()] * num_layers
+    blocks = [Block(2, 1, 64, 8).as_config()] * num_layers
     found = {"candidates": {"puzzle": {"blocks": blocks}}}
     (directory / "architecture" / "architecture.json").write_text(json.dumps(found))
 

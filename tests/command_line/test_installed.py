@@ -40,7 +40,7 @@ def start(installed: Path, directory: Path, *arguments: str) -> "subprocess.Pope
     ("arguments", "shown"),
     [
         (("doctor",), "embedded engine"),
-        (("plan", "compress", "--recipe", "gpt_oss_120b_h100x8", "--like", "gpt-oss-120b"), "score_blocks"),
+        (("plan", "search", "--recipe", "tiny_cpu", "--like", "gpt-oss-20b"), "score_blocks"),
         (("submit", "compress", "--help"), "--profile"),
         (("serve", "--help"), "checkpoint"),
         (("stage", "nonsense", "{}", "--output", "out"), "choose one of"),

@@ -34,7 +34,7 @@ from moesaic.models.gpt_oss import (
 
 CONTEXT = 96 * 1024
 NINE_NINE_EIGHTEEN = Architecture.of(
-    Block(128, 4, 128 if layer % 2 == 0 else 8192 if layer % 4 == 1 else None) for layer in range(36)
+    Block(128, 4, 2880, 128 if layer % 2 == 0 else 8192 if layer % 4 == 1 else None) for layer in range(36)
 )
 
 
@@ -80,9 +80,13 @@ def test_block_sizes_add_up_to_the_model() -> None:
     assert memory == num_bytes(GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS)
 
 
-def test_halving_a_layers_experts_frees_850_megabytes() -> None:
-    freed = block_bytes(GPT_OSS_120B, Block(128, 4)) - block_bytes(GPT_OSS_120B, Block(64, 4))
+def test_halving_a_layers_experts_or_their_width_frees_850_megabytes() -> None:
+    narrower = block_parameters(GPT_OSS_120B, Block(128, 4, 2880)) - block_parameters(GPT_OSS_120B, Block(128, 4, 1440))
+    assert narrower == 128 * 1440 * (3 * 2880 + 2), "gate, up and down of a channel, and two biases"
+    freed = block_bytes(GPT_OSS_120B, Block(128, 4, 2880)) - block_bytes(GPT_OSS_120B, Block(64, 4, 2880))
     assert freed / 1e9 == pytest.approx(0.85, abs=0.005)
+    narrower = block_bytes(GPT_OSS_120B, Block(128, 4, 2880)) - block_bytes(GPT_OSS_120B, Block(128, 4, 1440))
+    assert narrower / 1e9 == pytest.approx(0.85, abs=0.005)
 
 
 def test_expected_experts() -> None:
@@ -108,16 +112,16 @@ def _table() -> CostTable:
         }
         return BlockCost(block.num_experts, 10 * block.num_experts, "in_process", runtimes)
 
-    blocks = [Block(8, 2, None), Block(8, 2, 16), Block(4, 2, None), Block(4, 2, 16)]
+    blocks = [Block(8, 2, 2880, None), Block(8, 2, 2880, 16), Block(4, 2, 2880, None), Block(4, 2, 2880, 16)]
     fixed = FixedCost(1000, 2000, "in_process", {workload.name: Runtime(5.0, 0.5) for workload in workloads})
-    parent = Architecture.of([Block(8, 2, 16), Block(8, 2, None)])
+    parent = Architecture.of([Block(8, 2, 2880, 16), Block(8, 2, 2880, None)])
     return CostTable(
         parent, {"device": "cpu"}, "bf16", "moesaic", workloads, fixed, {block: cost(block) for block in blocks}
     )
 
 
 def test_an_assembly_is_the_sum_of_its_blocks() -> None:
-    cost = _table().evaluate(Architecture.of([Block(4, 2, 16), Block(8, 2, None)]))
+    cost = _table().evaluate(Architecture.of([Block(4, 2, 2880, 16), Block(8, 2, 2880, None)]))
     assert cost.parameters == 1000 + 4 + 8
     assert cost.num_experts == 12
     assert cost.memory_mib["long"] * 2**20 == pytest.approx(2000 + 120 + 3 * (16 + 100))
@@ -128,7 +132,7 @@ def test_an_assembly_is_the_sum_of_its_blocks() -> None:
 
 def test_memory_pays_for_the_engines_groups() -> None:
     """Three windows and two full layers are in groups of 2: one layer of 16 bytes more for each of 3 requests."""
-    architecture = Architecture.of([*[Block(8, 2, 16)] * 3, *[Block(8, 2, None)] * 2])
+    architecture = Architecture.of([*[Block(8, 2, 2880, 16)] * 3, *[Block(8, 2, 2880, None)] * 2])
     exact, padded = (replace(_table(), engine=engine).evaluate(architecture) for engine in ("moesaic", "vllm"))
     assert (padded.memory_mib["long"] - exact.memory_mib["long"]) * 2**20 == pytest.approx(3 * 16)
 

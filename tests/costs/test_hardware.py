@@ -35,22 +35,23 @@ def test_the_table_is_dated_and_named() -> None:
 def test_moe_fit_on_one_gpu() -> None:
     """One token: 4 experts of 13.24 MB (24.89M parameters) at 2.82 TB/s after 41 us."""
     used = 4 * 13.242e6 / 2.82e9 + 8 * 24.8947e6 / 0.49e12
-    assert ONE.moe_ms(Block(128, 4), 1) == pytest.approx(0.041 + used, rel=1e-3)
-    assert ONE.moe_ms(Block(128, 1), 1) == pytest.approx(0.041 + used / 4, rel=1e-3)
+    assert ONE.moe_ms(Block(128, 4, 2880), 1) == pytest.approx(0.041 + used, rel=1e-3)
+    assert ONE.moe_ms(Block(128, 1, 2880), 1) == pytest.approx(0.041 + used / 4, rel=1e-3)
+    assert ONE.moe_ms(Block(128, 4, 1440), 1) == pytest.approx(0.041 + used / 2, rel=2e-3), "half as wide, half as much"
 
 
 def test_moe_fit_on_eight_gpus() -> None:
     touched = expected_experts(128, 4, 64)
     streamed = touched * 13.242e6 / 8 / 2.48e9
     multiplied = 64 * 8 * 24.8947e6 / 8 / 0.32e12
-    assert EIGHT.moe_ms(Block(128, 4), 64) == pytest.approx(0.035 + streamed + multiplied, rel=1e-3)
+    assert EIGHT.moe_ms(Block(128, 4, 2880), 64) == pytest.approx(0.035 + streamed + multiplied, rel=1e-3)
 
 
 def test_decode_attention_fit() -> None:
     """16 requests at 64K: 16 x 65,536 x 2,048 bytes at 3.0 TB/s after 13 us; a window of 128 costs the floor."""
-    assert ONE.cache_ms(Block(128, 4), 16, 65_536) == pytest.approx(0.013 + 16 * 65_536 * 2048 / 3.0e9)
-    assert ONE.cache_ms(Block(128, 4, 128), 1, 65_536) == 0.016
-    assert EIGHT.cache_ms(Block(128, 4), 64, 65_536) == pytest.approx(0.013 + 8 * 65_536 * 1024 / 2.3e9)
+    assert ONE.cache_ms(Block(128, 4, 2880), 16, 65_536) == pytest.approx(0.013 + 16 * 65_536 * 2048 / 3.0e9)
+    assert ONE.cache_ms(Block(128, 4, 2880, 128), 1, 65_536) == 0.016
+    assert EIGHT.cache_ms(Block(128, 4, 2880), 64, 65_536) == pytest.approx(0.013 + 8 * 65_536 * 1024 / 2.3e9)
 
 
 def test_all_reduce_needs_more_than_one_gpu() -> None:
@@ -61,8 +62,8 @@ def test_all_reduce_needs_more_than_one_gpu() -> None:
 def test_prompt_attention_counts_visible_pairs() -> None:
     """Causal pairs of 4 tokens: 10; with a window of 2: 1 + 2 + 2 + 2."""
     per_pair = 4 * 64 * 64 / 0.4e12
-    assert ONE.prompt_attention_ms(Block(128, 4), 4) == pytest.approx(10 * per_pair)
-    assert ONE.prompt_attention_ms(Block(128, 4, 2), 4) == pytest.approx(7 * per_pair)
+    assert ONE.prompt_attention_ms(Block(128, 4, 2880), 4) == pytest.approx(10 * per_pair)
+    assert ONE.prompt_attention_ms(Block(128, 4, 2880, 2), 4) == pytest.approx(7 * per_pair)
 
 
 @pytest.mark.parametrize("target", [ONE, EIGHT])
@@ -72,12 +73,12 @@ def test_more_work_never_takes_less_time(target: Target) -> None:
         return [(runtime.prefill_ms, runtime.decode_ms) for runtime in found]
 
     long = Workload(name="long", input_tokens=65_536, output_tokens=65_536, concurrency=16)
-    experts = runtimes([Block(count, 4) for count in (16, 32, 64, 96, 128)], long)
-    windows = runtimes([Block(128, 4, window) for window in (128, 8192, 32_768)] + [Block(128, 4)], long)
+    experts = runtimes([Block(count, 4, 2880) for count in (16, 32, 64, 96, 128)], long)
+    windows = runtimes([Block(128, 4, 2880, window) for window in (128, 8192, 32_768)] + [Block(128, 4, 2880)], long)
     assert experts == sorted(experts)
     assert windows == sorted(windows)
     loads = [long.model_copy(update={"concurrency": count}) for count in (1, 4, 64)]
-    steps = [target.block_runtime(Block(128, 4), load).decode_ms for load in loads]
+    steps = [target.block_runtime(Block(128, 4, 2880), load).decode_ms for load in loads]
     assert steps == sorted(steps)
 
 
@@ -137,8 +138,8 @@ def test_expert_parallelism_has_constants_of_its_own() -> None:
     """512 tokens read all 128 experts: 1.695 GB over 8 GPUs, and 102 GFLOP; published for this case is 248 us."""
     target = Target(H100, GPT_OSS_120B, 8, "fp8", expert_parallel=True)
     expected = 0.0692 + 128 * 13.242e6 / 8 / 2.39e9 + 512 * 8 * 24.8947e6 / 8 / 0.252e12
-    assert target.moe_ms(Block(128, 4), 512) == pytest.approx(expected, rel=1e-3)
-    assert target.moe_ms(Block(128, 4), 512) == pytest.approx(0.248, rel=0.2)
+    assert target.moe_ms(Block(128, 4, 2880), 512) == pytest.approx(expected, rel=1e-3)
+    assert target.moe_ms(Block(128, 4, 2880), 512) == pytest.approx(0.248, rel=0.2)
     with pytest.raises(ConfigError, match=r"expert parallelism for \[8\] GPUs, got num_gpus=1"):
         H100.check_num_gpus(1, expert_parallel=True)
 
@@ -171,7 +172,7 @@ def test_admission_keeps_a_margin_of_two_standard_deviations() -> None:
 
 def test_a_request_holds_what_its_life_holds() -> None:
     """Without windows the cache grows evenly from input to input + output: mean in the middle, deviation w/sqrt(12)."""
-    full = Architecture.of([Block(128, 4)])
+    full = Architecture.of([Block(128, 4, 2880)])
     load = Workload(name="w", input_tokens=65_536, output_tokens=65_536, concurrency=1)
     mean, deviation = kv_bytes_mean_and_std(EIGHT, full, load)
     assert mean == pytest.approx(98_304 * 1024, rel=1e-4)
@@ -208,9 +209,9 @@ def _synthetic_costs(noise: float) -> CostTable:
         for tokens in (512, 16_384)
         for count in (1, 8, 64)
     )
-    blocks = [Block(count, 4, window) for count in (128, 64, 32) for window in (None, 1024, 128)]
+    blocks = [Block(count, 4, 2880, window) for count in (128, 64, 32) for window in (None, 1024, 128)]
     return CostTable(
-        parent=Architecture.of([Block(128, 4)]),
+        parent=Architecture.of([Block(128, 4, 2880)]),
         hardware={"num_gpus": 1},
         kv_cache="bf16",
         engine="moesaic",

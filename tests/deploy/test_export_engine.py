@@ -35,10 +35,11 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, read_recovery, rewrite_checkpoint, write_checkpoint
 from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.kv_cache import UNIT, KvScales
+from tests.children import first_of
 from tests.export_standins import probe
 from tests.export_standins.probe import check_built
 
-BLOCKS = Architecture.of([Block(4, 2, 8), Block(8, 1), Block(2, 2, 8), Block(6, 1, 5)])
+BLOCKS = Architecture.of([Block(4, 2, 64, 8), Block(8, 1, 64), Block(2, 2, 32, 8), Block(6, 1, 64, 5)])
 SCALES = [KvScales(0.03, 0.75), KvScales(0.5, 2.0), UNIT, KvScales(1.5, 0.001)]
 FOLDED = [KvScales(2**-5, 1.0), KvScales(0.5, 2.0), UNIT, KvScales(2.0, 2**-9)]
 """The next powers of two."""
@@ -53,9 +54,7 @@ def write_child(
         yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
         for layer, block in enumerate(BLOCKS.blocks):
             tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
-            kept = block.num_experts
-            rows = {n: t[:kept] if gpt_oss.is_expert_indexed(n) else t for n, t in tensors.items()}
-            yield from layer_shards(layer, rows)
+            yield from layer_shards(layer, first_of(tensors, block))
 
     bare = directory.with_name(f"{directory.name}-bare")
     config = gpt_oss.child_config(parent.config, BLOCKS, yarn_factor)

@@ -42,7 +42,7 @@ CACHE_TIE = 1e-3
 
 @pytest.fixture(scope="session")
 def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    blocks = Architecture.of([Block(8, 2, 8), Block(5, 1, 16), Block(2, 2, 8), Block(8, 2)]).blocks
+    blocks = Architecture.of([Block(8, 2, 64, 8), Block(5, 1, 64, 16), Block(2, 2, 64, 8), Block(8, 2, 64)]).blocks
     directory = tmp_path_factory.mktemp("served")
     paths = {name: directory / name for name in ("ranking", "architecture", "output", "scratch")}
     for path in paths.values():

@@ -72,6 +72,6 @@ def manifest_of(config: ExportEngineConfig) -> BundleManifest:
         config=config,
         max_seq_len=config.max_seq_len or 131_072,
         kv_cache=KvPolicy(kind=config.kv_cache, scales="folded"),
-        layers=tuple(Layer(**Block(128, 4, None if n % 2 else 128).as_config()) for n in range(36)),
+        layers=tuple(Layer(**Block(128, 4, 2880, None if n % 2 else 128).as_config()) for n in range(36)),
         source=Source(digest="0", steps=(), pruning=None),
     )

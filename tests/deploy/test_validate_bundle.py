@@ -64,7 +64,7 @@ def loaded(bundle: Path, replies: list[EngineReply]) -> LoadedBundle:
     return LoadedBundle(
         "vLLM 0 (CPU)",
         True,
-        tuple(LoadedLayer(one.num_local_experts, 2, one.sliding_window, 2, 1.0, 1.0) for one in layers),
+        tuple(LoadedLayer(one.num_local_experts, 2, 64, one.sliding_window, 2, 1.0, 1.0) for one in layers),
         tuple(replies),
     )
 
@@ -81,13 +81,14 @@ def test_what_the_engine_says_is_the_verdict(bundle: Path, tmp_path: Path, monke
     assert any("0 of 2 replies are the reference's but for near ties" in problem for problem in verdict.problems)
     assert any("log-probabilities differ" in problem for problem in verdict.problems)
 
-    fewer = LoadedBundle(wrong.engine, True, (LoadedLayer(3, 1, 32, 2, 1.0, 1.0), *wrong.layers[1:]), wrong.replies)
+    fewer = LoadedBundle(wrong.engine, True, (LoadedLayer(3, 1, 32, 32, 2, 1.0, 1.0), *wrong.layers[1:]), wrong.replies)
     monkeypatch.setattr(stage, "load", lambda *_: fewer)
     alone = CONFIG.but(compare_replies=False)
     verdict = stage.validate_by_engine(alone, bundle, TINY / "data" / "prompts.jsonl", tmp_path)
     assert verdict.problems == (
         "layer 0: num_local_experts is 3 in the engine, 16 in the bundle",
         "layer 0: num_experts_per_tok is 1 in the engine, 2 in the bundle",
+        "layer 0: intermediate_size is 32 in the engine, 64 in the bundle",
     )
 
     def refuse(*_: object) -> LoadedBundle:

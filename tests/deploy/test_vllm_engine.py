@@ -39,9 +39,11 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.models.generation import read_stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.stage_outputs import read_channels, read_orders
 from moesaic.pipelines import example
 from moesaic.recover.calibrate_kv import run as calibrate_kv
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
+from moesaic.search.prune_model.pruning import kept_channels, kept_experts, prune_stored
 from moesaic.search.rank_experts import run as rank_experts
 from moesaic.search.rank_experts.stage import RankExpertsConfig
 
@@ -55,21 +57,22 @@ without_fp8 = pytest.mark.skipif(bool(why_unsupported(fp8_cache=True)), reason=f
 PROMPTS = example() / "data" / "prompts.jsonl"
 BLOCKS = Architecture.of(
     [
-        Block(16, 2, 32),
-        Block(14, 2, 256),
-        Block(15, 2, 32),
-        Block(12, 2),
-        Block(16, 2, 64),
-        Block(13, 2, 256),
-        Block(15, 2, 32),
-        Block(14, 2),
+        Block(16, 2, 64, 32),
+        Block(14, 2, 64, 256),
+        Block(15, 2, 64, 32),
+        Block(12, 2, 64),
+        Block(16, 2, 64, 64),
+        Block(13, 2, 64, 256),
+        Block(15, 2, 64, 32),
+        Block(14, 2, 64),
     ]
 )
 """A gentle child: what it says is nearly what the reasoner says, so that rounding changes few of its tokens."""
 SPARSER = Architecture.of(
-    replace(block, experts_per_token=1 if layer in (2, 5) else 2) for layer, block in enumerate(BLOCKS.blocks)
+    replace(block, experts_per_token=1 if layer in (2, 5) else 2, expert_width=32 if layer in (3, 5, 6) else 64)
+    for layer, block in enumerate(BLOCKS.blocks)
 )
-"""The same where two layers use one expert per token."""
+"""The same where two layers use one expert per token, and three have experts of half the width."""
 ASKED = ValidateBundleConfig(prompts_per_effort=60)
 BRIEFLY = ASKED.but(efforts=("high",), prompts_per_effort=40)
 
@@ -86,9 +89,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rank_experts.run(
         config, parent=parent.directory, calibration_short=short, output=root / "ranking", scratch=root / "scratch"
     )
-    orders = [layer["order"] for layer in json.loads((root / "ranking" / "ranking.json").read_text())["layers"]]
-    write_child(parent, root / "child", orders, BLOCKS)
-    write_child(parent, root / "sparser", orders, SPARSER)
+    write_child(parent, root / "child", root / "ranking", BLOCKS)
+    write_child(parent, root / "sparser", root / "ranking", SPARSER)
     for name, model in (("parent", parent.directory), ("child", root / "child")):
         calibrate_kv.run(
             CalibrateKvConfig(max_sequences=16, max_tokens=512, precision="float32"),
@@ -100,15 +102,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / f"calibrated-{name}" for name in ("parent", "child")} | {"sparser": root / "sparser"}
 
 
-def write_child(parent: Checkpoint, directory: Path, orders: list[list[int]], blocks: Architecture) -> None:
-    def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
+def write_child(parent: Checkpoint, directory: Path, ranking: Path, blocks: Architecture) -> None:
+    orders = read_orders(ranking / "ranking.json", parent.architecture)
+    channels = read_channels(ranking, parent.architecture)
+
+    def shards() -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "model-outer", {name: parent.stored(name) for name in gpt_oss.outer_specs(parent.shape)}
         for layer, block in enumerate(blocks.blocks):
-            kept = sorted(orders[layer][: block.num_experts])
-            tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
-            yield from layer_shards(
-                layer, {name: own[kept] if gpt_oss.is_expert_indexed(name) else own for name, own in tensors.items()}
-            )
+            tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
+            kept = list(kept_experts(orders[layer], block.num_experts))
+            narrower = block.expert_width < parent.architecture.blocks[layer].expert_width
+            best = kept_channels(channels[layer][kept], block.expert_width) if narrower else None
+            yield from layer_shards(layer, prune_stored(tensors, kept, best)[0])
 
     kept_files = [path for path in parent.directory.iterdir() if path.name.startswith(("tokenizer", "chat", "gener"))]
     write_checkpoint(directory, gpt_oss.child_config(parent.config, blocks), shards(), kept_files)
@@ -132,15 +137,9 @@ def bundle_of(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [
-        ("parent", "bf16"),
-        ("child", "bf16"),
-        pytest.param("parent", "fp8", marks=without_fp8),
-        pytest.param("child", "fp8", marks=without_fp8),
-        pytest.param("child", "fp8_unit", marks=without_fp8),
-    ],
+    [("parent", "bf16"), ("child", "bf16"), pytest.param("child", "fp8", marks=without_fp8)],
 )
-def test_the_engine_replies_as_transformers_does_at_every_effort(
+def test_as_it_serves_the_engine_replies_as_transformers_does_but_for_rounding(
     name: str, cache: str, bundle_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     verdict = validate_by_engine(ASKED, bundle_of(name, kv_cache=cache), PROMPTS, tmp_path)
@@ -150,11 +149,30 @@ def test_the_engine_replies_as_transformers_does_at_every_effort(
     assert all(agreement["equal"] >= 0.9 * agreement["replies"] for agreement in verdict.replies.values())
 
 
-def test_layers_use_their_own_number_of_experts_per_token(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
-    """Where a token uses one expert, a near tie of the router turns all of the layer's output, so a reply may part."""
-    lenient = ASKED.but(min_agreeing_replies=0.95)
-    verdict = validate_by_engine(lenient, bundle_of("sparser", kv_cache="bf16"), PROMPTS, tmp_path)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the engine computes MXFP4 models in BF16 alone")
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("child", "bf16"),
+        ("sparser", "bf16"),
+        pytest.param("parent", "fp8", marks=without_fp8),
+        pytest.param("child", "fp8_unit", marks=without_fp8),
+    ],
+)
+def test_in_float32_its_replies_are_those_of_transformers(
+    name: str, cache: str, bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """At every effort at least 99 % of them, token for token.
+
+    With an FP8 cache 95 %: sums in another order differ by 1e-7, which may put a value on the other side of a step.
+    """
+    equal, closest = (0.99, 1e-5) if cache == "bf16" else (0.95, 1e-3)
+    asked = ASKED.but(engine_precision="float32")
+    verdict = validate_by_engine(asked, bundle_of(name, kv_cache=cache), PROMPTS, tmp_path)
     assert verdict.passed, verdict.problems
+    for effort, agreement in verdict.replies.items():
+        assert agreement["equal"] >= equal * agreement["replies"], (effort, agreement)
+        assert agreement["mean_logprob_difference"] < closest, (effort, agreement)
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def check_built(bundle: Path) -> None:
             "num_experts": block.num_experts,
             "num_loaded": block.num_experts,
             "experts_per_token": block.experts_per_token,
+            "expert_width": block.expert_width,
             "window": block.window,
             "rope": turns,
         }

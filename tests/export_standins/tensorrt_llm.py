@@ -73,9 +73,9 @@ class Loaded(nn.Module):
 class MoE(Loaded):
     """A layer's experts."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, intermediate_size: int) -> None:
         super().__init__("w3_w1_weight")
-        self.num_experts = num_experts
+        self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.num_loaded = 0
 
     def load_weights(self, weights: list[Mapping[str, Any]]) -> None:
@@ -111,7 +111,7 @@ class MLPBlock(nn.Module):
         super().__init__()
         self.norm = Loaded("weight")
         self.gate = Loaded("weight", "bias")
-        self.experts = MoE(config.pretrained_config.num_local_experts)
+        self.experts = MoE(config.pretrained_config.num_local_experts, config.pretrained_config.intermediate_size)
         self.top_k = config.pretrained_config.num_experts_per_tok
 
 
@@ -130,6 +130,7 @@ class TransformerBlock(nn.Module):
             "num_experts": experts.num_experts,
             "num_loaded": min(experts.num_loaded, router[0]),
             "experts_per_token": self.mlp.top_k,
+            "expert_width": experts.intermediate_size,
             "window": self.attn(),
             "rope": list(self.attn.rope),
         }

@@ -71,6 +71,19 @@ def test_all_images_are_built_pushed_and_locked(engine: str, calls: Path, tmp_pa
     assert "VERSION=1.2.3" in build_of_search
 
 
+@pytest.mark.parametrize("engine", ["podman", "buildah"])
+@pytest.mark.parametrize(
+    ("registry", "plain"), [("localhost:5000", True), ("127.0.0.1:5000/team", True), ("r:5000", False)]
+)
+def test_a_registry_on_this_machine_may_be_without_tls(
+    engine: str, registry: str, plain: bool, calls: Path, tmp_path: Path
+) -> None:
+    where = ["--registry", registry, "--context", str(tmp_path / "context")]
+    assert build.main(["--engine", engine, "--version", "1", "--only", "kv", *where]) == 0
+    (push,) = [line for line in calls.read_text().splitlines() if line.startswith("push ")]
+    assert ("--tls-verify=false" in push) == plain
+
+
 def test_images_are_built_side_by_side(calls: Path, tmp_path: Path) -> None:
     assert build.main(["--version", "1", "--registry", "r", "--context", str(tmp_path / "context")]) == 0
     first_push = [line.split()[0] for line in calls.read_text().splitlines()].index("push")

@@ -16,8 +16,13 @@ COSTS = {(4, 8): (40, 4.0, 2.0, 2**18), (2, 8): (20, 3.0, 2.0, 2**18), (4, None)
 
 
 def block(entry: tuple[int, int | None]) -> dict[str, int | None]:
-    """A token uses half of the experts."""
-    return {"num_local_experts": entry[0], "num_experts_per_tok": entry[0] // 2, "sliding_window": entry[1]}
+    """A token uses half of the experts, each of which is the wider the more there are."""
+    return {
+        "num_local_experts": entry[0],
+        "num_experts_per_tok": entry[0] // 2,
+        "intermediate_size": 16 * entry[0],
+        "sliding_window": entry[1],
+    }
 
 
 def solution(

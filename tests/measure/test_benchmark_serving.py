@@ -24,7 +24,7 @@ TINY = SweptWorkload(name="tiny", input_tokens=24, output_tokens=24, concurrenci
 CONFIG = BenchmarkServingConfig(
     workloads=(TINY,), requests_per_user=3, repeats=2, more_repeats=0, child_kv_cache="fp8_unit"
 )
-BLOCKS = Architecture.of([Block(8, 2, 8), Block(5, 1, 16), Block(2, 2, 8), Block(8, 1)]).blocks
+BLOCKS = Architecture.of([Block(8, 2, 64, 8), Block(5, 1, 64, 16), Block(2, 2, 64, 8), Block(8, 1, 64)]).blocks
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ def test_sizes() -> None:
     assert found["parameters"] == {"parent": 180, "child": 160, "ratio": 160 / 180}
     assert found["experts"] == {"parent": 8, "child": 6, "ratio": 0.75}
     assert found["experts_per_token"] == {"parent": 4, "child": 3, "ratio": 0.75}
+    assert found["expert_width"] == {"parent": 128, "child": 96, "ratio": 0.75}
     assert found["windowed_layers"] == {"full_in_parent": 1, "windowed_in_child": 1, "full_in_child": 0}
     assert found["kv_mib_per_request"]["long"] == {"parent": 1.25, "child": 0.5, "ratio": 0.4}
 
@@ -97,6 +98,7 @@ def test_the_headline_is_computed() -> None:
     shown = text()
     for part in (
         "The child keeps 75 % of the experts and 89 % of the parameters, uses 75 % of the experts per token, "
+        "keeps 75 % of their width, "
         "turns 1 of 1 full-attention layers",
         "keeps 90.0 % of the parent's accuracy at high effort (-9.0 [-20.0, +1.5] points), and generates 1.50x the",
         "that is at best 1.88x, at high effort",

@@ -136,7 +136,8 @@ def test_the_curve_pairs_training_with_held_out_and_leaves_out_what_was_not_comp
 def test_the_sentences_are_computed() -> None:
     shown = text()
     for part in (
-        "keeps 89 % of the parameters, 75 % of the experts, 75 % of those that a token uses and "
+        "keeps 89 % of the parameters, 75 % of the experts, 75 % of those that a token uses, "
+        "75 % of their width and "
         "0 of 1 full-attention layers (the others",
         "Of the parent's accuracy it keeps 102.0 % at low and 100.0 % at high effort, a difference of +1.0 [-6.5,",
         "it is at best 2.00x the parent, at high effort.",

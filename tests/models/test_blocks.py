@@ -10,7 +10,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from moesaic.models import gpt_oss, layers, loading
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
-from moesaic.search.prune_model.pruning import prune_layer
+from moesaic.search.prune_model.pruning import narrow_experts, prune_layer
 from tests.closeness import assert_near
 from tests.layer_states import layer_state
 
@@ -35,15 +35,20 @@ def random_tokens(rows: int = 2, time: int = 40) -> Tensor:
 
 
 def stream(
-    checkpoint: Checkpoint, tokens: Tensor, kept: list[list[int]] | None = None, layout: Architecture | None = None
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    kept: list[list[int]] | None = None,
+    layout: Architecture | None = None,
+    channels: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Logits, one layer in memory at a time; with other experts and blocks if given."""
+    """Logits, one layer in memory at a time; with other experts, blocks, and channels of some layers, if given."""
     (hidden,) = loading.embed(checkpoint, [tokens])
     rotary = loading.rotary(checkpoint, tokens.shape[1])
     for layer, block in enumerate((layout or checkpoint.architecture).blocks):
         module = loading.load_block(checkpoint, layer)
         own = None if kept is None else kept[layer]
-        hidden = layers.run_block(module, hidden, rotary, block.window, own, block.experts_per_token)
+        narrow = (channels or {}).get(layer)
+        hidden = layers.run_block(module, hidden, rotary, block.window, own, block.experts_per_token, narrow)
     head = loading.load_head(checkpoint)
     return head.logits(head.norm(hidden))
 
@@ -76,21 +81,26 @@ def test_right_padding_changes_no_real_token(tiny_checkpoint: Checkpoint):
 
 
 def test_a_puzzle_checkpoint_equals_masking_its_parent(tiny_checkpoint: Checkpoint, tmp_path: Path):
-    """A child with 8, 6, 3, 2 experts, 1 or 2 per token, and a window per layer, cut out, against router masks."""
-    layout = Architecture.of([Block(8, 1, 8), Block(6, 2, 4), Block(3, 2, 8), Block(2, 1, None)])
+    """A child with 8, 6, 3, 2 experts, 1 or 2 per token, a window and a width per layer, cut out, against masks.
+
+    The channels of layer 1 are a whole group of MXFP4, which loses nothing.
+    """
+    layout = Architecture.of([Block(8, 1, 64, 8), Block(6, 2, 32, 4), Block(3, 2, 64, 8), Block(2, 1, 64, None)])
+    group = torch.arange(32, 64).expand(8, -1)
     kept = [list(range(8)), [0, 1, 3, 4, 6, 7], [1, 2, 5], [0, 7]]
 
     def shards():
         yield "model-outer", {name: tiny_checkpoint.tensor(name) for name in gpt_oss.outer_specs(tiny_checkpoint.shape)}
         for layer in range(4):
             tensors = {name: tiny_checkpoint.tensor(name) for name in tiny_checkpoint.layer_names(layer)}
-            yield from layer_shards(layer, prune_layer(tensors, kept[layer]))
+            pruned = prune_layer(tensors, kept[layer])
+            yield from layer_shards(layer, narrow_experts(pruned, group[kept[layer]])[0] if layer == 1 else pruned)
 
     write_checkpoint(tmp_path / "child", gpt_oss.child_config(tiny_checkpoint.config, layout), shards())
     child = Checkpoint.open(tmp_path / "child")
     assert child.config["model_type"] == "gpt_oss_puzzle"
     tokens = random_tokens()
-    masked = stream(tiny_checkpoint, tokens, kept, layout)
+    masked = stream(tiny_checkpoint, tokens, kept, layout, {1: group})
     assert (masked - stream(tiny_checkpoint, tokens)).abs().max() > 0.1
     assert_near(stream(child, tokens), masked)
 
@@ -107,6 +117,25 @@ def test_masking_equals_slicing(tiny_checkpoint: Checkpoint, top_k: int | None):
     normed = sliced.post_attention_layernorm(states)
     assert_near(states + sliced.mlp(normed.unsqueeze(0))[0][0], masked)  # transformers' own layer
     assert block.mlp.experts.gate_up_proj.shape[0] == 8
+
+
+def test_narrow_experts_equal_those_whose_other_channels_are_masked(tiny_checkpoint: Checkpoint):
+    """Another choice for every expert, in any order; what the other channels add to the output is zero."""
+    block = loading.load_block(tiny_checkpoint, 1)
+    states = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    channels = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(n))[:20] for n in range(8)])
+    narrowed = layers.mix(block, states, channels=channels)
+    sliced = layers.slice_block(block, range(8), channels)
+    assert sliced.mlp.experts.gate_up_proj.shape == (8, 64, 40)
+    assert sliced.mlp.experts.down_proj.shape == (8, 20, 64)
+    normed = sliced.post_attention_layernorm(states)
+    assert_near(states + sliced.mlp(normed.unsqueeze(0))[0][0], narrowed)  # transformers' own layer
+    masked = torch.zeros_like(block.mlp.experts.down_proj)
+    for expert, kept in enumerate(channels):
+        masked[expert, kept] = block.mlp.experts.down_proj[expert, kept]
+    assert (narrowed - layers.mix(block, states)).abs().max() > 0.1
+    block.mlp.experts.down_proj.data = masked
+    assert_near(layers.mix(block, states), narrowed)
 
 
 def test_routing_keeps_the_outputs_the_layer_mixes(tiny_checkpoint: Checkpoint):

@@ -27,12 +27,13 @@ from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.loading import check_weights
 from tests.conftest import parent_config
 
-SHAPE = gpt_oss.ModelShape(32, 32, 2, 1, 16, 32, 256)
-BLOCKS = Architecture.of([Block(2, 1, 8), Block(2, 1)])
+SHAPE = gpt_oss.ModelShape(32, 2, 1, 16, 32, 256)
+BLOCKS = Architecture.of([Block(2, 1, 32, 8), Block(2, 1, 32)])
 CONFIG = parent_config() | {
     "num_hidden_layers": 2,
     "num_local_experts": 2,
     "hidden_size": 32,
+    "intermediate_size": 32,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "vocab_size": 32,
@@ -283,6 +284,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Folder], object], str]] = {
         lambda folder: folder.only().update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}),
         r"lora_A\.weight is of an adapter; merge it",
     ),
+    "experts of a width that is not packed": (
+        lambda folder: folder.config.update(intermediate_size=40),
+        "expert width 40 cannot be stored in MXFP4, which packs multiples of 32",
+    ),
     "another quantization": (
         lambda folder: folder.only().update({"model.layers.0.self_attn.k_proj.output_scale": torch.ones(1)}),
         r"k_proj\.output_scale is of a quantization, or a KV cache, that Moesaic does not read",
@@ -374,7 +379,7 @@ def test_a_number_that_is_not_finite_is_named(tmp_path: Path, name: str, value: 
             read(directory)
 
 
-@pytest.mark.parametrize("row", [Block(2, 1, 8), None])
+@pytest.mark.parametrize("row", [Block(2, 1, 32, 8), None])
 def test_scales_of_a_cache_are_not_inherited(tmp_path: Path, row: Block | None) -> None:
     folder = Folder()
     folder.only()["model.layers.0.self_attn.k_scale"] = torch.tensor(0.5)

@@ -13,7 +13,7 @@ from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import BLOCK_KEYS, GptOssPuzzleConfig
 from moesaic.models.resolved_config import resolve
 
-BLOCKS = Architecture.of([Block(4, 2, 8), Block(8, 1), Block(2, 2, 8), Block(6, 1, 5)])
+BLOCKS = Architecture.of([Block(4, 2, 64, 8), Block(8, 1, 64), Block(2, 2, 32, 8), Block(6, 1, 64, 5)])
 
 
 @pytest.fixture
@@ -51,14 +51,16 @@ def test_transformers_own_config_reads_the_same_layers(written: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("spelling", ["block_configs", "per_layer_config"])
-def test_an_entry_without_experts_per_token_means_the_models_own(written: dict[str, Any], spelling: str) -> None:
+def test_an_entry_without_experts_per_token_or_width_means_the_models_own(
+    written: dict[str, Any], spelling: str
+) -> None:
     """Children of before had no such entry; transformers reads ``per_layer_config`` so."""
     alone = {key: value for key, value in written.items() if key != spelling}
     kept = alone["per_layer_config" if spelling == "block_configs" else "block_configs"]
     for entry in kept.values() if isinstance(kept, dict) else kept:
-        del entry["num_experts_per_tok"]
+        del entry["num_experts_per_tok"], entry["intermediate_size"]
     _, read = gpt_oss.read_config(resolve(alone))
-    assert read == Architecture.of(replace(block, experts_per_token=2) for block in BLOCKS.blocks)
+    assert read == Architecture.of(replace(block, experts_per_token=2, expert_width=64) for block in BLOCKS.blocks)
 
 
 def test_a_second_name_of_the_parents_value_is_not_passed_on(tiny_checkpoint: Checkpoint) -> None:

@@ -32,8 +32,8 @@ def parent(tiny_parent: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def child(parent: PreTrainedModel) -> PreTrainedModel:
-    """A random child: experts, experts per token, and windows of 3 and 12 tokens beside full attention differ."""
-    blocks = [Block(4, 1, 8), Block(8, 2), Block(2, 2, 3), Block(5, 1, 12)]
+    """A random child: experts, their width, experts per token, and windows beside full attention differ."""
+    blocks = [Block(4, 1, 32, 8), Block(8, 2, 32), Block(2, 2, 64, 3), Block(5, 1, 20, 12)]
     values = parent.config.to_dict() | {
         "model_type": "gpt_oss_puzzle",
         "block_configs": [block.as_config() for block in blocks],

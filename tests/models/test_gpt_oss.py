@@ -63,7 +63,7 @@ def test_kv_cache_of_one_sequence_in_fp8(tokens: int, parent_gb: float, child_gb
 
 
 def test_packed_experts_take_four_and_a_quarter_bits() -> None:
-    specs = gpt_oss.layer_specs(GPT_OSS_120B, 0, Block(1, 1))
+    specs = gpt_oss.layer_specs(GPT_OSS_120B, 0, Block(1, 1, 2880))
     packed = [spec for name, spec in specs.items() if name.endswith(("_blocks", "_scales"))]
     weights = sum(spec.num_parameters for spec in packed)
     assert weights == 2880 * 5760 + 2880 * 2880
@@ -71,16 +71,16 @@ def test_packed_experts_take_four_and_a_quarter_bits() -> None:
 
 
 def test_unpacked_layers_have_the_same_parameters() -> None:
-    packed = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64, 4))
-    unpacked = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64, 4), packed=False)
+    packed = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64, 4, 2880))
+    unpacked = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64, 4, 2880), packed=False)
     count = sum(spec.num_parameters for spec in packed.values())
     assert count == sum(spec.num_parameters for spec in unpacked.values())
     assert sum(spec.num_bytes for spec in unpacked.values()) == 2 * count
 
 
 def test_trainable_groups_cover_everything_but_the_experts_once():
-    shape = gpt_oss.ModelShape(64, 32, 4, 2, 16, 64, 512)
-    layers = Architecture.of([Block(4, 2, None), Block(2, 1, 8)])
+    shape = gpt_oss.ModelShape(64, 4, 2, 16, 64, 512)
+    layers = Architecture.of([Block(4, 2, 32, None), Block(2, 1, 32, 8)])
     groups = ("attention", "norms", "router", "embedding", "head")
     parts = [gpt_oss.trainable_names(shape, layers, [group]) for group in groups]
     names = [name for part in parts for name in part]

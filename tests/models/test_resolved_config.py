@@ -200,7 +200,7 @@ def test_any_config_is_resolved_as_its_class_does_or_refused(config: Mapping[str
     assert same_angles(as_class(resolved), reference)
     assert all(resolved[key] == getattr(reference, key) for key in ("layer_types", "eos_token_id", "sliding_window"))
     assert (shape.hidden_size, architecture.num_layers) == (reference.hidden_size, reference.num_hidden_layers)
-    child = gpt_oss.child_config(resolved, Architecture.of([Block(4, 2, 16)] * 2))
+    child = gpt_oss.child_config(resolved, Architecture.of([Block(4, 2, 64, 16)] * 2))
     assert same_angles(as_class(json.loads(json.dumps(child))), reference)
-    assert gpt_oss.read_config(resolve(child))[1] == Architecture.of([Block(4, 2, 16)] * 2)
+    assert gpt_oss.read_config(resolve(child))[1] == Architecture.of([Block(4, 2, 64, 16)] * 2)
     assert resolve(resolved) == resolved

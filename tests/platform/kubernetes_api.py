@@ -67,11 +67,12 @@ class KubernetesApi:
         conditions[:] = [one for one in conditions if one["type"] != kind]
         conditions.append({"type": kind, "status": str(value), "reason": reason or kind, "message": message})
 
-    def set_workload(self, job: str, message: str) -> None:
-        """Let Kueue say why it does not admit a job."""
+    def set_workload(self, job: str, message: str | None) -> None:
+        """Let Kueue say why it does not admit a job, or not yet have looked at it."""
         condition = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": message}
         labels = {"kueue.x-k8s.io/job-uid": self.jobs[job]["metadata"]["uid"]}
-        self.workloads[job] = {"metadata": {"name": job, "labels": labels}, "status": {"conditions": [condition]}}
+        status = {"status": {"conditions": [condition]}} if message else {}
+        self.workloads[job] = {"metadata": {"name": job, "labels": labels}, **status}
 
     def set_pod(self, job: str, rank: int, phase: str, state: Object | None = None, suffix: str = "abcde") -> str:
         """Set the pod of a TrainJob's node, as JobSet labels it, and return its name."""

@@ -203,6 +203,14 @@ def test_one_image_for_all_stages_and_limits_above_what_is_asked_for() -> None:
         ({"stages": {"score_block": "gpu"}}, "score_block"),
         ({"stages": {"distill": "tpu"}}, "tpu"),
         ({"default": "tpu"}, "tpu"),
+        (
+            {"nodes": {"cpu": {"cpu": 2, "memory": "7Gi", "memory_limit": "4Gi"}}},
+            "memory_limit 4Gi is less than memory 7Gi",
+        ),
+        (
+            {"nodes": {"cpu": {"cpu": "1.5", "cpu_limit": "900m", "memory": "7Gi"}}},
+            "cpu_limit 900m is less than cpu 1.5",
+        ),
         ({"nodes": {"cpu": {"cpu": 2, "memory": "4 GB"}, "gpu": SMALL["nodes"]["gpu"]}}, "memory"),
         ({"environment": {"AWS_SECRET_ACCESS_KEY": "abc"}}, "AWS_SECRET_ACCESS_KEY"),
         ({"environment": {"MLFLOW_TRACKING_URI": "http://user:word@mlflow"}}, "MLFLOW_TRACKING_URI"),

@@ -90,6 +90,7 @@ def training(api: KubernetesApi) -> Iterator[None]:
     """The scenes of a TrainJob that waits in the queue, starts, prints and completes."""
     yield
     api.condition(NAME, "Suspended", True, message="TrainJob is suspended")
+    api.set_workload(NAME, None)  # Kueue has made it, and has said nothing of it
     yield
     api.set_workload(NAME, "insufficient quota for cpu, 80 more needed")
     yield

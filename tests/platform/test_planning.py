@@ -55,18 +55,17 @@ INGEST = IngestConfig(parent="a", calibration_short="b", calibration_long="c", p
 
 SHAPE = ModelShape(
     hidden_size=64,
-    intermediate_size=32,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
     vocab_size=64,
     max_positions=512,
 )
-PARENT = Architecture.of(Block(8, 2, None if layer % 2 else 8) for layer in range(4))
-CHILD = PARENT.replace(1, Block(4, 2, 16)).replace(3, Block(4, 2))
+PARENT = Architecture.of(Block(8, 2, 64, None if layer % 2 else 8) for layer in range(4))
+CHILD = PARENT.replace(1, Block(4, 2, 64, 16)).replace(3, Block(4, 2, 64))
 TINY = Facts(SHAPE, PARENT, True, CHILD, None, Assumed(num_prompts=10, num_tasks=2, prompt_tokens=5, reply_share=0.5))
 
-EXPERT_BYTES = (2 * 32 * 64 + 64 * 32) * 17 // 32 + 2 * (2 * 32 + 64)
+EXPERT_BYTES = 3 * 64 * 64 * 17 // 32 + 2 * (2 * 64 + 64)
 """Packed gate_up and down, 4.25 bits a value, and their BF16 biases."""
 ROUTER_BYTES = 2 * (64 + 1)
 ATTENTION_BYTES = 2 * (2 * 64 + 4 + (64 * 64 + 64) + 2 * (32 * 64 + 32) + (64 * 64 + 64))
@@ -97,9 +96,9 @@ def test_ranking_reads_all_but_the_head_once() -> None:
     config = RankExpertsConfig(max_sequences=3, max_tokens=7)
     needs = run(task("rank_experts", config, "ingest"))["rank_experts"].needs
     assert needs.read_bytes == PARENT_BYTES - 2 * 64 * 64
-    layer_parameters = 8 * (3 * 32 * 64 + 2 * 32 + 64 + 64 + 1) + ATTENTION_BYTES // 2
+    layer_parameters = 8 * (3 * 64 * 64 + 2 * 64 + 64 + 64 + 1) + ATTENTION_BYTES // 2
     layer_bytes = 8 * (EXPERT_BYTES + ROUTER_BYTES) + ATTENTION_BYTES
-    routed = 4 * 21 * (64 * (2 + 3 * 3) + 3 * 3 * 32 / 8)
+    routed = 4 * 21 * (64 * (2 + 3 * 3) + 3 * 3 * 64 / 8)
     assert needs.device_bytes == 4 * layer_parameters + layer_bytes + routed
     assert (needs.host_bytes, needs.state_bytes) == (2 * 64 * 64, 4 * 21 * 64)
     assert needs.counts == {"tokens": 21}
@@ -112,7 +111,7 @@ def test_calibration_holds_a_layer_at_a_time() -> None:
     assert needs.read_bytes == PARENT_BYTES
     assert needs.host_bytes == 2 * 64 * 64 + 4 * 21 * 64, "the embedding, and all states"
     larger = run(task("calibrate_kv", calibration.but(batch_tokens=21), "ingest"))["calibrate_kv"].needs
-    assert larger.device_bytes - needs.device_bytes == 4 * 7 * (64 * (3 + 3 * 2) + 3 * 2 * 32 / 8)
+    assert larger.device_bytes - needs.device_bytes == 4 * 7 * (64 * (3 + 3 * 2) + 3 * 2 * 64 / 8)
 
 
 def test_scoring_counts_what_scoring_does() -> None:
@@ -263,7 +262,7 @@ def test_time_is_what_the_table_says() -> None:
     """8192 tokens in sequences of 1024 are one chunk; on 8 GPUs all eight are busy for it."""
     target = Target(H100, GPT_OSS_120B, 8, "fp8")
     facts = Facts(GPT_OSS_120B, GPT_OSS_120B_BLOCKS, True, GPT_OSS_PUZZLE_88B_BLOCKS, target)
-    block = Block(128, 4)
+    block = Block(128, 4, 2880)
     expected = target.pass_ms(block, 8192) + 8 * target.prompt_attention_ms(block, 1024)
     assert forward_ms(facts, [block, block], 8192, 1024, head=False) == pytest.approx(8 * 2 * expected)
 
@@ -291,7 +290,7 @@ def test_learning_counts_operations() -> None:
 def test_a_child_to_plan_with() -> None:
     config = SearchArchitectureConfig(max_experts_ratio=0.7)
     assert assume_child(GPT_OSS_120B_BLOCKS, config) == GPT_OSS_PUZZLE_88B_BLOCKS
-    assert assume_child(PARENT, config) == Architecture.of(Block(5, 2, block.window) for block in PARENT.blocks)
+    assert assume_child(PARENT, config) == Architecture.of(Block(5, 2, 64, block.window) for block in PARENT.blocks)
 
 
 def _plan_120b() -> list[Planned]:

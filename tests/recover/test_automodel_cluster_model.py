@@ -24,7 +24,7 @@ from moesaic.models.attention import document_starts, sink_attention
 from moesaic.models.checkpoint import Checkpoint, layer_shards, rewrite_checkpoint, write_checkpoint
 from moesaic.recover.distill.automodel.cluster_attention import TILE, first_keys, flex_sink_attention, tile_mask
 from moesaic.recover.distill.automodel.expert_parallel import check_expert_parallel
-from moesaic.search.prune_model.pruning import prune_layer
+from tests.children import first_of
 from tests.closeness import assert_near
 from tests.layer_states import layer_state
 from tests.other_user import as_user, needs_root
@@ -35,8 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
 ]
 
-CHILD = Architecture.of([Block(8, 2, 24), Block(6, 1, None), Block(4, 2, 5), Block(2, 1, 100)])
-UNEVEN = Architecture.of([Block(8, 2, 24), Block(5, 1, None), Block(4, 2, 5), Block(3, 2, 100)])
+CHILD = Architecture.of([Block(8, 2, 64, 24), Block(6, 1, 32, None), Block(4, 2, 64, 5), Block(2, 1, 64, 100)])
+UNEVEN = Architecture.of([Block(8, 2, 64, 24), Block(5, 1, 64, None), Block(4, 2, 64, 5), Block(3, 2, 64, 100)])
 LONG, SHORT = [100, 37, 1, 62], [9]
 """Lengths of the documents packed into one row."""
 GROUPS = ("attention", "norms", "router", "embedding", "head")
@@ -94,7 +94,7 @@ def write_child(parent: Checkpoint, directory: Path, packed: bool, architecture:
             if not packed:
                 prefix = gpt_oss.layer_prefix(layer)
                 tensors = {prefix + name: value for name, value in layer_state(parent, layer, torch.bfloat16).items()}
-            yield from layer_shards(layer, prune_layer(tensors, range(block.num_experts)))
+            yield from layer_shards(layer, first_of(tensors, block))
 
     config = {**gpt_oss.child_config(parent.config, architecture), "router_aux_loss_coef": 0.9}
     if not packed:
@@ -225,7 +225,7 @@ def test_attention_that_cannot_do_all_of_it_is_refused(child: Path, cluster_mode
 
 
 def test_experts_must_divide_evenly_among_ranks() -> None:
-    architecture = Architecture.of([Block(16, 2, None), Block(12, 2, None), Block(4, 2, None)])
+    architecture = Architecture.of([Block(16, 2, 64, None), Block(12, 2, 64, None), Block(4, 2, 64, None)])
     for fitting in (1, 2, 4):
         check_expert_parallel(architecture, fitting)
     with pytest.raises(ConfigError, match=r"layer 1 has 12 experts.* 8 .*use an expert-parallel size of 1, 2, 4, or"):

@@ -80,7 +80,7 @@ def test_on_gpus_exactly_what_does_not_learn_is_frozen(words: tuple[str, ...]) -
     frozen = render(CONFIG.model_copy(update={"trainable": words}), job(on_gpus=True))["freeze_config"][
         "freeze_modules"
     ]
-    shape, blocks = gpt_oss.GPT_OSS_20B, Architecture.of([Block(8, 4, None), Block(4, 4, 16)])
+    shape, blocks = gpt_oss.GPT_OSS_20B, Architecture.of([Block(8, 4, 2880, None), Block(4, 4, 2880, 16)])
     learning = set()
     for name in gpt_oss.tensor_specs(shape, blocks, packed=False):
         module = name.replace(".mlp.router.", ".mlp.gate.").rpartition(".")[0]
@@ -104,8 +104,8 @@ def test_rows_of_a_step_must_be_whole_forward_passes_of_all_ranks() -> None:
 
 def test_as_many_gpus_share_experts_as_every_layer_of_both_models_allows() -> None:
     parent, child = (
-        Architecture.of([Block(128, 4, None)] * 2),
-        Architecture.of([Block(64, 4, None), Block(96, 4, None)]),
+        Architecture.of([Block(128, 4, 2880, None)] * 2),
+        Architecture.of([Block(64, 4, 2880, None), Block(96, 4, 2880, None)]),
     )
     assert expert_parallel_size(8, parent, child) == 8
     assert expert_parallel_size(64, parent, child) == 32

@@ -100,7 +100,7 @@ def test_the_first_difference_is_named(policy: Callable[..., Path], tmp_path: Pa
     high, wider, longer, windowed = (policy(name, 1.0) for name in ("high", "wider", "longer", "windowed"))
     config = json.loads((windowed / "config.json").read_text())
     (windowed / "config.json").write_text(json.dumps(config | {"sliding_window": 9}))
-    with pytest.raises(ArtifactError, match=r"layer 0 is 8e/top-2/9, the other.s 8e/top-2/8"):
+    with pytest.raises(ArtifactError, match=r"layer 0 is 8e/top-2/64w/9, the other.s 8e/top-2/64w/8"):
         average([high, windowed], tmp_path / "a")
 
     source = Checkpoint.open(wider)

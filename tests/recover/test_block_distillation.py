@@ -48,8 +48,8 @@ def test_the_gradient_is_of_the_child_alone_and_skips_padding():
 
 
 def test_changed_layers_are_those_with_another_count_or_window():
-    parent = Architecture.of([Block(8, 2, 32), Block(8, 2), Block(8, 2, 32), Block(8, 2)])
-    child = Architecture.of([Block(8, 2, 32), Block(4, 1), Block(8, 2, 32), Block(8, 2, 64)])
+    parent = Architecture.of([Block(8, 2, 64, 32), Block(8, 2, 64), Block(8, 2, 64, 32), Block(8, 2, 64)])
+    child = Architecture.of([Block(8, 2, 64, 32), Block(4, 1, 64), Block(8, 2, 64, 32), Block(8, 2, 64, 64)])
     assert changed_layers(parent, child) == [1, 3]
     assert changed_layers(parent, parent) == []
 

@@ -28,7 +28,7 @@ from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 from moesaic.search.prune_model.pruning import prune_layer
 from tests.closeness import ROUNDING
 
-BLOCKS = Architecture.of([Block(4, 2, 8), Block(8, 2), Block(2, 2, 8), Block(6, 2, 5)])
+BLOCKS = Architecture.of([Block(4, 2, 64, 8), Block(8, 2, 64), Block(2, 2, 64, 8), Block(6, 2, 64, 5)])
 OUTLIERS = 1
 """The layer whose keys are large."""
 CONFIG = CalibrateKvConfig(max_sequences=7, max_tokens=40, batch_tokens=100, precision="float32")

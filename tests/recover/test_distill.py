@@ -40,7 +40,7 @@ CONFIG = DistillConfig(
     checkpoint_every_steps=2,
     precision="float32",
 )
-CHILD = Architecture.of([Block(4, 2, 8), Block(8, 2, 16), Block(4, 2, 8), Block(6, 2, None)])
+CHILD = Architecture.of([Block(4, 2, 64, 8), Block(8, 2, 64, 16), Block(4, 2, 64, 8), Block(6, 2, 64, None)])
 
 
 @pytest.fixture(scope="module")
@@ -134,42 +134,6 @@ def test_experts_and_router_stay_as_they_were_byte_for_byte(
     assert (trained[0] / "tokenizer.json").read_bytes() == (child / "tokenizer.json").read_bytes()
 
 
-def test_a_killed_run_on_two_ranks_ends_like_an_undisturbed_one_on_one(
-    trained: tuple[Path, dict[str, float]],
-    child: Path,
-    tiny_parent: Path,
-    traces: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv(NUM_PROCESSES, "2")
-    curve = tmp_path / "scratch" / "training.jsonl"
-    command = (
-        "import sys; from pathlib import Path; from moesaic.recover.distill.stage import DistillConfig; "
-        "from moesaic.recover.distill import run as distill;"
-        "c, p, t, o, s = map(Path, sys.argv[2:]); o.mkdir(); s.mkdir();"
-        "distill.run(DistillConfig.parse(sys.argv[1]), child=c, parent=p, traces=t, output=o, scratch=s)"
-    )
-    places = map(str, (child, tiny_parent, traces, tmp_path / "output", tmp_path / "scratch"))
-    stage = subprocess.Popen([sys.executable, "-c", command, CONFIG.to_json(), *places])
-    while stage.poll() is None and max((row["step"] for row in read_curve(curve)), default=0) < 3:
-        time.sleep(0.02)
-    tree = psutil.Process(stage.pid).children(recursive=True)
-    stage.kill()  # and nothing else: the engine must notice by itself
-    stage.wait()
-    assert len(tree) >= 3
-    _, alive = psutil.wait_procs(tree, timeout=60)
-    assert not alive
-    assert 3 <= max(row["step"] for row in read_curve(curve)) < 6
-    metrics = distilled(CONFIG, child, tiny_parent, traces, tmp_path)
-    for resumed, undisturbed in zip(
-        read_curve(tmp_path / "output" / "training.jsonl"), read_curve(trained[0] / "training.jsonl"), strict=True
-    ):
-        assert_same_row(resumed, undisturbed)
-    assert_same_row(metrics, trained[1])
-    assert "Loading checkpoint" in (tmp_path / "scratch" / "engine.log").read_text()
-
-
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
     """A Kubernetes API whose nodes are processes of this machine."""
@@ -188,31 +152,58 @@ def two_nodes(shared: Path) -> ClusterJob:
     return ClusterJob(settings, key="0123456789abcdef" * 4)
 
 
-def test_two_nodes_of_a_job_end_like_one_process_here(
+def test_a_run_killed_on_two_ranks_goes_on_as_a_job_of_two_nodes_and_ends_like_one_process(
     trained: tuple[Path, dict[str, float]],
     child: Path,
     tiny_parent: Path,
     traces: Path,
     tmp_path: Path,
     api: KubernetesApi,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The job's own command, once for each node, meets by the variables that Kubeflow Trainer sets."""
-    for name in ("output", "scratch"):
-        (tmp_path / name).mkdir()
-    places = {"output": tmp_path / "output", "scratch": tmp_path / "scratch", "nodes": two_nodes(tmp_path)}
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    output.mkdir()
+    scratch.mkdir()
+    with monkeypatch.context() as two_ranks:
+        two_ranks.setenv(NUM_PROCESSES, "2")
+        kill_in_mid_training(child, tiny_parent, traces, output, scratch)
+    places = {"output": output, "scratch": scratch, "nodes": two_nodes(tmp_path)}
     metrics = distill.run(CONFIG, child=child, parent=tiny_parent, traces=traces, **places)
     assert_same_row(metrics, trained[1])
-    for shared, alone in zip(
-        read_curve(tmp_path / "output" / "training.jsonl"), read_curve(trained[0] / "training.jsonl"), strict=True
+    for resumed, undisturbed in zip(
+        read_curve(output / "training.jsonl"), read_curve(trained[0] / "training.jsonl"), strict=True
     ):
-        assert_same_row(shared, alone)
+        assert_same_row(resumed, undisturbed)
     (job,) = api.jobs.values()
     assert "--standalone" not in job["spec"]["trainer"]["args"]
     assert len(api.processes) == 2
     errors = capfd.readouterr().err
     assert "2 of 2 nodes run" in errors and "distill: step 6/6" in errors
-    assert "step 6" in (tmp_path / "scratch" / "engine.log").read_text()
+    log = (scratch / "engine.log").read_text()
+    assert "Loading checkpoint" in log and "step 6" in log
+
+
+def kill_in_mid_training(*places: Path) -> None:
+    """Start the stage, kill its process and nothing else: the engine must notice by itself."""
+    command = (
+        "import sys; from pathlib import Path; from moesaic.recover.distill.stage import DistillConfig; "
+        "from moesaic.recover.distill import run as distill;"
+        "c, p, t, o, s = map(Path, sys.argv[2:]);"
+        "distill.run(DistillConfig.parse(sys.argv[1]), child=c, parent=p, traces=t, output=o, scratch=s)"
+    )
+    curve = places[-1] / "training.jsonl"
+    stage = subprocess.Popen([sys.executable, "-c", command, CONFIG.to_json(), *map(str, places)])
+    while stage.poll() is None and max((row["step"] for row in read_curve(curve)), default=0) < 3:
+        time.sleep(0.02)
+    tree = psutil.Process(stage.pid).children(recursive=True)
+    stage.kill()
+    stage.wait()
+    assert len(tree) >= 3
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert not alive
+    assert 3 <= max(row["step"] for row in read_curve(curve)) < 6
 
 
 def test_a_job_that_diverges_ends_with_advice_and_the_node(

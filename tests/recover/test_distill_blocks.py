@@ -67,7 +67,7 @@ def child(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layer 1 keeps half of its experts; layer 3 uses one expert per token and sees 4 tokens."""
     directory = tmp_path_factory.mktemp("child")
     parent = Checkpoint.open(tiny_parent).architecture
-    found = parent.replace(1, Block(4, 2)).replace(3, Block(8, 1, 4))
+    found = parent.replace(1, Block(4, 2, 64)).replace(3, Block(8, 1, 64, 4))
     (directory / "ranking.json").write_text(json.dumps({"layers": [{"order": list(range(8))}] * 4}))
     candidates = {"puzzle": {"blocks": [block.as_config() for block in found.blocks]}}
     (directory / "architecture.json").write_text(json.dumps({"candidates": candidates}))
@@ -108,7 +108,9 @@ def finished(child: Path, tiny_parent: Path, calibration: Path, tmp_path_factory
     stage = subprocess.Popen(command, start_new_session=True)
     checkpoints = scratch / "layer-001" / "checkpoints"
     _wait_until(lambda: any(checkpoints.glob("*-last.ckpt")) or stage.poll() is not None)
+    os.killpg(stage.pid, signal.SIGSTOP)  # or the worker might finish its block before it learns of the kill
     stage.send_signal(signal.SIGKILL)
+    os.killpg(stage.pid, signal.SIGCONT)
     assert stage.wait() == -signal.SIGKILL, "it ended before it could be killed"
     _wait_until(lambda: not _alive(stage.pid))  # the worker, which is in its process group, must not go on alone
     assert not (scratch / "layer-003" / "result.json").exists() and not output.exists()

@@ -20,15 +20,14 @@ from tests.recover.two_ranks import run_two_ranks
 
 SHAPE = ModelShape(
     hidden_size=64,
-    intermediate_size=96,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
     vocab_size=512,
     max_positions=512,
 )
-PARENT = Architecture.of([Block(8, 2, 24), Block(8, 2, None)])
-CHILD = Architecture.of([Block(4, 2, 24), Block(6, 2, 64)])
+PARENT = Architecture.of([Block(8, 2, 96, 24), Block(8, 2, 96, None)])
+CHILD = Architecture.of([Block(4, 2, 96, 24), Block(6, 2, 96, 64)])
 CONFIG = DistillConfig(
     sequence_tokens=256, rows_per_step=2, expert_chunk_tokens=64, logits_chunk_tokens=64, hidden_tokens=96
 )

@@ -29,8 +29,8 @@ def make_library(
     ``counts`` are of experts, ``used`` of experts per token.
     """
     generator = random.Random(seed)
-    parent = Architecture.of(Block(max(counts), max(used), None if layer % 2 else 4) for layer in range(num_layers))
-    blocks = [Block(count, top_k, window) for count in counts for top_k in used for window in (None, 16, 8, 4)]
+    parent = Architecture.of(Block(max(counts), max(used), 64, None if layer % 2 else 4) for layer in range(num_layers))
+    blocks = [Block(count, top_k, 64, window) for count in counts for top_k in used for window in (None, 16, 8, 4)]
 
     def cost(block: Block) -> BlockCost:
         kept = block.window or 128

@@ -41,12 +41,14 @@ def test_no_baseline_beats_the_search(seed: int, used: tuple[int, ...]) -> None:
 
 def test_greedy_takes_the_least_damage_per_saving() -> None:
     """Layer 0 saves 4 experts for 1.0, layer 1 saves 2 for 0.3: per expert 0.25 against 0.15."""
-    library = _two_layers({Block(8, 2): (0.0, 0.0), Block(6, 2): (9.0, 0.3), Block(4, 2): (1.0, 9.0)})
+    library = _two_layers({Block(8, 2, 64): (0.0, 0.0), Block(6, 2, 64): (9.0, 0.3), Block(4, 2, 64): (1.0, 9.0)})
     search = Search.of(library, SearchArchitectureConfig(max_experts_ratio=14 / 16))
-    assert library.architecture(choose_greedily(search)).blocks == (Block(8, 2), Block(6, 2))
+    assert library.architecture(choose_greedily(search)).blocks == (Block(8, 2, 64), Block(6, 2, 64))
     tighter = Search.of(library, SearchArchitectureConfig(max_experts_ratio=12 / 16))
-    assert library.architecture(choose_greedily(tighter)).blocks == (Block(4, 2), Block(6, 2))
-    assert tighter.best().architecture.blocks == (Block(4, 2), Block(8, 2)), "where greedy loses: it cannot take back"
+    assert library.architecture(choose_greedily(tighter)).blocks == (Block(4, 2, 64), Block(6, 2, 64))
+    assert tighter.best().architecture.blocks == (Block(4, 2, 64), Block(8, 2, 64)), (
+        "where greedy loses: it cannot take back"
+    )
 
 
 def test_greedy_says_where_it_is_stuck() -> None:
@@ -79,10 +81,10 @@ def test_uniform_uses_equally_many_experts_per_token_everywhere() -> None:
 
 def test_random_takes_one_axis_at_a_time() -> None:
     """A notch is the next value of one axis, on every axis."""
-    block = Block(8, 2)
+    block = Block(8, 2, 64)
     options = variants_of(block, SearchSpace(expert_counts=(6, 4), experts_per_token=(1,), windows=(16, 8)))
     found = {options[index] for index in _notches(options)[options.index(block)]}
-    assert found == {Block(6, 2), Block(8, 1), Block(8, 2, 16)}
+    assert found == {Block(6, 2, 64), Block(8, 1, 64), Block(8, 2, 64, 16)}
 
 
 def test_uniform_that_cannot_keep_the_limits_says_so() -> None:
@@ -119,6 +121,6 @@ def test_max_parameters_keeps_the_most() -> None:
 
 def _two_layers(damages: dict[Block, tuple[float, float]]) -> BlockLibrary:
     costs = make_library(0, counts=(8, 6, 4)).costs
-    parent = Architecture.of([Block(8, 2), Block(8, 2)])
+    parent = Architecture.of([Block(8, 2, 64), Block(8, 2, 64)])
     rows = {(layer, block): pair[layer] for block, pair in damages.items() for layer in (0, 1)}
     return BlockLibrary.of(parent, rows, replace(costs, parent=parent))

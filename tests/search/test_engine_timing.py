@@ -33,14 +33,21 @@ def measured(asked: MeasureCostsConfig, parent: Path, scratch: Path) -> CostTabl
 
 
 def test_a_stack_has_the_parents_layers_again_and_again(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    write_stack(tiny_checkpoint, Block(4, 2, 16), 6, tmp_path / "stack")
+    write_stack(tiny_checkpoint, Block(4, 2, 64, 16), 6, tmp_path / "stack")
     stack = Checkpoint.open(tmp_path / "stack")
-    assert stack.architecture == Architecture.of([Block(4, 2, 16)] * 6)
+    assert stack.architecture == Architecture.of([Block(4, 2, 64, 16)] * 6)
     for name in ("mlp.router.weight", "self_attn.q_proj.weight"):
         for layer in (1, 5):
             own, parents = (f"model.layers.{number}.{name}" for number in (layer, layer % 4))
             expected = tiny_checkpoint.tensor(parents)
             assert stack.tensor(own).equal(expected[:4] if "router" in name else expected)
+
+
+def test_a_stack_of_narrower_experts_keeps_the_first_channels(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    write_stack(tiny_checkpoint, Block(4, 2, 32, 16), 2, tmp_path / "stack")
+    stack, name = Checkpoint.open(tmp_path / "stack"), "model.layers.1.mlp.experts.gate_up_proj_blocks"
+    assert stack.architecture == Architecture.of([Block(4, 2, 32, 16)] * 2)
+    assert stack.tensor(name).equal(tiny_checkpoint.tensor(name)[:4, :64])
 
 
 @pytest.mark.parametrize(
@@ -77,6 +84,6 @@ def test_costs_of_the_engines_own_layers(cache: str, tmp_path: Path) -> None:
     assert {cost.source for cost in (*table.blocks.values(), table.fixed)} == {"vllm"}
     runtimes = [*(cost.workloads["long"] for cost in table.blocks.values()), table.fixed.workloads["long"]]
     assert all(runtime.prefill_ms > 0 and runtime.decode_ms > 0 for runtime in runtimes)
-    short, full = (table.blocks[Block(16, 2, window)].workloads["long"] for window in (32, None))
+    short, full = (table.blocks[Block(16, 2, 64, window)].workloads["long"] for window in (32, None))
     assert full.kv_bytes > short.kv_bytes
     assert table.evaluate(table.parent).throughput_tokens_per_s["long"] > 0

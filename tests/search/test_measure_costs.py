@@ -12,12 +12,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.costs.block_costs import CostTable
 from moesaic.costs.workload import Workload
+from moesaic.models import loading
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import num_bytes, num_parameters
 from moesaic.search.measure_costs import block_timing
 from moesaic.search.measure_costs import run as measure_costs
-from moesaic.search.measure_costs.block_timing import Bench, Job, layer_to_time, time_jobs
+from moesaic.search.measure_costs.block_timing import Bench, Job, _sized, layer_to_time, time_jobs
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.space import SearchSpace
 
@@ -63,7 +64,7 @@ def _run(config: MeasureCostsConfig, parent: Path, tmp_path: Path) -> CostTable:
 
 def test_measured_costs(tiny_parent: Path, tiny_checkpoint: Checkpoint, tmp_path: Path, clock: Clock) -> None:
     table = _run(_config(), tiny_parent, tmp_path)
-    assert set(table.blocks) == {Block(count, 2, window) for count in (8, 4) for window in (None, 16, 8)}
+    assert set(table.blocks) == {Block(count, 2, 64, window) for count in (8, 4) for window in (None, 16, 8)}
     assert {cost.source for cost in table.blocks.values()} == {"in_process"}
     assert table.hardware["device"] in ("cpu", "cuda")
     runtimes = [cost.workloads[name] for cost in table.blocks.values() for name in ("long", "short")]
@@ -79,7 +80,29 @@ def test_modelled_costs(tiny_parent: Path, tmp_path: Path) -> None:
     table = _run(_config(source="model", num_gpus=8, kv_cache="fp8"), tiny_parent, tmp_path)
     assert {cost.source for cost in table.blocks.values()} == {"modelled"}
     assert table.hardware == {"device": "h100", "date": "2026-11-22", "num_gpus": 8, "expert_parallel": False}
-    assert table.blocks[Block(8, 2)].workloads["long"].kv_bytes == 288 * 64
+    assert table.blocks[Block(8, 2, 64)].workloads["long"].kv_bytes == 288 * 64
+
+
+def test_narrower_blocks_are_timed_in_their_own_size(tiny_parent: Path, tmp_path: Path, clock: Clock) -> None:
+    space = SearchSpace(expert_counts=(4,), expert_widths=(32,))
+    table = _run(_config(space=space), tiny_parent, tmp_path)
+    sizes = {(block.num_experts, block.expert_width): block for block in table.blocks}
+    assert set(sizes) == {(8, 64), (8, 32), (4, 64), (4, 32)}
+    bytes_of = {size: table.blocks[block].memory_bytes for size, block in sizes.items()}
+    assert bytes_of[8, 64] - bytes_of[8, 32] == 8 * (32 * 3 * 64 * 17 // 32 + 2 * 64)
+    uneven = tmp_path / "uneven"
+    uneven.mkdir()
+    with pytest.raises(ConfigError, match="expert width 40 cannot be stored in MXFP4"):
+        _run(_config(space=SearchSpace(expert_counts=(4,), expert_widths=(40,))), tiny_parent, uneven)
+
+
+def test_a_timed_layer_is_of_the_asked_size(tiny_checkpoint: Checkpoint) -> None:
+    """Narrower than the layer, or wider: another layer of the parent may be."""
+    whole = loading.load_block(tiny_checkpoint, 0)
+    for width in (32, 64, 96):
+        experts = _sized(whole, 4, width).mlp.experts
+        assert tuple(experts.down_proj.shape) == (4, width, 64)
+        assert torch.equal(experts.down_proj[3, width - 1], whole.mlp.experts.down_proj[3, (width - 1) % 64])
 
 
 def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
@@ -91,6 +114,7 @@ def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
     assert set(row) == {
         "num_local_experts",
         "num_experts_per_tok",
+        "intermediate_size",
         "sliding_window",
         "parameters",
         "memory_bytes",
@@ -117,8 +141,8 @@ def test_wrong_configs_are_refused(changes: dict[str, Any], message: str, tiny_p
 
 
 def test_the_timed_layer_has_all_experts() -> None:
-    assert layer_to_time(Architecture.of([Block(8, 2)] * 4)) == 2
-    assert layer_to_time(Architecture.of([Block(8, 2), Block(8, 2), Block(4, 2), Block(6, 2)])) == 1
+    assert layer_to_time(Architecture.of([Block(8, 2, 64)] * 4)) == 2
+    assert layer_to_time(Architecture.of([Block(8, 2, 64), Block(8, 2, 64), Block(4, 2, 64), Block(6, 2, 64)])) == 1
 
 
 def test_caches_are_filled_to_the_context(tiny_checkpoint: Checkpoint) -> None:
@@ -162,5 +186,5 @@ def test_timings_without_a_signal_are_an_error(clock: Clock) -> None:
         work_ms = 20 if next(slow) else 0.01
         return lambda: clock.work(work_ms)
 
-    with pytest.raises(StageError, match=r"decode of 4e/top-2/full under w took -.* too noisy; raise repeats"):
-        time_jobs([Job((Block(4, 2), "w", "decode"), prepare)], 1, torch.device("cpu"))
+    with pytest.raises(StageError, match=r"decode of 4e/top-2/64w/full under w took -.* too noisy; raise repeats"):
+        time_jobs([Job((Block(4, 2, 64), "w", "decode"), prepare)], 1, torch.device("cpu"))

@@ -8,20 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.models import gpt_oss, loading
+from moesaic.models import gpt_oss, loading, mxfp4
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.search.prune_model import run as prune_model
-from moesaic.search.prune_model.pruning import prune_layer
+from moesaic.search.prune_model.pruning import narrow_experts, prune_layer
 from moesaic.search.prune_model.stage import PruneModelConfig
 from tests.closeness import assert_near, assert_same_replies
 
-MIXED = Architecture.of([Block(8, 2, 8), Block(5, 1, 16), Block(2, 2, 8), Block(8, 1)])
+MIXED = Architecture.of([Block(8, 2, 32, 8), Block(5, 1, 64, 16), Block(2, 2, 32, 8), Block(8, 1, 64)])
 ORDER = [3, 1, 7, 0, 2, 6, 5, 4]
+CHANNELS = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(expert)) for expert in range(8)])
+"""Of every layer the channels of each expert, the best first."""
 EXACT = 1e-6
 """Of the largest value: 8 steps of float32, in which norms and rotations stay while all else is float64."""
 
@@ -38,6 +42,7 @@ def _prune(
     for path in inputs.values():
         path.mkdir(parents=True)
     (inputs["ranking"] / "ranking.json").write_text(json.dumps({"layers": [{"order": order}] * 4}))
+    save_file({str(layer): CHANNELS.clone() for layer in range(4)}, inputs["ranking"] / "channels.safetensors")
     blocks = [block.as_config() for block in architecture.blocks]
     (inputs["architecture"] / "architecture.json").write_text(
         json.dumps({"candidates": {"puzzle": {"blocks": blocks}}, "skipped": {"uniform": "no uniform fits"}})
@@ -109,6 +114,8 @@ def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Che
     written = Checkpoint.open(child)
     assert written.architecture == MIXED
     assert json.loads((child / "pruning.json").read_text())["kept_experts"][1] == [0, 1, 2, 3, 7]
+    scales = "model.layers.{}.mlp.experts.down_proj_scales"
+    assert [written.shape_of(scales.format(layer)) for layer in (0, 1)] == [[8, 64, 1], [5, 64, 2]]
     name = "model.layers.1.mlp.experts.down_proj_blocks"
     assert torch.equal(written.tensor(name), tiny_checkpoint.tensor(name)[[0, 1, 2, 3, 7]])
     config = json.loads((child / "config.json").read_text())
@@ -124,22 +131,35 @@ def test_every_tensor_is_its_parents_without_the_other_experts(child: Path, tiny
     kept = json.loads((child / "pruning.json").read_text())["kept_experts"]
     for layer in range(written.num_layers):
         parent = {name: tiny_checkpoint.tensor(name) for name in tiny_checkpoint.layer_names(layer)}
-        for name, expected in prune_layer(parent, kept[layer]).items():
-            assert torch.equal(written.tensor(name), expected), name
+        expected = prune_layer(parent, kept[layer])
+        if MIXED.blocks[layer].expert_width < 64:
+            expected, _ = narrow_experts(expected, CHANNELS[kept[layer], :32].sort(-1).values)
+        for name, tensor in expected.items():
+            assert torch.equal(written.tensor(name), tensor), name
     for name in gpt_oss.outer_specs(written.shape):
         assert torch.equal(written.tensor(name), tiny_checkpoint.tensor(name))
 
 
 @torch.no_grad()
-def test_child_equals_the_parent_with_the_other_experts_masked(
+def test_child_equals_the_parent_with_the_other_experts_and_channels_masked(
     child_model: PreTrainedModel, tiny_parent: Path, tiny_checkpoint: Checkpoint
 ) -> None:
     parent = _exact(load_model(tiny_parent))
     for layer, block in zip(parent.model.layers, MIXED.blocks, strict=True):
         layer.mlp.router.bias[ORDER[block.num_experts :]] = -1e9
         layer.mlp.router.top_k = block.experts_per_token
+        if block.expert_width < 64:
+            mask_channels(layer.mlp.experts)
     tokens = _tokens(2, 12)  # shorter than the shortest window that changed
     assert_near(child_model(tokens).logits, parent(tokens).logits, EXACT)
+
+
+def mask_channels(experts: GptOssExperts) -> None:
+    """Half of the rows are zero, and the others as MXFP4 stores them, expert by expert."""
+    for expert, order in enumerate(CHANNELS):
+        kept, masked = order[:32].sort().values, torch.zeros_like(experts.down_proj[expert])
+        masked[kept] = mxfp4.dequantize(*mxfp4.quantize(experts.down_proj[expert, kept].T.contiguous())).T.double()
+        experts.down_proj[expert] = masked
 
 
 @torch.no_grad()
@@ -200,9 +220,21 @@ def test_a_ranking_of_another_model_is_refused(tiny_parent: Path, tmp_path: Path
     assert list((tmp_path / "child").iterdir()) == []
 
 
+def test_narrower_experts_need_the_order_of_channels(tiny_parent: Path, tmp_path: Path) -> None:
+    child = _prune(tiny_parent, MIXED, tmp_path / "first")
+    ranking = child.parent / "ranking" / "channels.safetensors"
+    given = {name: child.parent / name for name in ("ranking", "architecture", "scratch")}
+    save_file({str(layer): CHANNELS[:, 1:].contiguous() for layer in range(4)}, ranking)
+    with pytest.raises(ArtifactError, match="is not of the parent given; run rank_experts on this parent"):
+        prune_model.run(PruneModelConfig(), parent=tiny_parent, output=tmp_path / "second", **given)
+    ranking.unlink()
+    with pytest.raises(ArtifactError, match="narrower experts need it: give the output of rank_experts"):
+        prune_model.run(PruneModelConfig(), parent=tiny_parent, output=tmp_path / "second", **given)
+
+
 def test_a_child_larger_than_its_parent_is_refused(tiny_parent: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer 3"):
-        _prune(tiny_parent, MIXED.replace(3, Block(9, 2)), tmp_path)
+        _prune(tiny_parent, MIXED.replace(3, Block(9, 2, 64)), tmp_path)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from moesaic.core.process_group import BatchShare
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading, streaming
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.stage_outputs import CHANNELS, read_channels
 from moesaic.search.rank_experts import run as rank_experts
 from moesaic.search.rank_experts import saved_progress as ranking_progress
 from moesaic.search.rank_experts.ranking import LayerRanking, rank_layer
@@ -56,6 +57,9 @@ def test_ranks_every_expert_of_every_layer(criterion: str, tiny_parent: Path, ca
         along = [layer["scores"][expert] for expert in layer["order"]]
         assert along == sorted(along, reverse=True)
     assert rank(tiny_parent, calibration, tmp_path / "b", criterion=criterion) == ranking
+    orders = read_channels(tmp_path / "a", Checkpoint.open(tiny_parent).architecture)
+    assert [tuple(order.shape) for order in orders] == [(8, 64)] * 4
+    assert (tmp_path / "a" / CHANNELS).read_bytes() == (tmp_path / "b" / CHANNELS).read_bytes()
 
 
 def test_padding_and_batches_do_not_matter(tiny_parent: Path, calibration: Path, tmp_path: Path):
@@ -80,6 +84,9 @@ def test_later_layers_see_what_the_parent_computes(
     module = loading.load_block(tiny_checkpoint, 3)
     attended = layers.attend(module, hidden, rotary, None)
     routing = layers.route(module, module.post_attention_layernorm(attended[batch.is_token]), num_spare=1)
+    scores = routing.energies * layers.down_norms(module.mlp.experts)
+    along = scores.gather(1, read_channels(tmp_path / "a", tiny_checkpoint.architecture)[3])
+    assert bool((along[:, :-1] >= along[:, 1:] * (1 - 1e-4)).all()), "the best channel first"
     assert ranking["layers"][3]["scores"] == pytest.approx(rank_layer("removal_difference", [routing]).scores, rel=1e-4)
     assert ranking["num_tokens"] == int(batch.is_token.sum())
 
@@ -90,6 +97,7 @@ def test_random_reads_no_weights(tiny_parent: Path, calibration: Path, tmp_path:
     other = rank(tiny_parent, calibration, tmp_path / "b", criterion="random", seed=2)
     assert first["layers"] != other["layers"]
     assert first["layers"][0]["order"] != first["layers"][1]["order"]
+    assert (tmp_path / "a" / CHANNELS).read_bytes() != (tmp_path / "b" / CHANNELS).read_bytes()
 
 
 def test_one_layer_in_memory_at_a_time(
@@ -129,7 +137,8 @@ def test_a_killed_pass_goes_on_behind_the_layers_it_has_ranked(
     assert sorted(place.name for place in scratch.glob("ranked*")) == ["ranked-0-002", "ranked.json"]
     rank_experts.run(config, **given)
     assert loaded == [0, 1, 2, 2, 3]
-    assert (output / "ranking.json").read_bytes() == (tmp_path / "whole" / "ranking.json").read_bytes()
+    for name in ("ranking.json", CHANNELS):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 class Threads(BatchShare):

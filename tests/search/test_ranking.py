@@ -13,7 +13,8 @@ from moesaic.search.rank_experts.ranking import eliminate, order_experts, rank_l
 def routing(logits: list[list[float]], outputs: list[list[list[float]]], top_k: int) -> Routing:
     """Slots are the experts by falling logit, as many as a token has outputs."""
     table = torch.tensor(logits)
-    return Routing(table, table.topk(len(outputs[0])).indices, torch.tensor(outputs), top_k)
+    energies = torch.zeros(table.shape[1], 1, dtype=torch.float64)
+    return Routing(table, table.topk(len(outputs[0])).indices, torch.tensor(outputs), top_k, energies)
 
 
 @pytest.fixture

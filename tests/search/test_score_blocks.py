@@ -2,14 +2,17 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.models.architecture import Block
 from moesaic.search.rank_experts import run as rank_experts
+from moesaic.search.rank_experts.channels import shuffle_channels
 from moesaic.search.rank_experts.stage import RankExpertsConfig
 from moesaic.search.score_blocks import run as score_blocks
 from moesaic.search.score_blocks import scoring
@@ -61,16 +64,16 @@ def scores(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_every_variant_of_every_layer_is_a_row(scores: dict[str, Any]):
     found = {(row["layer"], Block.from_config(row)) for row in scores["rows"]}
-    full = {Block(count, 2, window) for count in (8, 6, 4) for window in (None, 16, 4)}
-    windowed = {Block(count, 2, 8) for count in (8, 6, 4)}
+    full = {Block(count, 2, 64, window) for count in (8, 6, 4) for window in (None, 16, 4)}
+    windowed = {Block(count, 2, 64, 8) for count in (8, 6, 4)}
     assert found == {(layer, block) for layer in range(4) for block in (full if layer % 2 else windowed)}
     assert len(scores["rows"]) == len(found) == 2 * 9 + 2 * 3
-    assert scores["parent"] == [Block(8, 2, None if layer % 2 else 8).as_config() for layer in range(4)]
+    assert scores["parent"] == [Block(8, 2, 64, None if layer % 2 else 8).as_config() for layer in range(4)]
 
 
 def test_the_parents_own_block_does_no_damage_and_others_do(scores: dict[str, Any]):
     for row in scores["rows"]:
-        own = Block.from_config(row) == Block(8, 2, None if row["layer"] % 2 else 8)
+        own = Block.from_config(row) == Block(8, 2, 64, None if row["layer"] % 2 else 8)
         assert (row["damage"] < 1e-9) if own else (row["damage"] > 1e-5), row
         assert set(row["short"]) == set(row["long"]) == {"hidden_mse", "kl", "lm_loss", "cosine", "top1"}
 
@@ -78,7 +81,7 @@ def test_the_parents_own_block_does_no_damage_and_others_do(scores: dict[str, An
 def test_windows_hurt_where_the_context_is_long(scores: dict[str, Any]):
     """Short sequences fit into 30 tokens, so a window of 16 costs more on the long set."""
     for layer in (1, 3):
-        (row,) = (r for r in scores["rows"] if (r["layer"], Block.from_config(r)) == (layer, Block(8, 2, 16)))
+        (row,) = (r for r in scores["rows"] if (r["layer"], Block.from_config(r)) == (layer, Block(8, 2, 64, 16)))
         assert row["long"]["hidden_mse"] > 2 * row["short"]["hidden_mse"]
 
 
@@ -114,12 +117,28 @@ def test_resumes_after_the_last_finished_layer(
 
 def test_the_identity_gate_holds_in_bfloat16(inputs: dict[str, Path], tmp_path: Path):
     rows = score(inputs, tmp_path, precision="bfloat16")["rows"]
-    assert [row["damage"] for row in rows if Block.from_config(row) == Block(8, 2)] == [0.0, 0.0]
+    assert [row["damage"] for row in rows if Block.from_config(row) == Block(8, 2, 64)] == [0.0, 0.0]
+
+
+def test_narrower_experts_are_scored_with_their_best_channels(inputs: dict[str, Path], tmp_path: Path):
+    """Fewer channels hurt; as many chosen at random hurt more."""
+    with pytest.raises(ConfigError, match="expert width 48 cannot be stored in MXFP4, which packs multiples of 32"):
+        score(inputs, tmp_path / "packed", space={"expert_counts": [], "expert_widths": [48]})
+    shuffled = shutil.copytree(inputs["ranking"], tmp_path / "ranking")
+    orders = {str(layer): shuffle_channels(8, 64, seed=layer) for layer in range(4)}
+    save_file(orders, shuffled / "channels.safetensors")
+    space = {"expert_counts": [], "expert_widths": [32]}
+    damages = {}
+    for name, ranking in (("best", inputs["ranking"]), ("random", shuffled)):
+        rows = score(inputs | {"ranking": ranking}, tmp_path / name, space=space, max_sequences=4)["rows"]
+        assert [row["intermediate_size"] for row in rows] == [64, 32] * 4
+        damages[name] = sum(row["damage"] for row in rows if row["intermediate_size"] == 32)
+    assert 0.01 < damages["best"] < 0.8 * damages["random"]
 
 
 def test_a_failing_gate_stops_the_stage(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mix = scoring.mix
-    wrong = lambda block, attended, kept=None, top_k=None: mix(block, attended, kept and kept[1:], top_k)  # noqa: E731
+    wrong = lambda block, attended, kept=None, *rest: mix(block, attended, kept and kept[1:], *rest)  # noqa: E731
     monkeypatch.setattr(scoring, "mix", wrong)
     with pytest.raises(StageError, match="layer 0: masking all but"):
         score(inputs, tmp_path)

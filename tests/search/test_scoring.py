@@ -17,15 +17,19 @@ from moesaic.search.score_blocks.scoring import Parent, Probe, Variant
 from tests.closeness import assert_near
 
 WHOLE = tuple(range(8))
+CHANNELS = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(expert)) for expert in range(8)])
+"""Of every expert."""
 VARIANTS = [
-    Variant(Block(8, 2, None), WHOLE),
-    Variant(Block(8, 2, 4), WHOLE),
-    Variant(Block(8, 2, 20), WHOLE),
-    Variant(Block(3, 2, None), (1, 2, 6)),
-    Variant(Block(3, 2, 4), (1, 2, 6)),
-    Variant(Block(3, 2, 20), (1, 2, 6)),
-    Variant(Block(8, 1, 4), WHOLE),
-    Variant(Block(3, 1, None), (1, 2, 6)),
+    Variant(Block(8, 2, 64, None), WHOLE),
+    Variant(Block(8, 2, 64, 4), WHOLE),
+    Variant(Block(8, 2, 64, 20), WHOLE),
+    Variant(Block(3, 2, 64, None), (1, 2, 6)),
+    Variant(Block(3, 2, 64, 4), (1, 2, 6)),
+    Variant(Block(3, 2, 64, 20), (1, 2, 6)),
+    Variant(Block(8, 1, 64, 4), WHOLE),
+    Variant(Block(3, 1, 64, None), (1, 2, 6)),
+    Variant(Block(8, 2, 32, None), WHOLE, CHANNELS[:, :32]),
+    Variant(Block(3, 1, 16, None), (1, 2, 6), CHANNELS[:, :16]),
 ]
 """For a full layer; a window of 20 covers the batch of short sequences and not the long one's."""
 LOGIT_STEPS = 1e-5
@@ -80,7 +84,8 @@ def whole_forward(checkpoint: Checkpoint, tokens: Tensor, layer: int, variant: V
     for index, own in enumerate(checkpoint.architecture.blocks):
         block, window = loading.load_block(checkpoint, index), own.window
         if variant is not None and index == layer:
-            block, window = layers.slice_block(block, variant.kept), variant.block.window
+            channels = None if variant.channels is None else variant.channels[list(variant.kept)]
+            block, window = layers.slice_block(block, variant.kept, channels), variant.block.window
             block.mlp.router.top_k = variant.block.experts_per_token
         hidden = layers.run_block(block, hidden, rotary, window)
     return loading.load_head(checkpoint).norm(hidden)
@@ -117,7 +122,7 @@ def test_scores_equal_those_of_really_replaced_models(parent: Parent, tiny_check
 
 
 def test_a_window_layer(parent: Parent, tiny_checkpoint: Checkpoint, probes: list[Probe]):
-    variants = [Variant(Block(8, 2, 8), WHOLE), Variant(Block(5, 2, 8), (0, 2, 3, 4, 7))]
+    variants = [Variant(Block(8, 2, 64, 8), WHOLE), Variant(Block(5, 2, 64, 8), (0, 2, 3, 4, 7))]
     identity, pruned = score(parent, tiny_checkpoint, probes, 0, variants, group=4)
     assert scoring.total(identity)["hidden_mse"] == 0
     assert scoring.total(pruned) == pytest.approx(
@@ -136,18 +141,18 @@ def test_groups_change_nothing(parent: Parent, tiny_checkpoint: Checkpoint, prob
 def test_what_a_batch_cannot_tell_apart_is_computed_once(
     parent: Parent, tiny_checkpoint: Checkpoint, probes: list[Probe], monkeypatch: pytest.MonkeyPatch
 ):
-    """The short batch sees 6 of 8 variants, the long one all 8; only the first batch runs the parent's own block."""
+    """The short batch sees 8 of 10 variants, the long one all; only the first batch runs the parent's own block."""
     mixed: list[int] = []
     mix = scoring.mix
 
-    def counting(block, attended, kept=None, top_k=None):
+    def counting(block, attended, kept=None, *rest):
         mixed.append(0 if kept is None else 1)
-        return mix(block, attended, kept, top_k)
+        return mix(block, attended, kept, *rest)
 
     monkeypatch.setattr(scoring, "mix", counting)
     monkeypatch.setattr(scoring, "check_masking", lambda *_: None)
     score(parent, tiny_checkpoint, probes, 1, VARIANTS, group=4)
-    assert sum(mixed) == 6 + 7
+    assert sum(mixed) == 8 + 9
 
 
 def test_measured_positions_precede_response_tokens(probes: list[Probe]):

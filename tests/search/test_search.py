@@ -69,7 +69,7 @@ def test_the_search_equals_brute_force(
 def test_memory_pays_for_unfilled_groups() -> None:
     """Of 5 full layers two are turned: groups of 2 make 4 of the 3 left, and 6 of the 5 that are windows of 4."""
     exact, grouped = make_library(1, num_layers=10), make_library(1, num_layers=10, engine="vllm")
-    turned = exact.parent.replace(1, Block(8, 2, 16)).replace(3, Block(8, 2, 16))
+    turned = exact.parent.replace(1, Block(8, 2, 64, 16)).replace(3, Block(8, 2, 64, 16))
     spared = exact.costs.evaluate(turned).memory_mib["long"]
     assert grouped.costs.evaluate(turned).memory_mib["long"] > spared
     config = SearchArchitectureConfig(limits={"long": Limits(memory_mib=spared)})
@@ -123,7 +123,7 @@ def test_a_warm_start_finds_the_same_optimum(max_layouts: int | None) -> None:
     config = SearchArchitectureConfig(max_experts_ratio=0.6, max_layouts=max_layouts, min_windowed_share=1)
     search = Search.of(library, config)
     expected = search.best()
-    narrowest = Architecture.of(Block(2, 2, block.window or 8) for block in library.parent.blocks)
+    narrowest = Architecture.of(Block(2, 2, 64, block.window or 8) for block in library.parent.blocks)
     start = library.choice(narrowest)
     assert search.limits.holds(start)
     warm = search.best(start)
@@ -137,13 +137,13 @@ def test_two_options_and_equal_savings_are_a_sort() -> None:
     damages = {
         (layer, block): library.damages[layer][library.variants[layer].index(block)]
         for layer in layers
-        for block in (library.parent.blocks[layer], Block(4, 2, library.parent.blocks[layer].window))
+        for block in (library.parent.blocks[layer], Block(4, 2, 64, library.parent.blocks[layer].window))
     }
     two = BlockLibrary.of(library.parent, damages, library.costs)
     search = Search.of(two, SearchArchitectureConfig(max_experts_ratio=0.75))
     assert search.is_sorting
     assert not Search.of(library, SearchArchitectureConfig(max_experts_ratio=0.75)).is_sorting
-    cheapest = sorted(layers, key=lambda layer: damages[layer, Block(4, 2, two.parent.blocks[layer].window)])[:4]
+    cheapest = sorted(layers, key=lambda layer: damages[layer, Block(4, 2, 64, two.parent.blocks[layer].window)])[:4]
     halved = [layer for layer, block in enumerate(search.best().architecture.blocks) if block.num_experts == 4]
     assert halved == sorted(cheapest)
 
@@ -265,7 +265,7 @@ def test_a_stopped_solve_reports_its_bound() -> None:
     library = make_library(0, num_layers=60, counts=(64, 60, 56, 48, 44, 40, 36, 32, 24, 16))
     config = SearchArchitectureConfig(limits={"long": Limits(throughput_ratio=1.37, memory_ratio=0.7)})
     search = Search.of(library, config)
-    start = library.choice(Architecture.of(Block(16, 2, block.window or 8) for block in library.parent.blocks))
+    start = library.choice(Architecture.of(Block(16, 2, 64, block.window or 8) for block in library.parent.blocks))
     outcome = minimise(library.damages, search.limits, Effort(time_limit_s=0.0), start)
     assert outcome is not None
     assert outcome.status == "time_limit"
@@ -274,22 +274,24 @@ def test_a_stopped_solve_reports_its_bound() -> None:
 
 def test_the_variants_of_a_block() -> None:
     space = SearchSpace(expert_counts=(4, 6), windows=(16, 32))
-    full = variants_of(Block(8, 2), space)
-    assert full[0] == Block(8, 2)
-    assert set(full) == {Block(count, 2, window) for count in (8, 6, 4) for window in (None, 32, 16)}
-    assert variants_of(Block(8, 2, 4), space) == (Block(8, 2, 4), Block(6, 2, 4), Block(4, 2, 4))
-    fewer = variants_of(Block(8, 2, 4), SearchSpace(expert_counts=(4,), experts_per_token=(4, 2, 1), windows=(2,)))
-    assert fewer == (Block(8, 2, 4), Block(8, 1, 4), Block(4, 2, 4), Block(4, 1, 4))
-    assert len(distinct_blocks(Architecture.of([Block(8, 2, 4), Block(8, 2), Block(8, 2, 4)]), space)) == 12
+    full = variants_of(Block(8, 2, 64), space)
+    assert full[0] == Block(8, 2, 64)
+    assert set(full) == {Block(count, 2, 64, window) for count in (8, 6, 4) for window in (None, 32, 16)}
+    assert variants_of(Block(8, 2, 64, 4), space) == (Block(8, 2, 64, 4), Block(6, 2, 64, 4), Block(4, 2, 64, 4))
+    fewer = variants_of(Block(8, 2, 64, 4), SearchSpace(expert_counts=(4,), experts_per_token=(4, 2, 1), windows=(2,)))
+    assert fewer == (Block(8, 2, 64, 4), Block(8, 1, 64, 4), Block(4, 2, 64, 4), Block(4, 1, 64, 4))
+    narrower = variants_of(Block(8, 2, 64, 4), SearchSpace(expert_counts=(4,), expert_widths=(96, 64, 32)))
+    assert narrower == (Block(8, 2, 64, 4), Block(8, 2, 32, 4), Block(4, 2, 64, 4), Block(4, 2, 32, 4))
+    assert len(distinct_blocks(Architecture.of([Block(8, 2, 64, 4), Block(8, 2, 64), Block(8, 2, 64, 4)]), space)) == 12
 
 
 def test_every_axis_is_on_offer() -> None:
-    assert set(SearchSpace(expert_counts=(4,)).offers(Block(8, 2))) == set(AXES)
+    assert set(SearchSpace(expert_counts=(4,)).offers(Block(8, 2, 64))) == set(AXES)
 
 
 def test_fewer_experts_than_a_token_uses_are_refused() -> None:
     with pytest.raises(ConfigError, match="expert count 1 is below the 2"):
-        variants_of(Block(8, 2), SearchSpace(expert_counts=(4, 1)))
+        variants_of(Block(8, 2, 64), SearchSpace(expert_counts=(4, 1)))
 
 
 def test_scores_without_costs_or_without_the_parent_are_refused() -> None:
@@ -299,17 +301,17 @@ def test_scores_without_costs_or_without_the_parent_are_refused() -> None:
         for layer, (options, row) in enumerate(zip(library.variants, library.damages, strict=True))
         for block, damage in zip(options, row, strict=True)
     }
-    with pytest.raises(ArtifactError, match="layer 0: block 3e/top-2/4 is scored but not in the cost table"):
-        BlockLibrary.of(library.parent, damages | {(0, Block(3, 2, 4)): 0.1}, library.costs)
-    with pytest.raises(ArtifactError, match="no row for layer 1 as it is in the parent, 8e/top-2/full"):
-        without = {key: damage for key, damage in damages.items() if key != (1, Block(8, 2))}
+    with pytest.raises(ArtifactError, match="layer 0: block 3e/top-2/64w/4 is scored but not in the cost table"):
+        BlockLibrary.of(library.parent, damages | {(0, Block(3, 2, 64, 4)): 0.1}, library.costs)
+    with pytest.raises(ArtifactError, match="no row for layer 1 as it is in the parent, 8e/top-2/64w/full"):
+        without = {key: damage for key, damage in damages.items() if key != (1, Block(8, 2, 64))}
         BlockLibrary.of(library.parent, without, library.costs)
-    with pytest.raises(ArtifactError, match="layer 0: 8e/top-2/full cannot be cut out"):
-        BlockLibrary.of(library.parent, damages | {(0, Block(8, 2)): 0.1}, library.costs)
+    with pytest.raises(ArtifactError, match="layer 0: 8e/top-2/64w/full cannot be cut out"):
+        BlockLibrary.of(library.parent, damages | {(0, Block(8, 2, 64)): 0.1}, library.costs)
     with pytest.raises(ArtifactError, match="different parents"):
         BlockLibrary.of(Architecture.of(library.parent.blocks[:3]), damages, library.costs)
 
 
 def test_a_parent_that_expert_parallelism_cannot_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="parent's 6 experts cannot be spread over expert_parallel_size 4"):
-        variants_of(Block(6, 2), SearchSpace(expert_counts=(4,), expert_parallel_size=4))
+        variants_of(Block(6, 2, 64), SearchSpace(expert_counts=(4,), expert_parallel_size=4))

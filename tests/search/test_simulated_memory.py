@@ -41,15 +41,14 @@ from moesaic.search.space import SearchSpace
 
 SHAPE = ModelShape(
     hidden_size=256,
-    intermediate_size=256,
     num_heads=8,
     num_kv_heads=2,
     head_dim=32,
     vocab_size=512,
     max_positions=8192,
 )
-PARENT = Architecture.of([Block(8, 2, 64), Block(8, 2)])
-SPACE = SearchSpace(expert_counts=(8, 7, 6), windows=(64,))
+PARENT = Architecture.of([Block(8, 2, 256, 64), Block(8, 2, 256)])
+SPACE = SearchSpace(expert_counts=(8, 7, 6), expert_widths=(192,), windows=(64,))
 LENGTH, ROWS = 1024, 4
 SCORES = ScoreBlocksConfig(
     space=SPACE, max_sequences=ROWS, max_tokens=LENGTH, batch_tokens=2 * ROWS * LENGTH, variants_per_batch=2
@@ -95,7 +94,7 @@ def refine(checkpoint: Checkpoint, scratch: Path) -> None:
     with open_parent(REFINEMENT, checkpoint, probes, scratch, BatchShare()) as parent:
         measured = run_parent(parent, embed(REFINEMENT, checkpoint, parent, probes.all), probes.all, lambda _: None)
         states = embed(REFINEMENT, checkpoint, parent, probes.all)
-        assembled = [(kept(Block(number, 2, 64)), kept(Block(8, 2))) for number in (7, 8)]
+        assembled = [(kept(Block(number, 2, 256, 64)), kept(Block(8, 2, 256))) for number in (7, 8)]
         run_assemblies(parent, states, measured, assembled, lambda _: None)
 
 
@@ -106,7 +105,8 @@ def calibrate(checkpoint: Checkpoint, _: Path) -> None:
 
 
 def kept(block: Block) -> Variant:
-    return Variant(block, tuple(range(block.num_experts)))
+    channels = torch.arange(block.expert_width).expand(8, -1) if block.expert_width < 256 else None
+    return Variant(block, tuple(range(block.num_experts)), channels)
 
 
 REAL = {"rank_experts": rank, "score_blocks": score, "refine_architecture": refine, "calibrate_kv": calibrate}
@@ -133,7 +133,7 @@ def test_simulated_and_computed_peaks_are_those_of_real_tensors(
 def test_computed_peaks_of_a_gpu_are_the_simulated_ones(stage: str) -> None:
     """Layers of gpt-oss-120b's true width with fewer experts."""
     config, simulate, needs = STAGES[stage]
-    parent = Architecture.of([Block(8, 2, 128), Block(8, 2)])
+    parent = Architecture.of([Block(8, 2, 2880, 128), Block(8, 2, 2880)])
     config = config.but(max_tokens=16_384, max_sequences=8, batch_tokens=65_536, precision="bfloat16")
     facts = Facts(GPT_OSS_120B, parent, True, parent, Target(read_table("h100"), GPT_OSS_120B, 8, "fp8"))
     computed = needs(PipelineTask(stage, stage, config, ()), facts, [{"parent": 0}]).device_bytes

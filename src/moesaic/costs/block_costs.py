@@ -18,8 +18,8 @@ groups of layers, unfilled groups are paid for as well (``moesaic.costs.kv_alloc
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from moesaic.core.config import CacheDtype
@@ -184,6 +184,12 @@ def block_parameters(shape: ModelShape, block: Block) -> int:
 def block_bytes(shape: ModelShape, block: Block, packed: bool = True) -> int:
     """Bytes of one layer's weights, experts in MXFP4 if ``packed``, the rest in BF16."""
     return sum(spec.num_bytes for spec in gpt_oss.layer_specs(shape, 0, block, packed).values())
+
+
+def of_one_expert(measure: Callable[[ModelShape, Block], int], shape: ModelShape, block: Block) -> int:
+    """Of one of a block's experts, its router row included, what :func:`block_parameters` or :func:`block_bytes` is."""
+    one, two = (replace(block, num_experts=count, experts_per_token=1) for count in (1, 2))
+    return measure(shape, two) - measure(shape, one)
 
 
 def outer_parameters(shape: ModelShape) -> int:

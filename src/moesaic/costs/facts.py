@@ -109,12 +109,13 @@ def whole_parent(facts: Facts) -> dict[str, int]:
 
 
 def pruned_shards(facts: Facts, candidate: str) -> dict[str, int]:
-    """A child's shards. Layers that keep all experts, and what is outside them, are the same in every child."""
+    """A child's shards. Layers that keep all experts whole, and what is outside them, are the same in every child."""
     shards = {"outer": outer_bytes(facts.shape)}
     for layer, (block, whole) in enumerate(zip(facts.child.blocks, facts.parent.blocks, strict=True)):
         specs = gpt_oss.layer_specs(facts.shape, layer, block, facts.packed)
         experts = sum(spec.num_bytes for key, spec in specs.items() if gpt_oss.is_expert_weight(key))
-        kept = "" if block.num_experts == whole.num_experts else f" of {candidate}"
+        sizes = [(one.num_experts, one.expert_width) for one in (block, whole)]
+        kept = "" if sizes[0] == sizes[1] else f" of {candidate}"
         shards[f"layer {layer} experts{kept}"] = experts
         shards[f"layer {layer} rest{kept}"] = sum(spec.num_bytes for spec in specs.values()) - experts
     return shards
@@ -174,7 +175,7 @@ def expert_outputs_bytes(facts: Facts, num_tokens: float, slots: int, precision:
     """What one expert after the other takes: of every token and slot the input, the output, and outputs in a row; and
     of one expert's share of them three times its width."""
     share = num_tokens * slots / min(block.num_experts for block in facts.parent.blocks)
-    own = 3 * share * facts.shape.intermediate_size * WIDTH[precision]
+    own = 3 * share * widest_expert(facts) * WIDTH[precision]
     return 3 * slots * hidden_bytes(facts, num_tokens, precision) + own
 
 
@@ -190,6 +191,22 @@ def most_experts_per_token(facts: Facts) -> int:
     return max(block.experts_per_token for block in facts.parent.blocks)
 
 
+def widest_expert(facts: Facts) -> int:
+    """Channels of an expert of the parent's layer with the widest ones."""
+    return max(block.expert_width for block in facts.parent.blocks)
+
+
+def narrowed_bytes(facts: Facts, widths: Iterable[int], precision: str) -> float:
+    """A copy of a layer's experts with the most channels on offer that are fewer than their own."""
+    copies = (
+        block.num_experts * width * (3 * facts.shape.hidden_size + 2)
+        for block in facts.parent.blocks
+        for width in widths
+        if width < block.expert_width
+    )
+    return max(copies, default=0) * WIDTH[precision]
+
+
 def mix_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
     """What a layer's mixture half takes: the states before attention, behind it, normed, and what the experts take.
 
@@ -201,7 +218,7 @@ def mix_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
     if facts.target is None:
         return 3 * outputs + expert_outputs_bytes(facts, num_tokens, slots, precision)
     chunk = min(num_tokens, gpt_oss.EXPERT_TOKENS)
-    gate = chunk * slots * (facts.shape.hidden_size + 9 * facts.shape.intermediate_size) * WIDTH[precision]
+    gate = chunk * slots * (facts.shape.hidden_size + 9 * widest_expert(facts)) * WIDTH[precision]
     return 3 * outputs + max(2 * outputs, outputs - hidden_bytes(facts, chunk, precision) + gate)
 
 

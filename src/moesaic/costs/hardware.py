@@ -38,6 +38,7 @@ from moesaic.costs.block_costs import (
     expected_experts,
     layer_kv_bytes,
     mean_context,
+    of_one_expert,
 )
 from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.costs.workload import Workload
@@ -165,8 +166,9 @@ class Target:
         fits = self.table.expert_parallel_moe if self.expert_parallel else self.table.moe
         fit = fits[self.num_gpus]
         top_k = block.experts_per_token
-        num_bytes = expected_experts(block.num_experts, top_k, num_tokens) * _of_one_expert(block_bytes, self.shape)
-        flops = 2 * num_tokens * top_k * _of_one_expert(block_parameters, self.shape)
+        touched = expected_experts(block.num_experts, top_k, num_tokens)
+        num_bytes = touched * of_one_expert(block_bytes, self.shape, block)
+        flops = 2 * num_tokens * top_k * of_one_expert(block_parameters, self.shape, block)
         streamed = num_bytes / self.num_gpus / (fit.tb_per_s * _TB_PER_S)
         return fit.launch_us / 1e3 + streamed + flops / self.num_gpus / (fit.pflops * _PFLOPS)
 
@@ -184,7 +186,7 @@ class Target:
 
     def pass_ms(self, block: Block, num_tokens: float) -> float:
         """Everything of a block but attention over the cache, for so many tokens at once."""
-        experts = block.num_experts * _of_one_expert(block_parameters, self.shape)
+        experts = block.num_experts * of_one_expert(block_parameters, self.shape, block)
         attention = block_parameters(self.shape, block) - experts
         dense = self.table.dense_us / 1e3 + self.dense_ms(attention, num_tokens)
         return dense + self.moe_ms(block, num_tokens) + 2 * self.all_reduce_ms(num_tokens)
@@ -224,11 +226,6 @@ class Target:
         head_ms = self.dense_ms(self.shape.vocab_size * self.shape.hidden_size, workload.concurrency)
         chunks = math.ceil(workload.concurrency * workload.input_tokens / self.table.chunk_tokens)
         return Runtime(chunks * self.table.step_us / 1e3 + head_ms, self.table.step_us / 1e3 + head_ms)
-
-
-def _of_one_expert(measure: Any, shape: ModelShape) -> float:
-    """Parameters or MXFP4 bytes of one expert, its router row included."""
-    return float(measure(shape, Block(2, 1)) - measure(shape, Block(1, 1)))
 
 
 def model_blocks(

@@ -7,7 +7,7 @@ waiting, and in training the communication between GPUs are not in them. None wh
 from collections.abc import Iterable, Sequence
 
 from moesaic.core.errors import ConfigError
-from moesaic.costs.block_costs import block_parameters
+from moesaic.costs.block_costs import block_parameters, of_one_expert
 from moesaic.costs.facts import Facts, trainable_parameters
 from moesaic.costs.hardware import Target
 from moesaic.costs.throughput import estimate_throughput
@@ -81,12 +81,12 @@ def _token_ms(facts: Facts, model: Architecture, sequence: int) -> tuple[float, 
     """One token's forward on one GPU: matrices, attention."""
     assert facts.target is not None, "only asked for where time is modelled"
     shape, table = facts.shape, facts.target.table
-    expert = block_parameters(shape, Block(2, 1)) - block_parameters(shape, Block(1, 1))
     moe_rate = table.moe[facts.target.num_gpus].pflops * 1e12
     alone = Target(table, shape, 1, facts.target.kv_cache)
     matrices = 2 * shape.vocab_size * shape.hidden_size / (table.dense_pflops * 1e12)
     attention = 0.0
     for block in model.blocks:
+        expert = of_one_expert(block_parameters, shape, block)
         dense = block_parameters(shape, block) - block.num_experts * expert
         matrices += 2 * dense / (table.dense_pflops * 1e12) + 2 * block.experts_per_token * expert / moe_rate
         attention += alone.prompt_attention_ms(block, sequence) / sequence

@@ -1,11 +1,11 @@
 """What a child is: one block per layer (paper A, Fig. 2 and the released ``block_configs``).
 
-A *block* is what may differ between layers: how many experts its mixture keeps, how many of them a token uses, and how
-far its attention looks back. Each of these is an *axis*, declared once, as a field of :class:`Block`: config entries,
-labels, checks, what can be cut out of what, the variants of a search and the tables of a report follow from that. An
-*architecture* is one block per layer. All are plain values without tensors.
+A *block* is what may differ between layers: how many experts its mixture keeps, how many of them a token uses, how wide
+each of them is, and how far its attention looks back. Each of these is an *axis*, declared once, as a field of
+:class:`Block`: config entries, labels, checks, what can be cut out of what, the variants of a search and the tables of
+a report follow from that. An *architecture* is one block per layer. All are plain values without tensors.
 
-The paper's axes are experts and windows; experts per token is its successor's (arXiv 2607.04371).
+The paper's axes are experts and windows; experts per token and expert width are its successor's (arXiv 2607.04371).
 """
 
 import json
@@ -50,6 +50,8 @@ class Block:
     """Experts of its mixture."""
     experts_per_token: Annotated[int, Axis("num_experts_per_tok", "experts per token", "top-{}")]
     """Experts that each token uses."""
+    expert_width: Annotated[int, Axis("intermediate_size", "expert width", "{}w")]
+    """Channels between the two projections of each expert."""
     window: Annotated[int | None, Axis("sliding_window", "window", "{}", least=2, unlimited="full")] = None
     """Tokens that attention sees, the token itself included; None sees them all."""
 
@@ -82,7 +84,7 @@ class Block:
 
     @property
     def label(self) -> str:
-        """Short text for tables and plots, such as ``64e/top-4/8192`` or ``128e/top-4/full``."""
+        """Short text for tables and plots, such as ``64e/top-4/2880w/8192`` or ``128e/top-4/2880w/full``."""
         pairs = zip(AXES.values(), self.values, strict=True)
         return "/".join(axis.label.format(axis.text(value)) for axis, value in pairs)
 
@@ -153,6 +155,11 @@ class Architecture:
     def experts_per_token(self) -> int:
         """Experts that a token uses in all layers together."""
         return sum(block.experts_per_token for block in self.blocks)
+
+    @property
+    def expert_width(self) -> int:
+        """Channels of one expert of every layer together."""
+        return sum(block.expert_width for block in self.blocks)
 
     @property
     def layouts(self) -> Counter[int | None]:

@@ -30,7 +30,7 @@ from moesaic.models.checkpoint_layout import EXPONENTS, INDEX, check_tensors, co
 from moesaic.models.resolved_config import CONFIG, read_config_file
 from moesaic.models.safetensors_files import StoredTensor, num_data_bytes, write_shard
 
-Stored = TypeVar("Stored", Tensor, StoredTensor)
+Stored = TypeVar("Stored", bound=Tensor | StoredTensor)
 """A tensor, in memory or still in its file."""
 
 RECOVERY = "recovery.json"

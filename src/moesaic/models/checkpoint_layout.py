@@ -181,7 +181,6 @@ def is_packed(config: Mapping[str, object], tensors: Mapping[str, StoredTensor])
     kept = quantization.get("modules_to_not_convert")
     if not isinstance(kept, list | None) or any("experts" in str(pattern) for pattern in kept or ()):
         raise ArtifactError(f"modules_to_not_convert is {kept}, but the experts are packed; list all but the experts")
-    for key in ("hidden_size", "intermediate_size"):
-        if int(str(config[key])) % gpt_oss.MXFP4_BLOCK:
-            raise ArtifactError(f"{key} is {config[key]}; MXFP4 packs multiples of {gpt_oss.MXFP4_BLOCK}")
+    if int(str(config["hidden_size"])) % gpt_oss.MXFP4_BLOCK:
+        raise ArtifactError(f"hidden_size is {config['hidden_size']}; MXFP4 packs multiples of {gpt_oss.MXFP4_BLOCK}")
     return True

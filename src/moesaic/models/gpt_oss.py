@@ -51,7 +51,6 @@ class ModelShape:
     """Sizes that all layers of a gpt-oss model share; what differs by layer is its ``Architecture``."""
 
     hidden_size: int
-    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -64,15 +63,20 @@ class ModelShape:
         return 2 * self.num_kv_heads * self.head_dim
 
 
-GPT_OSS_120B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 131_072)
-GPT_OSS_120B_BLOCKS = Architecture.of(Block(128, 4, None if layer % 2 else 128) for layer in range(36))
-GPT_OSS_20B = ModelShape(2880, 2880, 64, 8, 64, 201_088, 131_072)
-GPT_OSS_20B_BLOCKS = Architecture.of(Block(32, 4, None if layer % 2 else 128) for layer in range(24))
+GPT_OSS_120B = ModelShape(2880, 64, 8, 64, 201_088, 131_072)
+GPT_OSS_120B_BLOCKS = Architecture.of(Block(128, 4, 2880, None if layer % 2 else 128) for layer in range(36))
+GPT_OSS_20B = ModelShape(2880, 64, 8, 64, 201_088, 131_072)
+GPT_OSS_20B_BLOCKS = Architecture.of(Block(32, 4, 2880, None if layer % 2 else 128) for layer in range(24))
 
 _PUZZLE_8K = frozenset({3, 5, 21, 23, 27, 31, 33, 35})
 _PUZZLE_HALVED = frozenset({15, 17, 19, *range(21, 36)})
 GPT_OSS_PUZZLE_88B_BLOCKS = Architecture.of(
-    Block(64 if layer in _PUZZLE_HALVED else 128, 4, 128 if layer % 2 == 0 else 8192 if layer in _PUZZLE_8K else None)
+    Block(
+        64 if layer in _PUZZLE_HALVED else 128,
+        4,
+        2880,
+        128 if layer % 2 == 0 else 8192 if layer in _PUZZLE_8K else None,
+    )
     for layer in range(36)
 )
 """The released child's layout, block for block."""
@@ -86,7 +90,6 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelShape, Architecture]:
     """
     shape = ModelShape(
         hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
         num_heads=config["num_attention_heads"],
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
@@ -189,7 +192,7 @@ def _group(name: str) -> str:
 
 def layer_specs(shape: ModelShape, layer: int, block: Block, packed: bool = True) -> dict[str, TensorSpec]:
     """Name, dtype and shape of every tensor of one layer on disk."""
-    specs = _attention_specs(shape) | _expert_specs(shape, block.num_experts, packed)
+    specs = _attention_specs(shape) | _expert_specs(shape, block, packed)
     return {layer_prefix(layer) + name: spec for name, spec in specs.items()}
 
 
@@ -211,8 +214,10 @@ def _attention_specs(shape: ModelShape) -> dict[str, TensorSpec]:
     return specs
 
 
-def _expert_specs(shape: ModelShape, experts: int, packed: bool) -> dict[str, TensorSpec]:
-    hidden, inner = shape.hidden_size, shape.intermediate_size
+def _expert_specs(shape: ModelShape, block: Block, packed: bool) -> dict[str, TensorSpec]:
+    hidden, inner, experts = shape.hidden_size, block.expert_width, block.num_experts
+    if packed:
+        check_packable(inner)
     specs = {"mlp.router.weight": _bf16(experts, hidden), "mlp.router.bias": _bf16(experts)}
     for projection, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
         name = f"mlp.experts.{projection}"
@@ -226,6 +231,14 @@ def _expert_specs(shape: ModelShape, experts: int, packed: bool) -> dict[str, Te
         else:
             specs[name] = _bf16(experts, columns, rows)
     return specs
+
+
+def check_packable(expert_width: int) -> None:
+    """Raise ConfigError for a width that MXFP4 cannot store: it packs the channels that are summed over by 32."""
+    if expert_width % MXFP4_BLOCK:
+        raise ConfigError(
+            f"expert width {expert_width} cannot be stored in MXFP4, which packs multiples of {MXFP4_BLOCK}; choose one"
+        )
 
 
 def outer_specs(shape: ModelShape) -> dict[str, TensorSpec]:

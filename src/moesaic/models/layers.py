@@ -1,14 +1,14 @@
 """The mathematics of one layer: transformers' own gpt-oss layer, run half by half.
 
 A block is split where the method needs it: :func:`attend` (norm, attention, residual) takes the window per call, and
-:func:`mix` (norm, router, experts, residual) takes the experts that are left and how many of them a token uses. An
-expert is left out by minus infinity as its router logit, which equals slicing its rows away, so a variant needs no
-weights of its own (paper A, pruning).
+:func:`mix` (norm, router, experts, residual) takes the experts that are left, how many of them a token uses, and which
+of their channels are left. An expert is left out by minus infinity as its router logit, which equals slicing its rows
+away, so fewer experts need no weights of their own (paper A, pruning). Channels are sliced out for the call.
 Sequences are padded on the right: causal attention keeps padding out of sight, and what padding computes is never read.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ from moesaic.models import gpt_oss
 
 Rotary = tuple[Float[Tensor, "1 position half"], Float[Tensor, "1 position half"]]
 """Cosine and sine of every position, at least as many as any batch has."""
+
+
+_OnGated = Callable[[int, Int[Tensor, " pair"], Float[Tensor, "pair channel"]], None]
+"""Is shown an expert's id, its (token, slot) pairs, and what goes into its second projection."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Routing:
     """What each of them returned, not yet weighted."""
     top_k: int
     """How many slots the layer mixes."""
+    energies: Float[Tensor, "expert channel"]
+    """Of what goes into an expert's second projection, times the expert's weight: the sum of squares over tokens."""
 
     def chosen_logits(self) -> Float[Tensor, "token slot"]:
         """The logits of ``expert_ids``."""
@@ -97,15 +103,22 @@ def mix(
     attended: Float[Tensor, "*token hidden"],
     kept: Sequence[int] | None = None,
     top_k: int | None = None,
+    channels: Int[Tensor, "expert kept_channel"] | None = None,
 ) -> Float[Tensor, "*token hidden"]:
-    """The mixture-of-experts half of a block, with only the experts ``kept`` (None: all).
+    """The mixture-of-experts half of a block.
 
-    Each token uses ``top_k`` of them (None: as many as in the block), weighted by a softmax over these alone.
+    Args:
+        block: the layer.
+        attended: what :func:`attend` returned.
+        kept: the experts that are left; None for all.
+        top_k: how many of them a token uses, weighted by a softmax over these alone; None for as many as in the block.
+        channels: of every expert of the block those that are left; None for all.
     """
     states = block.post_attention_layernorm(attended).flatten(0, -2)
     values, expert_ids = router_logits(block, states, kept).topk(top_k or block.mlp.router.top_k, dim=-1)
     run = mixture if states.device.type == "cpu" else grouped_mixture
-    return attended + run(block.mlp.experts, states, expert_ids, torch.softmax(values, dim=-1)).view_as(attended)
+    experts = block.mlp.experts if channels is None else narrow(block.mlp.experts, channels)
+    return attended + run(experts, states, expert_ids, torch.softmax(values, dim=-1)).view_as(attended)
 
 
 def mix_sliced(
@@ -142,13 +155,19 @@ def run_block(
     window: int | None,
     kept: Sequence[int] | None = None,
     top_k: int | None = None,
+    channels: Int[Tensor, "expert kept_channel"] | None = None,
 ) -> Float[Tensor, "batch time hidden"]:
-    """A whole block with the given window, experts and experts per token."""
-    return mix(block, attend(block, hidden, rotary, window), kept, top_k)
+    """A whole block with the given window, experts, experts per token and channels."""
+    return mix(block, attend(block, hidden, rotary, window), kept, top_k, channels)
 
 
-def slice_block(block: GptOssDecoderLayer, kept: Sequence[int]) -> GptOssDecoderLayer:
-    """The physically pruned block: router rows and experts ``kept``, in that order; everything else is shared."""
+def slice_block(
+    block: GptOssDecoderLayer, kept: Sequence[int], channels: Int[Tensor, "kept_expert kept_channel"] | None = None
+) -> GptOssDecoderLayer:
+    """The physically pruned block: router rows and experts ``kept``, in that order; everything else is shared.
+
+    Each of these experts has the given channels only, or all.
+    """
     config = copy.copy(block.self_attn.config)
     config.num_local_experts = len(kept)
     with torch.device("meta"):
@@ -159,7 +178,34 @@ def slice_block(block: GptOssDecoderLayer, kept: Sequence[int]) -> GptOssDecoder
         for name, tensor in block.state_dict().items()
     }
     sliced.load_state_dict(state, assign=True)
+    if channels is not None:
+        sliced.mlp.experts = narrow(sliced.mlp.experts, channels)
     return sliced.eval().requires_grad_(False)
+
+
+def narrow(experts: GptOssExperts, channels: Int[Tensor, "expert kept_channel"]) -> GptOssExperts:
+    """The experts with these channels only, in that order; weights keep their memory layout."""
+    config = copy.copy(experts.config)
+    config.intermediate_size = channels.shape[1]
+    with torch.device("meta"):
+        narrowed = GptOssExperts(config)
+    channels = channels.to(experts.down_proj.device)
+    each = torch.arange(len(channels), device=channels.device).unsqueeze(1)
+    pairs = experts.gate_up_proj.transpose(1, 2).unflatten(1, (-1, 2))  # a channel's gate and up are neighbours
+    columns = channels.unsqueeze(1).expand(-1, experts.down_proj.shape[2], -1)
+    state = {
+        "gate_up_proj": pairs[each, channels].flatten(1, 2).transpose(1, 2),
+        "gate_up_proj_bias": experts.gate_up_proj_bias.unflatten(1, (-1, 2))[each, channels].flatten(1, 2),
+        "down_proj": experts.down_proj.transpose(1, 2).gather(2, columns).transpose(1, 2),
+        "down_proj_bias": experts.down_proj_bias,
+    }
+    narrowed.load_state_dict(state, assign=True)
+    return narrowed.eval().requires_grad_(False)
+
+
+def down_norms(experts: GptOssExperts) -> Float[Tensor, "expert channel"]:
+    """Of every channel the squared norm of what it adds to the output, in float64 on the host."""
+    return torch.stack([weight.double().square().sum(-1) for weight in experts.down_proj]).cpu()
 
 
 def _select(tensor: Tensor, rows: Tensor) -> Tensor:
@@ -180,15 +226,25 @@ def route(block: GptOssDecoderLayer, states: Float[Tensor, "token hidden"], num_
     logits = router_logits(block, states)
     top_k = block.mlp.router.top_k
     slots = min(top_k + num_spare, logits.shape[1])
-    expert_ids = logits.topk(slots, dim=-1).indices
-    return Routing(logits, expert_ids, expert_outputs(block.mlp.experts, states, expert_ids), top_k)
+    leaders, expert_ids = logits.topk(slots, dim=-1)
+    weights = F.pad(torch.softmax(leaders[:, :top_k], dim=-1), (0, slots - top_k)).flatten()
+    experts = block.mlp.experts
+    energies = torch.zeros(experts.down_proj.shape[:2], dtype=torch.float64, device=states.device)
+
+    def add_up(expert: int, pairs: Tensor, gated: Tensor) -> None:
+        energies[expert] = (weights[pairs].unsqueeze(1) * gated).float().square().sum(0, dtype=torch.float64)
+
+    return Routing(logits, expert_ids, expert_outputs(experts, states, expert_ids, add_up), top_k, energies)
 
 
 def expert_outputs(
-    experts: GptOssExperts, states: Float[Tensor, "token hidden"], expert_ids: Int[Tensor, "token slot"]
+    experts: GptOssExperts,
+    states: Float[Tensor, "token hidden"],
+    expert_ids: Int[Tensor, "token slot"],
+    on_gated: _OnGated | None = None,
 ) -> Float[Tensor, "token slot hidden"]:
     """The unweighted output of every chosen expert, one matrix product per expert."""
-    order, sorted_outputs = _run_experts(experts, states, expert_ids)
+    order, sorted_outputs = _run_experts(experts, states, expert_ids, on_gated)
     outputs = torch.empty_like(sorted_outputs).index_copy_(0, order, sorted_outputs)
     return outputs.view(*expert_ids.shape, -1)
 
@@ -216,15 +272,19 @@ def grouped_mixture(
     return torch.cat([experts(*part) for part in zip(*parts, strict=True)])
 
 
-def _run_experts(experts: GptOssExperts, states: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _run_experts(
+    experts: GptOssExperts, states: Tensor, expert_ids: Tensor, on_gated: _OnGated | None = None
+) -> tuple[Tensor, Tensor]:
     """Every (token, slot) pair, sorted by expert, and what its expert returns."""
     order = expert_ids.flatten().argsort(stable=True)
     counts = expert_ids.flatten().bincount(minlength=experts.num_experts).tolist()
     inputs = states.index_select(0, order // expert_ids.shape[1]).split(counts)
     outputs = []
-    for expert, own in enumerate(inputs):
+    for expert, (own, pairs) in enumerate(zip(inputs, order.split(counts), strict=True)):
         if len(own):
             gate_up = torch.addmm(experts.gate_up_proj_bias[expert], own, experts.gate_up_proj[expert])
             gated = experts._apply_gate(gate_up)
+            if on_gated is not None:
+                on_gated(expert, pairs, gated)
             outputs.append(torch.addmm(experts.down_proj_bias[expert], gated, experts.down_proj[expert]))
     return order, torch.cat(outputs)

@@ -101,14 +101,14 @@ def scale_model(
     shape = replace(
         whole,
         hidden_size=_multiple(whole.hidden_size * scale, MXFP4_BLOCK),
-        intermediate_size=_multiple(whole.intermediate_size * scale, MXFP4_BLOCK),
         num_heads=kv_heads * (whole.num_heads // whole.num_kv_heads),
         num_kv_heads=kv_heads,
         vocab_size=_multiple(whole.vocab_size * scale, _VOCABULARY_MULTIPLE),
     )
     windows = [like.architecture.blocks[layer % 2].window for layer in range(layers)]
-    used = min(like.architecture.blocks[0].experts_per_token, experts)
-    layout = Architecture.of(Block(experts, used, window) for window in windows)
+    first = like.architecture.blocks[0]
+    used, width = min(first.experts_per_token, experts), _multiple(first.expert_width * scale, MXFP4_BLOCK)
+    layout = Architecture.of(Block(experts, used, width, window) for window in windows)
     return Model(shape, layout, num_shards or like.num_shards)
 
 
@@ -139,7 +139,7 @@ def model_config(model: Model) -> dict[str, Any]:
         "hidden_size": shape.hidden_size,
         "initial_context_length": 4096,
         "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate_size,
+        "intermediate_size": blocks[0].expert_width,
         "layer_types": ["full_attention" if block.window is None else "sliding_attention" for block in blocks],
         "max_position_embeddings": shape.max_positions,
         "model_type": gpt_oss.PARENT_TYPE,

@@ -10,6 +10,7 @@ from itertools import product
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.costs.block_costs import BlockCost, CostTable
+from moesaic.models import gpt_oss
 from moesaic.models.architecture import AXES, Architecture, Block
 from moesaic.search.space import SearchSpace
 
@@ -41,6 +42,12 @@ def variants_of(block: Block, space: SearchSpace) -> tuple[Block, ...]:
     )
     options = ([own, *values] for own, values in zip(block.values, smaller, strict=True))
     return tuple(Block.of(values) for values in product(*options))
+
+
+def check_storable(space: SearchSpace, packed: bool) -> None:
+    """Raise ConfigError for a width on offer that the parent's expert format cannot store."""
+    for width in space.expert_widths if packed else ():
+        gpt_oss.check_packable(width)
 
 
 def distinct_blocks(parent: Architecture, space: SearchSpace) -> tuple[Block, ...]:

@@ -62,7 +62,7 @@ def scoring_peak(
     """The most that ``score_blocks`` holds on its device, its states kept elsewhere."""
     small, size = _two_layers(parent), config.variants_per_batch
     offers = [variants_of(block, config.space)[: 1 + size] for block in small.blocks]
-    variants = [[_kept(block) for block in offer] for offer in offers]
+    variants = [[_kept(block, own) for block in offer] for offer, own in zip(offers, small.blocks, strict=True)]
 
     def score(model: Parent, states: Tensor, measurements: Sequence[Measurement]) -> None:
         for layer, offered in enumerate(variants):
@@ -78,7 +78,8 @@ def refinement_peak(
     """The most that ``refine_architecture`` holds on its device, its states kept elsewhere."""
     small, size = _two_layers(parent), config.assemblies_per_round
     fewer = [
-        [_kept(replace(block, num_experts=block.num_experts - number)) for block in small.blocks] for number in (0, 1)
+        [_kept(replace(block, num_experts=block.num_experts - number), block) for block in small.blocks]
+        for number in (0, 1)
     ]
     assembled = [(fewer[number % 2][0], *fewer[number // 2 % 2][1:]) for number in range(size)]
 
@@ -125,8 +126,10 @@ def _batch(rows: int, tokens: int) -> Batch:
     return Batch(ids, every, every)
 
 
-def _kept(block: Block) -> Variant:
-    return Variant(block, tuple(range(block.num_experts)))
+def _kept(block: Block, own: Block) -> Variant:
+    narrower = block.expert_width < own.expert_width
+    channels = torch.arange(block.expert_width).expand(own.num_experts, -1) if narrower else None
+    return Variant(block, tuple(range(block.num_experts)), channels)
 
 
 def _ignored(_: int) -> None:

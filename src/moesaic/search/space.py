@@ -1,6 +1,6 @@
 """The search space: the variants that every block may be replaced by.
 
-Sources: paper A for experts and windows, arXiv 2607.04371 for experts per token.
+Sources: paper A for experts and windows, arXiv 2607.04371 for experts per token and expert width.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,6 +19,9 @@ class SearchSpace(Config):
     """Expert counts on offer, to the layers that have more; a layer's own always is."""
     experts_per_token: tuple[Positive, ...] = ()
     """Experts per token on offer, to the layers that use more; a layer's own always are."""
+    expert_widths: tuple[Positive, ...] = ()
+    """Channels per expert on offer, to the layers whose experts have more; in MXFP4 multiples of 32, and on GPUs better
+    of 128, to which their kernels pad."""
     windows: tuple[Window, ...] = ()
     """Windows on offer, in tokens, to the layers that are full in the parent; staying full always is."""
     expert_parallel_size: Positive = 1
@@ -29,6 +32,7 @@ class SearchSpace(Config):
         return {
             "num_experts": self.expert_counts,
             "experts_per_token": self.experts_per_token,
+            "expert_width": self.expert_widths,
             "window": self.windows if block.window is None else (),
         }
 

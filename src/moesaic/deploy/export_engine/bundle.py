@@ -84,6 +84,12 @@ def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
         raise ConfigError(
             f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {child.shape.num_heads} heads"
         )
+    widths = sorted({block.expert_width for block in child.architecture.blocks})
+    if uneven := [width for width in widths if width % config.tensor_parallel_size]:
+        raise ConfigError(
+            f"tensor_parallel_size {config.tensor_parallel_size} does not divide the expert width {uneven[0]} of some "
+            f"layers; the model's layers have {widths}"
+        )
     if config.target == "vllm" and (epsilon := child.config["rms_norm_eps"]) != 1e-5:
         raise ArtifactError(f"{child.directory}: rms_norm_eps is {epsilon}; vllm computes with 1e-05 always")
 

@@ -30,6 +30,8 @@ class Layer(_Frozen):
     """Experts."""
     num_experts_per_tok: int
     """Experts that each token uses."""
+    intermediate_size: int
+    """Channels of each expert."""
     sliding_window: int | None
     """Tokens that attention sees; None means all."""
     key_scale: float | None = None

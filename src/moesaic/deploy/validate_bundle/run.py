@@ -71,11 +71,12 @@ def validate_by_engine(
             config.max_new_tokens,
             scratch,
             config.timeout_s,
+            config.engine_precision,
         )
     except ArtifactError as refusal:
         return Verdict(passed=False, loaded_by="vLLM", problems=(str(refusal),))
     replies = _compare(config, reference or bundle, manifest, asked, loaded) if config.compare_replies else {}
-    problems = [*_wrong_layers(manifest, loaded.layers), *_disagreements(config, replies)]
+    problems = [*_wrong_layers(config, manifest, loaded.layers), *_disagreements(config, replies)]
     return Verdict(
         passed=not problems,
         loaded_by=loaded.engine,
@@ -108,8 +109,9 @@ def _compare(
 ) -> dict[Effort, Agreement]:
     model = load_model(bundle, getattr(torch, config.precision)).to(choose_device())
     kind = manifest.kv_cache.kind
-    scales = kv_cache.scales_for(kind, Checkpoint.open(bundle))
-    kv_cache.emulate(model, kv_cache.roundings(kind, scales, toward_zero=loaded.on_cpu))
+    if kind != "bf16" or config.engine_precision == "bfloat16":
+        scales = kv_cache.scales_for(kind, Checkpoint.open(bundle))
+        kv_cache.emulate(model, kv_cache.roundings(kind, scales, toward_zero=loaded.on_cpu))
     given = iter(loaded.replies)
     pairs = [(effort, prompt, next(given)) for effort, prompts in asked.items() for prompt in prompts]
     judged: dict[Effort, list[JudgedReply]] = {effort: [] for effort in asked}
@@ -118,8 +120,11 @@ def _compare(
     return {effort: Agreement.of(of_effort, config.near_tie) for effort, of_effort in judged.items()}
 
 
-def _wrong_layers(manifest: BundleManifest, layers: Sequence[LoadedLayer]) -> Iterator[str]:
+def _wrong_layers(
+    config: ValidateBundleConfig, manifest: BundleManifest, layers: Sequence[LoadedLayer]
+) -> Iterator[str]:
     """Every layer that is not as the manifest says, in words."""
+    unquantised_bytes = getattr(torch, config.engine_precision).itemsize
     if len(layers) != len(manifest.layers):
         yield f"the engine has {len(layers)} layers, the bundle {len(manifest.layers)}"
         return
@@ -127,8 +132,9 @@ def _wrong_layers(manifest: BundleManifest, layers: Sequence[LoadedLayer]) -> It
         expected = LoadedLayer(
             num_local_experts=wanted.num_local_experts,
             num_experts_per_tok=wanted.num_experts_per_tok,
+            intermediate_size=wanted.intermediate_size,
             sliding_window=wanted.sliding_window,
-            cache_bytes=2 if manifest.kv_cache.kind == "bf16" else 1,
+            cache_bytes=unquantised_bytes if manifest.kv_cache.kind == "bf16" else 1,
             key_scale=wanted.key_scale or 1.0,
             value_scale=wanted.value_scale or 1.0,
         )

@@ -32,6 +32,9 @@ class ValidateBundleConfig(Config):
     """Largest mean difference of the log-probability of a token, in nats."""
     precision: Precision = "float32"
     """What the reference computes in."""
+    engine_precision: Precision = "bfloat16"
+    """What the engine computes in, and keeps an unquantised KV cache in. ``bfloat16`` is how it serves; ``float32``, on
+    CPUs alone, leaves rounding out, so that what still differs is wrong."""
     compare_replies: bool = True
     """Whether there is a reference: it holds the whole model, unpacked, in this process. False where that does not
     fit; then the engine says what each layer is, and no more."""

@@ -44,6 +44,7 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
         "parameters": compare(parent.parameters, child.parameters),
         "experts": compare(parent.num_experts, child.num_experts),
         "experts_per_token": compare(parent.architecture.experts_per_token, child.architecture.experts_per_token),
+        "expert_width": compare(parent.architecture.expert_width, child.architecture.expert_width),
         "windowed_layers": _count_windows(evidence),
         "memory_mib": {name: compare(parent.memory_mib[name], child.memory_mib[name]) for name in parent.memory_mib},
         "kv_mib_per_request": {
@@ -267,6 +268,7 @@ def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> d
         "parameters": fmean(candidate.parameters for candidate in candidates),
         "experts": fmean(candidate.num_experts for candidate in candidates),
         "experts_per_token": fmean(candidate.architecture.experts_per_token for candidate in candidates),
+        "expert_width": fmean(candidate.architecture.expert_width for candidate in candidates),
         "accuracy": {
             effort: {"mean": fmean(values), "min": min(values), "max": max(values)} if values else None
             for effort, values in accuracies.items()

@@ -60,7 +60,8 @@ class ComparedRow:
 
 def comparison_rows(summary: Mapping[str, Any]) -> list[ComparedRow]:
     """Parent against child. Accuracy and what follows from it are the pruned child's, so recovery supersedes them."""
-    rows = [_compared(size, "", summary[size]) for size in ("parameters", "experts", "experts_per_token")]
+    sizes = ("parameters", "experts", "experts_per_token", "expert_width")
+    rows = [_compared(size, "", summary[size]) for size in sizes]
     for quantity in ("memory_mib", "kv_mib_per_request"):
         rows += [_compared(quantity, workload, figures) for workload, figures in summary[quantity].items()]
     pruned = {} if summary.get("recovery") else summary["efforts"]

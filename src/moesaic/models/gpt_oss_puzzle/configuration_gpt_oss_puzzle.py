@@ -1,4 +1,4 @@
-"""Configuration of a gpt-oss child whose layers differ in experts, experts per token and attention window.
+"""Configuration of a gpt-oss child whose layers differ in experts, their width, experts per token and attention window.
 
 This file travels inside every child checkpoint, so it depends on transformers alone.
 """
@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import GptOssConfig
 
-BLOCK_KEYS = ("num_local_experts", "num_experts_per_tok", "sliding_window")
+BLOCK_KEYS = ("num_local_experts", "num_experts_per_tok", "intermediate_size", "sliding_window")
 """What may differ between layers."""
+_MAY_BE_LEFT_OUT = ("num_experts_per_tok", "intermediate_size")
 
 
 class BlockConfig(dict[str, int | None]):
@@ -26,8 +27,8 @@ class BlockConfig(dict[str, int | None]):
 class GptOssPuzzleConfig(GptOssConfig):
     """gpt-oss plus ``block_configs``: per layer the ``BLOCK_KEYS``; ``sliding_window`` None means full.
 
-    An entry without ``num_experts_per_tok`` means the model's own. ``per_layer_config``, transformers' own spelling,
-    may say the same, or say it alone.
+    An entry without ``num_experts_per_tok`` or ``intermediate_size`` means the model's own. ``per_layer_config``,
+    transformers' own spelling, may say the same, or say it alone.
     """
 
     model_type = "gpt_oss_puzzle"
@@ -39,10 +40,11 @@ class GptOssPuzzleConfig(GptOssConfig):
         super().__post_init__(**kwargs)
         blocks: list[Any] | None = self.block_configs
         if blocks is not None:
-            blocks = [{"num_experts_per_tok": self.num_experts_per_tok} | dict(block) for block in blocks]
+            own = {key: getattr(self, key) for key in _MAY_BE_LEFT_OUT}
+            blocks = [own | dict(block) for block in blocks]
         if per_layer is not None:
-            own = {int(layer): entry for layer, entry in per_layer.items()}
-            spelt = [self._parent_block(kind) | own.get(layer, {}) for layer, kind in enumerate(self.layer_types)]
+            entries = {int(layer): entry for layer, entry in per_layer.items()}
+            spelt = [self._parent_block(kind) | entries.get(layer, {}) for layer, kind in enumerate(self.layer_types)]
             if blocks is not None and blocks != spelt:
                 raise ValueError(
                     "block_configs and per_layer_config say different things; engines read the one or the other"

@@ -11,6 +11,7 @@ _QUANTITIES = {
     "parameters": "parameters",
     "experts": "experts",
     "experts_per_token": "experts per token, all layers",
+    "expert_width": "width of an expert, all layers",
     "memory_mib": "memory [MiB], {}",
     "kv_mib_per_request": "KV cache [MiB] per request, {}",
     "accuracy": "accuracy, {} effort",
@@ -19,7 +20,7 @@ _QUANTITIES = {
     "served": "tokens/s through the server, {}, best",
     "request_rate": "requests/s over the parent, {} effort",
 }
-_OF_THE_SEARCHED_MODEL = ("experts", "experts_per_token", "memory_mib", "kv_mib_per_request")
+_OF_THE_SEARCHED_MODEL = ("experts", "experts_per_token", "expert_width", "memory_mib", "kv_mib_per_request")
 """Known of the model that the last search began from, which after several rounds is not the parent."""
 
 
@@ -45,12 +46,12 @@ def comparison_table(summary: Mapping[str, Any], hidden: Sequence[str] = ()) -> 
 def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
     """The search against its baselines at equal budget: predicted damage and measured accuracy."""
     efforts = list(rivals[0]["accuracy"])
-    table = Table("", "damage", "experts", "per token", *(f"accuracy {effort}" for effort in efforts))
+    table = Table("", "damage", "experts", "per token", "width", *(f"accuracy {effort}" for effort in efforts))
     table.title = "The search and its baselines, under the same limits and before any training"
     for rival in rivals:
         accuracies = (rival["accuracy"][effort] for effort in efforts)
         shown = ["not measured" if accuracy is None else percent(accuracy["mean"]) for accuracy in accuracies]
-        sizes = (number(rival[size]) for size in ("damage", "experts", "experts_per_token"))
+        sizes = (number(rival[size]) for size in ("damage", "experts", "experts_per_token", "expert_width"))
         table.add_row(rival["name"], *sizes, *shown)
     return table
 

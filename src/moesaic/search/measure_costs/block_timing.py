@@ -127,9 +127,13 @@ def time_blocks(
     bench = Bench.of(checkpoint, workloads, dtype, device)
     whole = loading.load_block(checkpoint, bench.layer, dtype, device)
     whole.self_attn.config._experts_implementation = _SERVED_WITH
-    counts = sorted({block.num_experts for block in distinct})
-    sliced = {count: layers.slice_block(whole, range(count)) for count in counts}
-    jobs = [job for block in distinct for job in _block_jobs(bench, sliced[block.num_experts], block, workloads)]
+    sizes = sorted({(block.num_experts, block.expert_width) for block in distinct})
+    sliced = {(count, width): _sized(whole, count, width) for count, width in sizes}
+    jobs = [
+        job
+        for block in distinct
+        for job in _block_jobs(bench, sliced[block.num_experts, block.expert_width], block, workloads)
+    ]
     jobs += _fixed_jobs(bench, workloads)
     times = time_jobs(jobs, repeats, device)
     runtimes = {
@@ -138,6 +142,15 @@ def time_blocks(
     }
     fixed = runtimes.pop(None)
     return {block: runtimes[block] for block in distinct}, fixed
+
+
+def _sized(whole: GptOssDecoderLayer, num_experts: int, expert_width: int) -> GptOssDecoderLayer:
+    """The layer with its first experts, of this width; of one that is wider in another layer, channels repeat."""
+    own: int = whole.mlp.experts.intermediate_size
+    if expert_width == own:
+        return layers.slice_block(whole, range(num_experts))
+    channels = (torch.arange(expert_width) % own).expand(num_experts, -1)
+    return layers.slice_block(whole, range(num_experts), channels)
 
 
 def _block_jobs(bench: Bench, module: GptOssDecoderLayer, block: Block, workloads: Sequence[Workload]) -> Iterator[Job]:

@@ -10,7 +10,7 @@ the fixed part the median over all blocks. That of prompts, which long ones hide
 of a decode step.
 
 Layers have the parent's own weights, from its first layer on and again from the first where it has fewer, so that
-routing is nearly its own; a smaller block keeps the experts of the lowest ids. Prompts are random tokens.
+routing is nearly its own; a smaller block keeps the experts and channels of the lowest ids. Prompts are random tokens.
 
 Prompts are read as the engine reads them, in steps of at most ``STEP_TOKENS`` tokens: as many requests as fill one such
 step, at least one, and the time is scaled by their number. Decoding is timed at the workload's mean context with all
@@ -19,10 +19,13 @@ its requests in flight; their cache is filled, not computed.
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+import torch
+from torch import Tensor
 
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.core.progress import track
@@ -36,7 +39,7 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.models.safetensors_files import StoredTensor
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
-from moesaic.search.prune_model.pruning import prune_layer
+from moesaic.search.prune_model.pruning import prune_stored
 
 STEP_TOKENS = 8192
 """Tokens of one engine step, at most; as ``export_engine`` sets it."""
@@ -93,17 +96,25 @@ def time_in_engine(
 
 def write_stack(checkpoint: Checkpoint, block: Block, num_layers: int, directory: Path) -> None:
     """Write a model of equal layers, with the parent's weights."""
-    whole = [layer for layer, own in enumerate(checkpoint.architecture.blocks) if own.num_experts >= block.num_experts]
+    blocks = checkpoint.architecture.blocks
+    sizes = [(own.num_experts, own.expert_width) for own in blocks]
+    whole = [
+        layer
+        for layer, (experts, width) in enumerate(sizes)
+        if experts >= block.num_experts and width >= block.expert_width
+    ]
     if not whole:
-        raise ArtifactError(f"no layer of {checkpoint.directory} has the {block.num_experts} experts of {block.label}")
+        raise ArtifactError(f"no layer of {checkpoint.directory} has the experts of {block.label}")
 
-    def shards() -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    def shards() -> Iterator[tuple[str, Mapping[str, Tensor | StoredTensor]]]:
         yield "model-outer", {name: checkpoint.stored(name) for name in gpt_oss.outer_specs(checkpoint.shape)}
         for layer in range(num_layers):
             source = whole[layer % len(whole)]
             tensors = {name: checkpoint.stored(name) for name in checkpoint.layer_names(source)}
             own, new = gpt_oss.layer_prefix(source), gpt_oss.layer_prefix(layer)
-            kept = prune_layer(tensors, range(block.num_experts))
+            narrower = block.expert_width < blocks[source].expert_width
+            first = torch.arange(block.expert_width).expand(block.num_experts, -1) if narrower else None
+            kept, _ = prune_stored(tensors, range(block.num_experts), first)
             yield from layer_shards(layer, {new + name.removeprefix(own): tensor for name, tensor in kept.items()})
 
     write_checkpoint(

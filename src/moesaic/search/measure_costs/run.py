@@ -29,7 +29,7 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.gpt_oss import ModelShape
 from moesaic.models.loading import choose_device
-from moesaic.search.library import distinct_blocks
+from moesaic.search.library import check_storable, distinct_blocks
 from moesaic.search.measure_costs.block_timing import time_blocks
 from moesaic.search.measure_costs.engine_timing import time_in_engine
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
@@ -43,6 +43,7 @@ def run(config: MeasureCostsConfig, *, parent: Path, output: Path, scratch: Path
     _check_config(config)
     checkpoint = Checkpoint.open(parent)
     _check_lengths(config, checkpoint)
+    check_storable(config.space, checkpoint.packed)
     if config.source == "model":
         costs = model_costs(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed)
     elif config.engine == "vllm":

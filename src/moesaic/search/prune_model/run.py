@@ -1,8 +1,14 @@
-"""Assemble a child checkpoint from its parent, a ranking and an architecture: ranges of the parent's files, copied."""
+"""Assemble a child checkpoint from its parent, a ranking and an architecture.
+
+It is made of ranges of the parent's files, copied; narrower experts alone go through memory, a layer at a time.
+"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.progress import track
@@ -11,8 +17,8 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.models.checkpoint_layout import companions
 from moesaic.models.safetensors_files import StoredTensor
-from moesaic.models.stage_outputs import read_json, read_orders
-from moesaic.search.prune_model.pruning import kept_experts, prune_layer
+from moesaic.models.stage_outputs import read_channels, read_json, read_orders
+from moesaic.search.prune_model.pruning import kept_channels, kept_experts, prune_stored
 from moesaic.search.prune_model.stage import PruneModelConfig
 
 PRUNING = "pruning.json"
@@ -43,11 +49,13 @@ def run(
     kept = [kept_experts(order, block.num_experts) for order, block in zip(orders, child.blocks, strict=True)]
     pruning = scratch / PRUNING
     pruning.write_text(json.dumps({"candidate": config.candidate, "kept_experts": kept}) + "\n")
+    channels = _channels(ranking, whole.architecture, child, kept)
+    lost: list[float] = []
     kept_files = [path for path in companions(parent) if any(path.match(pattern) for pattern in _COMPANIONS)]
     write_checkpoint(
         output,
         gpt_oss.child_config(whole.config, child, config.yarn_factor),
-        _shards(whole, kept),
+        _shards(whole, kept, channels, lost),
         [*kept_files, *_MODELLING_FILES, pruning],
     )
     written = Checkpoint.open(output)
@@ -58,6 +66,7 @@ def run(
         "experts_ratio": child.num_experts / whole.architecture.num_experts,
         "checkpoint_ratio": gpt_oss.num_bytes(written.shape, child, written.packed)
         / gpt_oss.num_bytes(whole.shape, whole.architecture, whole.packed),
+        "repacking_error": max(lost),
     }
 
 
@@ -72,8 +81,28 @@ def _read_candidate(path: Path, name: str) -> Architecture:
     return Architecture.of(Block.from_config(entry) for entry in content["candidates"][name]["blocks"])
 
 
-def _shards(parent: Checkpoint, kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+def _channels(
+    ranking: Path, parent: Architecture, child: Architecture, kept: Sequence[Sequence[int]]
+) -> list[Int[Tensor, "expert kept_channel"] | None]:
+    """By layer the channels of the experts that are kept; None where these stay whole."""
+    narrower = [new.expert_width < own.expert_width for new, own in zip(child.blocks, parent.blocks, strict=True)]
+    orders = read_channels(ranking, parent) if any(narrower) else []
+    return [
+        kept_channels(orders[layer][list(kept[layer])], block.expert_width) if narrower[layer] else None
+        for layer, block in enumerate(child.blocks)
+    ]
+
+
+def _shards(
+    parent: Checkpoint,
+    kept: Sequence[Sequence[int]],
+    channels: Sequence[Int[Tensor, "expert kept_channel"] | None],
+    lost: list[float],
+) -> Iterator[tuple[str, Mapping[str, Tensor | StoredTensor]]]:
+    """Every shard of the child; what packing narrower experts anew loses is appended to ``lost``, by layer."""
     yield "model-outer", {name: parent.stored(name) for name in gpt_oss.outer_specs(parent.shape)}
     for layer in track(range(parent.num_layers), parent.num_layers, "pruning layers"):
         tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
-        yield from layer_shards(layer, prune_layer(tensors, kept[layer]))
+        pruned, error = prune_stored(tensors, kept[layer], channels[layer])
+        lost.append(error)
+        yield from layer_shards(layer, pruned)

@@ -1,4 +1,5 @@
-"""Assembles a candidate's checkpoint from the parent's weights; kept experts are byte-exact.
+"""Assembles a candidate's checkpoint from the parent's weights; kept experts are byte-exact, but for the second
+projection of narrower ones, which is packed anew.
 
 The weights go to the store.
 """

@@ -24,11 +24,12 @@ Sums are float64. Scores are indexed by expert id, larger is better; the order i
 Experts no token was routed to come last; ties go to the lower id.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from moesaic.models.layers import Routing
@@ -46,6 +47,19 @@ class LayerRanking:
     """Expert ids, most important first."""
     scores: tuple[float, ...]
     """By expert id."""
+    channels: Int[Tensor, "expert channel"] | None = field(default=None, compare=False)
+    """By expert id, its channels in order of importance, see ``channels.py``."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        channels = None if self.channels is None else self.channels.tolist()
+        return {"order": self.order, "scores": self.scores, "channels": channels}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "LayerRanking":
+        """Read what :meth:`as_json` wrote."""
+        channels = None if entry["channels"] is None else torch.tensor(entry["channels"], dtype=torch.int32)
+        return cls(tuple(entry["order"]), tuple(entry["scores"]), channels)
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class Tally:
     """Tokens that were routed to each expert."""
     sums: Float[Tensor, " expert"]
     """Of the criterion, over those tokens."""
+    energies: Float[Tensor, "expert channel"]
+    """Of every channel, over those tokens, see :class:`~moesaic.models.layers.Routing`."""
     ballots: Integer[Tensor, "token expert"] | None = None
     """Each token's experts, best first; for ``ranked_choice`` only."""
 
@@ -78,10 +94,10 @@ def tally(criterion: Criterion, batch: Routing) -> Tally:
     chosen = batch.expert_ids[:, : batch.top_k].flatten().cpu()
     counts = chosen.bincount(minlength=num_experts).double()
     if criterion == "ranked_choice":
-        return Tally(num_tokens, batch.top_k, counts, counts, _ballots(batch))
+        return Tally(num_tokens, batch.top_k, counts, counts, batch.energies.cpu(), _ballots(batch))
     sums = torch.zeros(num_experts, dtype=torch.float64)
     sums.index_add_(0, chosen, _contributions(criterion, batch).flatten().double().cpu())
-    return Tally(num_tokens, batch.top_k, counts, sums)
+    return Tally(num_tokens, batch.top_k, counts, sums, batch.energies.cpu())
 
 
 def rank_tallies(criterion: Criterion, tallies: Sequence[Tally]) -> LayerRanking:

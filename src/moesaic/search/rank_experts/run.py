@@ -1,14 +1,17 @@
-"""Rank the experts of every layer in one streaming pass over the short calibration set.
+"""Rank the experts of every layer, and their channels, in one streaming pass over the short calibration set.
 
 A killed pass goes on from ``scratch``, where it keeps every five minutes what it has done.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic.core.process_group import BatchShare, share
@@ -16,8 +19,12 @@ from moesaic.core.progress import track
 from moesaic.data.batches import Batch
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading
+from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.layers import down_norms
+from moesaic.models.stage_outputs import CHANNELS
 from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
+from moesaic.search.rank_experts.channels import order_channels, shuffle_channels
 from moesaic.search.rank_experts.ranking import LayerRanking, Tally, rank_randomly, rank_tallies, tally
 from moesaic.search.rank_experts.saved_progress import RankingProgress
 from moesaic.search.rank_experts.stage import NUM_SPARE, Criterion, RankExpertsConfig
@@ -29,19 +36,26 @@ _SHARED = "layers.json"
 def run(
     config: RankExpertsConfig, *, parent: Path, calibration_short: Path, output: Path, scratch: Path
 ) -> dict[str, float]:
-    """Write ``ranking.json``: per layer the experts in order of importance, and their scores by id."""
+    """Write ``ranking.json``, per layer the experts in order of importance and their scores by id, and the channels."""
     checkpoint = Checkpoint.open(parent)
     batches = _load_batches(config, checkpoint, calibration_short)
     num_tokens = sum(int(batch.is_token.sum()) for batch in batches)
     if config.criterion == "random":
-        experts = [block.num_experts for block in checkpoint.architecture.blocks]
-        layers = [rank_randomly(count, config.seed + layer) for layer, count in enumerate(experts)]
+        blocks = checkpoint.architecture.blocks
+        layers = [_shuffled(block, config.seed + layer) for layer, block in enumerate(blocks)]
     elif share(config, {"parent": parent, "calibration_short": calibration_short}, scratch, len(batches)):
-        layers = [LayerRanking(**layer) for layer in json.loads((scratch / _SHARED).read_text())]
+        layers = [LayerRanking.from_json(layer) for layer in json.loads((scratch / _SHARED).read_text())]
     else:
         layers = list(_rank(config, checkpoint, batches, scratch, BatchShare()))
-    content = {"criterion": config.criterion, "num_tokens": num_tokens, "layers": [asdict(layer) for layer in layers]}
+    content = {
+        "criterion": config.criterion,
+        "channel_criterion": config.channel_criterion,
+        "num_tokens": num_tokens,
+        "layers": [{"order": layer.order, "scores": layer.scores} for layer in layers],
+    }
     (output / "ranking.json").write_text(json.dumps(content, indent=1) + "\n")
+    channels = {str(index): layer.channels for index, layer in enumerate(layers) if layer.channels is not None}
+    save_file(channels, output / CHANNELS)
     return {"num_tokens": float(num_tokens), "num_layers": float(len(layers))}
 
 
@@ -52,7 +66,12 @@ def work(
     checkpoint = Checkpoint.open(parent)
     layers = list(_rank(config, checkpoint, _load_batches(config, checkpoint, calibration_short), scratch, batch_share))
     if batch_share.rank == 0:
-        (scratch / _SHARED).write_text(json.dumps([asdict(layer) for layer in layers]) + "\n")
+        (scratch / _SHARED).write_text(json.dumps([layer.as_json() for layer in layers]) + "\n")
+
+
+def _shuffled(block: Block, seed: int) -> LayerRanking:
+    channels = shuffle_channels(block.num_experts, block.expert_width, seed)
+    return replace(rank_randomly(block.num_experts, seed), channels=channels)
 
 
 def _load_batches(config: RankExpertsConfig, checkpoint: Checkpoint, data: Path) -> list[Batch]:
@@ -88,13 +107,23 @@ def _rank(
                 _pass(config.criterion, layer, module, offloader, states, mine, index, rotary, window)
                 for index in range(len(mine))
             ]
+            norms = down_norms(module.mlp.experts)
             del module
-            done.append(rank_tallies(config.criterion, batch_share.gather(tallies)))
+            done.append(_finish(config, layer, batch_share.gather(tallies), norms))
             if more:
                 progress.keep(done, states)
             yield done[-1]
     finally:
         reader.close()
+
+
+def _finish(
+    config: RankExpertsConfig, layer: int, tallies: Sequence[Tally], norms: Float[Tensor, "expert channel"]
+) -> LayerRanking:
+    """The ranking of a layer, from the tallies of all batches."""
+    energies = torch.stack([each.energies for each in tallies]).sum(0)
+    channels = order_channels(config.channel_criterion, energies, norms, config.seed + layer)
+    return replace(rank_tallies(config.criterion, tallies), channels=channels)
 
 
 def _pass(

@@ -8,7 +8,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ class RankingProgress:
         content: dict[str, Any] = json.loads(committed.read_text()) if committed.is_file() else {}
         if content.get("processes") != self._batch_share.count:
             return []
-        return [LayerRanking(**layer) for layer in content["layers"]]
+        return [LayerRanking.from_json(layer) for layer in content["layers"]]
 
     def states(self, num_layers: int) -> Iterator[Tensor]:
         """The hidden states behind so many layers, in the order of this process's batches."""
@@ -70,7 +69,7 @@ class RankingProgress:
         return needed <= shutil.disk_usage(self._scratch).free // 2
 
     def _commit(self, layers: Sequence[LayerRanking]) -> None:
-        content = {"processes": self._batch_share.count, "layers": [asdict(layer) for layer in layers]}
+        content = {"processes": self._batch_share.count, "layers": [layer.as_json() for layer in layers]}
         write_text_atomically(self._scratch / _COMMITTED, json.dumps(content) + "\n")
 
     def _place(self, num_layers: int) -> Path:

@@ -74,7 +74,7 @@ def _advance(
             attended: Tensor = attend(module, hidden, parent.rotary, variant.block.window)
             if layer == parent.last:
                 attended = attended[item.probe.measured]
-            output = mix(module, attended, variant.kept, variant.block.experts_per_token)
+            output = mix(module, attended, variant.kept, variant.block.experts_per_token, variant.channels)
             outputs[beginning] = parent.offload(check_finite(layer, f"the states of {variant.block.label}", output))
         for state in before.values():
             state.drop()

@@ -22,7 +22,7 @@ def needs(task: PipelineTask[RefineArchitectureConfig], facts: Facts, inputs: Se
         states         = (1 + assemblies_per_round) hidden states of both sets
 
     Time: the parent's blocks for all of them (an assembly's are cheaper). What is saved where assemblies begin alike is
-    not counted.
+    not counted, nor is the copy of a layer's experts where an assembly's are narrower.
     """
     config = task.config
     blocks = model_of(facts, inputs[0]).blocks

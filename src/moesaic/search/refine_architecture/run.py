@@ -95,7 +95,7 @@ def _prepare(
     search = read_search(SearchArchitectureConfig.model_validate(content["config"]), parent, scores, costs)
     checkpoint = Checkpoint.open(parent)
     library = search.library
-    variants = choose_variants(library.variants, checkpoint, ranking / "ranking.json")
+    variants = choose_variants(library.variants, checkpoint, ranking)
     full = [options for options, own in zip(library.variants, library.parent.blocks, strict=True) if own.window is None]
     windows = sorted({block.window for options in full for block in options if block.window is not None})
     probes = Probes.read(config, checkpoint, calibration_short, calibration_long, windows, config.assemblies_per_round)

@@ -4,7 +4,17 @@ import math
 from collections.abc import Sequence
 
 from moesaic.costs.block_costs import block_bytes, outer_bytes
-from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, attend_bytes, hidden_bytes, mix_bytes, model_of
+from moesaic.costs.facts import (
+    Facts,
+    Needs,
+    PipelineTask,
+    ShardSizes,
+    attend_bytes,
+    hidden_bytes,
+    mix_bytes,
+    model_of,
+    narrowed_bytes,
+)
 from moesaic.costs.times import forward_ms
 from moesaic.models.architecture import Block
 from moesaic.search.damage_needs import MeasuredTokens, damage_memory
@@ -20,7 +30,8 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
         block forwards = 2 L + sum_i n_i (L - i)           n_i variants of layer i (from 0), the parent's own included
         layers read    = 3 of each + sum_i groups_i (L - i),    groups_i = max(1, ceil((n_i - 1) / variants_per_batch))
         device         = 1 layer unpacked, 1 packed, the head; variants_per_batch times a batch, in attention or in
-                         the mixture, and a batch's states once more; or what comparing takes
+                         the mixture, and a batch's states once more; or one variant's batch in the mixture, and a copy
+                         of its narrower experts; or what comparing takes
         states         = (1 + variants_per_batch) hidden states of both sets
 
     Reading a layer again may find it in the page cache. Three of each: for the parent's run, for going on to the next
@@ -39,7 +50,10 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
     sizes = [block_bytes(shape, block, facts.packed) for block in blocks]
     together = at_once * tokens.batch
     mixed = mix_bytes(facts, together, config.precision) + hidden_bytes(facts, together, config.precision)
-    running = max(attend_bytes(facts, together, config.precision), mixed)
+    narrowed = narrowed_bytes(facts, config.space.expert_widths, config.precision)
+    outputs = hidden_bytes(facts, (at_once - 1) * tokens.batch, config.precision)
+    replaced = mix_bytes(facts, tokens.batch, config.precision) + outputs + narrowed
+    running = max(attend_bytes(facts, together, config.precision), mixed, replaced if narrowed else 0)
     running += hidden_bytes(facts, tokens.batch, config.precision)
 
     def through(some: Sequence[Block], head: bool) -> float:

@@ -16,10 +16,10 @@ from moesaic.core.progress import count_steps
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.layers import check_finite
-from moesaic.models.stage_outputs import read_orders
-from moesaic.search.library import variants_of
+from moesaic.models.stage_outputs import read_channels, read_orders
+from moesaic.search.library import check_storable, variants_of
 from moesaic.search.probing import Probes, embed, open_parent
-from moesaic.search.prune_model.pruning import kept_experts
+from moesaic.search.prune_model.pruning import kept_channels, kept_experts
 from moesaic.search.score_blocks.scoring import (
     Measurement,
     Offloaded,
@@ -105,11 +105,26 @@ def work(
 
 
 def choose_variants(offers: Sequence[Sequence[Block]], checkpoint: Checkpoint, ranking: Path) -> list[list[Variant]]:
-    """Every layer's variants, with the ids of the parent's experts that each keeps."""
-    orders = read_orders(ranking, checkpoint.architecture)
+    """Every layer's variants, with the ids of the parent's experts that each keeps, and of their channels.
+
+    Args:
+        offers: by layer.
+        checkpoint: the parent.
+        ranking: the folder that ``rank_experts`` wrote.
+    """
+    parent = checkpoint.architecture
+    orders = read_orders(ranking / "ranking.json", parent)
+    widths = [
+        {block.expert_width for block in offer} - {own.expert_width}
+        for offer, own in zip(offers, parent.blocks, strict=True)
+    ]
+    channels = read_channels(ranking, parent) if any(widths) else []
+    narrower = [
+        {width: kept_channels(channels[layer], width) for width in offered} for layer, offered in enumerate(widths)
+    ]
     return [
-        [Variant(block, kept_experts(order, block.num_experts)) for block in offer]
-        for offer, order in zip(offers, orders, strict=True)
+        [Variant(block, kept_experts(order, block.num_experts), kept.get(block.expert_width)) for block in offer]
+        for offer, order, kept in zip(offers, orders, narrower, strict=True)
     ]
 
 
@@ -120,6 +135,7 @@ def _offers(space: SearchSpace, checkpoint: Checkpoint) -> list[tuple[Block, ...
                 f"window {window} is not smaller than the parent's context of {checkpoint.shape.max_positions} tokens; "
                 "a window that covers everything is full attention, which is always on offer"
             )
+    check_storable(space, checkpoint.packed)
     return [variants_of(own, space) for own in checkpoint.architecture.blocks]
 
 
@@ -128,7 +144,7 @@ def _prepare(
 ) -> _Job:
     """Read and check everything but weights."""
     checkpoint = Checkpoint.open(parent)
-    variants = choose_variants(_offers(config.space, checkpoint), checkpoint, ranking / "ranking.json")
+    variants = choose_variants(_offers(config.space, checkpoint), checkpoint, ranking)
     windows = config.space.windows if any(block.window is None for block in checkpoint.architecture.blocks) else ()
     probes = Probes.read(
         config, checkpoint, calibration_short, calibration_long, windows, at_once=config.variants_per_batch

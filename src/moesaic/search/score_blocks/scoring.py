@@ -19,7 +19,7 @@ processes can share them: sums are per batch, and their total is taken in the or
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -55,6 +55,8 @@ class Variant:
 
     block: Block
     kept: tuple[int, ...]
+    channels: Int[Tensor, "expert kept_channel"] | None = field(default=None, compare=False)
+    """The channels that it keeps of each of the parent's experts, which follow from the block's width; None: all."""
 
 
 class Offloaded(Protocol):
@@ -325,7 +327,8 @@ def _replace(
     for window, blocks in groupby(variants, key=lambda block: block.window):
         attended = attend(module, hidden, parent.rotary, window)
         attended = attended if measured is None else attended[measured]
-        outputs += [mix(module, attended, variants[block].kept, block.experts_per_token) for block in blocks]
+        for variant in (variants[block] for block in blocks):
+            outputs.append(mix(module, attended, variant.kept, variant.block.experts_per_token, variant.channels))
     return torch.stack(outputs)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.core.child_processes import last_lines, tethered
+from moesaic.core.config import Precision
 from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.own_environment import own_variables
 from moesaic.deploy.engines.vllm.environment import vllm_environment
@@ -28,7 +29,7 @@ _FOR_OTHERS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 """Keys of servers that run elsewhere; with the first, vLLM would ask its own clients for it."""
 _CACHE_ROOM = 2
 """The allocator pads groups of layers to equal counts, and blocks are taken whole."""
-_BFLOAT16_BYTES = 2
+_WIDEST_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class LoadedLayer:
 
     num_local_experts: int
     num_experts_per_tok: int
+    intermediate_size: int
     sliding_window: int | None
     cache_bytes: int
-    """Of one element of the KV cache: 2 in BF16, 1 in FP8."""
+    """Of one element of the KV cache: 4 in float32, 2 in BF16, 1 in FP8."""
     key_scale: float
     value_scale: float
 
@@ -121,6 +123,7 @@ def load(
     max_tokens: int,
     scratch: Path,
     timeout_s: float,
+    precision: Precision = "bfloat16",
 ) -> LoadedBundle:
     """Load a bundle in the engine and let it reply to prompts, greedily.
 
@@ -131,6 +134,7 @@ def load(
         max_tokens: of a reply.
         scratch: for what is asked and answered, and the engine's log.
         timeout_s: how long it may take.
+        precision: what the engine computes in; ``float32`` on CPUs alone.
 
     Raises:
         ConfigError: if there is no vLLM for this machine.
@@ -139,7 +143,10 @@ def load(
     """
     on_cpu, longest = vllm_environment().torch == "cpu", max(map(len, prompts), default=0) + max_tokens
     asked = {
-        "arguments": [*_arguments(bundle, longest * len(prompts), on_cpu), "--enforce-eager"],
+        "arguments": [
+            *_arguments(bundle, longest * len(prompts), on_cpu),
+            *("--enforce-eager", "--dtype", precision),
+        ],
         "prompts": [list(prompt) for prompt in prompts],
         "stop_ids": sorted(stop_ids),
         "max_tokens": max_tokens,
@@ -212,5 +219,5 @@ def _arguments(bundle: Path, cache_tokens: int, on_cpu: bool) -> list[str]:
     config = json.loads((bundle / CONFIG).read_text())
     longest = int(arguments[arguments.index("--max-model-len") + 1])
     values = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"]
-    size = _CACHE_ROOM * _BFLOAT16_BYTES * values * max(cache_tokens, longest)
+    size = _CACHE_ROOM * _WIDEST_BYTES * values * max(cache_tokens, longest)
     return [*arguments, "--kv-cache-memory-bytes", str(size)]

@@ -21,6 +21,7 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
             {
                 "num_local_experts": experts.global_num_experts,
                 "num_experts_per_tok": layer.mlp.experts.router.top_k,
+                "intermediate_size": experts.moe_config.intermediate_size,
                 "sliding_window": attention.sliding_window,
                 "cache_bytes": attention.kv_cache.element_size(),
                 "key_scale": attention._k_scale_float,

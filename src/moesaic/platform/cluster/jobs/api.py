@@ -82,7 +82,8 @@ class JobsApi:
             lambda: ask(*where, label_selector=selector, _request_timeout=_TIMEOUT_S),
             absent=(_FORBIDDEN, _GONE),
         )
-        conditions = [one for workload in (answer or {}).get("items", []) for one in workload["status"]["conditions"]]
+        states = [workload.get("status", {}) for workload in (answer or {}).get("items", [])]  # a new one has none
+        conditions = [one for state in states for one in state.get("conditions", [])]
         waiting = [one for one in conditions if one["type"] == "QuotaReserved" and one["status"] == "False"]
         return str(waiting[0]["message"]) if waiting else ""
 

@@ -3,7 +3,7 @@
 Everything but four things is AutoModel's gpt-oss: its blocks, mixture layers, norms, initialisation, head,
 parallelizer and loader. The four:
 
-- layer i is built from its own block of the config: ``E_i`` experts and its own window (None: full attention);
+- layer i is built from its own block of the config: ``E_i`` experts of its own width, its own window (None: full);
 - attention knows documents packed into a row (``position_ids`` restart at 0) and runs on a CPU as well, where it is
   ``moesaic.models.attention``; elsewhere it is ``cluster_attention``;
 - experts are ``cluster_experts``: in bfloat16, a chunk of tokens at a time;
@@ -121,7 +121,7 @@ class PuzzleAttention(GptOssAttention):
 
 
 class PuzzleBlock(Block):
-    """AutoModel's gpt-oss block, built from one layer's own expert count and window."""
+    """AutoModel's gpt-oss block, built from one layer's own experts and window."""
 
     def __init__(self, layer: int, config: GptOssConfig, moe_config: MoEConfig, backend: BackendConfig) -> None:
         super().__init__(layer, config, moe_config, backend)

@@ -1,7 +1,7 @@
 """A gpt-oss child in TensorRT-LLM: the engine's own gpt-oss layers, each built from its own block.
 
-Three things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number of experts, its
-attention has its own window instead of one on every even layer, and its weights are loaded with its own number of
+Three things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number and width of experts,
+its attention has its own window instead of one on every even layer, and its weights are loaded with its own number of
 experts. Everything else, kernels and loading included, is inherited.
 
 Written to the PyTorch backend of TensorRT-LLM 1.2 and of 1.3's release candidates (``tensorrt_llm._torch``), with
@@ -45,7 +45,7 @@ def _with_config(model_config: Any, config: Any) -> Any:
 
 
 class GptOssPuzzleBlock(TransformerBlock):
-    """One layer, with its own experts, experts per token and window."""
+    """One layer, with its own experts, experts per token, expert width and window."""
 
     def __init__(self, model_config: Any, layer: int, **kwargs: Any) -> None:
         config = model_config.pretrained_config.get_gpt_oss_config_for_layer(layer)

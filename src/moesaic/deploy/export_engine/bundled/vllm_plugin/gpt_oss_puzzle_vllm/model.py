@@ -1,9 +1,9 @@
 """A gpt-oss child in vLLM: the engine's own gpt-oss layers, each built from its own block.
 
-Five things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number of experts, its
-attention has its own window instead of one on every even layer, its weights are loaded with its own number of experts,
-the scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word, and
-weights that are missing or of another shape are refused, which the engine would leave at zero or fill in part.
+Five things differ from the engine's ``GptOssForCausalLM``: layer i is built with its own number and width of experts,
+its attention has its own window instead of one on every even layer, its weights are loaded with its own sizes, the
+scales of an FP8 KV cache are read from the checkpoint, which the engine's MXFP4 models skip without a word, and weights
+that are missing or of another shape are refused, which the engine would leave at zero or fill in part.
 
 Written to ``vllm.model_executor.models.gpt_oss`` of vLLM 0.29 to 0.33. vLLM 0.29 and 0.32 for CPUs serve with it; it
 was never run on a GPU.
@@ -22,13 +22,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
-from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM, GptOssModel, OAIAttention, TransformerBlock
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index, maybe_prefix
 from vllm.v1.attention.backend import AttentionType
-
-from .unpacked_experts import UnpackedExpertsConfig, has_no_kernel
 
 _SCALES = (".k_scale", ".v_scale")
 _NOT_STORED = (".q_scale", ".prob_scale")
@@ -86,7 +83,7 @@ class GptOssPuzzleAttention(OAIAttention):
 
 
 class GptOssPuzzleBlock(TransformerBlock):
-    """One layer, with its own experts, experts per token and window."""
+    """One layer, with its own experts, experts per token, expert width and window."""
 
     attention_cls = GptOssPuzzleAttention
 
@@ -95,8 +92,6 @@ class GptOssPuzzleBlock(TransformerBlock):
         view.model_config = copy.copy(vllm_config.model_config)
         whole = vllm_config.model_config.hf_config
         view.model_config.hf_config = whole.get_gpt_oss_config_for_layer(extract_layer_index(prefix))
-        if isinstance(view.quant_config, GptOssMxfp4Config) and has_no_kernel():
-            view.quant_config = UnpackedExpertsConfig()
         super().__init__(view, quant_config, prefix)
 
 
@@ -111,7 +106,7 @@ class GptOssPuzzleModel(GptOssModel):
         self._seen: set[str] = set()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load layer by layer: the engine's loader reads the number of experts from ``self.config``.
+        """Load layer by layer: the engine's loader reads the sizes of experts from ``self.config``.
 
         Raises:
             ValueError: if a weight has another shape than its layer.

@@ -1,7 +1,8 @@
-"""MXFP4 experts on a CPU without AMX tiles, for which vLLM has no kernel: loaded packed, computed in BF16.
+"""MXFP4 experts on a CPU without AMX tiles, for which vLLM has no kernel: loaded packed, computed as ordinary numbers.
 
 Each packed byte holds two e2m1 numbers, the low nibble first; 32 in a row share a scale of 2^(byte - 127). Their
-products are exact in BF16, so unpacking loses nothing.
+products are exact in BF16, so unpacking loses nothing. Activations may be BF16, as on GPUs, or float32, in which
+rounding decides nothing.
 """
 
 from typing import Any
@@ -10,21 +11,26 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config, GptOssMxfp4MoEMethod
 from vllm.model_executor.utils import replace_parameter
-from vllm.platforms import current_platform
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALE_BIAS = 127
 
 
-def has_no_kernel() -> bool:
-    """Whether vLLM has no kernel for MXFP4 experts on this machine, and this one is needed."""
-    return bool(current_platform.is_cpu()) and not torch.cpu._is_amx_tile_supported()
+def register_where_needed() -> None:
+    """Take the place of vLLM's own MXFP4 on a CPU that has no kernel for it."""
+    if not torch.cpu._is_amx_tile_supported():
+        register_quantization_config(UnpackedExpertsConfig.get_name())(UnpackedExpertsConfig)
 
 
 class UnpackedExpertsConfig(GptOssMxfp4Config):
     """gpt-oss's MXFP4, whose experts are unpacked once they are loaded."""
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What experts compute in."""
+        return [torch.bfloat16, torch.float32]
 
     def _make_moe_method(self, moe: FusedMoEConfig) -> "UnpackedExperts":
         return UnpackedExperts(moe)
@@ -43,8 +49,11 @@ class UnpackedExperts(UnquantizedFusedMoEMethod):
         """Unpack, then go on as without quantisation."""
         for name in ("w13_weight", "w2_weight"):
             scales = getattr(layer, f"{name}_scale")
-            replace_parameter(layer, name, unpack(getattr(layer, name).data, scales.data))
+            unpacked = unpack(getattr(layer, name).data, scales.data)
+            replace_parameter(layer, name, unpacked.to(self.moe.in_dtype))
             delattr(layer, f"{name}_scale")
+        for name in ("w13_bias", "w2_bias"):  # made in BF16
+            replace_parameter(layer, name, getattr(layer, name).data.to(self.moe.in_dtype))
         super().process_weights_after_loading(layer)
 
 
