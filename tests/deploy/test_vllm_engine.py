@@ -36,10 +36,11 @@ from moesaic.deploy.validate_bundle.run import validate_by_engine
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 from moesaic.models import gpt_oss, kv_cache
 from moesaic.models.architecture import Architecture, Block
+from moesaic.models.channel_orders import read_channels
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.models.generation import read_stop_ids
 from moesaic.models.gpt_oss_puzzle import load_model
-from moesaic.models.stage_outputs import read_channels, read_orders
+from moesaic.models.stage_outputs import read_orders
 from moesaic.pipelines import example
 from moesaic.recover.calibrate_kv import run as calibrate_kv
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
