@@ -30,7 +30,7 @@ from moesaic.data.batches import Batch
 from moesaic.models import loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import GPT_OSS_120B
+from moesaic.models.families.gpt_oss import GPT_OSS_120B
 from moesaic.models.layers import run_block
 from moesaic.models.synthesis import find_model, scale_model, write_synthetic
 from moesaic.pipelines.recipes import RECIPES
