@@ -423,7 +423,7 @@ def test_a_qwen3_child_of_layers_that_differ_is_served(tiny_qwen3: Path, tmp_pat
             tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
             yield from layer_shards(layer, prune_stored(tensors, kept_experts(order, block.num_experts), None)[0])
 
-    write_checkpoint(directory, layout.child_config(parent.config, blocks), shards())
+    write_checkpoint(directory, layout.child_config(parent.config, blocks), shards(), tiny_qwen3.glob("*ken*"))
     config = ExportEngineConfig(target="vllm", kv_cache="bf16", max_batch_size=8, max_seq_len=128)
     write_bundle(Checkpoint.open(directory), tmp_path / "bundle", config)
     prompts = torch.randint(6, 64, (8, 40), generator=torch.Generator().manual_seed(2)).tolist()
