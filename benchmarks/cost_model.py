@@ -33,7 +33,7 @@ from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.costs.throughput import Throughput, cache_room, estimate_throughput, kv_bytes_mean_and_std
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.models.families.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 
 H100 = read_table("h100")
 PARENT, CHILD = GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS

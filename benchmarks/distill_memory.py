@@ -31,7 +31,8 @@ from moesaic.costs.facts import Facts
 from moesaic.costs.hardware import Target
 from moesaic.costs.hardware_tables import read_table
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS, ModelShape
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss import GPT_OSS, GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 from moesaic.recover.distill.automodel import simulation
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.needs import GPUS_PER_NODE, gpu_bytes, simulated_peak
@@ -46,6 +47,7 @@ POINTS = {
 }
 """Nodes and tokens of a row, by child."""
 TRUE_WIDTH = ModelShape(
+    family=GPT_OSS,
     hidden_size=2880,
     num_heads=64,
     num_kv_heads=8,

@@ -22,7 +22,7 @@ from moesaic.costs.hardware_tables import read_table
 from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.costs.throughput import estimate_throughput
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.models.families.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import gpt_oss_120b_h100x1, gpt_oss_120b_h100x8
 from moesaic.search.library import BlockLibrary, total, variants_of

@@ -36,11 +36,13 @@ from moesaic.data.batches import TokenSequence, make_batches
 from moesaic.models import layers, loading, mxfp4
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss import GPT_OSS
 from moesaic.models.streaming import LayerReader, StateOffloader
 from moesaic.models.synthesis import Model, write_synthetic
 from moesaic.search.prune_model.pruning import kept_experts
-from moesaic.search.rank_experts.ranking import NUM_SPARE, rank_layer
+from moesaic.search.rank_experts.ranking import rank_layer
+from moesaic.search.rank_experts.stage import NUM_SPARE
 from moesaic.search.score_blocks import damage, scoring
 from moesaic.search.score_blocks.scoring import Parent, Probe, Variant
 
@@ -147,7 +149,7 @@ def offers(num_layers: int, own: Block, counts: Sequence[int], windows: Sequence
 
 def write_wide(directory: Path) -> Checkpoint:
     """The first case's model."""
-    shape = ModelShape(128, 8, 1, 64, 512, 131_072)
+    shape = ModelShape(GPT_OSS, 128, 8, 1, 64, 512, 131_072)
     write_synthetic(Model(shape, Architecture.of([Block(16, 4, 128)] * 12), 3), directory / "wide")
     return Checkpoint.open(directory / "wide")
 
@@ -210,7 +212,7 @@ def told_apart(probes: Sequence[Probe], variants: Sequence[Sequence[Variant]]) -
 
 def compare_with_puzzletron(directory: Path) -> dict[str, Any]:
     """The second case; 28 variants are 7 per layer."""
-    shape = ModelShape(64, 8, 1, 64, 4480, 131_072)
+    shape = ModelShape(GPT_OSS, 64, 8, 1, 64, 4480, 131_072)
     model = Model(shape, Architecture.of([Block(8, 4, 64, None if layer % 2 else 128) for layer in range(4)]), 2)
     write_synthetic(model, directory / "tiny")
     checkpoint = Checkpoint.open(directory / "tiny")

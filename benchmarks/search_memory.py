@@ -26,7 +26,7 @@ from moesaic.costs.hardware import Target
 from moesaic.costs.hardware_tables import read_table
 from moesaic.data.batches import Batch
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import GPT_OSS_120B
+from moesaic.models.families.gpt_oss import GPT_OSS_120B
 from moesaic.models.synthesis import find_model, scale_model, write_synthetic
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.recover.calibrate_kv.simulated_memory import calibration_peak

@@ -7,13 +7,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moesaic.models import gpt_oss, mxfp4
+from moesaic.models import layout, mxfp4
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models.families.family import ModelShape, TensorSpec
+from moesaic.models.families.gpt_oss import GPT_OSS, NOT_PACKED, PACKED_PROJECTIONS
 
-SHAPE = gpt_oss.ModelShape(
+SHAPE = ModelShape(
+    family=GPT_OSS,
     hidden_size=64,
     num_heads=4,
     num_kv_heads=2,
@@ -51,6 +54,44 @@ def tiny_checkpoint(tiny_parent: Path) -> Checkpoint:
     return Checkpoint.open(tiny_parent)
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``qwen3_moe`` checkpoint of random weights in BF16, as transformers' own class writes it. Read only."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-qwen3"
+    write_qwen3(
+        directory,
+        vocab_size=SHAPE.vocab_size,
+        max_position_embeddings=SHAPE.max_positions,
+        pad_token_id=0,
+        eos_token_id=SPECIAL.index("<|return|>"),
+    )
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+def write_qwen3(directory: Path, **values: int) -> None:
+    """Three layers of eight experts, of which a token uses two; heads are wider than the hidden size would give."""
+    config = Qwen3MoeConfig(
+        num_hidden_layers=3,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        norm_topk_prob=True,
+        **values,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        spread = 0.5 if ".mlp.gate." in name else 0.2
+        parameter.data = (1.0 if name.endswith("norm.weight") else 0.0) + spread * torch.randn_like(parameter)
+    model.to(torch.bfloat16).save_pretrained(directory)
+
+
 def parent_config() -> dict[str, object]:
     """What the parent's ``config.json`` says."""
     rope = {
@@ -62,7 +103,7 @@ def parent_config() -> dict[str, object]:
         "original_max_position_embeddings": 128,
     }
     return {
-        "model_type": gpt_oss.PARENT_TYPE,
+        "model_type": "gpt_oss",
         "architectures": ["GptOssForCausalLM"],
         "num_hidden_layers": BLOCKS.num_layers,
         "num_local_experts": 8,
@@ -83,26 +124,26 @@ def parent_config() -> dict[str, object]:
         "pad_token_id": 0,
         "eos_token_id": SPECIAL.index("<|return|>"),
         "dtype": "bfloat16",
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": gpt_oss.NOT_PACKED},
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": NOT_PACKED},
     }
 
 
 def _random_shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
     generator = torch.Generator().manual_seed(0)
-    yield "model-outer", {name: _random(name, spec, generator) for name, spec in gpt_oss.outer_specs(SHAPE).items()}
+    yield "model-outer", {name: _random(name, spec, generator) for name, spec in layout.outer_specs(SHAPE).items()}
     for layer, block in enumerate(BLOCKS.blocks):
-        specs = gpt_oss.layer_specs(SHAPE, layer, block, packed=False)
+        specs = layout.layer_specs(SHAPE, layer, block, packed=False)
         tensors: dict[str, Tensor] = {}
         for name, spec in specs.items():
             value = _random(name, spec, generator)
-            if name.endswith(gpt_oss.PACKED_PROJECTIONS):
+            if name.endswith(PACKED_PROJECTIONS):
                 tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = mxfp4.quantize(value.transpose(-1, -2))
             else:
                 tensors[name] = value
         yield from layer_shards(layer, tensors)
 
 
-def _random(name: str, spec: gpt_oss.TensorSpec, generator: torch.Generator) -> Tensor:
+def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> Tensor:
     values = torch.randn(spec.shape, generator=generator) * (0.5 if "router" in name else 0.2)
     return (1 + values if name.endswith("norm.weight") else values).bfloat16()
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from examples.tiny_reasoner.model import reasoner_config
 from examples.tiny_reasoner.quantized import is_expert_matrix
 from examples.tiny_reasoner.tokenizer import PAD_ID, RETURN_ID, build_tokenizer
-from moesaic.models import gpt_oss, mxfp4
+from moesaic.models import mxfp4
 from moesaic.models.checkpoint import write_checkpoint
+from moesaic.models.families.gpt_oss import NOT_PACKED
 
 NUM_SHARDS = 2
 UNUSED = ("_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "problem_type")
@@ -44,7 +45,7 @@ def config_values() -> dict[str, object]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": scaling,
         "rope_parameters": rope,
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": gpt_oss.NOT_PACKED},
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": NOT_PACKED},
     }
 
 

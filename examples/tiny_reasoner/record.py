@@ -27,7 +27,7 @@ from moesaic.data.problems import Problem, first_of_each_task, read_problems
 from moesaic.measure.evaluate.run import answer_problems, summarize
 from moesaic.measure.evaluate.stage import EvaluateConfig
 from moesaic.models import attention
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 
 EXAMPLE = Path(__file__).parent
 Scores = Mapping[str, Mapping[str, Any]]

@@ -24,13 +24,8 @@ from moesaic.costs.block_costs import (
 from moesaic.costs.kv_allocator import TargetEngine, held_tokens, paid_layers
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import (
-    GPT_OSS_120B,
-    GPT_OSS_120B_BLOCKS,
-    GPT_OSS_PUZZLE_88B_BLOCKS,
-    num_bytes,
-    num_parameters,
-)
+from moesaic.models.families.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.models.layout import num_bytes, num_parameters
 
 CONTEXT = 96 * 1024
 NINE_NINE_EIGHTEEN = Architecture.of(

@@ -20,7 +20,8 @@ from moesaic.costs.hardware_tables import read_table
 from moesaic.costs.throughput import admitted, cache_room, estimate_throughput, kv_bytes_mean_and_std
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS, num_bytes
+from moesaic.models.families.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.models.layout import num_bytes
 
 H100 = read_table("h100")
 ONE = Target(H100, GPT_OSS_120B, num_gpus=1, kv_cache="bf16")

@@ -19,7 +19,7 @@ from moesaic.costs.kv_allocator import paid_layers
 from moesaic.costs.throughput import cache_room
 from moesaic.deploy.engines.vllm.environment import vllm_environment, why_unsupported
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.models.families.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 
 PROGRAM = Path(__file__).with_name("vllm_cache_program.py")
 H100 = read_table("h100")

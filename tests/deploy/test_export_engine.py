@@ -30,11 +30,11 @@ from moesaic.deploy.export_engine.bundle import write_bundle
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest, Digests, seal
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.export_engine.validation import compare_logits, validate
-from moesaic.models import gpt_oss, kv_cache
+from moesaic.models import kv_cache, layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, read_recovery, rewrite_checkpoint, write_checkpoint
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.kv_cache import UNIT, KvScales
+from moesaic.models.whole_model import load_model
 from tests.children import first_of
 from tests.export_standins import probe
 from tests.export_standins.probe import check_built
@@ -51,13 +51,13 @@ def write_child(
     parent: Checkpoint, directory: Path, scales: list[KvScales] | None = None, yarn_factor: float | None = None
 ) -> Path:
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
+        yield "model-outer", {name: parent.tensor(name) for name in layout.outer_specs(parent.shape)}
         for layer, block in enumerate(BLOCKS.blocks):
             tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
             yield from layer_shards(layer, first_of(tensors, block))
 
     bare = directory.with_name(f"{directory.name}-bare")
-    config = gpt_oss.child_config(parent.config, BLOCKS, yarn_factor)
+    config = layout.child_config(parent.config, BLOCKS, yarn_factor)
     write_checkpoint(bare, config, shards(), parent.directory.glob("tokenizer*"))
     (bare / "pruning.json").write_text(json.dumps({"candidate": "puzzle", "kept_experts": [[0]]}))
     added = kv_cache.scale_tensors(scales or SCALES)
@@ -415,7 +415,7 @@ def test_a_parent_becomes_a_child_of_its_own_layers(tiny_parent: Path, tmp_path:
     config = ExportEngineConfig(target="tensorrt_llm", kv_cache="bf16", gpu="blackwell", max_seq_len=128)
     manifest = write_bundle(Checkpoint.open(tiny_parent), tmp_path / "bundle", config)
     bundle = Checkpoint.open(tmp_path / "bundle")
-    assert bundle.config["model_type"] == gpt_oss.CHILD_TYPE
+    assert bundle.config["model_type"] == "gpt_oss_puzzle"
     assert bundle.architecture == Checkpoint.open(tiny_parent).architecture
     assert manifest.source.pruning is None
     settings = yaml.safe_load((tmp_path / "bundle/serve.yaml").read_text())

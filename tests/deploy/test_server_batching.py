@@ -15,7 +15,7 @@ from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.replies import Piece
 from moesaic.deploy.server.sampling import SamplingParams
 from moesaic.models.generation import Decoding, Sampling, generate
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from tests.closeness import assert_same_replies
 
 STOPS = frozenset(range(5, 13))

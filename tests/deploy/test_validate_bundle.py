@@ -18,7 +18,7 @@ from moesaic.deploy.validate_bundle.conformance import Agreement, JudgedReply, c
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Sampling, generate, stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 
 TINY = Path(stage.__file__).parents[2] / "pipelines" / "tiny_reasoner"
 

@@ -34,13 +34,14 @@ from moesaic.deploy.export_engine.verdict import Verdict
 from moesaic.deploy.validate_bundle.conformance import judge
 from moesaic.deploy.validate_bundle.run import validate_by_engine
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
-from moesaic.models import gpt_oss, kv_cache
+from moesaic.models import kv_cache, layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.channel_orders import read_channels
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models.families.gpt_oss import GPT_OSS
 from moesaic.models.generation import read_stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.stage_outputs import read_orders
+from moesaic.models.whole_model import load_model
 from moesaic.pipelines import example
 from moesaic.recover.calibrate_kv import run as calibrate_kv
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
@@ -108,7 +109,7 @@ def write_child(parent: Checkpoint, directory: Path, ranking: Path, blocks: Arch
     channels = read_channels(ranking, parent.architecture)
 
     def shards() -> Iterator[tuple[str, dict[str, Any]]]:
-        yield "model-outer", {name: parent.stored(name) for name in gpt_oss.outer_specs(parent.shape)}
+        yield "model-outer", {name: parent.stored(name) for name in layout.outer_specs(parent.shape)}
         for layer, block in enumerate(blocks.blocks):
             tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
             kept = list(kept_experts(orders[layer], block.num_experts))
@@ -117,7 +118,7 @@ def write_child(parent: Checkpoint, directory: Path, ranking: Path, blocks: Arch
             yield from layer_shards(layer, prune_stored(tensors, kept, best)[0])
 
     kept_files = [path for path in parent.directory.iterdir() if path.name.startswith(("tokenizer", "chat", "gener"))]
-    write_checkpoint(directory, gpt_oss.child_config(parent.config, blocks), shards(), kept_files)
+    write_checkpoint(directory, layout.child_config(parent.config, blocks), shards(), kept_files)
 
 
 @pytest.fixture(scope="session")
@@ -389,7 +390,7 @@ def test_a_trainers_weights_come_in_parts_and_unpacked(models: dict[str, Path], 
             Path(__file__).with_name("refit_program.py"),
             *(models["child"], tmp_path / "sent.safetensors", tmp_path / "prompts.json"),
         ],
-        env=own_variables() | {"PYTHONPATH": str(write_vllm_plugin(tmp_path))},
+        env=own_variables() | {"PYTHONPATH": str(write_vllm_plugin(tmp_path, GPT_OSS))},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -408,3 +409,43 @@ def _greedy(model: Any, prompt: list[int], stops: set[int], most: int) -> list[i
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 is for CPUs")
+def test_a_qwen3_child_of_layers_that_differ_is_served(tiny_qwen3: Path, tmp_path: Path) -> None:
+    """Random weights, so that a wrong layer would change every reply."""
+    parent, directory = Checkpoint.open(tiny_qwen3), tmp_path / "child"
+    blocks = Architecture.of([Block(8, 2, 32), Block(5, 1, 16, 16), Block(6, 2, 32)])
+    order = [3, 1, 7, 0, 2, 6, 5, 4]
+
+    def shards() -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "model-outer", {name: parent.stored(name) for name in layout.outer_specs(parent.shape)}
+        for layer, block in enumerate(blocks.blocks):
+            tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
+            kept = kept_experts(order, block.num_experts)
+            channels = torch.arange(block.expert_width).expand(len(kept), -1) if block.expert_width < 32 else None
+            yield from layer_shards(layer, prune_stored(tensors, kept, channels)[0])
+
+    write_checkpoint(directory, layout.child_config(parent.config, blocks), shards(), tiny_qwen3.glob("*ken*"))
+    config = ExportEngineConfig(target="vllm", kv_cache="bf16", max_batch_size=8, max_seq_len=128)
+    write_bundle(Checkpoint.open(directory), tmp_path / "bundle", config)
+    prompts = torch.randint(6, 64, (8, 40), generator=torch.Generator().manual_seed(2)).tolist()
+    loaded = load(tmp_path / "bundle", prompts, [5], 24, tmp_path, 600, "float32")
+    found = [
+        Block(one.num_local_experts, one.num_experts_per_tok, one.intermediate_size, one.sliding_window)
+        for one in loaded.layers
+    ]
+    assert found == list(blocks.blocks)
+    model = load_model(directory)
+    for prompt, reply in zip(prompts, loaded.replies, strict=True):
+        judged = judge(model, prompt, reply.token_ids, reply.logprobs)
+        assert max(judged.gaps) < 1e-3
+        assert max(judged.logprob_differences) < 1e-3
+
+    lacking = tmp_path / "bundle" / "model-layer-001-experts.safetensors"
+    tensors = load_file(lacking)
+    del tensors["model.layers.1.mlp.experts.4.up_proj.weight"]
+    lacking.unlink()
+    save_file(tensors, lacking, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"no weights for model\.layers\.1\.mlp\.experts\.4\.up_proj"):
+        load(tmp_path / "bundle", prompts[:1], [5], 4, tmp_path, 600, "float32")

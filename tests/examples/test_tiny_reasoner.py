@@ -27,7 +27,7 @@ from examples.tiny_reasoner.tokenizer import (
 from examples.tiny_reasoner.vocabulary import words
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import first_of_each_task, read_problems
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from tests.closeness import assert_near
 
 EXAMPLE = Path(train.__file__).parent

@@ -19,7 +19,7 @@ from torch import Tensor
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine import tensorrt_llm
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
 from tests.export_standins import tensorrt_llm as engine
 
@@ -87,7 +87,7 @@ def main(bundle: Path) -> None:
 def _weights(bundle: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint: scales as they are, others without content, layer after layer as in its files."""
     checkpoint = Checkpoint.open(bundle)
-    scales = set(gpt_oss.kv_scale_names(checkpoint.num_layers))
+    scales = set(layout.kv_scale_names(checkpoint.num_layers))
     return {
         name: checkpoint.tensor(name) if name in scales else torch.empty(checkpoint.shape_of(name), device="meta")
         for name, _ in sorted(checkpoint.files.items(), key=lambda item: (item[1], item[0]))

@@ -146,5 +146,5 @@ def test_refuses_what_it_would_get_wrong():
     with pytest.raises(ValueError, match="static"):
         attention.padding_mask(1, q_length=1, kv_length=64, q_offset=10)
     empty = torch.zeros(1, 1, 1, 2)
-    with pytest.raises(ValueError, match="sinks"):
-        attention.attention_forward(torch.nn.Module(), empty, empty, empty, None, scaling=1.0)
+    with pytest.raises(ValueError, match="dropout"):
+        attention.attention_forward(torch.nn.Module(), empty, empty, empty, None, scaling=1.0, dropout=0.1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from moesaic.models import gpt_oss, layers, loading
+from moesaic.models import layers, layout, loading
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.search.prune_model.pruning import narrow_experts, prune_layer
@@ -22,10 +22,10 @@ def whole_model(tiny_checkpoint: Checkpoint) -> GptOssForCausalLM:
         key: value for key, value in tiny_checkpoint.config.items() if key not in ("quantization_config", "dtype")
     }
     model = GptOssForCausalLM._from_config(GptOssConfig.from_dict(config), attn_implementation="eager").eval()
-    state = {name: tiny_checkpoint.tensor(name).float() for name in gpt_oss.outer_specs(tiny_checkpoint.shape)}
+    state = {name: tiny_checkpoint.tensor(name).float() for name in layout.outer_specs(tiny_checkpoint.shape)}
     for layer in range(tiny_checkpoint.num_layers):
         own = layer_state(tiny_checkpoint, layer)
-        state |= {gpt_oss.layer_prefix(layer) + name: tensor for name, tensor in own.items()}
+        state |= {layout.layer_prefix(layer) + name: tensor for name, tensor in own.items()}
     model.load_state_dict(state)
     return model
 
@@ -38,13 +38,13 @@ def stream(
     checkpoint: Checkpoint,
     tokens: Tensor,
     kept: list[list[int]] | None = None,
-    layout: Architecture | None = None,
+    blocks: Architecture | None = None,
     channels: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """Logits, one layer in memory at a time; with other experts, blocks, and channels of some layers, if given."""
     (hidden,) = loading.embed(checkpoint, [tokens])
     rotary = loading.rotary(checkpoint, tokens.shape[1])
-    for layer, block in enumerate((layout or checkpoint.architecture).blocks):
+    for layer, block in enumerate((blocks or checkpoint.architecture).blocks):
         module = loading.load_block(checkpoint, layer)
         own = None if kept is None else kept[layer]
         narrow = (channels or {}).get(layer)
@@ -69,7 +69,7 @@ def test_experts_at_once_in_chunks_of_tokens_mix_as_one_after_the_other_do(
     block.self_attn.config._experts_implementation = "grouped_mm"
     (hidden,) = loading.embed(tiny_checkpoint, [random_tokens()])
     expected = layers.mix(block, hidden)
-    monkeypatch.setattr(gpt_oss, "EXPERT_TOKENS", 16)
+    monkeypatch.setattr(layout, "EXPERT_TOKENS", 16)
     monkeypatch.setattr(layers, "mixture", layers.grouped_mixture)
     assert_near(layers.mix(block, hidden), expected)
 
@@ -85,22 +85,22 @@ def test_a_puzzle_checkpoint_equals_masking_its_parent(tiny_checkpoint: Checkpoi
 
     The channels of layer 1 are a whole group of MXFP4, which loses nothing.
     """
-    layout = Architecture.of([Block(8, 1, 64, 8), Block(6, 2, 32, 4), Block(3, 2, 64, 8), Block(2, 1, 64, None)])
+    blocks = Architecture.of([Block(8, 1, 64, 8), Block(6, 2, 32, 4), Block(3, 2, 64, 8), Block(2, 1, 64, None)])
     group = torch.arange(32, 64).expand(8, -1)
     kept = [list(range(8)), [0, 1, 3, 4, 6, 7], [1, 2, 5], [0, 7]]
 
     def shards():
-        yield "model-outer", {name: tiny_checkpoint.tensor(name) for name in gpt_oss.outer_specs(tiny_checkpoint.shape)}
+        yield "model-outer", {name: tiny_checkpoint.tensor(name) for name in layout.outer_specs(tiny_checkpoint.shape)}
         for layer in range(4):
             tensors = {name: tiny_checkpoint.tensor(name) for name in tiny_checkpoint.layer_names(layer)}
             pruned = prune_layer(tensors, kept[layer])
             yield from layer_shards(layer, narrow_experts(pruned, group[kept[layer]])[0] if layer == 1 else pruned)
 
-    write_checkpoint(tmp_path / "child", gpt_oss.child_config(tiny_checkpoint.config, layout), shards())
+    write_checkpoint(tmp_path / "child", layout.child_config(tiny_checkpoint.config, blocks), shards())
     child = Checkpoint.open(tmp_path / "child")
     assert child.config["model_type"] == "gpt_oss_puzzle"
     tokens = random_tokens()
-    masked = stream(tiny_checkpoint, tokens, kept, layout, {1: group})
+    masked = stream(tiny_checkpoint, tokens, kept, blocks, {1: group})
     assert (masked - stream(tiny_checkpoint, tokens)).abs().max() > 0.1
     assert_near(stream(child, tokens), masked)
 

@@ -19,15 +19,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic.core.errors import ArtifactError, MoesaicError
-from moesaic.models import gpt_oss, mxfp4
+from moesaic.models import layout, mxfp4
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.checkpoint_layout import INDEX
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss import GPT_OSS, PACKED_PROJECTIONS
 from moesaic.models.loading import check_weights
+from moesaic.models.whole_model import load_model
 from tests.conftest import parent_config
 
-SHAPE = gpt_oss.ModelShape(32, 2, 1, 16, 32, 256)
+SHAPE = ModelShape(GPT_OSS, 32, 2, 1, 16, 32, 256)
 BLOCKS = Architecture.of([Block(2, 1, 32, 8), Block(2, 1, 32)])
 CONFIG = parent_config() | {
     "num_hidden_layers": 2,
@@ -47,14 +49,14 @@ BIAS = "model.layers.1.mlp.router.bias"
 
 def plain_tensors() -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    specs = gpt_oss.tensor_specs(SHAPE, BLOCKS, packed=False)
+    specs = layout.tensor_specs(SHAPE, BLOCKS, packed=False)
     return {name: (torch.randn(spec.shape, generator=draw) / 4).bfloat16() for name, spec in specs.items()}
 
 
 def packed_tensors() -> dict[str, Tensor]:
     found = {}
     for name, tensor in plain_tensors().items():
-        if name.endswith(gpt_oss.PACKED_PROJECTIONS):
+        if name.endswith(PACKED_PROJECTIONS):
             found[f"{name}_blocks"], found[f"{name}_scales"] = mxfp4.quantize(tensor.transpose(-1, -2))
         else:
             found[name] = tensor
@@ -366,7 +368,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(BIAS, math.nan), (BIAS, math.inf), (SCALE, 255), (gpt_oss.EMBEDDING, -math.inf), (gpt_oss.FINAL_NORM, math.nan)],
+    [(BIAS, math.nan), (BIAS, math.inf), (SCALE, 255), (layout.EMBEDDING, -math.inf), (layout.FINAL_NORM, math.nan)],
 )
 def test_a_number_that_is_not_finite_is_named(tmp_path: Path, name: str, value: float) -> None:
     folder = Folder()

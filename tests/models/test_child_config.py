@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import GptOssConfig
 
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import AXES, Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import BLOCK_KEYS, GptOssPuzzleConfig
+from moesaic.models.families.gpt_oss_puzzle.configuration_gpt_oss_puzzle import BLOCK_KEYS, GptOssPuzzleConfig
 from moesaic.models.resolved_config import resolve
 
 BLOCKS = Architecture.of([Block(4, 2, 64, 8), Block(8, 1, 64), Block(2, 2, 32, 8), Block(6, 1, 64, 5)])
@@ -19,7 +19,7 @@ BLOCKS = Architecture.of([Block(4, 2, 64, 8), Block(8, 1, 64), Block(2, 2, 32, 8
 @pytest.fixture
 def written(tiny_checkpoint: Checkpoint) -> dict[str, Any]:
     """As it stands in ``config.json``."""
-    config: dict[str, Any] = json.loads(json.dumps(gpt_oss.child_config(tiny_checkpoint.config, BLOCKS)))
+    config: dict[str, Any] = json.loads(json.dumps(layout.child_config(tiny_checkpoint.config, BLOCKS)))
     return config
 
 
@@ -59,7 +59,7 @@ def test_an_entry_without_experts_per_token_or_width_means_the_models_own(
     kept = alone["per_layer_config" if spelling == "block_configs" else "block_configs"]
     for entry in kept.values() if isinstance(kept, dict) else kept:
         del entry["num_experts_per_tok"], entry["intermediate_size"]
-    _, read = gpt_oss.read_config(resolve(alone))
+    _, read = layout.read_config(resolve(alone))
     assert read == Architecture.of(replace(block, experts_per_token=2, expert_width=64) for block in BLOCKS.blocks)
 
 
@@ -67,7 +67,7 @@ def test_a_second_name_of_the_parents_value_is_not_passed_on(tiny_checkpoint: Ch
     """As in OpenAI's config, which says ``experts_per_token`` too: a child that uses fewer would contradict it."""
     parent = resolve(dict(tiny_checkpoint.config) | {"experts_per_token": 2})
     fewer = Architecture.of(replace(block, experts_per_token=1) for block in BLOCKS.blocks)
-    assert gpt_oss.read_config(resolve(gpt_oss.child_config(parent, fewer)))[1] == fewer
+    assert layout.read_config(resolve(layout.child_config(parent, fewer)))[1] == fewer
 
 
 def test_spellings_that_differ_are_refused(written: dict[str, Any]) -> None:

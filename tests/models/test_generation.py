@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.models import generation
 from moesaic.models.architecture import Block
+from moesaic.models.families.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.models.families.gpt_oss_puzzle.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
 from moesaic.models.generation import Decoding, Generated, Sampling, generate, generate_batches, read_stop_ids, stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
-from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
-from moesaic.models.gpt_oss_puzzle.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
+from moesaic.models.whole_model import load_model
 from tests.closeness import NEAR_TIE, assert_near, assert_same_replies
 
 STOPS = frozenset(range(5, 13))

@@ -3,17 +3,18 @@
 import pytest
 
 from moesaic.costs.block_costs import request_kv_bytes
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import (
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss import (
+    GPT_OSS,
     GPT_OSS_20B,
     GPT_OSS_20B_BLOCKS,
     GPT_OSS_120B,
     GPT_OSS_120B_BLOCKS,
     GPT_OSS_PUZZLE_88B_BLOCKS,
-    num_bytes,
-    num_parameters,
 )
+from moesaic.models.layout import num_bytes, num_parameters
 
 GB = 1e9
 GIB = 2**30
@@ -36,7 +37,7 @@ def test_sizes_of_the_parent_follow_the_hand_formula() -> None:
         (GPT_OSS_20B, GPT_OSS_20B_BLOCKS, 20.91, 12.82),
     ],
 )
-def test_released_models(shape: gpt_oss.ModelShape, blocks: Architecture, billions: float, gib: float) -> None:
+def test_released_models(shape: ModelShape, blocks: Architecture, billions: float, gib: float) -> None:
     assert num_parameters(shape, blocks) / 1e9 == pytest.approx(billions, abs=0.005)
     assert num_bytes(shape, blocks) / GIB == pytest.approx(gib, abs=0.01)
 
@@ -63,7 +64,7 @@ def test_kv_cache_of_one_sequence_in_fp8(tokens: int, parent_gb: float, child_gb
 
 
 def test_packed_experts_take_four_and_a_quarter_bits() -> None:
-    specs = gpt_oss.layer_specs(GPT_OSS_120B, 0, Block(1, 1, 2880))
+    specs = layout.layer_specs(GPT_OSS_120B, 0, Block(1, 1, 2880))
     packed = [spec for name, spec in specs.items() if name.endswith(("_blocks", "_scales"))]
     weights = sum(spec.num_parameters for spec in packed)
     assert weights == 2880 * 5760 + 2880 * 2880
@@ -71,19 +72,19 @@ def test_packed_experts_take_four_and_a_quarter_bits() -> None:
 
 
 def test_unpacked_layers_have_the_same_parameters() -> None:
-    packed = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64, 4, 2880))
-    unpacked = gpt_oss.layer_specs(GPT_OSS_120B, 3, Block(64, 4, 2880), packed=False)
+    packed = layout.layer_specs(GPT_OSS_120B, 3, Block(64, 4, 2880))
+    unpacked = layout.layer_specs(GPT_OSS_120B, 3, Block(64, 4, 2880), packed=False)
     count = sum(spec.num_parameters for spec in packed.values())
     assert count == sum(spec.num_parameters for spec in unpacked.values())
     assert sum(spec.num_bytes for spec in unpacked.values()) == 2 * count
 
 
 def test_trainable_groups_cover_everything_but_the_experts_once():
-    shape = gpt_oss.ModelShape(64, 4, 2, 16, 64, 512)
+    shape = ModelShape(GPT_OSS, 64, 4, 2, 16, 64, 512)
     layers = Architecture.of([Block(4, 2, 32, None), Block(2, 1, 32, 8)])
     groups = ("attention", "norms", "router", "embedding", "head")
-    parts = [gpt_oss.trainable_names(shape, layers, [group]) for group in groups]
+    parts = [layout.trainable_names(shape, layers, [group]) for group in groups]
     names = [name for part in parts for name in part]
-    everything = [name for name in gpt_oss.tensor_specs(shape, layers) if ".mlp.experts." not in name]
+    everything = [name for name in layout.tensor_specs(shape, layers) if ".mlp.experts." not in name]
     assert sorted(names) == sorted(everything)
     assert [len(part) for part in parts] == [2 * 9, 2 * 2 + 1, 2 * 2, 1, 1]

@@ -13,8 +13,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from moesaic.models import attention, kv_cache, layers, loading
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Decoding, Sampling, generate
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.kv_cache import E4M3, UNIT, KvScales, fold, next_power_of_two, quantize, scale_of
+from moesaic.models.whole_model import load_model
 from tests.closeness import assert_near
 
 SCALES = [KvScales(0.03, 0.7), KvScales(0.11, 0.002), KvScales(1.5, 0.04), KvScales(0.02, 0.05)]

@@ -14,10 +14,10 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from moesaic.core.errors import ArtifactError, MoesaicError
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
-from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.models.families.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.models.families.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from moesaic.models.resolved_config import as_class, read_config_file, resolve
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
@@ -38,9 +38,9 @@ def same_angles(one: Any, other: Any) -> bool:
 
 def test_the_originals_sizes_and_the_released_child_come_back() -> None:
     config = resolve(MINIMAL | {"num_hidden_layers": 36})
-    assert gpt_oss.read_config(config) == (GPT_OSS_120B, GPT_OSS_120B_BLOCKS)
-    child = json.loads(json.dumps(gpt_oss.child_config(config, GPT_OSS_PUZZLE_88B_BLOCKS)))
-    assert gpt_oss.read_config(resolve(child)) == (GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS)
+    assert layout.read_config(config) == (GPT_OSS_120B, GPT_OSS_120B_BLOCKS)
+    child = json.loads(json.dumps(layout.child_config(config, GPT_OSS_PUZZLE_88B_BLOCKS)))
+    assert layout.read_config(resolve(child)) == (GPT_OSS_120B, GPT_OSS_PUZZLE_88B_BLOCKS)
     assert child["rope_theta"] == child["rope_parameters"]["rope_theta"] == 150_000
     assert child["rope_scaling"] == YARN
 
@@ -60,7 +60,7 @@ def test_the_originals_sizes_and_the_released_child_come_back() -> None:
         {"rope_scaling": {**YARN, "partial_rotary_factor": 1.0}, "initial_context_length": 4096},
         {"rope_scaling": {**YARN, "beta_fast": None} | {"mscale": None}},
         {"rope_scaling": {key: value for key, value in YARN.items() if not key.startswith("beta_")}},
-        {"rope_parameters": {kind: {**YARN, "rope_theta": 150_000} for kind in gpt_oss.LAYER_TYPES}},
+        {"rope_parameters": {kind: {**YARN, "rope_theta": 150_000} for kind in layout.LAYER_TYPES}},
     ],
 )
 def test_one_rope_in_every_spelling(spelling: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def test_one_rope_in_every_spelling(spelling: dict[str, Any]) -> None:
     config = resolve({"model_type": "gpt_oss"} | deepcopy(spelling))
     assert config["rope_scaling"] == YARN and config["rope_theta"] == 150_000
     assert config["rope_parameters"] == {**YARN, "rope_theta": 150_000}
-    frequencies, scaling = angles(as_class(gpt_oss.child_config(config, GPT_OSS_120B_BLOCKS)))
+    frequencies, scaling = angles(as_class(layout.child_config(config, GPT_OSS_120B_BLOCKS)))
     assert scaling == pytest.approx(1.3466, abs=1e-4) and float(frequencies[0]) == 1.0
 
 
@@ -116,7 +116,7 @@ def test_one_rope_in_every_spelling(spelling: dict[str, Any]) -> None:
 )
 def test_wrong_values_are_refused_with_the_key(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
-        gpt_oss.read_config(resolve(deepcopy(MINIMAL) | change))
+        layout.read_config(resolve(deepcopy(MINIMAL) | change))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ CONFIGS = st.fixed_dictionaries(
         "rope_scaling": st.one_of(st.none(), st.just(YARN), ROPES, ANY),
         "rope_parameters": st.one_of(st.none(), st.just(YARN), ROPES, ANY),
         "rope_theta": st.one_of(st.sampled_from([10_000, 150_000.0]), ANY),
-        "layer_types": st.one_of(st.none(), st.lists(st.sampled_from([*gpt_oss.LAYER_TYPES, "other"]), max_size=3)),
+        "layer_types": st.one_of(st.none(), st.lists(st.sampled_from([*layout.LAYER_TYPES, "other"]), max_size=3)),
         "sliding_window": st.one_of(st.just(128), ANY),
         "num_local_experts": st.one_of(st.just(8), ANY),
         "num_experts_per_tok": st.one_of(st.sampled_from([1, 4, 9]), ANY),
@@ -192,7 +192,7 @@ CONFIGS = st.fixed_dictionaries(
 def test_any_config_is_resolved_as_its_class_does_or_refused(config: Mapping[str, Any]) -> None:
     try:
         resolved = resolve(deepcopy(config))
-        shape, architecture = gpt_oss.read_config(resolved)
+        shape, architecture = layout.read_config(resolved)
     except MoesaicError:
         event("refused")
         return
@@ -200,7 +200,7 @@ def test_any_config_is_resolved_as_its_class_does_or_refused(config: Mapping[str
     assert same_angles(as_class(resolved), reference)
     assert all(resolved[key] == getattr(reference, key) for key in ("layer_types", "eos_token_id", "sliding_window"))
     assert (shape.hidden_size, architecture.num_layers) == (reference.hidden_size, reference.num_hidden_layers)
-    child = gpt_oss.child_config(resolved, Architecture.of([Block(4, 2, 64, 16)] * 2))
+    child = layout.child_config(resolved, Architecture.of([Block(4, 2, 64, 16)] * 2))
     assert same_angles(as_class(json.loads(json.dumps(child))), reference)
-    assert gpt_oss.read_config(resolve(child))[1] == Architecture.of([Block(4, 2, 64, 16)] * 2)
+    assert layout.read_config(resolve(child))[1] == Architecture.of([Block(4, 2, 64, 16)] * 2)
     assert resolve(resolved) == resolved

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.models import gpt_oss, loading
+from moesaic.models import layout, loading
 from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.streaming import LayerReader, StateOffloader, state_memory_bytes
@@ -129,7 +129,7 @@ def test_memory_is_two_layers_whatever_their_number(tiny_parent: Path, tmp_path:
     """Ranking and scoring of 2 and 5 layers of 48 MiB each, in one process of its own, by peak resident memory."""
     like = scale_model(MODELS["gpt-oss-20b"], scale=0.25, num_experts=8)
     shape, block = replace(like.shape, vocab_size=64), like.architecture.blocks[1]
-    layer_mib = 4 * sum(spec.num_parameters for spec in gpt_oss.layer_specs(shape, 0, block).values()) / 2**20
+    layer_mib = 4 * sum(spec.num_parameters for spec in layout.layer_specs(shape, 0, block).values()) / 2**20
     assert 40 < layer_mib < 60
     for name, num_layers in (("warm", 1), ("2", 2), ("5", 5)):
         parent = tmp_path / f"parent-{name}"

@@ -10,10 +10,11 @@ import torch
 
 from moesaic.command_line.main import main
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
-from moesaic.models import gpt_oss, mxfp4, synthesis
+from moesaic.models import layout, mxfp4, synthesis
 from moesaic.models.checkpoint import INDEX, Checkpoint
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.families.family import TensorSpec
 from moesaic.models.synthesis import MODELS, model_config, plan_shards, scale_model, write_synthetic
+from moesaic.models.whole_model import load_model
 
 LIKE = MODELS["gpt-oss-120b"]
 TINY = scale_model(LIKE, 1 / 45, num_layers=4, num_experts=8, num_shards=5)
@@ -39,7 +40,7 @@ def test_full_size_is_the_original() -> None:
 
 def test_config_reads_back_as_the_same_model() -> None:
     for model in (*MODELS.values(), TINY):
-        assert gpt_oss.read_config(model_config(model)) == (model.shape, model.architecture)
+        assert layout.read_config(model_config(model)) == (model.shape, model.architecture)
 
 
 def test_scale_keeps_shapes_valid() -> None:
@@ -94,7 +95,7 @@ def test_bytes_depend_on_seed_and_name_alone(tiny: Path, tmp_path: Path) -> None
 
 
 def test_pieces_join_to_what_one_draw_gives() -> None:
-    spec = gpt_oss.TensorSpec("BF16", (5, 7), 35)
+    spec = TensorSpec("BF16", (5, 7), 35)
     values = torch.frombuffer(bytearray(b"".join(synthesis.random_bytes("x.bias", spec, 0))), dtype=torch.bfloat16)
     assert len(values) == 35
     assert values.isfinite().all()

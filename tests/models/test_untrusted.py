@@ -11,7 +11,7 @@ import pytest
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.data.chat import load_tokenizer, render_conversation
 from moesaic.data.verifiers import math
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from moesaic.platform.cluster.profile import read_profile
 
 ROOT = Path(__file__).parents[2]

@@ -20,15 +20,16 @@ from moesaic.costs.times import forward_ms, learn_ms
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig, SweptWorkload
 from moesaic.measure.evaluate.stage import EvaluateConfig
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import (
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss import (
+    GPT_OSS,
     GPT_OSS_20B_BLOCKS,
     GPT_OSS_120B,
     GPT_OSS_120B_BLOCKS,
     GPT_OSS_PUZZLE_88B_BLOCKS,
-    ModelShape,
 )
 from moesaic.models.peak import Peak
 from moesaic.pipelines import compiled, find_pipeline
@@ -54,6 +55,7 @@ H100 = read_table("h100")
 INGEST = IngestConfig(parent="a", calibration_short="b", calibration_long="c", prompts="d", tests="e")
 
 SHAPE = ModelShape(
+    family=GPT_OSS,
     hidden_size=64,
     num_heads=4,
     num_kv_heads=2,
@@ -183,7 +185,7 @@ def test_only_what_learns_has_optimiser_state() -> None:
     needs = run(task("prune_model", PruneModelConfig(), "ingest"), distill)["distill"].needs
     trainable = 4 * ATTENTION_BYTES // 2 + OUTER_BYTES // 2
     assert needs.counts["trainable_parameters"] == trainable
-    weights = 2 * sum(gpt_oss.num_parameters(SHAPE, model) for model in (PARENT, CHILD))
+    weights = 2 * sum(layout.num_parameters(SHAPE, model) for model in (PARENT, CHILD))
     states, heads, logits = (4 + 2 * 4 + 4) * 8 * 64 * 2, (2 + 16) * 64 * 64, 4 * 1024 * 64 * 4
     assert needs.device_bytes == weights + 14 * trainable + states + heads + logits
 

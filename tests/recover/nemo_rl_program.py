@@ -131,7 +131,7 @@ def policy_of(master: Any, model: Path) -> dict[str, Any]:
     from nemo_automodel._transformers import auto_model
     from nemo_rl.models.automodel import setup
 
-    from moesaic.models.gpt_oss_puzzle import load_model
+    from moesaic.models.whole_model import load_model
     from moesaic.recover.distill.automodel import cluster_model
     from moesaic.recover.reinforce.nemo_rl import policy_worker, trainable
 

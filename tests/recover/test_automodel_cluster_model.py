@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.user_name import user_variables
-from moesaic.models import gpt_oss, gpt_oss_puzzle
+from moesaic.models import layout, whole_model
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.attention import document_starts, sink_attention
 from moesaic.models.checkpoint import Checkpoint, layer_shards, rewrite_checkpoint, write_checkpoint
@@ -88,15 +88,15 @@ def limit_experts(model: Any, chunk_tokens: int) -> None:
 
 def write_child(parent: Checkpoint, directory: Path, packed: bool, architecture: Architecture = CHILD) -> None:
     def shards() -> Iterable[tuple[str, dict[str, Tensor]]]:
-        yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
+        yield "model-outer", {name: parent.tensor(name) for name in layout.outer_specs(parent.shape)}
         for layer, block in enumerate(architecture.blocks):
             tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
             if not packed:
-                prefix = gpt_oss.layer_prefix(layer)
+                prefix = layout.layer_prefix(layer)
                 tensors = {prefix + name: value for name, value in layer_state(parent, layer, torch.bfloat16).items()}
             yield from layer_shards(layer, first_of(tensors, block))
 
-    config = {**gpt_oss.child_config(parent.config, architecture), "router_aux_loss_coef": 0.9}
+    config = {**layout.child_config(parent.config, architecture), "router_aux_loss_coef": 0.9}
     if not packed:
         del config["quantization_config"]
     write_checkpoint(directory, config, shards())
@@ -119,7 +119,7 @@ def test_logits_and_hidden_states_are_those_of_transformers(child: Path, model: 
     row = packed_row(documents)
     with torch.no_grad():
         ours = model(**row, output_hidden_states=True)
-        expected = gpt_oss_puzzle.load_model(child)(**row, output_hidden_states=True, use_cache=False)
+        expected = whole_model.load_model(child)(**row, output_hidden_states=True, use_cache=False)
     assert_near(ours.logits, expected.logits)
     for hidden, other in zip(ours.hidden_states, expected.hidden_states, strict=True):
         assert_near(hidden, other)
@@ -127,7 +127,7 @@ def test_logits_and_hidden_states_are_those_of_transformers(child: Path, model: 
 
 def test_windows_and_sinks_are_those_of_transformers_own_attention(child: Path, model: Any) -> None:
     row = packed_row([200])
-    reference = gpt_oss_puzzle.load_model(child)
+    reference = whole_model.load_model(child)
     reference.set_attn_implementation("eager")
     with torch.no_grad():
         assert_near(model(**row).logits, reference(**row, use_cache=False).logits)
@@ -147,12 +147,12 @@ def test_gradients_are_those_of_transformers_without_any_balancing_of_experts(
     from moesaic.recover.distill.automodel.cluster_weights import checkpoint_name
 
     row = packed_row(LONG)
-    model, reference = load_cluster_model(cluster_model, child).train(), gpt_oss_puzzle.load_model(child).train()
+    model, reference = load_cluster_model(cluster_model, child).train(), whole_model.load_model(child).train()
     expected = dict(reference.named_parameters())
     for each in (model, reference):
         torch.nn.functional.cross_entropy(each(**row).logits[0, :-1], row["input_ids"][0, 1:]).backward()
     for name, parameter in model.named_parameters():
-        if not gpt_oss.is_expert_weight(name):
+        if not layout.is_expert_weight(name):
             assert_same_gradient(name, parameter.grad, expected[checkpoint_name(model, name)].grad)
     assert [name for name, _ in model.named_buffers()] == []  # such as a bias that the gate would update
 
@@ -161,9 +161,9 @@ def test_the_whole_state_goes_to_checkpoint_names_and_back_unchanged(child: Path
     checkpoint = Checkpoint.open(child)
     native = {name: value.clone() for name, value in model.state_dict().items()}
     ours = model.state_dict_adapter.to_hf(dict(native))
-    expected = {name: checkpoint.tensor(name).float() for name in gpt_oss.outer_specs(checkpoint.shape)}
+    expected = {name: checkpoint.tensor(name).float() for name in layout.outer_specs(checkpoint.shape)}
     for layer in range(checkpoint.num_layers):
-        prefix = gpt_oss.layer_prefix(layer)
+        prefix = layout.layer_prefix(layer)
         expected |= {prefix + name: value for name, value in layer_state(checkpoint, layer).items()}
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, check_dtype=False)
     experts = {value.dtype for name, value in native.items() if ".experts." in name}
@@ -181,7 +181,7 @@ def test_a_written_child_differs_in_nothing_but_what_was_trained(
     changed = "model.layers.2.self_attn.sinks"
     with torch.no_grad():
         model.model.layers["2"].self_attn.sinks += 1
-    names = gpt_oss.trainable_names(source.shape, source.architecture, GROUPS)
+    names = layout.trainable_names(source.shape, source.architecture, GROUPS)
     rewrite_checkpoint(source, tmp_path / "out", dict(checkpoint_tensors(model, names)), {"stage": "distill"})
     written = Checkpoint.open(tmp_path / "out")
     assert [name for name in source.files if not torch.equal(written.tensor(name), source.tensor(name))] == [changed]
@@ -209,7 +209,7 @@ def test_a_parent_is_a_child_whose_blocks_are_all_its_own(tiny_parent: Path, clu
     row = packed_row(LONG)
     with torch.no_grad():
         ours = load_cluster_model(cluster_model, tiny_parent).eval()(**row).logits
-        assert_near(ours, gpt_oss_puzzle.load_model(tiny_parent)(**row, use_cache=False).logits)
+        assert_near(ours, whole_model.load_model(tiny_parent)(**row, use_cache=False).logits)
     cluster_model.register()
     config = AutoConfig.from_pretrained(tiny_parent)
     found = ModelRegistry.resolve_custom_model_cls(config.architectures[0], config)
@@ -299,12 +299,12 @@ def run_rank(rank: int, scratch: Path) -> None:
     both = [packed_row([100, 50]), packed_row([150])]
     rows = {name: torch.cat([row[name] for row in both]) for name in both[0]}
     for child, ep_size in ((scratch / "even", 2), (scratch / "uneven", 1)):
-        reference = gpt_oss_puzzle.load_model(child)
+        reference = whole_model.load_model(child)
         expected = reference(**rows, use_cache=False).logits
         expected.square().mean().backward()
         model = sharded_model(child, ep_size)
         limit_experts(model, 64)
-        experts = {value.dtype for name, value in model.named_parameters() if gpt_oss.is_expert_weight(name)}
+        experts = {value.dtype for name, value in model.named_parameters() if layout.is_expert_weight(name)}
         assert experts == {torch.bfloat16}
         logits = model(**both[rank]).logits
         assert_near(logits[0], expected[rank])
@@ -356,11 +356,11 @@ def compare_with(reference: Any, model: Any, child: Path) -> None:
 
     source = Checkpoint.open(child)
     whole = dict(reference.named_parameters())
-    names = gpt_oss.trainable_names(source.shape, source.architecture, GROUPS)
+    names = layout.trainable_names(source.shape, source.architecture, GROUPS)
     for name, tensor in checkpoint_tensors(model, names):
         torch.testing.assert_close(tensor, whole[name].detach(), rtol=0, atol=0)
     for name, parameter in model.named_parameters():
-        if not gpt_oss.is_expert_weight(name):
+        if not layout.is_expert_weight(name):
             other = whole[checkpoint_name(model, name)]
             assert_same_gradient(name, parameter.grad.full_tensor(), other.grad)
 

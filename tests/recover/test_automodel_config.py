@@ -7,8 +7,9 @@ import yaml
 
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.training_curve import read_curve
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
+from moesaic.models.families.gpt_oss import GPT_OSS_20B
 from moesaic.recover.distill.automodel.curve import WINDOW_STEPS, Curve, DivergenceCheck
 from moesaic.recover.distill.automodel.rows import Rows, TrainingRows
 from moesaic.recover.distill.automodel.settings import Job, expert_parallel_size, render
@@ -80,14 +81,14 @@ def test_on_gpus_exactly_what_does_not_learn_is_frozen(words: tuple[str, ...]) -
     frozen = render(CONFIG.model_copy(update={"trainable": words}), job(on_gpus=True))["freeze_config"][
         "freeze_modules"
     ]
-    shape, blocks = gpt_oss.GPT_OSS_20B, Architecture.of([Block(8, 4, 2880, None), Block(4, 4, 2880, 16)])
+    shape, blocks = GPT_OSS_20B, Architecture.of([Block(8, 4, 2880, None), Block(4, 4, 2880, 16)])
     learning = set()
-    for name in gpt_oss.tensor_specs(shape, blocks, packed=False):
+    for name in layout.tensor_specs(shape, blocks, packed=False):
         module = name.replace(".mlp.router.", ".mlp.gate.").rpartition(".")[0]
         parents = [module.rsplit(".", count)[0] for count in range(module.count(".") + 1)]
         if not any(fnmatchcase(parent, entry["glob"]) for parent in parents for entry in frozen):
             learning.add(name)
-    assert learning == set(gpt_oss.trainable_names(shape, blocks, words))
+    assert learning == set(layout.trainable_names(shape, blocks, words))
 
 
 def test_mlflow_is_only_configured_for_a_run_that_is_open() -> None:

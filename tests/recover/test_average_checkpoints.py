@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint, read_recovery, rewrite_checkpoint
 from moesaic.recover.average_checkpoints import run as average_checkpoints
 from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 
-QUERY, NORM = "model.layers.1.self_attn.q_proj.weight", gpt_oss.FINAL_NORM
+QUERY, NORM = "model.layers.1.self_attn.q_proj.weight", layout.FINAL_NORM
 EXPERTS = "model.layers.2.mlp.experts.down_proj_bias"
 EQUAL = AverageCheckpointsConfig()
 

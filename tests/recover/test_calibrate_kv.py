@@ -17,11 +17,11 @@ from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.data.calibration import load_batches
 from moesaic.measure.evaluate import run as evaluate
 from moesaic.measure.evaluate.stage import EvaluateConfig
-from moesaic.models import gpt_oss, kv_cache
+from moesaic.models import kv_cache, layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, read_recovery, rewrite_checkpoint, write_checkpoint
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.kv_cache import KvScales
+from moesaic.models.whole_model import load_model
 from moesaic.recover.calibrate_kv import modelopt as modelopt_kv
 from moesaic.recover.calibrate_kv import run as calibrate_kv
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
@@ -63,12 +63,12 @@ def _write_child(tiny_parent: Path, child: Path) -> None:
     parent = Checkpoint.open(tiny_parent)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield "model-outer", {name: parent.tensor(name) for name in gpt_oss.outer_specs(parent.shape)}
+        yield "model-outer", {name: parent.tensor(name) for name in layout.outer_specs(parent.shape)}
         for layer, block in enumerate(BLOCKS.blocks):
             tensors = {name: parent.tensor(name) for name in parent.layer_names(layer)}
             yield from layer_shards(layer, prune_layer(tensors, range(block.num_experts)))
 
-    write_checkpoint(child, gpt_oss.child_config(parent.config, BLOCKS), shards(), tiny_parent.glob("tokenizer*"))
+    write_checkpoint(child, layout.child_config(parent.config, BLOCKS), shards(), tiny_parent.glob("tokenizer*"))
     (child / "chat_template.jinja").write_text((tiny_parent / "chat_template.jinja").read_text())
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("kubernetes_validate", reason="validates against Kubernetes'
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.core.process_group import NUM_PROCESSES
 from moesaic.core.training_curve import read_curve
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, read_recovery, write_checkpoint
 from moesaic.platform.cluster.jobs import ClusterJob, JobSettings
@@ -48,13 +48,13 @@ def child(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
     """The tiny parent without the last experts of three layers, one layer windowed."""
     directory = tmp_path_factory.mktemp("models") / "child"
     shards = [
-        ("model-outer", {name: tiny_checkpoint.tensor(name) for name in gpt_oss.outer_specs(tiny_checkpoint.shape)})
+        ("model-outer", {name: tiny_checkpoint.tensor(name) for name in layout.outer_specs(tiny_checkpoint.shape)})
     ]
     for layer, block in enumerate(CHILD.blocks):
         tensors = {name: tiny_checkpoint.tensor(name) for name in tiny_checkpoint.layer_names(layer)}
         shards.extend(layer_shards(layer, prune_layer(tensors, list(range(block.num_experts)))))
     extra = [tiny_checkpoint.directory / "tokenizer.json"]
-    write_checkpoint(directory, gpt_oss.child_config(tiny_checkpoint.config, CHILD), shards, extra)
+    write_checkpoint(directory, layout.child_config(tiny_checkpoint.config, CHILD), shards, extra)
     return directory
 
 
@@ -121,10 +121,10 @@ def test_experts_and_router_stay_as_they_were_byte_for_byte(
     trained: tuple[Path, dict[str, float]], child: Path
 ) -> None:
     before, after = Checkpoint.open(child), Checkpoint.open(trained[0])
-    learning = set(gpt_oss.trainable_names(before.shape, before.architecture, CONFIG.trainable))
+    learning = set(layout.trainable_names(before.shape, before.architecture, CONFIG.trainable))
     changed = {name for name in before.files if not torch.equal(before.tensor(name), after.tensor(name))}
     assert changed <= learning
-    assert gpt_oss.HEAD in changed and gpt_oss.EMBEDDING in changed
+    assert layout.HEAD in changed and layout.EMBEDDING in changed
     assert {name for name in changed if "self_attn" in name} and {name for name in changed if "layernorm" in name}
     for layer in range(CHILD.num_layers):
         file = f"model-layer-{layer:03d}-experts.safetensors"

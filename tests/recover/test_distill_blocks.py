@@ -20,7 +20,7 @@ from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.data.batches import Batch, make_batches
 from moesaic.data.calibration import read_conversations, tokenize
 from moesaic.data.chat import load_tokenizer
-from moesaic.models import gpt_oss, layers, loading
+from moesaic.models import layers, layout, loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint, read_recovery
 from moesaic.recover.distill_blocks import run as distill_blocks
@@ -172,8 +172,8 @@ def train_plainly(
     inputs = [parent_states(parent, batch, rotary, layer) for batch in batches]
     targets = [parent_states(parent, batch, rotary, layer + 1) for batch in batches]
     block = loading.load_block(child, layer)
-    prefix = gpt_oss.layer_prefix(layer)
-    names = gpt_oss.trainable_names(child.shape, child.architecture, CONFIG.trainable)
+    prefix = layout.layer_prefix(layer)
+    names = layout.trainable_names(child.shape, child.architecture, CONFIG.trainable)
     learned = {name: block.get_parameter(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
     for parameter in learned.values():
         parameter.requires_grad = True
@@ -230,7 +230,7 @@ def test_only_changed_blocks_change_and_experts_never(finished: Run, child: Path
     before, after = Checkpoint.open(child), Checkpoint.open(finished.output)
     names = set(before.files)
     changed = {name for name in names if not torch.equal(before.tensor(name), after.tensor(name))}
-    allowed = gpt_oss.trainable_names(before.shape, before.architecture, CONFIG.trainable)
+    allowed = layout.trainable_names(before.shape, before.architecture, CONFIG.trainable)
     layers = ("model.layers.1.", "model.layers.3.")
     assert changed == {name for name in allowed if name.startswith(layers) and name not in UNMOVED}
     for file in {path.name for path in before.files.values()}:

@@ -20,9 +20,9 @@ import moesaic.recover.reinforce.nemo_rl
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.data.chat import encode_reply, load_tokenizer
 from moesaic.data.problems import Message, Problem, render_prompt
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from moesaic.recover.reinforce.nemo_rl import config as nemo_config
 from moesaic.recover.reinforce.nemo_rl import driver, launch, surface
 from moesaic.recover.reinforce.nemo_rl.config import Placement, Run, render
@@ -247,7 +247,7 @@ def test_rollouts_keep_their_markers(tiny_parent: Path) -> None:
 
 def test_only_the_named_tensors_learn(tiny_parent: Path) -> None:
     checkpoint = Checkpoint.open(tiny_parent)
-    names = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, ("attention", "head"))
+    names = layout.trainable_names(checkpoint.shape, checkpoint.architecture, ("attention", "head"))
 
     class Loader:
         @staticmethod
@@ -319,7 +319,7 @@ def test_the_trained_tensors_come_back_by_name(tiny_parent: Path, tmp_path: Path
     torch.save(tensors, weights)
     learned = launch.collect(run, weights)
     checkpoint = Checkpoint.open(tiny_parent)
-    assert list(learned) == gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, CONFIG.trainable)
+    assert list(learned) == layout.trainable_names(checkpoint.shape, checkpoint.architecture, CONFIG.trainable)
     assert all(torch.equal(value, tensors[name]) for name, value in learned.items())
     del tensors["lm_head.weight"]
     torch.save(tensors, weights)
@@ -428,7 +428,7 @@ def test_the_policy_worker_freezes_before_its_optimizer_is_built(
         lambda config, processor, rank: Runtime(loader)
     )
     checkpoint = Checkpoint.open(tiny_parent)
-    names = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, ("norms",))
+    names = layout.trainable_names(checkpoint.shape, checkpoint.architecture, ("norms",))
     (tmp_path / "trainable.json").write_text(json.dumps(names))
     monkeypatch.setenv(nemo_config.TRAINABLE_VARIABLE, str(tmp_path / "trainable.json"))
     worker_class = importlib.import_module("moesaic.recover.reinforce.nemo_rl.policy_worker").PolicyWorker

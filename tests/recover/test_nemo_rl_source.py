@@ -16,7 +16,7 @@ from moesaic.core.errors import StageError
 from moesaic.core.own_environment import own_variables
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import render_prompt
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.recover.reinforce.nemo_rl import launch
 from moesaic.recover.reinforce.nemo_rl.config import Placement
@@ -75,7 +75,7 @@ def test_its_pinned_automodel_builds_our_class_as_transformers_does(found: dict[
     assert found["difference"] < 1e-5
     assert found["worker"] == "PolicyWorker"
     checkpoint = Checkpoint.open(tiny_parent)
-    names = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, CONFIG.trainable)
+    names = layout.trainable_names(checkpoint.shape, checkpoint.architecture, CONFIG.trainable)
     assert found["learns"] == sorted(names)
 
 
@@ -88,5 +88,5 @@ def test_weights_are_sent_under_the_names_and_shapes_of_an_unpacked_checkpoint(
     found: dict[str, Any], tiny_parent: Path
 ) -> None:
     checkpoint = Checkpoint.open(tiny_parent)
-    specs = gpt_oss.tensor_specs(checkpoint.shape, checkpoint.architecture, packed=False)
+    specs = layout.tensor_specs(checkpoint.shape, checkpoint.architecture, packed=False)
     assert found["sent"] == {name: list(spec.shape) for name, spec in specs.items()}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import ArtifactError
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from moesaic.recover.distill.packing import IGNORED, make_batch, pack, rows_of_step
 from moesaic.recover.distill.trace_table import TraceTable
 from moesaic.recover.generate_traces.traces import Trace

@@ -13,9 +13,9 @@ from trl import GRPOTrainer
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Problem, read_problems, render_prompt
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint, read_recovery
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from moesaic.recover.reinforce import run as reinforce
 from moesaic.recover.reinforce.stage import ReinforceConfig, RewardConfig
 from moesaic.recover.reinforce.trl import grpo
@@ -129,9 +129,9 @@ def test_experts_and_router_keep_their_bytes(
     changed = {
         name for name in tiny_checkpoint.files if not torch.equal(tiny_checkpoint.tensor(name), policy.tensor(name))
     }
-    allowed = gpt_oss.trainable_names(policy.shape, policy.architecture, CONFIG.trainable)
+    allowed = layout.trainable_names(policy.shape, policy.architecture, CONFIG.trainable)
     assert changed <= set(allowed)
-    assert {gpt_oss.EMBEDDING, gpt_oss.HEAD, gpt_oss.FINAL_NORM} <= changed
+    assert {layout.EMBEDDING, layout.HEAD, layout.FINAL_NORM} <= changed
     assert any(".self_attn.sinks" in name for name in changed)
     for path in set(tiny_checkpoint.files.values()):
         if path.stem.endswith("experts"):
@@ -167,7 +167,7 @@ def test_a_killed_run_loses_and_repeats_nothing(
     for row, other in zip(expected, found, strict=True):
         assert other == pytest.approx(row, rel=1e-4, abs=1e-6)
     policy, resumed = Checkpoint.open(finished[0]), Checkpoint.open(tmp_path / "output")
-    for name in gpt_oss.trainable_names(policy.shape, policy.architecture, CONFIG.trainable):
+    for name in layout.trainable_names(policy.shape, policy.architecture, CONFIG.trainable):
         assert_near(resumed.tensor(name), policy.tensor(name), 2**-7, name)  # a step of bfloat16
 
 

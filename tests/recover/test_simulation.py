@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss import GPT_OSS
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.stage import DistillConfig
 from tests.recover.two_ranks import run_two_ranks
 
 SHAPE = ModelShape(
+    family=GPT_OSS,
     hidden_size=64,
     num_heads=4,
     num_kv_heads=2,
@@ -46,9 +48,9 @@ def test_simulated_peaks_are_those_of_real_tensors(tmp_path: Path) -> None:
     assert found["measured"] == pytest.approx(found["simulated"], rel=0.1)
     assert found["whole"] == pytest.approx(found["simulated"], rel=0.01), "chunks behind the first change no peak"
     parts = found["parts"]
-    child, parent = (gpt_oss.num_parameters(SHAPE, model) for model in (CHILD, PARENT))
-    names = gpt_oss.trainable_names(SHAPE, CHILD, CONFIG.trainable)
-    specs = gpt_oss.tensor_specs(SHAPE, CHILD, packed=False)
+    child, parent = (layout.num_parameters(SHAPE, model) for model in (CHILD, PARENT))
+    names = layout.trainable_names(SHAPE, CHILD, CONFIG.trainable)
+    specs = layout.tensor_specs(SHAPE, CHILD, packed=False)
     trained = sum(specs[name].num_parameters for name in names)
     assert parts["weights"] == pytest.approx((2 * (parent + child) + 2 * trained) / 2, rel=0.02)
     assert parts["optimizer"] == pytest.approx(8 * trained / 2, rel=0.02)

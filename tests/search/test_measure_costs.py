@@ -15,7 +15,7 @@ from moesaic.costs.workload import Workload
 from moesaic.models import loading
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import num_bytes, num_parameters
+from moesaic.models.layout import num_bytes, num_parameters
 from moesaic.search.measure_costs import block_timing
 from moesaic.search.measure_costs import run as measure_costs
 from moesaic.search.measure_costs.block_timing import Bench, Job, _sized, layer_to_time, time_jobs

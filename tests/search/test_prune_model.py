@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from moesaic.core.errors import ArtifactError, ConfigError
-from moesaic.models import gpt_oss, loading, mxfp4
+from moesaic.models import layout, loading, mxfp4
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from moesaic.search.prune_model import run as prune_model
 from moesaic.search.prune_model.pruning import narrow_experts, prune_layer
 from moesaic.search.prune_model.stage import PruneModelConfig
@@ -121,7 +121,7 @@ def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Che
     config = json.loads((child / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "yarn"
-    total = sum(tensor.num_bytes for tensor in gpt_oss.tensor_specs(written.shape, MIXED).values())
+    total = sum(tensor.num_bytes for tensor in layout.tensor_specs(written.shape, MIXED).values())
     assert json.loads((child / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == total
 
 
@@ -136,7 +136,7 @@ def test_every_tensor_is_its_parents_without_the_other_experts(child: Path, tiny
             expected, _ = narrow_experts(expected, CHANNELS[kept[layer], :32].sort(-1).values)
         for name, tensor in expected.items():
             assert torch.equal(written.tensor(name), tensor), name
-    for name in gpt_oss.outer_specs(written.shape):
+    for name in layout.outer_specs(written.shape):
         assert torch.equal(written.tensor(name), tiny_checkpoint.tensor(name))
 
 

@@ -16,7 +16,8 @@ from moesaic.data.batches import Batch
 from moesaic.models import loading, streaming
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import GPT_OSS_120B, ModelShape
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss import GPT_OSS, GPT_OSS_120B
 from moesaic.models.layers import run_block
 from moesaic.models.peak import Peak
 from moesaic.models.simulated_memory import peak_of
@@ -40,6 +41,7 @@ from moesaic.search.simulated_memory import ranking_peak, refinement_peak, scori
 from moesaic.search.space import SearchSpace
 
 SHAPE = ModelShape(
+    family=GPT_OSS,
     hidden_size=256,
     num_heads=8,
     num_kv_heads=2,

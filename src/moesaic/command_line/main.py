@@ -295,7 +295,7 @@ def _named_paths(pairs: Sequence[str], lists: Sequence[str]) -> dict[str, Path |
 
 def _inspect(options: argparse.Namespace) -> None:
     from moesaic.costs import block_costs as costs
-    from moesaic.models import gpt_oss
+    from moesaic.models import layout
     from moesaic.models.architecture import AXES
     from moesaic.models.checkpoint import Checkpoint
     from moesaic.models.resolved_config import unread_keys
@@ -305,8 +305,8 @@ def _inspect(options: argparse.Namespace) -> None:
     shape, architecture = checkpoint.shape, checkpoint.architecture
     console = Console()
     sizes = Table("", "", box=None, show_header=False)
-    sizes.add_row("parameters", f"{gpt_oss.num_parameters(shape, architecture):,}")
-    sizes.add_row("weights", f"{gpt_oss.num_bytes(shape, architecture, checkpoint.packed) / 2**20:,.1f} MiB")
+    sizes.add_row("parameters", f"{layout.num_parameters(shape, architecture):,}")
+    sizes.add_row("weights", f"{layout.num_bytes(shape, architecture, checkpoint.packed) / 2**20:,.1f} MiB")
     used = sorted({block.experts_per_token for block in architecture.blocks})
     sizes.add_row("experts", f"{architecture.num_experts}, top-{' or '.join(map(str, used))}")
     sizes.add_row("expert format", "MXFP4" if checkpoint.packed else "as the other weights")

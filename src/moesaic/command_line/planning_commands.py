@@ -14,11 +14,12 @@ from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.core.config import Config
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.costs.facts import Assumed, Facts, PipelineTask, room_bytes
+from moesaic.models.families import PUBLISHED
 from moesaic.pipelines import find_pipeline
 from moesaic.platform.cluster import read_profile
 from moesaic.platform.cluster.agreement import check_agreement
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.planning import MEMORY, Planned, assume_child, plan, totals
+from moesaic.platform.planning import MEMORY, Planned, assume_child, plan, released_child, totals
 from moesaic.platform.planning.devices import by_stage, check_devices, largest_by_stage
 from moesaic.recover.distill.needs import (
     GPUS_PER_NODE,
@@ -42,10 +43,10 @@ _POLICIES = "reinforce_configs"
 
 def add_planning_commands(commands: Any) -> None:
     """Add ``synth`` and ``plan`` to the command line."""
-    synth = commands.add_parser("synth", help="write a random checkpoint of exactly gpt-oss's layout, at any size")
+    synth = commands.add_parser("synth", help="write a random checkpoint of a published model's layout, at any size")
     synth.set_defaults(command=_synth)
     synth.add_argument("output", type=Path, help="directory to make")
-    synth.add_argument("--like", required=True, help="gpt-oss-120b or gpt-oss-20b")
+    synth.add_argument("--like", required=True, help=" or ".join(PUBLISHED))
     synth.add_argument(
         "--scale",
         type=float,
@@ -66,7 +67,7 @@ def add_planning_commands(commands: Any) -> None:
     planning.add_argument("--recipe", required=True, help="a recipe, such as gpt_oss_120b_h100x8")
     model = planning.add_mutually_exclusive_group(required=True)
     model.add_argument("--parent", help=f"{MODEL}; only its headers are read")
-    model.add_argument("--like", help="instead of a checkpoint: gpt-oss-120b or gpt-oss-20b at full size")
+    model.add_argument("--like", help=f"instead of a checkpoint: {' or '.join(PUBLISHED)} at full size")
     add_revision(planning)
     planning.add_argument("--data", type=Path, help="directory of the data sets, to count problems (assumed otherwise)")
     planning.add_argument("--store", help="s3://bucket/prefix of the store, to plan its traffic")
@@ -166,18 +167,18 @@ def _distillations(tasks: Iterable[PipelineTask[Config]]) -> list[DistillConfig]
 
 def _facts(options: argparse.Namespace, recipe: Any) -> tuple[Facts, list[str]]:
     """The facts to plan with, and notes on what they assume."""
-    from moesaic.models import gpt_oss
+    from moesaic.models import layout
 
     shape, parent, packed = _sizes(options)
     child = assume_child(parent, recipe.search_architecture)
     target, notes = _target(recipe.measure_costs, shape)
     assumed, source = _assumed(options.data, recipe.evaluate.problems_per_task)
     facts = Facts(shape, parent, packed, child, target, assumed)
-    weights = [_size(gpt_oss.num_bytes(shape, model, packed)) for model in (parent, child)]
-    released = child == gpt_oss.GPT_OSS_PUZZLE_88B_BLOCKS
+    weights = [_size(layout.num_bytes(shape, model, packed)) for model in (parent, child)]
+    released = released_child(parent)
     notes = [
         f"The parent has {weights[0]}. The child, not known yet, is planned with {weights[1]}: "
-        + ("the released gpt-oss-puzzle-88B." if released else "all layers at the recipe's share of experts."),
+        + (f"the released {released[0]}." if released else "all layers at the recipe's share of experts."),
         f"{source}prompts of {assumed.prompt_tokens} tokens, replies of {assumed.reply_share:.0%} of the longest.",
         *notes,
     ]
@@ -189,7 +190,7 @@ def _sizes(options: argparse.Namespace) -> tuple[Any, Any, bool]:
         from moesaic.models.synthesis import find_model
 
         model = find_model(options.like)
-        return model.shape, model.architecture, True
+        return model.shape, model.architecture, model.packed
     from moesaic.models.checkpoint import Checkpoint
 
     find_named(options, "parent")

@@ -28,9 +28,9 @@ from moesaic.core.config import CacheDtype
 from moesaic.core.errors import ArtifactError
 from moesaic.costs.kv_allocator import TargetEngine, held_tokens, paid_layers
 from moesaic.costs.workload import Workload
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.families.family import ModelShape
 
 ELEMENT_BYTES: dict[CacheDtype, int] = {"bf16": 2, "fp8": 1}
 MIB = 2**20
@@ -184,12 +184,12 @@ def mean_context(workload: Workload) -> int:
 
 def block_parameters(shape: ModelShape, block: Block) -> int:
     """Parameters of one layer."""
-    return sum(spec.num_parameters for spec in gpt_oss.layer_specs(shape, 0, block).values())
+    return sum(spec.num_parameters for spec in layout.layer_specs(shape, 0, block).values())
 
 
 def block_bytes(shape: ModelShape, block: Block, packed: bool = True) -> int:
     """Bytes of one layer's weights, experts in MXFP4 if ``packed``, the rest in BF16."""
-    return sum(spec.num_bytes for spec in gpt_oss.layer_specs(shape, 0, block, packed).values())
+    return sum(spec.num_bytes for spec in layout.layer_specs(shape, 0, block, packed).values())
 
 
 def of_one_expert(measure: Callable[[ModelShape, Block], int], shape: ModelShape, block: Block) -> int:
@@ -200,12 +200,12 @@ def of_one_expert(measure: Callable[[ModelShape, Block], int], shape: ModelShape
 
 def outer_parameters(shape: ModelShape) -> int:
     """Parameters outside the layers."""
-    return sum(spec.num_parameters for spec in gpt_oss.outer_specs(shape).values())
+    return sum(spec.num_parameters for spec in layout.outer_specs(shape).values())
 
 
 def outer_bytes(shape: ModelShape) -> int:
     """Bytes of the weights outside the layers."""
-    return sum(spec.num_bytes for spec in gpt_oss.outer_specs(shape).values())
+    return sum(spec.num_bytes for spec in layout.outer_specs(shape).values())
 
 
 def expected_experts(num_experts: int, experts_per_token: int, num_tokens: float) -> float:

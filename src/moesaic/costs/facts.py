@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 from moesaic.core.config import Config
 from moesaic.costs.block_costs import block_bytes, block_parameters, outer_bytes
 from moesaic.costs.hardware import Target
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.families.family import ModelShape
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 """Bytes of an element."""
@@ -105,15 +105,15 @@ class Needs:
 
 def whole_parent(facts: Facts) -> dict[str, int]:
     """The parent's shards, in its own sharding: one key stands for all of them."""
-    return {"parent": gpt_oss.num_bytes(facts.shape, facts.parent, facts.packed)}
+    return {"parent": layout.num_bytes(facts.shape, facts.parent, facts.packed)}
 
 
 def pruned_shards(facts: Facts, candidate: str) -> dict[str, int]:
     """A child's shards. Layers that keep all experts whole, and what is outside them, are the same in every child."""
     shards = {"outer": outer_bytes(facts.shape)}
     for layer, (block, whole) in enumerate(zip(facts.child.blocks, facts.parent.blocks, strict=True)):
-        specs = gpt_oss.layer_specs(facts.shape, layer, block, facts.packed)
-        experts = sum(spec.num_bytes for key, spec in specs.items() if gpt_oss.is_expert_weight(key))
+        specs = layout.layer_specs(facts.shape, layer, block, facts.packed)
+        experts = sum(spec.num_bytes for key, spec in specs.items() if layout.is_expert_weight(key))
         sizes = [(one.num_experts, one.expert_width) for one in (block, whole)]
         kept = "" if sizes[0] == sizes[1] else f" of {candidate}"
         shards[f"layer {layer} experts{kept}"] = experts
@@ -134,13 +134,13 @@ def retrained(shards: ShardSizes, task: str, words: Iterable[str]) -> dict[str, 
 
 def trainable_parameters(facts: Facts, words: Iterable[str]) -> int:
     """Parameters of the child that learn; experts are never among them."""
-    specs = gpt_oss.tensor_specs(facts.shape, facts.child, facts.packed)
-    return sum(specs[name].num_parameters for name in gpt_oss.trainable_names(facts.shape, facts.child, words))
+    specs = layout.tensor_specs(facts.shape, facts.child, facts.packed)
+    return sum(specs[name].num_parameters for name in layout.trainable_names(facts.shape, facts.child, words))
 
 
 def resident(facts: Facts, model: Architecture, precision: str) -> float:
     """A model in memory with its experts unpacked: parameters times the precision's bytes."""
-    return gpt_oss.num_parameters(facts.shape, model) * WIDTH[precision]
+    return layout.num_parameters(facts.shape, model) * WIDTH[precision]
 
 
 def unpacked_layer(facts: Facts, precision: str) -> float:
@@ -158,7 +158,7 @@ def streamed_layers(facts: Facts, precision: str) -> float:
 def host_layers(facts: Facts) -> float:
     """Bytes of the host's two buffers through which layers reach a GPU, and of the embedding, which is read there."""
     buffers = 2 * max(block_bytes(facts.shape, block, facts.packed) for block in facts.parent.blocks)
-    return (buffers if facts.target else 0) + facts.shape.vocab_size * facts.shape.hidden_size * gpt_oss.BF16_BYTES
+    return (buffers if facts.target else 0) + facts.shape.vocab_size * facts.shape.hidden_size * layout.BF16_BYTES
 
 
 def head_bytes(facts: Facts, precision: str) -> float:
@@ -217,7 +217,7 @@ def mix_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
     slots, outputs = most_experts_per_token(facts), hidden_bytes(facts, num_tokens, precision)
     if facts.target is None:
         return 3 * outputs + expert_outputs_bytes(facts, num_tokens, slots, precision)
-    chunk = min(num_tokens, gpt_oss.EXPERT_TOKENS)
+    chunk = min(num_tokens, layout.EXPERT_TOKENS)
     gate = chunk * slots * (facts.shape.hidden_size + 9 * widest_expert(facts)) * WIDTH[precision]
     return 3 * outputs + max(2 * outputs, outputs - hidden_bytes(facts, chunk, precision) + gate)
 
@@ -235,7 +235,7 @@ def compare_bytes(facts: Facts, num_tokens: float, changed: int, normed_at_once:
     """
     shape = facts.shape
     norms = normed_at_once * num_tokens * shape.hidden_size * (12 + WIDTH[precision])
-    at_once = max(1, gpt_oss.COMPARED_LOGITS // shape.vocab_size // changed)
+    at_once = max(1, layout.COMPARED_LOGITS // shape.vocab_size // changed)
     chunk = changed * min(num_tokens, at_once) * max(36 * shape.hidden_size, 20 * shape.vocab_size)
     return max(norms, 4 * (changed + 1) * num_tokens * shape.hidden_size + chunk)
 

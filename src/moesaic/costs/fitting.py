@@ -24,7 +24,7 @@ from moesaic.costs.block_costs import CostTable, Runtime
 from moesaic.costs.hardware import HardwareTable, MoeFit, Target
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Block
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.families.family import ModelShape
 
 LAUNCHES = ("dense_us", "attention_launch_us", "step_us")
 RATES = ("tb_per_s", "pflops", "attention_tb_per_s", "prefill_attention_pflops")

@@ -43,7 +43,8 @@ from moesaic.costs.block_costs import (
 from moesaic.costs.kv_allocator import TargetEngine
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import BF16_BYTES, ModelShape
+from moesaic.models.families.family import ModelShape
+from moesaic.models.layout import BF16_BYTES
 
 _TB_PER_S = 1e12 / 1e3
 """Bytes per millisecond of one TB/s."""

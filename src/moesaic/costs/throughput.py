@@ -26,7 +26,7 @@ from moesaic.costs.block_costs import MIB, request_kv_bytes
 from moesaic.costs.hardware import Target
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture
-from moesaic.models.gpt_oss import num_bytes, tensor_specs
+from moesaic.models.layout import num_bytes, tensor_specs
 
 MARGIN = 2.0
 """``z``: standard deviations between mean use and room; a normal sum is beyond two of them 2 % of the time."""

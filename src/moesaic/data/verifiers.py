@@ -1,9 +1,10 @@
-"""What a reply says and whether it is right: the channels of a gpt-oss reply, and verifiers of final answers.
+"""What a reply says and whether it is right: its reasoning and its answer, and verifiers of final answers.
 
 A reply is the text a model writes after ``<|start|>assistant``: messages of the form
 ``<|channel|>NAME<|message|>TEXT``, each closed by another marker. Reasoning goes to the ``analysis`` channel, the
-answer to ``final``. Verifiers are pure: they see the final text and the expected answer and nothing else, and whatever
-the text is, the verdict is True or False.
+answer to ``final``. Of models without channels it is plain text, closed by ``<|im_end|>``; what stands before
+``</think>`` is reasoning. Verifiers are pure: they see the final text and the expected answer and nothing else, and
+whatever the text is, the verdict is True or False.
 """
 
 import json
@@ -53,6 +54,9 @@ def split_reply(text: str) -> Reply:
     closed: dict[str, str] = {}
     channel = ""
     pieces = MARKER.split(text)
+    if pieces[1:2] == ["im_end"]:
+        thought, thinks, answer = pieces[0].replace(GUARD, "").rpartition("</think>")
+        return Reply(thought.strip().removeprefix("<think>").strip() if thinks else None, answer.strip())
     for position in range(1, len(pieces), 2):
         marker, content, is_closed = pieces[position], pieces[position + 1], position + 2 < len(pieces)
         if marker == "channel":

@@ -1,1 +1,1 @@
-"""The gpt-oss family as values, tensors and files; start in architecture.py, then gpt_oss.py and checkpoint.py."""
+"""Families of models as values, tensors and files; start in architecture.py, then layout.py and checkpoint.py."""

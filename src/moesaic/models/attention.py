@@ -1,12 +1,12 @@
-"""Attention with sinks in bounded memory, under the name ``moesaic`` in transformers' attention interface.
+"""Attention, with sinks or without, in bounded memory, under the name ``moesaic`` in transformers' attention interface.
 
 gpt-oss gives every head a learned *sink*: a logit ``c`` that takes part in the softmax and has no value::
 
     p[i, j] = exp(s[i, j]) / (exp(c) + sum_j' exp(s[i, j'])),    s[i, j] = scale * q_i . k_j,    o_i = sum_j p[i, j] v_j
 
-over the keys j that query i sees: ``i - window < j <= i`` (all ``j <= i`` without a window), not padding, and of the
-query's own document where several are packed into a row: positions then restart at 0, so that query i's document
-begins at key ``i - position[i]``.
+and other families none: a sink that weighs nothing. Sums are over the keys j that query i sees: ``i - window < j <= i``
+(all ``j <= i`` without a window), not padding, and of the query's own document where several are packed into a row:
+positions then restart at 0, so that query i's document begins at key ``i - position[i]``.
 
 Queries are processed in chunks against only the keys the chunk can see, so that a window layer costs
 ``tokens * window`` and no layer ever holds ``tokens * tokens`` logits of all heads. Source: OpenAI's gpt-oss model
@@ -73,8 +73,10 @@ def attention_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The signature transformers calls; see :func:`sink_attention`."""
-    if s_aux is None or dropout:
-        raise ValueError("the moesaic attention is for gpt-oss: it needs sinks and knows no dropout")
+    if dropout:
+        raise ValueError("the moesaic attention knows no dropout")
+    if s_aux is None:
+        s_aux = query.new_full((query.shape[1],), torch.finfo(query.dtype).min)
     first_key = _first_keys(position_ids, key.shape[2]) if attention_mask is None else None
     output = sink_attention(query, key, value, s_aux, scaling, sliding_window, attention_mask, first_key)
     return output.transpose(1, 2).contiguous(), None

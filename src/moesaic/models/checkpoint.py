@@ -24,9 +24,10 @@ from torch import Tensor
 from moesaic.core.errors import ArtifactError, MoesaicError, StageError
 from moesaic.core.files import set_mode
 from moesaic.core.json_text import parse_json
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint_layout import EXPONENTS, INDEX, check_tensors, companions, is_packed, locate_tensors
+from moesaic.models.families.family import Family, ModelShape
 from moesaic.models.resolved_config import CONFIG, read_config_file
 from moesaic.models.safetensors_files import StoredTensor, num_data_bytes, write_shard
 
@@ -48,7 +49,7 @@ class Checkpoint:
     directory: Path
     config: Mapping[str, Any]
     """As the model's own class resolves it (:mod:`moesaic.models.resolved_config`)."""
-    shape: gpt_oss.ModelShape
+    shape: ModelShape
     architecture: Architecture
     packed: bool
     tensors: Mapping[str, StoredTensor]
@@ -67,9 +68,9 @@ class Checkpoint:
         except OSError as unreadable:
             raise ArtifactError(f"{unreadable.filename} cannot be read: {unreadable.strerror}") from unreadable
         try:
-            shape, architecture = gpt_oss.read_config(config)
+            shape, architecture = layout.read_config(config)
             packed = is_packed(config, tensors)
-            check_tensors(config, gpt_oss.tensor_specs(shape, architecture, packed), tensors)
+            check_tensors(config, layout.tensor_specs(shape, architecture, packed), tensors)
         except MoesaicError as wrong:
             raise ArtifactError(f"{directory}: {wrong}") from wrong
         return cls(directory, config, shape, architecture, packed, tensors)
@@ -87,13 +88,13 @@ class Checkpoint:
     @cached_property
     def unused(self) -> list[str]:
         """Tensors that neither the model nor its KV cache uses; a child does not have them."""
-        used = {*gpt_oss.tensor_specs(self.shape, self.architecture, self.packed), *self.kv_scales}
+        used = {*layout.tensor_specs(self.shape, self.architecture, self.packed), *self.kv_scales}
         return sorted(set(self.tensors) - used)
 
     @cached_property
     def kv_scales(self) -> list[str]:
         """The scales of an FP8 KV cache that it brings along."""
-        return [name for name in gpt_oss.kv_scale_names(self.num_layers) if name in self.tensors]
+        return [name for name in layout.kv_scale_names(self.num_layers) if name in self.tensors]
 
     @property
     def parts(self) -> list[Path]:
@@ -125,7 +126,7 @@ class Checkpoint:
 
     def layer_names(self, layer: int) -> list[str]:
         """The names of one layer's tensors, in the order of the layout table."""
-        return list(gpt_oss.layer_specs(self.shape, layer, self.architecture.blocks[layer], self.packed))
+        return list(layout.layer_specs(self.shape, layer, self.architecture.blocks[layer], self.packed))
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
@@ -210,6 +211,12 @@ def rewrite_checkpoint(
         (partial / RECOVERY).write_text(json.dumps([*read_recovery(source.directory), step], indent=1) + "\n")
 
 
+def modelling_files(family: Family) -> list[Path]:
+    """The modules with a child's config and model class, which travel with it."""
+    folder = Path(__file__).with_name("families") / family.child_type
+    return [folder / f"{kind}_{family.child_type}.py" for kind in ("configuration", "modeling")]
+
+
 def read_recovery(directory: Path) -> list[dict[str, Any]]:
     """What was done to a checkpoint since it was pruned, first step first."""
     path = directory / RECOVERY
@@ -221,7 +228,7 @@ def _check_replaced(source: Checkpoint, replaced: Mapping[str, Tensor]) -> None:
     for name, tensor in replaced.items():
         if name not in source.files:
             raise ArtifactError(f"{source.directory} has no tensor {name}; only its own tensors can be replaced")
-        if gpt_oss.is_expert_weight(name):
+        if layout.is_expert_weight(name):
             raise ArtifactError(f"{name} belongs to the experts, which recovery keeps as they are")
         shape = tuple(source.shape_of(name))
         if tuple(tensor.shape) != shape:
@@ -252,7 +259,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def layer_shards(layer: int, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, dict[str, Stored]]]:
     """Split one layer's tensors into its two shards: the experts, and everything else."""
-    experts = {name: tensor for name, tensor in tensors.items() if gpt_oss.is_expert_weight(name)}
+    experts = {name: tensor for name, tensor in tensors.items() if layout.is_expert_weight(name)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in experts}
     yield f"model-layer-{layer:03d}-experts", experts
     yield f"model-layer-{layer:03d}-rest", rest

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from moesaic.core.errors import ArtifactError
 from moesaic.core.json_text import parse_json, read_text
-from moesaic.models import gpt_oss
+from moesaic.models import layout
+from moesaic.models.families.family import MXFP4_BLOCK, TensorSpec
 from moesaic.models.safetensors_files import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -115,7 +116,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def check_tensors(
-    config: Mapping[str, object], expected: Mapping[str, gpt_oss.TensorSpec], tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, object], expected: Mapping[str, TensorSpec], tensors: Mapping[str, StoredTensor]
 ) -> None:
     """Check that a checkpoint has the tensors that its config asks for, and none that contradicts it.
 
@@ -136,7 +137,7 @@ def check_tensors(
         if tensor.dtype not in allowed:
             types = ", ".join(allowed)
             raise ArtifactError(f"{tensor.file.name}: {name} is of type {tensor.dtype}; allowed are {types}")
-    for name in sorted(set(tensors) - set(expected) - set(gpt_oss.kv_scale_names(layers))):
+    for name in sorted(set(tensors) - set(expected) - set(layout.kv_scale_names(layers))):
         if contradiction := _contradicts(name, layers):
             raise ArtifactError(f"{tensors[name].file.name}: {name} {contradiction}")
 
@@ -150,22 +151,27 @@ def _contradicts(name: str, layers: int) -> str | None:
         return "is of an adapter; merge it into the weights first"
     if name.endswith(_QUANTIZED):
         return "is of a quantization, or a KV cache, that Moesaic does not read under this name"
-    if gpt_oss.is_expert_indexed(name):
+    if layout.is_expert_indexed(name):
         return "says once more what other tensors say of these experts; keep either packed or plain weights"
     return None
 
 
 def is_packed(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether the experts are in MXFP4, on which tensors and ``quantization_config`` must agree.
+    """Whether the experts are in MXFP4, on which tensors and ``quantization_config`` must agree, and the family.
 
     Raises:
         ArtifactError: if they do not, or the method is another.
     """
     packed = [name for name in tensors if name.endswith("_blocks")]
-    quantization = config.get("quantization_config")
+    quantization, family = config.get("quantization_config"), layout.family_of(config)
+    if not family.not_packed and (packed or quantization is not None):
+        raise ArtifactError(
+            f"{packed[0] if packed else f'quantization_config {quantization}'} is of a quantized model; of the family "
+            f"{family.name} Moesaic reads plain weights only: give the model in BF16"
+        )
     if quantization is None:
         if packed:
-            wanted = {"quant_method": "mxfp4", "modules_to_not_convert": gpt_oss.NOT_PACKED}
+            wanted = {"quant_method": "mxfp4", "modules_to_not_convert": list(family.not_packed)}
             raise ArtifactError(
                 f"{packed[0]} is packed in MXFP4, but config.json has no quantization_config; engines would leave "
                 f"these experts at random. Add it: {wanted}"
@@ -181,6 +187,6 @@ def is_packed(config: Mapping[str, object], tensors: Mapping[str, StoredTensor])
     kept = quantization.get("modules_to_not_convert")
     if not isinstance(kept, list | None) or any("experts" in str(pattern) for pattern in kept or ()):
         raise ArtifactError(f"modules_to_not_convert is {kept}, but the experts are packed; list all but the experts")
-    if int(str(config["hidden_size"])) % gpt_oss.MXFP4_BLOCK:
-        raise ArtifactError(f"hidden_size is {config['hidden_size']}; MXFP4 packs multiples of {gpt_oss.MXFP4_BLOCK}")
+    if int(str(config["hidden_size"])) % MXFP4_BLOCK:
+        raise ArtifactError(f"hidden_size is {config['hidden_size']}; MXFP4 packs multiples of {MXFP4_BLOCK}")
     return True

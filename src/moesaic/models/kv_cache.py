@@ -24,10 +24,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
 
 E4M3 = torch.float8_e4m3fn
@@ -100,7 +99,7 @@ def to_bfloat16(states: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
 def scale_tensors(scales: Sequence[KvScales]) -> dict[str, Float[Tensor, ""]]:
     """All layers' scales as float32 scalars, as a checkpoint holds them."""
     values = [value for scale in scales for value in (scale.key, scale.value)]
-    return dict(zip(gpt_oss.kv_scale_names(len(scales)), map(torch.tensor, values), strict=True))
+    return dict(zip(layout.kv_scale_names(len(scales)), map(torch.tensor, values), strict=True))
 
 
 def read_scales(checkpoint: Checkpoint) -> list[KvScales]:
@@ -111,7 +110,7 @@ def read_scales(checkpoint: Checkpoint) -> list[KvScales]:
         ArtifactError: if one is not a positive number.
     """
     values = []
-    for name in gpt_oss.kv_scale_names(checkpoint.num_layers):
+    for name in layout.kv_scale_names(checkpoint.num_layers):
         if name not in checkpoint.files:
             raise ConfigError(
                 f"{checkpoint.directory} has no {name}; run calibrate_kv on it, or choose fp8_unit or bf16"
@@ -151,7 +150,7 @@ def fold(tensors: Mapping[str, Tensor], layer: int, scales: KvScales) -> dict[st
         "v_proj.bias": 1 / scales.value,
         "o_proj.weight": scales.value,
     }
-    prefix = f"{gpt_oss.layer_prefix(layer)}self_attn."
+    prefix = f"{layout.layer_prefix(layer)}self_attn."
     return {prefix + name: tensors[prefix + name] * factor for name, factor in factors.items()}
 
 
@@ -197,7 +196,7 @@ def emulate(model: PreTrainedModel, layers: Sequence[tuple[Rounding, Rounding]])
     Attention reads what the cache stores, in decoding and in reading the prompt. Engines may attend over a prompt
     before it is rounded, and then round a little less. Without a cache (``use_cache=False``) nothing is rounded.
     """
-    attentions = [module for module in model.modules() if isinstance(module, GptOssAttention)]
+    attentions = [layer.self_attn for layer in model.model.layers]
     return [
         attention.register_forward_pre_hook(_storing_rounded(*layer), with_kwargs=True)
         for attention, layer in zip(attentions, layers, strict=True)

@@ -4,18 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import (
-    GptOssDecoderLayer,
-    GptOssRMSNorm,
-    GptOssRotaryEmbedding,
-)
+from transformers import PreTrainedConfig
 
 from moesaic.core.errors import ArtifactError
-from moesaic.models import attention, gpt_oss, mxfp4
-from moesaic.models.architecture import Block
+from moesaic.models import attention, layout, mxfp4
+from moesaic.models.architecture import AXES, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.layers import Head, Rotary
+from moesaic.models.layers import DecoderLayer, Head, Rotary
 
 _NOT_OF_A_LAYER = (
     *("quantization_config", "auto_map", "block_configs", "per_layer_config", "architectures"),
@@ -28,21 +23,24 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def layer_config(checkpoint: Checkpoint, block: Block) -> GptOssConfig:
+def layer_config(checkpoint: Checkpoint, block: Block) -> PreTrainedConfig:
     """A transformers config of one layer of this shape."""
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_OF_A_LAYER}
+    family = checkpoint.shape.family
     config.update(
-        model_type=gpt_oss.PARENT_TYPE,
+        {family.config_key(name): value for name, value in zip(AXES, block.values, strict=True)},
+        model_type=family.parent_type,
         num_hidden_layers=1,
-        **block.as_config(),
-        layer_types=["full_attention" if block.window is None else "sliding_attention"],
+        layer_types=[layout.LAYER_TYPES[block.window is not None]],
     )
-    return GptOssConfig(**config)
+    built: PreTrainedConfig = family.of_transformers("Config")(**config)
+    built.sliding_window = block.window
+    return built
 
 
 def load_block(
     checkpoint: Checkpoint, layer: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> GptOssDecoderLayer:
+) -> DecoderLayer:
     """Build one layer and read its weights."""
     stored = {name: checkpoint.tensor(name) for name in checkpoint.layer_names(layer)}
     return build_block(checkpoint, layer, stored, dtype, device)
@@ -54,8 +52,8 @@ def build_block(
     stored: dict[str, Tensor],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> GptOssDecoderLayer:
-    """Build one layer out of its tensors as stored, unpacked on the device; norms stay in float32, as in transformers.
+) -> DecoderLayer:
+    """Build one layer out of its tensors as stored, unpacked on the device.
 
     ``stored`` is emptied on the way, so that a layer is not held twice.
     """
@@ -63,31 +61,60 @@ def build_block(
     config = layer_config(checkpoint, checkpoint.architecture.blocks[layer])
     config._attn_implementation = attention.NAME
     config._experts_implementation = "eager" if torch.device(device).type == "cpu" else "grouped_mm"
+    family = checkpoint.shape.family
     with torch.device("meta"):
-        block = GptOssDecoderLayer(config, layer_idx=0)
-    block.load_state_dict(unpacked_layer(layer, stored, dtype, device), assign=True)
+        block = family.of_transformers("DecoderLayer")(config, layer_idx=0)
+    norms = torch.float32 if family.norms_in_float32 else dtype
+    block.load_state_dict(unpacked_layer(layer, stored, dtype, device, norms), assign=True)
     return block.eval().requires_grad_(False)
 
 
 def unpacked_layer(
-    layer: int, stored: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
+    layer: int,
+    stored: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    norms: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """A layer's tensors as transformers' own layer names and holds them; ``stored`` is emptied on the way.
+
+    The layer's two norms are in ``norms``, if that is given, and all else in ``dtype``.
 
     Raises:
         ArtifactError: if one has a number that is not finite.
     """
-    state = {}
+    state = _stacked_experts(layer, stored, dtype, device)
     for name in sorted(stored):
-        short = name.removeprefix(gpt_oss.layer_prefix(layer))
+        short = name.removeprefix(layout.layer_prefix(layer))
         if short.endswith("_blocks"):
             scales_name = f"{name.removesuffix('_blocks')}_scales"
             packed, scales = stored.pop(name), check_finite(scales_name, stored.pop(scales_name).to(device))
             rows = mxfp4.dequantize(packed.to(device), scales, dtype)
             state[short.removesuffix("_blocks")] = rows.transpose(-1, -2)  # in memory the columns are outputs
         elif name in stored:
-            kept = torch.float32 if "layernorm" in short else dtype
+            kept = norms if norms and "layernorm" in short else dtype
             state[short] = check_finite(name, stored.pop(name).to(device)).to(kept)
+    return state
+
+
+def _stacked_experts(
+    layer: int, stored: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Experts that have tensors of their own, as one tensor of all: rows are outputs, the gate's above those of up."""
+    numbers = {name: number for name in stored if (number := layout.expert_number(name)) is not None}
+    if not numbers:
+        return {}
+    first, experts = f"{layout.layer_prefix(layer)}mlp.experts.0.", max(numbers.values()) + 1
+    inner, hidden = stored[f"{first}up_proj.weight"].shape
+    rows = {"gate_proj": (0, inner), "up_proj": (inner, 2 * inner), "down_proj": (0, hidden)}
+    state = {
+        "mlp.experts.gate_up_proj": torch.empty(experts, 2 * inner, hidden, dtype=dtype, device=device),
+        "mlp.experts.down_proj": torch.empty(experts, hidden, inner, dtype=dtype, device=device),
+    }
+    for name, number in numbers.items():
+        part = name.split(".")[-2]
+        whole = state[f"mlp.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"]
+        whole[number, slice(*rows[part])] = check_finite(name, stored.pop(name).to(device)).to(dtype)
     return state
 
 
@@ -113,7 +140,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     Raises:
         ArtifactError: that names the first tensor with one that is not.
     """
-    for name in gpt_oss.tensor_specs(checkpoint.shape, checkpoint.architecture, checkpoint.packed):
+    for name in layout.tensor_specs(checkpoint.shape, checkpoint.architecture, checkpoint.packed):
         if not name.endswith("_blocks"):
             check_finite(name, checkpoint.stored(name).read())
 
@@ -127,7 +154,7 @@ def embed_each(
     checkpoint: Checkpoint, token_ids: Iterable[Tensor], dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
     """Yield the states in which each batch of token ids enters the first layer, one batch at a time."""
-    table = check_finite(gpt_oss.EMBEDDING, checkpoint.tensor(gpt_oss.EMBEDDING))
+    table = check_finite(layout.EMBEDDING, checkpoint.tensor(layout.EMBEDDING))
     for batch in token_ids:
         yield table[batch].to(dtype)
 
@@ -135,10 +162,10 @@ def embed_each(
 def load_head(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Head:
     """The final norm, in float32, and the output head."""
     epsilon = layer_config(checkpoint, checkpoint.architecture.blocks[0]).rms_norm_eps
-    norm = GptOssRMSNorm(checkpoint.shape.hidden_size, eps=epsilon)
-    scale = check_finite(gpt_oss.FINAL_NORM, checkpoint.tensor(gpt_oss.FINAL_NORM)).float()
+    norm = checkpoint.shape.family.of_transformers("RMSNorm")(checkpoint.shape.hidden_size, eps=epsilon)
+    scale = check_finite(layout.FINAL_NORM, checkpoint.tensor(layout.FINAL_NORM)).float()
     norm.load_state_dict({"weight": scale}, assign=True)
-    weight = check_finite(gpt_oss.HEAD, checkpoint.tensor(gpt_oss.HEAD)).to(device, dtype)
+    weight = check_finite(layout.HEAD, checkpoint.tensor(layout.HEAD)).to(device, dtype)
     return Head(norm.to(device).requires_grad_(False), weight)
 
 
@@ -146,7 +173,8 @@ def rotary(
     checkpoint: Checkpoint, num_positions: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Rotary:
     """Cosine and sine for positions 0 to ``num_positions - 1``, which all layers share."""
-    embedding = GptOssRotaryEmbedding(layer_config(checkpoint, checkpoint.architecture.blocks[0]))
+    config = layer_config(checkpoint, checkpoint.architecture.blocks[0])
+    embedding = checkpoint.shape.family.of_transformers("RotaryEmbedding")(config)
     positions = torch.arange(num_positions).unsqueeze(0)
     cosine, sine = embedding(torch.empty(0, dtype=dtype), positions)
     return cosine.to(device), sine.to(device)

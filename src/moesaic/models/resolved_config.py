@@ -10,50 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from transformers import PreTrainedConfig
 
 from moesaic.core.errors import ArtifactError
 from moesaic.core.json_text import read_json_object
-from moesaic.models import gpt_oss
+from moesaic.models import layout
+from moesaic.models.families.family import Family
 
 CONFIG = "config.json"
-_CONSTANTS = {
-    "hidden_act": "silu",
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "swiglu_limit": 7.0,
-}
-"""What every model of the family computes with."""
-_CLASSES = ("GptOssForCausalLM", gpt_oss.CHILD_CLASS)
-"""What engines choose the model's code by."""
-_ALIASES = {"experts_per_token": "num_experts_per_tok", "num_experts": "num_local_experts"}
-"""Second names, which are left out: in a child they would go on naming its parent's value."""
 _READ_HERE = (
     "quantization_config",
     "auto_map",
     "block_configs",
+    "head_dim",
     "rope_scaling",
     "rope_theta",
     "initial_context_length",
 )
 """Keys that the class has no default for."""
-_SIZES = (
-    "num_hidden_layers",
-    "num_local_experts",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "head_dim",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "num_experts_per_tok",
-)
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_YARN = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
-"""What the engines' gpt-oss reads of RoPE, and all of it; the type is always ``yarn``."""
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 """What transformers takes where a config says nothing; engines have no defaults."""
 _WHOLE_HEAD = ("partial_rotary_factor", 1.0)
@@ -80,62 +55,66 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ArtifactError: for a value that the model's class refuses or would not use.
     """
-    config = as_class(given)
-    values = dict(given) | {key: getattr(config, key) for key in GptOssConfig.__annotations__}
-    if given["model_type"] == gpt_oss.CHILD_TYPE:
+    config, family = as_class(given), layout.family_of(given)
+    keys = family.of_transformers("Config").__annotations__
+    values = dict(given) | {key: getattr(config, key) for key in keys} | {"head_dim": _head_dim(config)}
+    if given["model_type"] == family.child_type:
         values["block_configs"] = config.block_configs
     if (dtype := given.get("dtype", given.get("torch_dtype"))) is not None:
         values["dtype"] = dtype
-    rope = _resolved_rope(values["rope_parameters"])
+    rope = _resolved_rope(values["rope_parameters"], family)
     theta = rope.pop("rope_theta")
-    values.update(rope_theta=theta, rope_scaling=rope, rope_parameters={**rope, "rope_theta": theta})
-    _check(given, values)
+    scaling = None if rope["rope_type"] == "default" else rope
+    values.update(rope_theta=theta, rope_scaling=scaling, rope_parameters={**rope, "rope_theta": theta})
+    _check(given, values, family)
     _check_rope(given, values)
-    _check_angles(config)
-    return {key: value for key, value in values.items() if key not in _ALIASES}
+    _check_angles(config, family)
+    return {key: value for key, value in values.items() if key not in family.aliases}
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """Keys of a config that neither its class nor anything here reads."""
-    known = _class_of(config["model_type"])()
-    return sorted(key for key in config if not hasattr(known, key) and key not in {*_READ_HERE, *_CONSTANTS})
+    family = layout.family_of(config)
+    known = _class_of(config, family)()
+    return sorted(key for key in config if not hasattr(known, key) and key not in {*_READ_HERE, *family.constants})
 
 
-def as_class(given: Mapping[str, Any]) -> GptOssConfig:
+def as_class(given: Mapping[str, Any]) -> PreTrainedConfig:
     """A config as an object of the model's own class.
 
     Raises:
         ArtifactError: if the class refuses it.
     """
-    kind = given.get("model_type")
-    if kind not in (gpt_oss.PARENT_TYPE, gpt_oss.CHILD_TYPE):
-        raise ArtifactError(
-            f"model_type is {kind!r}; Moesaic reads {gpt_oss.PARENT_TYPE!r} and {gpt_oss.CHILD_TYPE!r} checkpoints"
-        )
-    if kind == gpt_oss.PARENT_TYPE and given.get("per_layer_config"):
+    kind, family = given.get("model_type"), layout.family_of(given)
+    if kind == family.parent_type and given.get("per_layer_config"):
         raise ArtifactError(
             f"per_layer_config says that layers differ, which {kind!r} does not build; a model whose layers differ has "
-            f"model_type {gpt_oss.CHILD_TYPE!r}"
+            f"model_type {family.child_type!r}"
         )
     flat = copy.deepcopy(dict(given)) | {
         key: _of_all_layers(key, given[key]) for key in ("rope_scaling", "rope_parameters") if key in given
     }
     try:
-        config: GptOssConfig = _class_of(kind).from_dict(flat)
+        config: PreTrainedConfig = _class_of(given, family).from_dict(flat)
     except Exception as refused:  # the class checks values by errors of many kinds
         raise ArtifactError(f"{kind} does not take these values: {' '.join(str(refused).split())}") from refused
     return config
 
 
-def _class_of(kind: str) -> type[GptOssConfig]:
-    from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig  # it needs the reader
+def _class_of(config: Mapping[str, Any], family: Family) -> type[PreTrainedConfig]:
+    is_child = config["model_type"] == family.child_type
+    found: type[PreTrainedConfig] = family.of_child("Config") if is_child else family.of_transformers("Config")
+    return found
 
-    return GptOssPuzzleConfig if kind == gpt_oss.CHILD_TYPE else GptOssConfig
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """What the attention takes: without the key, heads share out the hidden size."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _of_all_layers(key: str, rope: Any) -> Any:
     """RoPE that is spelt per layer type, as one, which the family has."""
-    per_type = [rope[kind] for kind in gpt_oss.LAYER_TYPES if kind in rope] if isinstance(rope, dict) else []
+    per_type = [rope[kind] for kind in layout.LAYER_TYPES if kind in rope] if isinstance(rope, dict) else []
     if not per_type:
         return copy.deepcopy(rope)
     if len(rope) > len(per_type) or any(other != per_type[0] for other in per_type):
@@ -143,46 +122,49 @@ def _of_all_layers(key: str, rope: Any) -> Any:
     return copy.deepcopy(per_type[0])
 
 
-def _check(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    for key, constant in _CONSTANTS.items():
+def _check(given: Mapping[str, Any], values: Mapping[str, Any], family: Family) -> None:
+    for key, constant in family.constants.items():
         if values.get(key, constant) != constant:
             raise ArtifactError(f"{key} is {values[key]!r}; models of this family compute with {constant!r} always")
     if given.get("torch_dtype", values.get("dtype")) != values.get("dtype"):
         raise ArtifactError(f"torch_dtype is {given['torch_dtype']!r} but dtype {values['dtype']!r}; keep one")
-    if classes := [name for name in given.get("architectures") or () if name not in _CLASSES]:
-        raise ArtifactError(f"architectures names {classes[0]!r}; engines would run that, allowed are {_CLASSES}")
-    for key, meant in _ALIASES.items():
+    classes = (family.parent_class, family.child_class)
+    if others := [name for name in given.get("architectures") or () if name not in classes]:
+        raise ArtifactError(f"architectures names {others[0]!r}; engines would run that, allowed are {classes}")
+    for key, meant in family.aliases.items():
         if given.get(key, values[meant]) != values[meant]:
             raise ArtifactError(f"{key} is {given[key]!r} but {meant} is {values[meant]!r}; they mean the same")
-    for key in _SIZES:
+    for key in family.sizes:
         if values[key] < 1:
             raise ArtifactError(f"{key} is {values[key]}; it must be at least 1")
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise ArtifactError(f"num_key_value_heads {values['num_key_value_heads']} does not divide the number of heads")
     if not 0 < values["rms_norm_eps"] < 1:
         raise ArtifactError(f"rms_norm_eps is {values['rms_norm_eps']}; it must be between 0 and 1")
-    for layer, kind in enumerate(values["layer_types"]):
-        if kind not in gpt_oss.LAYER_TYPES:
-            raise ArtifactError(f"layer_types[{layer}] is {kind!r}; allowed are {', '.join(gpt_oss.LAYER_TYPES)}")
+    for layer, kind in enumerate(values.get("layer_types") or ()):
+        if kind not in layout.LAYER_TYPES:
+            raise ArtifactError(f"layer_types[{layer}] is {kind!r}; allowed are {', '.join(layout.LAYER_TYPES)}")
     for key in _TOKENS:
         ids = values[key] if isinstance(values[key], list) else [] if values[key] is None else [values[key]]
         if wrong := [token for token in ids if not 0 <= token < values["vocab_size"]]:
             raise ArtifactError(f"{key} is {wrong[0]}; the vocabulary has ids 0 to {values['vocab_size'] - 1}")
 
 
-def _resolved_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _resolved_rope(rope: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """RoPE with the values that transformers takes where it says nothing; nothing else may stand in it."""
-    if rope["rope_type"] != "yarn":
-        raise ArtifactError(f"rope_type is {rope['rope_type']!r}; the engines' gpt-oss is always 'yarn'")
+    if (kind := rope["rope_type"]) not in family.rope_types:
+        allowed = " or ".join(map(repr, family.rope_types))
+        raise ArtifactError(f"rope_type is {kind!r}; the engines' {family.name} is always {allowed}")
+    keys = family.rope_types[kind]
     given = {key: value for key, value in rope.items() if value is not None}
     for key, value in given.items():
-        if key not in (*_YARN, "type") and (key, value) != _WHOLE_HEAD:
+        if key not in (*keys, "type") and (key, value) != _WHOLE_HEAD:
             raise ArtifactError(
-                f"RoPE has {key} = {value!r}, which engines do not read; allowed are {', '.join(_YARN)}; remove it"
+                f"RoPE has {key} = {value!r}, which engines do not read; allowed are {', '.join(keys)}; remove it"
             )
-    if missing := [key for key in _YARN if key not in given and key not in _YARN_DEFAULTS]:
+    if missing := [key for key in keys if key not in given and key not in _YARN_DEFAULTS]:
         raise ArtifactError(f"RoPE has no {missing[0]}, which engines read; write it into config.json")
-    return {key: given.get(key, _YARN_DEFAULTS.get(key)) for key in _YARN}
+    return {key: given.get(key, _YARN_DEFAULTS.get(key)) for key in keys}
 
 
 def _check_rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -204,12 +186,14 @@ def _spelt_rope(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield f"the key {key}", meant, given.get(key)
 
 
-def _check_angles(config: GptOssConfig) -> None:
+def _check_angles(config: PreTrainedConfig, family: Family) -> None:
     """Compute the angles: that is what shows a value that is missing, of the wrong type, or not finite."""
     try:
-        rotary = GptOssRotaryEmbedding(config)
+        rotary = family.of_transformers("RotaryEmbedding")(config)
         frequencies, scaling = rotary.inv_freq, torch.tensor(float(rotary.attention_scaling))
     except Exception as refused:  # the formulas check nothing
         raise ArtifactError(f"RoPE {config.rope_parameters} cannot be computed: {refused!r}") from refused
-    if len(frequencies) != config.head_dim // 2 or not (frequencies.isfinite().all() and scaling.isfinite()):
-        raise ArtifactError(f"RoPE {config.rope_parameters} does not turn all of a head of {config.head_dim}")
+    if len(frequencies) != (head_dim := _head_dim(config)) // 2 or not (
+        frequencies.isfinite().all() and scaling.isfinite()
+    ):
+        raise ArtifactError(f"RoPE {config.rope_parameters} does not turn all of a head of {head_dim}")

@@ -25,13 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm
 
-from moesaic.models import attention, gpt_oss, layers, loading, mxfp4
+from moesaic.models import attention, layers, layout, loading, mxfp4
 from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import ModelShape
-from moesaic.models.layers import Head, Rotary
+from moesaic.models.families.family import ModelShape
+from moesaic.models.layers import DecoderLayer, Head, Rotary
 from moesaic.models.peak import BATCH, HEAD, LAYERS, Peak
 from moesaic.models.synthesis import Model, model_config
 
@@ -86,12 +85,12 @@ class SimulatedLayers:
     ) -> None:
         """Load nothing yet."""
         model = Model(shape, architecture, 1)
-        config = gpt_oss.child_config(model_config(model), architecture)
+        config = layout.child_config(model_config(model), architecture)
         self._checkpoint = Checkpoint(_NOWHERE, config, shape, architecture, packed, {})
         self._dtype, self._on_gpu = getattr(torch, precision), on_gpu
         self._ahead: Mapping[str, Tensor] = {}
 
-    def load(self, layer: int, then: int | None = None) -> GptOssDecoderLayer:
+    def load(self, layer: int, then: int | None = None) -> DecoderLayer:
         """Build a layer; ``then`` is in memory as it is stored."""
         self._ahead = {}
         with made_for(LAYERS):
@@ -106,12 +105,15 @@ class SimulatedLayers:
         shape = self._checkpoint.shape
         with made_for(HEAD):
             weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=self._dtype)
-            return Head(GptOssRMSNorm(shape.hidden_size).requires_grad_(False), weight)
+            norm = shape.family.of_transformers("RMSNorm")(shape.hidden_size)
+            return Head(norm.requires_grad_(False), weight)
 
     def rotary(self, num_positions: int) -> Rotary:
         """Cosine and sine of so many positions."""
-        half = torch.empty(1, num_positions, self._checkpoint.shape.head_dim // 2, dtype=self._dtype)
-        return half, torch.empty_like(half)
+        with unset_fake_temporarily():
+            width = loading.rotary(self._checkpoint, 1)[0].shape[-1]
+        cosine = torch.empty(1, num_positions, width, dtype=self._dtype)
+        return cosine, torch.empty_like(cosine)
 
     def states(self, rows: int, tokens: int) -> Tensor:
         """Hidden states of a batch, [batch time hidden]."""
@@ -120,7 +122,7 @@ class SimulatedLayers:
     def _stored(self, layer: int) -> dict[str, Tensor]:
         checkpoint = self._checkpoint
         block = checkpoint.architecture.blocks[layer]
-        specs = gpt_oss.layer_specs(checkpoint.shape, layer, block, checkpoint.packed)
+        specs = layout.layer_specs(checkpoint.shape, layer, block, checkpoint.packed)
         return {name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype]) for name, spec in specs.items()}
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic.core.errors import ConfigError
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.layers import DecoderLayer
 from moesaic.models.loading import build_block
 from moesaic.models.safetensors_files import StoredTensor
 
@@ -42,7 +42,7 @@ class LayerReader:
         self._ahead: tuple[int, Future[_Stored]] | None = None
         self._staging = _Staging(device) if device.type == "cuda" else None
 
-    def load(self, layer: int, then: int | None = None) -> GptOssDecoderLayer:
+    def load(self, layer: int, then: int | None = None) -> DecoderLayer:
         """Build a layer, and begin to read the one named by ``then``; drop the layer before, or both are in memory."""
         stored = self._take(layer)
         if stored.arrived is not None:

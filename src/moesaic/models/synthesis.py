@@ -1,4 +1,4 @@
-"""Random checkpoints with exactly gpt-oss's names, shapes, packing and sharding, at any size.
+"""Random checkpoints with exactly the names, shapes and packing of published models, at any size.
 
 What reads, copies and costs a model needs its layout and its bytes, not its knowledge. Such a checkpoint is valid: any
 byte is two MXFP4 codes, scales keep weights near ``1 / sqrt(inputs)``, norms are near 1. It holds no tokenizer.
@@ -22,10 +22,11 @@ import numpy as np
 
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.progress import track
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import appearing, write_index
-from moesaic.models.gpt_oss import MXFP4_BLOCK, ModelShape, TensorSpec
+from moesaic.models.families import PUBLISHED
+from moesaic.models.families.family import MXFP4_BLOCK, ModelShape, TensorSpec
 from moesaic.models.resolved_config import CONFIG
 from moesaic.models.safetensors_files import header_of
 
@@ -48,18 +49,20 @@ class Model:
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor, by name, in the order in which they are stored."""
-        return dict(sorted(gpt_oss.tensor_specs(self.shape, self.architecture).items()))
+        return dict(sorted(layout.tensor_specs(self.shape, self.architecture, self.packed).items()))
+
+    @property
+    def packed(self) -> bool:
+        """Whether its experts are in MXFP4, as their makers publish them."""
+        return bool(self.shape.family.not_packed)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return gpt_oss.num_bytes(self.shape, self.architecture)
+        return layout.num_bytes(self.shape, self.architecture, self.packed)
 
 
-MODELS = {
-    "gpt-oss-120b": Model(gpt_oss.GPT_OSS_120B, gpt_oss.GPT_OSS_120B_BLOCKS, 15),
-    "gpt-oss-20b": Model(gpt_oss.GPT_OSS_20B, gpt_oss.GPT_OSS_20B_BLOCKS, 3),
-}
+MODELS = {name: Model(one.shape, one.architecture, one.num_shards) for name, one in PUBLISHED.items()}
 """The originals, with their numbers of shards."""
 
 
@@ -108,8 +111,8 @@ def scale_model(
     windows = [like.architecture.blocks[layer % 2].window for layer in range(layers)]
     first = like.architecture.blocks[0]
     used, width = min(first.experts_per_token, experts), _multiple(first.expert_width * scale, MXFP4_BLOCK)
-    layout = Architecture.of(Block(experts, used, width, window) for window in windows)
-    return Model(shape, layout, num_shards or like.num_shards)
+    blocks = Architecture.of(Block(experts, used, width, window) for window in windows)
+    return Model(shape, blocks, num_shards or like.num_shards)
 
 
 def _multiple(value: float, of: int) -> int:
@@ -117,51 +120,8 @@ def _multiple(value: float, of: int) -> int:
 
 
 def model_config(model: Model) -> dict[str, Any]:
-    """The ``config.json``: the original's, with the model's sizes; stop and padding ids stay inside the vocabulary."""
-    shape, blocks = model.shape, model.architecture.blocks
-    last = min(shape.vocab_size - 1, 200_002)
-    rope = {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    }
-    return {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "dtype": "bfloat16",
-        "eos_token_id": last,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "initial_context_length": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": blocks[0].expert_width,
-        "layer_types": ["full_attention" if block.window is None else "sliding_attention" for block in blocks],
-        "max_position_embeddings": shape.max_positions,
-        "model_type": gpt_oss.PARENT_TYPE,
-        "num_attention_heads": shape.num_heads,
-        "num_experts_per_tok": blocks[0].experts_per_token,
-        "num_hidden_layers": len(blocks),
-        "num_key_value_heads": shape.num_kv_heads,
-        "num_local_experts": blocks[0].num_experts,
-        "output_router_logits": False,
-        "pad_token_id": min(last - 1, 199_999),
-        "quantization_config": {"modules_to_not_convert": gpt_oss.NOT_PACKED, "quant_method": "mxfp4"},
-        "rms_norm_eps": 1e-05,
-        "rope_parameters": {**rope, "rope_theta": 150_000.0},
-        "rope_scaling": rope,
-        "rope_theta": 150_000.0,
-        "router_aux_loss_coef": 0.9,
-        "sliding_window": next((block.window for block in blocks if block.window), 128),
-        "swiglu_limit": 7.0,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "vocab_size": shape.vocab_size,
-    }
+    """The ``config.json``: the original's, with the model's sizes."""
+    return model.shape.family.example_config(model.shape, model.architecture)
 
 
 def plan_shards(model: Model) -> list[dict[str, TensorSpec]]:
@@ -172,7 +132,7 @@ def plan_shards(model: Model) -> list[dict[str, TensorSpec]]:
     for name, spec in model.specs.items():
         shards[-1][name] = spec
         filled += spec.num_bytes
-        if filled >= share * len(shards) and name.endswith("_blocks"):
+        if filled >= share * len(shards) and (name.endswith("_blocks") or not model.packed):
             shards.append({})
     return shards if shards[-1] else shards[:-1]
 
@@ -245,9 +205,9 @@ def _deviation(name: str, shape: Sequence[int]) -> float:
     """Matrices keep the size of what they are multiplied with; logits of sinks spread by one; the rest is small."""
     if name.endswith("sinks"):
         return 1.0
-    if len(shape) == 2 and name.endswith("weight") and name != gpt_oss.EMBEDDING:
+    if len(shape) == 2 and name.endswith("weight") and name != layout.EMBEDDING:
         return 1 / math.sqrt(shape[1])
-    return 1.0 if name == gpt_oss.EMBEDDING else 0.02
+    return 1.0 if name == layout.EMBEDDING else 0.02
 
 
 def _bfloat16(values: np.ndarray) -> bytes:

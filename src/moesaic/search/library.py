@@ -10,8 +10,8 @@ from itertools import product
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.costs.block_costs import BlockCost, CostTable
-from moesaic.models import gpt_oss
 from moesaic.models.architecture import AXES, Architecture, Block
+from moesaic.models.families.family import check_packable
 from moesaic.search.space import SearchSpace
 
 Choice = tuple[int, ...]
@@ -47,7 +47,7 @@ def variants_of(block: Block, space: SearchSpace) -> tuple[Block, ...]:
 def check_storable(space: SearchSpace, packed: bool) -> None:
     """Raise ConfigError for a width on offer that the parent's expert format cannot store."""
     for width in space.expert_widths if packed else ():
-        gpt_oss.check_packable(width)
+        check_packable(width)
 
 
 def distinct_blocks(parent: Architecture, space: SearchSpace) -> tuple[Block, ...]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moesaic.data.batches import Batch
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.gpt_oss import COMPARED_LOGITS, ModelShape
+from moesaic.models.families.family import ModelShape
+from moesaic.models.layout import COMPARED_LOGITS
 from moesaic.models.peak import Peak
 from moesaic.models.simulated_memory import Elsewhere, SimulatedLayers, peak_of, rows_of_batch, without_values
 from moesaic.models.streaming import StateOffloader

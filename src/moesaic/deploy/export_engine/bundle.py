@@ -28,14 +28,12 @@ from moesaic.deploy.export_engine.bundle_manifest import (
     write_files,
 )
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
-from moesaic.models import gpt_oss, kv_cache
-from moesaic.models.checkpoint import Checkpoint, read_recovery, rewrite_checkpoint
+from moesaic.models import kv_cache, layout
+from moesaic.models.checkpoint import Checkpoint, modelling_files, read_recovery, rewrite_checkpoint
+from moesaic.models.families.family import Family
 from moesaic.models.kv_cache import UNIT, KvScales
 
 BUNDLED = Path(__file__).with_name("bundled")
-MODELLING = Path(__file__).parents[2] / "models" / "gpt_oss_puzzle"
-"""The child's own classes, which travel with it."""
-_CONFIG_CLASS = "configuration_gpt_oss_puzzle.py"
 _PRUNING = "pruning.json"
 _TOKENIZER = "tokenizer_config.json"
 
@@ -59,7 +57,7 @@ def write_bundle(child: Checkpoint, output: Path, config: ExportEngineConfig) ->
     _write_weights(child, output, config, used, folds)
     digests = Digests()
     manifest = _describe(child, config, used, folds, digests.of_all(child.directory))
-    _write_engine_files(output, manifest, child.packed)
+    _write_engine_files(output, manifest, child)
     seal(output, manifest, digests)
     return BundleManifest.read(output)
 
@@ -71,7 +69,9 @@ def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
         ConfigError: if the config does not fit the model.
         ArtifactError: if the model has constants that the engine does not take.
     """
-    positions, longest = child.shape.max_positions, config.max_seq_len
+    family, positions, longest = child.shape.family, child.shape.max_positions, config.max_seq_len
+    for program in (config.target, *(["fp8_cache"] if config.kv_cache != "bf16" else [])):
+        family.check_adapter(program)
     if longest is not None and longest > positions:
         raise ConfigError(f"max_seq_len {longest} is more than the model's {positions} positions; lower it")
     counts = sorted({block.num_experts for block in child.architecture.blocks})
@@ -90,8 +90,9 @@ def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
             f"tensor_parallel_size {config.tensor_parallel_size} does not divide the expert width {uneven[0]} of some "
             f"layers; the model's layers have {widths}"
         )
-    if config.target == "vllm" and (epsilon := child.config["rms_norm_eps"]) != 1e-5:
-        raise ArtifactError(f"{child.directory}: rms_norm_eps is {epsilon}; vllm computes with 1e-05 always")
+    for key, constant in family.vllm_constants.items() if config.target == "vllm" else ():
+        if (given := child.config[key]) != constant:
+            raise ArtifactError(f"{child.directory}: {key} is {given}; vllm computes with {constant} always")
 
 
 def _powers_of_two(scales: Iterable[KvScales]) -> list[KvScales]:
@@ -103,7 +104,7 @@ def _powers_of_two(scales: Iterable[KvScales]) -> list[KvScales]:
 def _write_weights(
     child: Checkpoint, output: Path, config: ExportEngineConfig, scales: list[KvScales] | None, folds: bool
 ) -> None:
-    as_child = dataclasses.replace(child, config=gpt_oss.child_config(child.config, child.architecture))
+    as_child = dataclasses.replace(child, config=layout.child_config(child.config, child.architecture))
     unit = config.kv_cache == "fp8_unit" or folds
     rewrite_checkpoint(
         as_child,
@@ -112,7 +113,7 @@ def _write_weights(
         {"stage": "export_engine", "target": config.target, "kv_cache": config.kv_cache, "folded": folds},
         added=kv_cache.scale_tensors([UNIT] * child.num_layers) if unit else None,
         added_shard=kv_cache.SHARD,
-        extra=sorted(MODELLING.glob("*_gpt_oss_puzzle.py")),
+        extra=modelling_files(child.shape.family),
     )
     _name_special_tokens(output / _TOKENIZER)
 
@@ -154,24 +155,29 @@ def _scales_of(scales: KvScales) -> dict[str, float]:
     return {"key_scale": scales.key, "value_scale": scales.value}
 
 
-def _write_engine_files(output: Path, manifest: BundleManifest, packed: bool) -> None:
+def _write_engine_files(output: Path, manifest: BundleManifest, child: Checkpoint) -> None:
     if manifest.config.target == "tensorrt_llm":
         _copy_tree(BUNDLED / tensorrt_llm.MODULES, output / tensorrt_llm.MODULES)
-        shutil.copyfile(MODELLING / _CONFIG_CLASS, output / tensorrt_llm.MODULES / _CONFIG_CLASS)
-        texts = tensorrt_llm.files(manifest, packed)
+        _copy_config_class(child.shape.family, output / tensorrt_llm.MODULES)
+        texts = tensorrt_llm.files(manifest, child.packed)
     else:
-        write_vllm_plugin(output)
+        write_vllm_plugin(output, child.shape.family)
         texts = vllm.files(manifest)
-    write_files(output, {**texts, "README.md": _readme(manifest)})
+    write_files(output, {**texts, "README.md": _readme(manifest, child.shape.family)})
 
 
-def write_vllm_plugin(output: Path) -> Path:
+def write_vllm_plugin(output: Path, family: Family) -> Path:
     """Write vLLM's plugin into a new folder of ``output``; with that on ``PYTHONPATH`` an engine finds it."""
-    package = output / vllm.PLUGIN / vllm.PACKAGE
-    _copy_tree(BUNDLED / vllm.PLUGIN / vllm.PACKAGE, package)
-    shutil.copyfile(MODELLING / _CONFIG_CLASS, package / _CONFIG_CLASS)
-    write_files(output, vllm.installed_plugin())
+    package = output / vllm.PLUGIN / vllm.package(family)
+    _copy_tree(BUNDLED / vllm.PLUGIN / package.name, package)
+    _copy_config_class(family, package)
+    write_files(output, vllm.installed_plugin(family))
     return package.parent
+
+
+def _copy_config_class(family: Family, package: Path) -> None:
+    config_class, _ = modelling_files(family)
+    shutil.copyfile(config_class, package / config_class.name)
 
 
 def _copy_tree(source: Path, target: Path) -> None:
@@ -179,19 +185,20 @@ def _copy_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=ignored)
 
 
-def _readme(manifest: BundleManifest) -> str:
+def _readme(manifest: BundleManifest, family: Family) -> str:
     environment = Environment(
         loader=PackageLoader("moesaic.deploy.export_engine", "."), undefined=StrictUndefined, keep_trailing_newline=True
     )
     template = environment.get_template(f"README_{manifest.config.target}.md.j2")
-    return template.render(_facts(manifest))
+    return template.render(_facts(manifest, family))
 
 
-def _facts(manifest: BundleManifest) -> Mapping[str, Any]:
+def _facts(manifest: BundleManifest, family: Family) -> Mapping[str, Any]:
     scales = {"folded": ", scales folded into the weights", "tensors": ", scales in the checkpoint", "none": ""}
     kinds = {"bf16": "BF16", "fp8_unit": "FP8 at scale 1", "fp8": f"FP8{scales[manifest.kv_cache.scales]}"}
     return {
-        "name": "gpt-oss-puzzle",
+        "name": f"{family.name}-puzzle",
+        "family": family.name,
         "experts": sum(layer.num_local_experts for layer in manifest.layers),
         "layers": manifest.layers,
         "engine": manifest.engine,

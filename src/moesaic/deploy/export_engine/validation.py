@@ -15,7 +15,7 @@ from moesaic.core.json_text import read_json_object
 from moesaic.deploy.export_engine import tensorrt_llm, vllm
 from moesaic.deploy.export_engine.bundle import check_servable
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest, check_files
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.resolved_config import CONFIG
@@ -57,8 +57,9 @@ def validate(bundle: Path, child: Path | None = None) -> Iterator[str]:
 
 
 def _check_blocks(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
-    if checkpoint.config.get("architectures") != [gpt_oss.CHILD_CLASS]:
-        raise ArtifactError(f"{checkpoint.directory}: architectures is not {[gpt_oss.CHILD_CLASS]}")
+    expected = [checkpoint.shape.family.child_class]
+    if checkpoint.config.get("architectures") != expected:
+        raise ArtifactError(f"{checkpoint.directory}: architectures is not {expected}")
     listed = Architecture.of(Block.from_config(layer.model_dump()) for layer in manifest.layers)
     if listed != checkpoint.architecture:
         raise ArtifactError(f"{checkpoint.directory}: block_configs are not the layers of the manifest")
@@ -70,24 +71,24 @@ def check_rope(config: Mapping[str, Any], where: object) -> None:
     Raises:
         ArtifactError: if one is missing or incomplete; that they do not differ, opening the checkpoint has shown.
     """
-    scaling = config.get("rope_scaling")
-    if not config.get("rope_parameters") or not scaling or "rope_theta" not in config:
+    new, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    if new and new.get("rope_type") == "default" and "rope_theta" in config:
+        return
+    if not new or not scaling or "rope_theta" not in config:
         raise ArtifactError(
             f"{where}: config.json must hold rope_parameters, rope_scaling and rope_theta; "
             "an engine that reads the missing one would take a default without a word"
         )
     old = {**scaling, "rope_theta": config["rope_theta"]}
     for key in _ROPE_KEYS:
-        if key not in old or key not in config["rope_parameters"]:
+        if key not in old or key not in new:
             raise ArtifactError(f"{where}: RoPE has no {key}; engines read {', '.join(_ROPE_KEYS)}")
-    if old["rope_type"] != "yarn":
-        raise ArtifactError(f"{where}: rope_type is {old['rope_type']!r}; the engines' gpt-oss is always 'yarn'")
 
 
 def _check_scales(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
     if manifest.config.kv_cache == "bf16":
         return
-    names = gpt_oss.kv_scale_names(checkpoint.num_layers)
+    names = layout.kv_scale_names(checkpoint.num_layers)
     if missing := [name for name in names if name not in checkpoint.files]:
         raise ArtifactError(f"{checkpoint.directory} has no {missing[0]}; the engine would take a scale of 1 there")
     kept = manifest.kv_cache.scales == "tensors" and manifest.config.kv_cache == "fp8"
@@ -115,7 +116,7 @@ def compare_logits(child: Path, bundle: Path, tokens: int = _COMPARED_TOKENS) ->
 
 
 def _logits(directory: Path, token_ids: torch.Tensor) -> torch.Tensor:
-    from moesaic.models.gpt_oss_puzzle import load_model
+    from moesaic.models.whole_model import load_model
 
     with torch.inference_mode():
         logits: torch.Tensor = load_model(directory)(token_ids, use_cache=False).logits

@@ -11,14 +11,12 @@ from typing import Any, NoReturn
 
 from moesaic.core.errors import ArtifactError
 from moesaic.deploy.export_engine.bundle_manifest import BundleManifest
+from moesaic.models.families.family import Family
 
 VERSIONS = ">=0.29,<0.34"
 PLUGIN = "vllm_plugin"
 """The folder of the plugin; with it on ``PYTHONPATH`` the engine finds it, and nothing is installed."""
-PACKAGE = "gpt_oss_puzzle_vllm"
 ARGUMENTS = "serve.args"
-_INSTALLED = f"{PLUGIN}/{PACKAGE}-1.0.dist-info"
-"""What an installer would write: by it the engine's processes find the entry point."""
 
 
 def files(manifest: BundleManifest) -> dict[str, str]:
@@ -26,11 +24,18 @@ def files(manifest: BundleManifest) -> dict[str, str]:
     return {ARGUMENTS: "".join(f"{line}\n" for line in _lines(manifest))}
 
 
-def installed_plugin() -> dict[str, str]:
-    """The files, by name, that make the plugin an installed one."""
+def package(family: Family) -> str:
+    """The name of the plugin's package for a family's children."""
+    return f"{family.child_type}_vllm"
+
+
+def installed_plugin(family: Family) -> dict[str, str]:
+    """The files, by name, that an installer would write: by them the engine's processes find the plugin."""
+    name = package(family)
+    folder = f"{PLUGIN}/{name}-1.0.dist-info"
     return {
-        f"{_INSTALLED}/METADATA": "Metadata-Version: 2.1\nName: gpt-oss-puzzle-vllm\nVersion: 1.0\n",
-        f"{_INSTALLED}/entry_points.txt": f"[vllm.general_plugins]\ngpt_oss_puzzle = {PACKAGE}:register\n",
+        f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n",
+        f"{folder}/entry_points.txt": f"[vllm.general_plugins]\n{family.child_type} = {name}:register\n",
     }
 
 

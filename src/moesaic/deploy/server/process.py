@@ -23,8 +23,8 @@ from moesaic.deploy.server.served_model import ServedModel
 from moesaic.models import kv_cache
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.loading import choose_device
+from moesaic.models.whole_model import load_model
 
 _KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that none sends a request into one that is being closed."""

@@ -20,8 +20,8 @@ from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 from moesaic.models import kv_cache
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import check_lengths, read_stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.loading import choose_device
+from moesaic.models.whole_model import load_model
 
 Prompts = Mapping[Effort, Sequence[Sequence[int]]]
 """Token ids of what is asked, by effort."""

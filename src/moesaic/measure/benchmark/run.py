@@ -28,8 +28,8 @@ from moesaic.measure.benchmark.stage import BenchmarkConfig
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Decoding
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.loading import choose_device
+from moesaic.models.whole_model import load_model
 from moesaic.search.measure_costs.block_timing import time_blocks
 
 

@@ -25,11 +25,11 @@ from moesaic.data.problems import Problem, first_of_each_task, problems_digest, 
 from moesaic.deploy.engines.completions import Completion
 from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
 from moesaic.measure.evaluate.stage import EvaluateConfig
-from moesaic.models import gpt_oss, kv_cache
+from moesaic.models import kv_cache, layout
 from moesaic.models.checkpoint import Checkpoint, read_recovery
 from moesaic.models.generation import Generated, Sampling, check_lengths, generate_batches, seed_of, stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.loading import choose_device
+from moesaic.models.whole_model import load_model
 from moesaic.search.prune_model.run import PRUNING
 
 _FIGURES = ("accuracy", "tokens_per_request", "truncated")
@@ -91,7 +91,7 @@ def run(config: EvaluateConfig, *, model: Path, tests: Path, output: Path, scrat
         "name": config.name,
         "steps": read_recovery(model),
         "kv_cache": config.kv_cache,
-        "parameters": gpt_oss.num_parameters(checkpoint.shape, checkpoint.architecture),
+        "parameters": layout.num_parameters(checkpoint.shape, checkpoint.architecture),
         "problems": {"split": config.split, "count": len(problems), "digest": problems_digest(problems)},
         "efforts": {effort: summarize(judged) for effort, judged in samples.items()},
     }

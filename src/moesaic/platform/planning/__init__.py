@@ -1,6 +1,6 @@
 """The plan of a pipeline run: bytes, memory, GPU-hours, and traffic to the store, computed before it starts.
 
-Nothing is read but headers. Sizes follow from shapes (``moesaic.models.gpt_oss``), times from the hardware table;
+Nothing is read but headers. Sizes follow from shapes (``moesaic.models.layout``), times from the hardware table;
 the formulas of a stage stand in its room, in ``needs.py``. Where a number depends on data that is not there, it is an
 upper bound or one of the ``Assumed`` values.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 from moesaic.core.config import Config
 from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of
-from moesaic.models import gpt_oss
 from moesaic.models.architecture import Architecture
+from moesaic.models.families import PUBLISHED
 from moesaic.platform.planning.simulation import simulated
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 from moesaic.stages import find_stage
@@ -59,15 +59,20 @@ class Planned:
 
 
 def assume_child(parent: Architecture, config: SearchArchitectureConfig) -> Architecture:
-    """A child to plan with: of gpt-oss-120b the released one, of others a uniform one at the recipe's limits.
+    """A child to plan with: the released one if there is one, else a uniform one at the recipe's limits.
 
     The uniform one keeps ``max_experts_ratio`` of each layer's experts (three quarters if there is no such limit) and
     every window as it is, so its cache is the parent's: an upper bound.
     """
-    if parent == gpt_oss.GPT_OSS_120B_BLOCKS:
-        return gpt_oss.GPT_OSS_PUZZLE_88B_BLOCKS
+    if released := released_child(parent):
+        return released[1]
     ratio = min(config.max_experts_ratio or 0.75, 1.0)
     return Architecture.of(replace(block, num_experts=math.floor(block.num_experts * ratio)) for block in parent.blocks)
+
+
+def released_child(parent: Architecture) -> tuple[str, Architecture] | None:
+    """The child that is published of this parent: its name and blocks."""
+    return next((one.child for one in PUBLISHED.values() if one.architecture == parent), None)
 
 
 def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts, *, simulate: bool = False) -> list[Planned]:

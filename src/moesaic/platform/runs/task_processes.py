@@ -15,13 +15,18 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from moesaic.models.families import FAMILIES
+
 _IMPORTED = (
     "__main__",
     "kfp.dsl.executor_main",
     "mlflow",
     "moesaic.models.loading",
     "moesaic.platform.runs.runtime",
-    "transformers.models.gpt_oss.modeling_gpt_oss",
+    *(
+        f"transformers.models.{kind}.modeling_{kind}"
+        for kind in sorted({each.parent_type for each in FAMILIES.values()})
+    ),
 )
 """Modules that tasks find imported; importing them computes nothing and starts no thread."""
 _RUNTIME = "_KFP_RUNTIME"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.progress import track
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint, read_recovery, rewrite_checkpoint
 from moesaic.recover.average_checkpoints.averaging import same_bytes, weighted_mean
 from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
@@ -83,7 +83,7 @@ def _is_shared(policies: Sequence[Checkpoint], name: str) -> bool:
         if compared.dtype != tensor.dtype:
             raise ArtifactError(f"{name} is {compared.dtype} in {other.directory}, {tensor.dtype} in {first.directory}")
         if not same_bytes(tensor, compared):
-            if gpt_oss.is_expert_weight(name):
+            if layout.is_expert_weight(name):
                 raise ArtifactError(
                     f"{name} differs between {first.directory} and {other.directory}; recovery freezes experts, "
                     "so these are not policies of one checkpoint"

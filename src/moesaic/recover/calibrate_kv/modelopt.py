@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssPreTrainedModel
+from transformers import PreTrainedModel
 
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.files import write_text_atomically
@@ -100,7 +100,7 @@ def _calibrate(checkpoint: Checkpoint, batches: Sequence[tuple[Tensor, Tensor]],
 
 def _run_batches(
     attention: nn.Module,
-    block: GptOssDecoderLayer,
+    block: layers.DecoderLayer,
     states: list[Tensor],
     is_token: Sequence[Tensor],
     rotary: layers.Rotary,
@@ -138,10 +138,10 @@ def _import_quantize() -> Callable[..., nn.Module]:
     return function
 
 
-class _Attention(GptOssPreTrainedModel):
+class _Attention(PreTrainedModel):
     """One layer's attention as a model: modelopt looks for attention to hook in transformers models only."""
 
-    def __init__(self, block: GptOssDecoderLayer) -> None:
+    def __init__(self, block: layers.DecoderLayer) -> None:
         super().__init__(block.self_attn.config)
         self.self_attn = block.self_attn
 

@@ -6,7 +6,7 @@ A layer runs on the largest batch there can be, without ModelOpt's quantisers, w
 from functools import cache
 
 from moesaic.models.architecture import Architecture
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.families.family import ModelShape
 from moesaic.models.layers import run_block
 from moesaic.models.peak import Peak
 from moesaic.models.simulated_memory import SimulatedLayers, peak_of, rows_of_batch, without_values

@@ -11,7 +11,7 @@ from moesaic.core.errors import ArtifactError
 from moesaic.core.nodes import Nodes
 from moesaic.core.process_group import num_processes
 from moesaic.core.training_curve import read_curve
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.resolved_config import CONFIG
 from moesaic.recover.distill.automodel.launch import check_installed, train
@@ -59,6 +59,8 @@ def _plan(child: Checkpoint, parent: Checkpoint, scratch: Path, nodes: Nodes | N
         on_gpus, count, here = nodes.gpus_per_node > 0, nodes.num_nodes, nodes.processes_per_node
     else:
         on_gpus, count, here = torch.cuda.is_available(), 1, num_processes()
+    if on_gpus:
+        child.shape.family.check_adapter("distill_on_gpus")
     shared = expert_parallel_size(here, parent.architecture, child.architecture) if on_gpus else 1
     return Job(
         child=child.directory.absolute(),
@@ -80,7 +82,7 @@ def _as_child(parent: Checkpoint, directory: Path) -> Path:
     for path in parent.directory.iterdir():
         if path.name != CONFIG and not (directory / path.name).exists():
             (directory / path.name).symlink_to(path.absolute())
-    config = gpt_oss.child_config(parent.config, parent.architecture)
+    config = layout.child_config(parent.config, parent.architecture)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return directory.absolute()
 

@@ -18,7 +18,7 @@ from moesaic.core.progress import track
 from moesaic.data.batches import Batch, make_batches
 from moesaic.data.calibration import read_conversations, tokenize
 from moesaic.data.chat import load_tokenizer
-from moesaic.models import gpt_oss, loading
+from moesaic.models import layout, loading
 from moesaic.models.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
 from moesaic.models.layers import run_block
 from moesaic.recover.distill_blocks.loss import HELD_OUT_EVERY, changed_layers, split_held_out
@@ -67,8 +67,8 @@ def _layers_to_train(student: Checkpoint, teacher: Checkpoint) -> list[int]:
 
 
 def _make_job(config: DistillBlocksConfig, student: Checkpoint, layer: int, scratch: Path) -> BlockJob:
-    names = gpt_oss.trainable_names(student.shape, student.architecture, config.trainable)
-    learned = [name for name in names if name.startswith(gpt_oss.layer_prefix(layer))]
+    names = layout.trainable_names(student.shape, student.architecture, config.trainable)
+    learned = [name for name in names if name.startswith(layout.layer_prefix(layer))]
     if not learned:
         raise ConfigError(
             f"trainable is {', '.join(config.trainable) or 'empty'}, and no weight of a block belongs to that; "

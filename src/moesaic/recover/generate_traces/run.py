@@ -27,8 +27,8 @@ from moesaic.deploy.engines.completions import Completion
 from moesaic.deploy.engines.served_replies import served_replies, whole_chunks
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Generated, Sampling, check_lengths, generate, seed_of, stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
 from moesaic.models.loading import choose_device
+from moesaic.models.whole_model import load_model
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
 from moesaic.recover.generate_traces.traces import Trace, read_traces
 

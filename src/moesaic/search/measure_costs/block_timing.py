@@ -24,18 +24,18 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, GptOssForCausalLM
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRotaryEmbedding
 
 from moesaic.core.errors import StageError
 from moesaic.core.progress import track
 from moesaic.costs.block_costs import Runtime, mean_context
 from moesaic.costs.workload import Workload
-from moesaic.models import attention, gpt_oss, layers, loading
+from moesaic.models import attention, layers, layout, loading
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import PREFILL_TOKENS, GrowingLayer
+from moesaic.models.layers import DecoderLayer
 
 Phase = Literal["prefill", "decode"]
 Key = tuple[Block | None, str, Phase]
@@ -49,7 +49,7 @@ _MOST_CALLS = 16
 _KNOWN_TO = 0.05
 """A median is settled when its relative error is about this or less."""
 _SERVED_WITH = "grouped_mm"
-"""The expert kernel of ``moesaic.models.gpt_oss_puzzle.load_model``."""
+"""The expert kernel of ``moesaic.models.whole_model.load_model``."""
 _POOL = (8, 64)
 """Sequences and tokens of the hidden states that timed blocks draw from."""
 
@@ -83,7 +83,7 @@ class Bench:
         longest = max((mean_context(workload) + workload.output_tokens for workload in workloads), default=1)
         rotary = loading.rotary(checkpoint, max(longest, _POOL[1]), dtype, device)
         ids = torch.randint(checkpoint.shape.vocab_size, _POOL, generator=torch.Generator().manual_seed(0))
-        states = checkpoint.tensor(gpt_oss.EMBEDDING)[ids].to(device, dtype)
+        states = checkpoint.tensor(layout.EMBEDDING)[ids].to(device, dtype)
         for index in range(layer):
             block = loading.load_block(checkpoint, index, dtype, device)
             states = layers.run_block(block, states, rotary, checkpoint.architecture.blocks[index].window)
@@ -144,16 +144,16 @@ def time_blocks(
     return {block: runtimes[block] for block in distinct}, fixed
 
 
-def _sized(whole: GptOssDecoderLayer, num_experts: int, expert_width: int) -> GptOssDecoderLayer:
+def _sized(whole: DecoderLayer, num_experts: int, expert_width: int) -> DecoderLayer:
     """The layer with its first experts, of this width; of one that is wider in another layer, channels repeat."""
-    own: int = whole.mlp.experts.intermediate_size
+    own = layers.expert_width(whole.mlp.experts)
     if expert_width == own:
         return layers.slice_block(whole, range(num_experts))
     channels = (torch.arange(expert_width) % own).expand(num_experts, -1)
     return layers.slice_block(whole, range(num_experts), channels)
 
 
-def _block_jobs(bench: Bench, module: GptOssDecoderLayer, block: Block, workloads: Sequence[Workload]) -> Iterator[Job]:
+def _block_jobs(bench: Bench, module: DecoderLayer, block: Block, workloads: Sequence[Workload]) -> Iterator[Job]:
     for workload in workloads:
         rows, context = _prefill_rows(workload), mean_context(workload)
         prompts, tokens = bench.states(rows, workload.input_tokens), bench.states(workload.concurrency, 1)
@@ -173,9 +173,9 @@ def _block_jobs(bench: Bench, module: GptOssDecoderLayer, block: Block, workload
 
 
 def _forward(
-    module: GptOssDecoderLayer, block: Block, states: Tensor, rotary: tuple[Tensor, ...], cache: DynamicLayer
+    module: DecoderLayer, block: Block, states: Tensor, rotary: tuple[Tensor, ...], cache: DynamicLayer
 ) -> None:
-    module.self_attn.sliding_window, module.mlp.router.top_k = block.window, block.experts_per_token
+    module.self_attn.sliding_window, layers.router_of(module).top_k = block.window, block.experts_per_token
     module(states, position_embeddings=rotary, attention_mask=None, past_key_values=cache)
 
 
@@ -214,11 +214,12 @@ def _model_without_layers(bench: Bench) -> nn.Module:
     config = loading.layer_config(bench.checkpoint, bench.checkpoint.architecture.blocks[0])
     config.num_hidden_layers, config.layer_types = 0, []
     config._attn_implementation = attention.NAME
-    build: Callable[..., nn.Module] = GptOssForCausalLM
+    family = bench.checkpoint.shape.family
+    build: Callable[..., nn.Module] = family.of_transformers("ForCausalLM")
     with torch.device("meta"):
         model = build(config)
-    model.get_submodule("model").rotary_emb = GptOssRotaryEmbedding(config)
-    names = gpt_oss.outer_specs(bench.checkpoint.shape)
+    model.get_submodule("model").rotary_emb = family.of_transformers("RotaryEmbedding")(config)
+    names = layout.outer_specs(bench.checkpoint.shape)
     state = {name: bench.checkpoint.tensor(name).to(bench.dtype) for name in names}
     model.load_state_dict(state, assign=True)
     return model.to(bench.device).eval()

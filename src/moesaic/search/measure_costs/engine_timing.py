@@ -34,7 +34,7 @@ from moesaic.costs.workload import Workload
 from moesaic.deploy.engines.vllm.engine import TimedJob, TimedSteps, time_steps
 from moesaic.deploy.export_engine.bundle import write_bundle
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.models.safetensors_files import StoredTensor
@@ -107,19 +107,17 @@ def write_stack(checkpoint: Checkpoint, block: Block, num_layers: int, directory
         raise ArtifactError(f"no layer of {checkpoint.directory} has the experts of {block.label}")
 
     def shards() -> Iterator[tuple[str, Mapping[str, Tensor | StoredTensor]]]:
-        yield "model-outer", {name: checkpoint.stored(name) for name in gpt_oss.outer_specs(checkpoint.shape)}
+        yield "model-outer", {name: checkpoint.stored(name) for name in layout.outer_specs(checkpoint.shape)}
         for layer in range(num_layers):
             source = whole[layer % len(whole)]
             tensors = {name: checkpoint.stored(name) for name in checkpoint.layer_names(source)}
-            own, new = gpt_oss.layer_prefix(source), gpt_oss.layer_prefix(layer)
+            own, new = layout.layer_prefix(source), layout.layer_prefix(layer)
             narrower = block.expert_width < blocks[source].expert_width
             first = torch.arange(block.expert_width).expand(block.num_experts, -1) if narrower else None
             kept, _ = prune_stored(tensors, range(block.num_experts), first)
             yield from layer_shards(layer, {new + name.removeprefix(own): tensor for name, tensor in kept.items()})
 
-    write_checkpoint(
-        directory, gpt_oss.child_config(checkpoint.config, Architecture.of([block] * num_layers)), shards()
-    )
+    write_checkpoint(directory, layout.child_config(checkpoint.config, Architecture.of([block] * num_layers)), shards())
 
 
 def _time_block(checkpoint: Checkpoint, block: Block, config: MeasureCostsConfig, scratch: Path) -> TimedSteps:

@@ -27,7 +27,7 @@ from moesaic.costs.hardware_tables import read_table
 from moesaic.deploy.engines.vllm.environment import why_unsupported
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss import ModelShape
+from moesaic.models.families.family import ModelShape
 from moesaic.models.loading import choose_device
 from moesaic.search.library import check_storable, distinct_blocks
 from moesaic.search.measure_costs.block_timing import time_blocks

@@ -1,8 +1,9 @@
 """Cutting a child's block out of its parent's (paper A: experts are removed; training comes later).
 
 A child layer with ``n`` experts keeps the ``n`` best of the layer's ranking, in their original order. Every tensor
-whose first axis counts experts (packed weights, their scales and biases, router rows) loses the other rows; nothing is
-unpacked, so a kept expert's bytes are its parent's. Windows change no tensor at all.
+whose first axis counts experts (packed weights, their scales and biases, router rows) loses the other rows; where
+experts have tensors of their own, the others' go and the rest are numbered anew. Nothing is unpacked, so a kept
+expert's bytes are its parent's. Windows change no tensor at all.
 
 A narrower expert keeps the best channels of its own ranking, in their original order. Its first projection loses rows,
 whose bytes stay the parent's. Its second one loses columns, of which MXFP4 gives 32 in a row one scale: the kept ones
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from moesaic.core.errors import ConfigError
-from moesaic.models import gpt_oss, mxfp4
+from moesaic.models import layout, mxfp4
 
 
 class Rows(Protocol):
@@ -53,11 +54,16 @@ def kept_experts(order: Sequence[int], num_experts: int) -> tuple[int, ...]:
 
 def prune_layer(tensors: Mapping[str, T], kept: Sequence[int]) -> dict[str, T]:
     """One layer's tensors as stored, without the experts that are not ``kept``."""
-    rows = torch.tensor(kept)
-    return {
-        name: tensor.index_select(0, rows) if gpt_oss.is_expert_indexed(name) and len(kept) < len(tensor) else tensor
-        for name, tensor in tensors.items()
-    }
+    rows, places = torch.tensor(kept), {expert: place for place, expert in enumerate(kept)}
+    pruned = {}
+    for name, tensor in tensors.items():
+        expert = layout.expert_number(name)
+        if expert in places:
+            pruned[layout.renumbered(name, places[expert])] = tensor
+        elif expert is None:
+            cut = layout.is_expert_indexed(name) and len(kept) < len(tensor)
+            pruned[name] = tensor.index_select(0, rows) if cut else tensor
+    return pruned
 
 
 def prune_stored(
@@ -73,7 +79,7 @@ def prune_stored(
     pruned = prune_layer(tensors, kept)
     if channels is None:
         return dict(pruned), 0.0
-    experts = {name: stored.read() for name, stored in pruned.items() if gpt_oss.is_expert_weight(name)}
+    experts = {name: stored.read() for name, stored in pruned.items() if layout.is_expert_weight(name)}
     narrowed, lost = narrow_experts(experts, channels)
     return {**pruned, **narrowed}, lost
 
@@ -97,7 +103,9 @@ def narrow_experts(
     """
     each, narrowed, lost = torch.arange(len(channels)).unsqueeze(1), dict(tensors), 0.0
     for name, tensor in tensors.items():
-        if name.endswith("gate_up_proj"):
+        if (expert := layout.expert_number(name)) is not None:
+            narrowed[name] = tensor[:, channels[expert]] if ".down_proj" in name else tensor[channels[expert]]
+        elif name.endswith("gate_up_proj"):
             narrowed[name] = _pairs(tensor.transpose(1, 2), each, channels).transpose(1, 2)
         elif ".gate_up_proj" in name:
             narrowed[name] = _pairs(tensor, each, channels)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.progress import track
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.channel_orders import read_channels
-from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
+from moesaic.models.checkpoint import Checkpoint, layer_shards, modelling_files, write_checkpoint
 from moesaic.models.checkpoint_layout import companions
 from moesaic.models.safetensors_files import StoredTensor
 from moesaic.models.stage_outputs import read_json, read_orders
@@ -24,9 +24,6 @@ from moesaic.search.prune_model.stage import PruneModelConfig
 
 PRUNING = "pruning.json"
 """The file in a child checkpoint that names the candidate and, per layer, the parent's experts it kept."""
-
-_MODELLING_FILES = sorted((Path(__file__).parents[2] / "models" / "gpt_oss_puzzle").glob("*_gpt_oss_puzzle.py"))
-"""The child's own model class, which travels with it; found by path because importing it would load transformers."""
 
 _COMPANIONS = (
     "tokenizer*",
@@ -55,18 +52,18 @@ def run(
     kept_files = [path for path in companions(parent) if any(path.match(pattern) for pattern in _COMPANIONS)]
     write_checkpoint(
         output,
-        gpt_oss.child_config(whole.config, child, config.yarn_factor),
+        layout.child_config(whole.config, child, config.yarn_factor),
         _shards(whole, kept, channels, lost),
-        [*kept_files, *_MODELLING_FILES, pruning],
+        [*kept_files, *modelling_files(whole.shape.family), pruning],
     )
     written = Checkpoint.open(output)
     return {
-        "parameters": float(gpt_oss.num_parameters(written.shape, written.architecture)),
-        "parameters_ratio": gpt_oss.num_parameters(written.shape, child)
-        / gpt_oss.num_parameters(whole.shape, whole.architecture),
+        "parameters": float(layout.num_parameters(written.shape, written.architecture)),
+        "parameters_ratio": layout.num_parameters(written.shape, child)
+        / layout.num_parameters(whole.shape, whole.architecture),
         "experts_ratio": child.num_experts / whole.architecture.num_experts,
-        "checkpoint_ratio": gpt_oss.num_bytes(written.shape, child, written.packed)
-        / gpt_oss.num_bytes(whole.shape, whole.architecture, whole.packed),
+        "checkpoint_ratio": layout.num_bytes(written.shape, child, written.packed)
+        / layout.num_bytes(whole.shape, whole.architecture, whole.packed),
         "repacking_error": max(lost),
     }
 
@@ -101,7 +98,7 @@ def _shards(
     lost: list[float],
 ) -> Iterator[tuple[str, Mapping[str, Tensor | StoredTensor]]]:
     """Every shard of the child; what packing narrower experts anew loses is appended to ``lost``, by layer."""
-    yield "model-outer", {name: parent.stored(name) for name in gpt_oss.outer_specs(parent.shape)}
+    yield "model-outer", {name: parent.stored(name) for name in layout.outer_specs(parent.shape)}
     for layer in track(range(parent.num_layers), parent.num_layers, "pruning layers"):
         tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
         pruned, error = prune_stored(tensors, kept[layer], channels[layer])

@@ -17,7 +17,7 @@ from moesaic.costs.facts import (
     streamed_layers,
 )
 from moesaic.costs.times import forward_ms
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.peak import BATCH, LAYERS
 from moesaic.search.rank_experts.stage import NUM_SPARE, RankExpertsConfig
 
@@ -36,7 +36,7 @@ def needs(task: PipelineTask[RankExpertsConfig], facts: Facts, inputs: Sequence[
     experts = expert_outputs_bytes(facts, batch, slots + NUM_SPARE.get(config.criterion, 0), config.precision)
     routed = 2 * hidden_bytes(facts, batch, config.precision) + experts
     working = max(attend_bytes(facts, batch, config.precision), routed)
-    head = facts.shape.vocab_size * facts.shape.hidden_size * gpt_oss.BF16_BYTES
+    head = facts.shape.vocab_size * facts.shape.hidden_size * layout.BF16_BYTES
     return Needs(
         read_bytes=sum(inputs[0].values()) - head,
         device={LAYERS: streamed_layers(facts, config.precision), BATCH: working},

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic.core.process_group import BatchShare, share
 from moesaic.core.progress import track
@@ -22,7 +21,7 @@ from moesaic.models import layers, loading
 from moesaic.models.architecture import Block
 from moesaic.models.channel_orders import CHANNELS
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.layers import down_norms
+from moesaic.models.layers import DecoderLayer, down_norms
 from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
 from moesaic.search.rank_experts.channels import order_channels, shuffle_channels
 from moesaic.search.rank_experts.ranking import LayerRanking, Tally, rank_randomly, rank_tallies, tally
@@ -129,7 +128,7 @@ def _finish(
 def _pass(
     criterion: Criterion,
     layer: int,
-    module: GptOssDecoderLayer,
+    module: DecoderLayer,
     offloader: StateOffloader,
     states: list[OffloadedTensor],
     batches: list[Batch],
@@ -138,7 +137,7 @@ def _pass(
     window: int | None,
 ) -> Tally:
     """Route a batch's tokens, padding left out, and take its states on to the next layer."""
-    device = module.self_attn.sinks.device
+    device = layers.device_of(module)
     attended = layers.attend(module, states[index].read().to(device, non_blocking=True), rotary, window)
     is_token = batches[index].is_token.to(device)
     routing = layers.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moesaic.models.layers import attend, check_finite, mix
+from moesaic.models.layers import attend, check_finite, device_of, mix
 from moesaic.search.score_blocks.damage import compare
 from moesaic.search.score_blocks.scoring import Measurement, Offloaded, OnSteps, Parent, Sums, Variant
 
@@ -64,7 +64,7 @@ def _advance(
 ) -> list[Mapping[Beginning, Offloaded]]:
     """The states of all beginnings after one more layer; those before it are dropped."""
     module = parent.load(layer, then=layer + 1 if layer < parent.last else None)
-    device = module.self_attn.sinks.device
+    device = device_of(module)
     after: list[Mapping[Beginning, Offloaded]] = []
     for before, item in zip(held, measurements, strict=True):
         outputs = {}

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.models.gpt_oss import COMPARED_LOGITS
 from moesaic.models.layers import Head
+from moesaic.models.layout import COMPARED_LOGITS
 from moesaic.search.damage_config import DamageMetric
 
 METRICS: tuple[DamageMetric, ...] = ("hidden_mse", "kl", "lm_loss", "cosine", "top1")

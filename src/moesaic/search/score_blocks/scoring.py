@@ -27,13 +27,22 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from moesaic.core.config import Balance
 from moesaic.core.errors import StageError
 from moesaic.data.batches import Batch
 from moesaic.models.architecture import Architecture, Block
-from moesaic.models.layers import Head, Rotary, attend, check_finite, mix, mix_sliced, router_logits
+from moesaic.models.layers import (
+    DecoderLayer,
+    Head,
+    Rotary,
+    attend,
+    check_finite,
+    device_of,
+    mix,
+    mix_sliced,
+    router_logits,
+)
 from moesaic.search.score_blocks.damage import Metrics, compare, finish, unchanged
 
 TOLERANCE = 1e-6
@@ -74,7 +83,7 @@ class Offloaded(Protocol):
 class Load(Protocol):
     """Loads layers; the caller holds one at a time."""
 
-    def __call__(self, layer: int, then: int | None = None) -> GptOssDecoderLayer:
+    def __call__(self, layer: int, then: int | None = None) -> DecoderLayer:
         """Load a layer; ``then`` is the one that is asked for next, if that is known."""
         ...
 
@@ -184,7 +193,7 @@ def run_parent(
 def advance(parent: Parent, layer: int, states: Sequence[Offloaded]) -> list[Offloaded]:
     """The parent's hidden states after one more layer; those before it are dropped."""
     module = parent.load(layer, then=layer + 1)
-    window, device = parent.architecture.blocks[layer].window, module.self_attn.sinks.device
+    window, device = parent.architecture.blocks[layer].window, device_of(module)
     after = []
     for hidden in states:
         output = mix(module, attend(module, hidden.read().to(device, non_blocking=True), parent.rotary, window))
@@ -244,7 +253,7 @@ def score_layer(
 def _check_all_masks(parent: Parent, layer: int, states: Sequence[Offloaded], variants: Sequence[Variant]) -> None:
     if states:
         module = parent.load(layer, then=layer)
-        sample = states[0].read()[:1, :_MASKING_POSITIONS].to(module.self_attn.sinks.device)
+        sample = states[0].read()[:1, :_MASKING_POSITIONS].to(device_of(module))
         for kept, top_k in sorted({(variant.kept, variant.block.experts_per_token) for variant in variants}):
             check_masking(layer, module, sample, kept, top_k)
 
@@ -319,11 +328,11 @@ def _continue_all(
 
 
 def _replace(
-    parent: Parent, module: GptOssDecoderLayer, hidden: Tensor, variants: dict[Block, Variant], measured: Tensor | None
+    parent: Parent, module: DecoderLayer, hidden: Tensor, variants: dict[Block, Variant], measured: Tensor | None
 ) -> Tensor:
     """The outputs of every variant of one block; at measured positions only, if those are given."""
     outputs = []
-    hidden = hidden.to(module.self_attn.sinks.device, non_blocking=True)
+    hidden = hidden.to(device_of(module), non_blocking=True)
     for window, blocks in groupby(variants, key=lambda block: block.window):
         attended = attend(module, hidden, parent.rotary, window)
         attended = attended if measured is None else attended[measured]
@@ -332,11 +341,9 @@ def _replace(
     return torch.stack(outputs)
 
 
-def _continue(
-    parent: Parent, module: GptOssDecoderLayer, layer: int, hidden: Tensor, measured: Tensor | None
-) -> Tensor:
+def _continue(parent: Parent, module: DecoderLayer, layer: int, hidden: Tensor, measured: Tensor | None) -> Tensor:
     """One unchanged layer for all variants of a batch, [variant, batch, time, hidden]; measured as in ``_replace``."""
-    stacked = hidden.flatten(0, 1).to(module.self_attn.sinks.device, non_blocking=True)
+    stacked = hidden.flatten(0, 1).to(device_of(module), non_blocking=True)
     attended = attend(module, stacked, parent.rotary, parent.architecture.blocks[layer].window).view(hidden.shape)
     return mix(module, attended if measured is None else attended[:, measured])
 
@@ -356,7 +363,7 @@ def check_identity(layer: int, metrics: Metrics) -> None:
 
 
 def check_masking(
-    layer: int, module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int], top_k: int
+    layer: int, module: DecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int], top_k: int
 ) -> None:
     """Raise StageError unless leaving experts out of the router equals slicing them off the block.
 
@@ -377,7 +384,7 @@ def check_masking(
 
 
 def _is_decided(
-    module: GptOssDecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int], top_k: int
+    module: DecoderLayer, states: Float[Tensor, "batch time hidden"], kept: Sequence[int], top_k: int
 ) -> Bool[Tensor, "batch time"]:
     """Whether a token's top experts among those kept stand out from the next by more than rounding."""
     if len(kept) <= top_k:

@@ -10,8 +10,9 @@ from typing import Any
 from moesaic.core.errors import ArtifactError, InfeasibleError
 from moesaic.core.progress import track
 from moesaic.costs.block_costs import CostTable
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
+from moesaic.models.families.family import ModelShape
 from moesaic.models.resolved_config import read_config_file
 from moesaic.models.stage_outputs import read_json, read_text
 from moesaic.search.library import BlockLibrary
@@ -55,7 +56,7 @@ def read_search(config: SearchArchitectureConfig, parent: Path, scores: Path, co
         ArtifactError: if they do not belong together.
     """
     table = CostTable.from_json(read_text(costs / "costs.json"))
-    shape, blocks = gpt_oss.read_config(read_config_file(parent))
+    shape, blocks = layout.read_config(read_config_file(parent))
     _check_parent(table, shape, blocks)
     return Search.of(_read_library(scores / "scores.json", blocks, table), config, time.perf_counter)
 
@@ -82,10 +83,10 @@ def find_candidates(search: Search) -> tuple[dict[str, Solution], dict[str, str]
     return dict(zip(names, diverse, strict=False)) | compared, skipped
 
 
-def _check_parent(table: CostTable, shape: gpt_oss.ModelShape, blocks: Architecture) -> None:
+def _check_parent(table: CostTable, shape: ModelShape, blocks: Architecture) -> None:
     if table.parent != blocks:
         raise ArtifactError("costs.json is of another parent than the one given; run measure_costs on this parent")
-    costed, real = table.evaluate(blocks).parameters, gpt_oss.num_parameters(shape, blocks)
+    costed, real = table.evaluate(blocks).parameters, layout.num_parameters(shape, blocks)
     if costed != real:
         raise ArtifactError(f"costs.json counts {costed} parameters, the parent has {real}; run measure_costs on it")
 

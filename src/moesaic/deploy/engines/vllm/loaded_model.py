@@ -16,7 +16,8 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
     """What the engine holds of each layer of a loaded model."""
     layers = []
     for layer in model.model.layers:
-        attention, experts = layer.attn.attn, layer.mlp.experts.routed_experts
+        attention = layer.attn.attn if hasattr(layer, "attn") else layer.self_attn.attn
+        experts = layer.mlp.experts.routed_experts
         layers.append(
             {
                 "num_local_experts": experts.global_num_experts,

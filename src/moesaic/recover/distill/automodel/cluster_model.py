@@ -55,9 +55,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from moesaic.core.errors import ConfigError
-from moesaic.models import gpt_oss, gpt_oss_puzzle
+from moesaic.models import whole_model
 from moesaic.models.attention import document_starts, sink_attention
-from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.models.families.gpt_oss import GPT_OSS
+from moesaic.models.families.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from moesaic.models.resolved_config import as_class, read_config_file
 from moesaic.recover.distill.automodel.cluster_attention import (
     first_keys,
@@ -310,15 +311,15 @@ def moe_config(config: GptOssConfig, num_experts: int) -> MoEConfig:
 
 def read_config(directory: Path) -> GptOssPuzzleConfig:
     """The config of a child, or of a parent as a child."""
-    config = as_class(read_config_file(directory) | {"model_type": gpt_oss.CHILD_TYPE})
+    config = as_class(read_config_file(directory) | {"model_type": GPT_OSS.child_type})
     assert isinstance(config, GptOssPuzzleConfig), "it is the class of that type"
     return config
 
 
 def register() -> None:
     """Let AutoModel's auto classes build children and parents of this class; repeating it changes nothing."""
-    gpt_oss_puzzle.register()
-    for architecture in (gpt_oss.CHILD_CLASS, GptOssForCausalLM.__name__):
+    whole_model.register()
+    for architecture in (GPT_OSS.child_class, GptOssForCausalLM.__name__):
         ModelRegistry.register(architecture, GptOssPuzzleForCausalLM, exist_ok=True)
 
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_distributed
 
 from moesaic.core.errors import ArtifactError
-from moesaic.models import gpt_oss, mxfp4
+from moesaic.models import mxfp4
+from moesaic.models.families.gpt_oss import PACKED_PROJECTIONS
 from moesaic.models.parameter_names import unwrapped_name
 
 
@@ -39,7 +40,7 @@ class PuzzleStateDictAdapter(GPTOSSStateDictAdapter):
         are not packed, because recovery never changes them.
         """
         name = self.checkpoint_name(fqn)
-        if kwargs.get("quantization") and name.endswith(gpt_oss.PACKED_PROJECTIONS):
+        if kwargs.get("quantization") and name.endswith(PACKED_PROJECTIONS):
             experts, columns, rows = tensor.shape
             packed = (experts, rows, columns // mxfp4.BLOCK)
             return [
@@ -89,7 +90,7 @@ def checkpoint_tensors(model: nn.Module, names: Collection[str]) -> Iterator[tup
 
     Args:
         model: of the class in ``cluster_model``, sharded or not.
-        names: checkpoint names of tensors outside the experts, such as ``gpt_oss.trainable_names`` gives.
+        names: checkpoint names of tensors outside the experts, such as ``layout.trainable_names`` gives.
 
     Raises:
         ArtifactError: for a name that the model does not have, before anything is gathered.

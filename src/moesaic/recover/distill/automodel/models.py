@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 
 
 def load_child(pretrained_model_name_or_path: str, trainable: list[str], **_: Any) -> PreTrainedModel:
@@ -16,7 +16,7 @@ def load_child(pretrained_model_name_or_path: str, trainable: list[str], **_: An
     directory = Path(pretrained_model_name_or_path)
     model = load_model(directory, torch.float32)
     checkpoint = Checkpoint.open(directory)
-    names = set(gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, trainable))
+    names = set(layout.trainable_names(checkpoint.shape, checkpoint.architecture, trainable))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return model

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from moesaic.core.child_processes import end_with
 from moesaic.core.files import written_atomically
 from moesaic.core.live_log import LiveLog
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.recover.distill.automodel.cluster_experts import limit_experts
 from moesaic.recover.distill.automodel.cpu import CPU, device_policy
@@ -191,7 +191,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
     def _hand_over(self) -> None:
         """Write the trained tensors, whole and by their checkpoint names; the file appears when it is complete."""
         child = Checkpoint.open(self.job.child)
-        names = gpt_oss.trainable_names(child.shape, child.architecture, self.settings.trainable)
+        names = layout.trainable_names(child.shape, child.architecture, self.settings.trainable)
         tensors = gather_trained(self.model_parts[0], names)
         if self.dist_env.is_main:
             with written_atomically(self.job.trained) as partial:

@@ -38,10 +38,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.architecture import Architecture
-from moesaic.models.gpt_oss import ModelShape
-from moesaic.models.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from moesaic.models.families.family import ModelShape
+from moesaic.models.families.gpt_oss_puzzle.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from moesaic.models.peak import Peak
 from moesaic.models.synthesis import Model, model_config
 from moesaic.recover.distill.automodel import cluster_model
@@ -119,7 +119,7 @@ class Step(DistillationRecipe):
     def _build(self, shape: ModelShape, architecture: Architecture, section: str, setup: DistributedSetup) -> nn.Module:
         settings = self._rendered[section]
         dtype = getattr(torch, settings["torch_dtype"])
-        content = gpt_oss.child_config(model_config(Model(shape, architecture, 1)), architecture)
+        content = layout.child_config(model_config(Model(shape, architecture, 1)), architecture)
         backend = {name: value for name, value in settings["backend"].items() if name != "_target_"}
         usual = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

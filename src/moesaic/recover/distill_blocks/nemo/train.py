@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from moesaic.core.errors import StageError
 from moesaic.core.live_log import LiveLog
-from moesaic.models import gpt_oss, layers, loading
+from moesaic.models import layers, layout, loading
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.recover.distill_blocks.loss import batch_order, block_loss, error_and_energy
 from moesaic.recover.distill_blocks.nemo.jobs import HELD_OUT, LEARNED, BlockExamples, BlockJob, BlockResult, Example
@@ -54,7 +54,7 @@ class BlockModel(ModelPT):
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         super().__init__(cfg, trainer)
         checkpoint = Checkpoint.open(Path(cfg.child))
-        prefix = gpt_oss.layer_prefix(cfg.layer)
+        prefix = layout.layer_prefix(cfg.layer)
         self.block = loading.load_block(checkpoint, cfg.layer, getattr(torch, cfg.precision), loading.choose_device())
         for name in cfg.learned_names:
             parameter = self.block.get_parameter(name.removeprefix(prefix))
@@ -163,7 +163,7 @@ def train_block(job: BlockJob) -> None:
 def held_out_loss(model: BlockModel, examples: BlockExamples) -> float:
     """The loss over all held-out tokens together."""
     totals = torch.zeros(2, dtype=torch.float64)
-    device = model.block.self_attn.sinks.device
+    device = layers.device_of(model.block)
     for index in range(len(examples)):
         hidden, target, is_token = (tensor.to(device) for tensor in examples[index])
         totals += torch.stack(error_and_energy(model(hidden), target, is_token)).double().cpu()
@@ -254,7 +254,7 @@ def _keep_newest_checkpoint(directory: Path) -> None:
 
 def _round_learned(model: BlockModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Round what was learned as the checkpoint stores it, in the model too; by checkpoint name."""
-    prefix = gpt_oss.layer_prefix(model.cfg.layer)
+    prefix = layout.layer_prefix(model.cfg.layer)
     tensors = {}
     for name in model.cfg.learned_names:
         parameter = model.block.get_parameter(name.removeprefix(prefix))

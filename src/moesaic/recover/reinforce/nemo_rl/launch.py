@@ -27,7 +27,7 @@ from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import Question, render_prompt
 from moesaic.deploy.export_engine.bundle import write_vllm_plugin
 from moesaic.deploy.export_engine.vllm import PLUGIN
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import check_lengths, read_stop_ids
 from moesaic.recover.distill.automodel.expert_parallel import check_expert_parallel
@@ -103,6 +103,7 @@ def plan(
         ConfigError: if it cannot be trained.
     """
     checkpoint = Checkpoint.open(model)
+    checkpoint.shape.family.check_adapter("nemo_rl")
     check_expert_parallel(checkpoint.architecture, config.nemo_rl.expert_parallel)
     check_expert_parallel(checkpoint.architecture, config.nemo_rl.generation_expert_parallel)
     tokenizer = load_tokenizer(model)
@@ -135,10 +136,10 @@ def _write(
     checkpoint = Checkpoint.open(run.model)
     rows = (prompt_row(problem, effort, reference_tokens[problem.task, effort]) for problem, effort in questions)
     run.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    learns = gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable)
+    learns = layout.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable)
     run.trainable.write_text(json.dumps(learns))
     shutil.rmtree(run.plugin, ignore_errors=True)
-    write_vllm_plugin(run.directory)
+    write_vllm_plugin(run.directory, checkpoint.shape.family)
     (run.directory / CONFIG).write_text(yaml.safe_dump(render(config, placement, run)))
     resume_curve(run.curve, run.first_step)
 

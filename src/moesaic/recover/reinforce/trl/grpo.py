@@ -29,10 +29,10 @@ from trl import GRPOConfig
 from moesaic.core.errors import ConfigError
 from moesaic.data.chat import decode_reply, load_tokenizer
 from moesaic.data.problems import Question, render_prompt
-from moesaic.models import gpt_oss
+from moesaic.models import layout
 from moesaic.models.checkpoint import CURVE, Checkpoint
 from moesaic.models.generation import Sampling, check_lengths, stop_ids
-from moesaic.models.gpt_oss_puzzle import load_model
+from moesaic.models.whole_model import load_model
 from moesaic.recover.reinforce.rewards import ReferenceTokens, grade_reply
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.recover.reinforce.trl.curve import Curve, LiveCurve
@@ -137,7 +137,7 @@ def _load(checkpoint: Checkpoint, config: ReinforceConfig) -> PreTrainedModel:
     """The policy: frozen weights in the precision of the config, those that learn in float32."""
     model = load_model(checkpoint.directory, getattr(torch, config.precision)).requires_grad_(False)
     parameters = dict(model.named_parameters())
-    for name in gpt_oss.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable):
+    for name in layout.trainable_names(checkpoint.shape, checkpoint.architecture, config.trainable):
         parameters[name].data = parameters[name].data.float()
         parameters[name].requires_grad_(True)
     return model

@@ -1,31 +1,30 @@
-"""The child's own model class, and the one place where Moesaic loads whole models.
+"""The one place where Moesaic loads whole models.
 
-The two modules beside this one are copied into every child checkpoint, so that it loads in plain transformers with
-``trust_remote_code=True``; here they are registered instead, and no remote code runs.
+A child's two modules (``moesaic.models.families``) are copied into its checkpoint, so that it loads in plain
+transformers with ``trust_remote_code=True``; here they are registered instead, and no remote code runs.
 """
 
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from moesaic.models import attention, gpt_oss, loading
+from moesaic.models import attention, layout, loading
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.families import FAMILIES
 from moesaic.models.generation import read_generation_config
 from moesaic.models.resolved_config import as_class
-
-from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
-from .modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
 
 _OF_FILES = ("quantization_config", "auto_map")
 """Keys that say how the weights and the classes lie in files."""
 
 
 def register() -> None:
-    """Let transformers' auto classes find ``gpt_oss_puzzle``; calling it again changes nothing."""
-    AutoConfig.register("gpt_oss_puzzle", GptOssPuzzleConfig, exist_ok=True)
-    AutoModelForCausalLM.register(GptOssPuzzleConfig, GptOssPuzzleForCausalLM, exist_ok=True)
+    """Let transformers' auto classes find children of every family; calling it again changes nothing."""
+    for family in FAMILIES.values():
+        config = family.of_child("Config")
+        AutoConfig.register(family.child_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, family.of_child("ForCausalLM"), exist_ok=True)
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -50,9 +49,9 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
         unpacked = loading.unpacked_layer(layer, stored, dtype)
         state = {name: tensor.to(dtype).contiguous() for name, tensor in unpacked.items()}  # FSDP takes no others
         model.model.layers[layer].load_state_dict(state, assign=True)
-    names = gpt_oss.outer_specs(checkpoint.shape)
+    names = layout.outer_specs(checkpoint.shape)
     outer = {name: loading.check_finite(name, checkpoint.stored(name).read()).to(dtype) for name in names}
     model.load_state_dict(outer, assign=True, strict=False)
-    model.model.rotary_emb = GptOssRotaryEmbedding(config)
+    model.model.rotary_emb = checkpoint.shape.family.of_transformers("RotaryEmbedding")(config)
     model.generation_config = read_generation_config(checkpoint)
     return model.eval()

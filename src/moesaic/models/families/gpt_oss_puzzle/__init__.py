@@ -1,0 +1,1 @@
+"""The config and model class of a gpt-oss child; both modules travel inside its checkpoint."""

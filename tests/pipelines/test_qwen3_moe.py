@@ -1,0 +1,97 @@
+"""A second family goes through the same stages: ranked, scored, costed, searched, pruned, evaluated, distilled."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moesaic.core.errors import ConfigError
+from moesaic.core.workbench import Workbench
+from moesaic.costs.block_costs import CostTable
+from moesaic.costs.workload import Workload
+from moesaic.data.sets import DataSets
+from moesaic.deploy.export_engine import run as export_engine
+from moesaic.deploy.export_engine.stage import ExportEngineConfig
+from moesaic.method import search
+from moesaic.models import layout
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.families.qwen3_moe import QWEN3_MOE
+from moesaic.pipelines import example
+from moesaic.pipelines.recipes import find_recipe
+from moesaic.search.measure_costs import run as measure_costs
+from moesaic.search.measure_costs.stage import MeasureCostsConfig
+from moesaic.search.space import SearchSpace
+from moesaic.stages import STAGES
+from tests.conftest import write_qwen3
+
+DATA = DataSets.at(example() / "data")
+SPACE = SearchSpace(expert_counts=(6, 4), expert_widths=(16,), experts_per_token=(1,), windows=(64,))
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights under the tiny reasoner's tokenizer."""
+    directory, tokens = tmp_path_factory.mktemp("qwen3") / "parent", Checkpoint.open(example() / "parent")
+    sizes = {"vocab_size": tokens.shape.vocab_size, "max_position_embeddings": tokens.shape.max_positions}
+    write_qwen3(directory, **sizes, eos_token_id=2, pad_token_id=0)
+    for path in tokens.directory.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template", "generation_config")):
+            shutil.copyfile(path, directory / path.name)
+    return directory
+
+
+@pytest.mark.timeout(600)
+def test_the_method_makes_and_recovers_a_child(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    recipe = find_recipe("tiny_cpu_fast").but(
+        rank_experts={"max_sequences": 8},
+        score_blocks={"space": SPACE, "max_sequences": 2},
+        measure_costs={"source": "model", "hardware": "h100", "space": SPACE},
+        search_architecture={"limits": {}, "max_experts_ratio": 0.7, "frontier_points": 2},
+        refine_architecture={"max_sequences": 2, "evaluations": 2},
+        generate_traces={"max_prompts": 8, "max_new_tokens": 16, "keep_truncated": True},
+        distill={"steps": 2},
+        evaluate={"problems_per_task": 1, "efforts": ("low",)},
+    )
+    found = search(parent, DATA, recipe, tmp_path)
+    child = Checkpoint.open(found.child)
+    assert child.config["model_type"] == QWEN3_MOE.child_type
+    child.architecture.check_child_of(Architecture.of([Block(8, 2, 32)] * 3))
+    assert child.architecture.num_experts <= 0.7 * 24
+
+    bench = Workbench(tmp_path)
+    traces = bench.run(STAGES["generate_traces"], recipe.generate_traces, model=parent, prompts=DATA.prompts)
+    distilled = bench.run(STAGES["distill"], recipe.distill, child=found.child, parent=parent, traces=traces)
+    evaluation = bench.run(STAGES["evaluate"], recipe.evaluate, model=distilled, tests=DATA.tests)
+    content = json.loads((evaluation / "evaluation.json").read_text())
+    assert [step["stage"] for step in content["steps"]] == ["distill"]
+    assert content["parameters"] == layout.num_parameters(child.shape, child.architecture)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "tensorrt_llm", "kv_cache": "bf16"}, "tensorrt_llm cannot run models of the family Qwen3-MoE"),
+        ({"target": "vllm", "kv_cache": "fp8_unit"}, "fp8_cache cannot .* for this family there are vllm"),
+    ],
+)
+def test_what_has_no_code_for_the_family_says_so(
+    parent: Path, tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
+    config = ExportEngineConfig.model_validate(settings)
+    with pytest.raises(ConfigError, match=message):
+        export_engine.run(config, child=parent, output=tmp_path / "bundle", scratch=tmp_path)
+
+
+def test_blocks_and_the_rest_are_timed(parent: Path, tmp_path: Path) -> None:
+    """In process: every block of the space in both phases, and the model without its layers."""
+    load = Workload(name="short", concurrency=2, input_tokens=16, output_tokens=4)
+    space = SearchSpace(expert_counts=(4,), expert_widths=(16,))
+    config = MeasureCostsConfig(workloads=(load,), space=space, engine="moesaic", repeats=1)
+    measure_costs.run(config, parent=parent, output=tmp_path, scratch=tmp_path)
+    costs = CostTable.from_json((tmp_path / "costs.json").read_text())
+    checkpoint = Checkpoint.open(parent)
+    assert len(costs.blocks) == 4
+    assert costs.evaluate(costs.parent).parameters == layout.num_parameters(checkpoint.shape, checkpoint.architecture)
