@@ -40,6 +40,7 @@ PARENT, CHILD = GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
 ENGINE: TargetEngine = "vllm_puzzle"
 """The branch that serves the released child."""
 BAR = 0.1
+_RULES = ("mean length", "full length", "vLLM's own count")
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def sensitivity() -> dict[str, dict[str, float | None]]:
         "stock vLLM's KV groups": {setting.name: ratio(setting, H100, "vllm") for setting in SETTINGS},
         "expert parallelism": {setting.name: ratio(setting, H100, ENGINE, True) for setting in SETTINGS},
     }
-    return found | {f"admitted by {rule}": _admitted_by(rule) for rule in ("mean length", "full length")}
+    return found | {f"admitted by {rule}": _admitted_by(rule) for rule in _RULES}
 
 
 def _overhead(gib: float) -> HardwareTable:
@@ -163,7 +164,8 @@ def _overhead(gib: float) -> HardwareTable:
 
 
 def _admitted_by(rule: str) -> dict[str, float | None]:
-    """The ratios when requests, not rounded to whole ones, are counted without a margin or at their full length."""
+    """The ratios when requests, not rounded to whole ones, are counted without a margin, at their full length, or at
+    that and with a whole step's tokens each, as vLLM counts them when it starts."""
     found: dict[str, float | None] = {}
     for setting in SETTINGS:
         target = Target(H100, GPT_OSS_120B, setting.num_gpus, "fp8", ENGINE)
@@ -174,8 +176,12 @@ def _admitted_by(rule: str) -> dict[str, float | None]:
 
 def _speed(target: Target, model: Architecture, load: Workload, rule: str) -> float:
     mean = kv_bytes_mean_and_std(target, model, load)[0]
-    full = request_kv_bytes(target.shape, model, full_length(load), target.kv_cache, target.engine)
-    count = min(cache_room(target, model) / (mean if rule == "mean length" else full), H100.max_requests)
+    full, promised = (
+        request_kv_bytes(target.shape, model, full_length(load), target.kv_cache, target.engine, step_tokens)
+        for step_tokens in (1, H100.chunk_tokens)
+    )
+    each = dict(zip(_RULES, (mean, full, promised), strict=True))[rule]
+    count = min(cache_room(target, model) / each, H100.max_requests)
     runtime = target.model_runtime(model, load.model_copy(update={"concurrency": count}))
     return 1000 * count * load.output_tokens / (runtime.prefill_ms + load.output_tokens * runtime.decode_ms)
 

@@ -41,7 +41,8 @@ from moesaic.models.families.gpt_oss import GPT_OSS
 from moesaic.models.streaming import LayerReader, StateOffloader
 from moesaic.models.synthesis import Model, write_synthetic
 from moesaic.search.prune_model.pruning import kept_experts
-from moesaic.search.rank_experts.ranking import NUM_SPARE, rank_layer
+from moesaic.search.rank_experts.ranking import rank_layer
+from moesaic.search.rank_experts.stage import NUM_SPARE
 from moesaic.search.score_blocks import damage, scoring
 from moesaic.search.score_blocks.scoring import Parent, Probe, Variant
 

@@ -24,4 +24,5 @@ def test_the_first_run_ends_and_says_what_was_found(small: None, record: dict[st
     how = wait_until(end, "the job ends", 1400)
     log = kubectl("logs", "job/first-run", "--tail=60")
     assert how == "Complete", log
+    assert "Child:  /store/first-run/child" in log
     record["first_run_s"] = round(time.monotonic() - begun, 1)

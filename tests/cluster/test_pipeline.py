@@ -69,6 +69,8 @@ def traces(searched: tuple[PipelineDriver, dict[str, Finished]], profile: Cluste
 DISTILL = tiny().distill.but(
     steps=8, rows_per_step=4, rows_per_forward=2, evaluate_every_steps=4, checkpoint_every_steps=3
 )
+_SAME_STEPS = 3
+"""Two processes sum in another order than one: at some step a router chooses otherwise, and losses differ by more."""
 _KILLED_AT_ROW = 7
 """Of the training curve: the held-out loss before and after step 4, and the losses of 5 steps."""
 
@@ -183,7 +185,8 @@ def test_distillation_over_two_pods_ends_like_one_process(
     record["distill_two_pods_s"] = round(time.monotonic() - begun, 1)
     (job,) = get("trainjobs")["items"]
     assert job["spec"]["trainer"]["numNodes"] == 2
-    assert losses == pytest.approx(undisturbed, rel=1e-3)
+    assert losses[:_SAME_STEPS] == pytest.approx(undisturbed[:_SAME_STEPS], rel=1e-5)
+    assert losses == pytest.approx(undisturbed, rel=1e-2)
     assert losses[-1] < losses[0]
 
 
@@ -205,7 +208,7 @@ for one in Path("/proc").glob("[0-9]*"):
 def test_training_that_is_killed_goes_on_from_its_checkpoint(
     distillation: Distillation, undisturbed: list[float], reader: Reader, record: dict[str, Any]
 ) -> None:
-    config = DISTILL.but(rows_per_forward=1)  # another stage run than the undisturbed one, and the same mathematics
+    config = DISTILL.but(checkpoint_every_steps=4)  # another stage run, and the same mathematics
     kubectl("delete", "trainjobs", "--all", "--wait")
     begun = time.monotonic()
     task = threading.Thread(target=distillation.start, args=(config,), kwargs={"num_nodes": 1}, daemon=True)
@@ -218,12 +221,11 @@ def test_training_that_is_killed_goes_on_from_its_checkpoint(
     wait_until(lambda: failed(get("job", "distill")), "the task has failed with its job")
     losses = distillation.run(config, num_nodes=1)
     record["distill_killed_and_resumed_s"] = round(time.monotonic() - begun, 1)
-    assert losses == pytest.approx(undisturbed, rel=1e-3)
+    assert losses == undisturbed
     names = [one["metadata"]["name"] for one in get("trainjobs")["items"]]
     assert names == [job["metadata"]["name"], job["metadata"]["name"].removesuffix("-1") + "-2"]
     second = kubectl("logs", "-l", f"jobset.sigs.k8s.io/jobset-name={names[1]}", "--tail=-1")
-    steps = [int(number) for number in re.findall(r"step (\d+)/", second)]
-    assert steps and min(steps) > DISTILL.checkpoint_every_steps, second
+    assert second.count("Saving checkpoint") == 1, "that of step 4 was there"
 
 
 def test_reinforcement_without_nemo_rl_ends_with_its_clear_error(

@@ -21,7 +21,7 @@ from moesaic.costs.block_costs import (
     outer_parameters,
     request_kv_bytes,
 )
-from moesaic.costs.kv_allocator import TargetEngine, paid_layers
+from moesaic.costs.kv_allocator import TargetEngine, held_tokens, paid_layers
 from moesaic.costs.workload import Workload
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.families.gpt_oss import GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
@@ -45,20 +45,41 @@ def test_kv_memory_of_the_release_under_each_allocator() -> None:
     assert paid_layers("vllm", layout) == {None: 16, 8192: 8, 128: 24}
     assert paid_layers("vllm_puzzle", layout) == {None: 10, 8192: 10, 128: 20}
     assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, "tensorrt_llm") == pytest.approx(0.593, abs=0.0005)
-    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, "vllm") == pytest.approx(0.926, abs=0.0005)
+    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, "vllm") == pytest.approx(0.927, abs=0.0005)
     assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, CONTEXT, "vllm_puzzle") == pytest.approx(0.603, abs=0.0006)
-    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, 6 * 1024, "vllm") == pytest.approx(1.333, abs=0.0005)
+    assert _kv_ratio(GPT_OSS_PUZZLE_88B_BLOCKS, 6 * 1024, "vllm") == pytest.approx(1.3345, abs=0.0005)
 
 
 def test_a_layout_of_equal_groups_pads_nothing() -> None:
     assert NINE_NINE_EIGHTEEN.layouts == {128: 18, 8192: 9, None: 9}
     assert paid_layers("vllm", NINE_NINE_EIGHTEEN.layouts) == NINE_NINE_EIGHTEEN.layouts
-    assert _kv_ratio(NINE_NINE_EIGHTEEN, CONTEXT, "vllm") == pytest.approx(0.542, abs=0.0005)
+    assert _kv_ratio(NINE_NINE_EIGHTEEN, CONTEXT, "vllm") == pytest.approx(0.5426, abs=0.0005)
 
 
 def test_stock_groups_pad_up_when_counts_are_nearly_equal() -> None:
     assert paid_layers("vllm", Counter({None: 5, 128: 6})) == {None: 6, 128: 6}
-    assert paid_layers("vllm", Counter({None: 4, 128: 5})) == {None: 4, 128: 8}
+    assert paid_layers("vllm", Counter({None: 15, 128: 21})) == {None: 21, 128: 21}
+    assert paid_layers("vllm", Counter({None: 14, 128: 21})) == {None: 14, 128: 28}, "1.5 times is too much"
+
+
+def test_vllm_holds_blocks_and_the_tokens_of_two_steps() -> None:
+    """Blocks of 16, one more per window: 127 + 2 tokens are 9 + 1 blocks, 127 + 2 * 8192 are 1032 + 1."""
+    assert held_tokens("vllm", None, 100_001, 8192) == 100_016
+    assert held_tokens("vllm", 128, 100_001) == 10 * 16
+    assert held_tokens("vllm", 128, 100_001, 8192) == 1033 * 16
+    assert held_tokens("vllm_puzzle", 8192, 100_001, 8192) == 1537 * 16, "8191 + 16384 are 1535.9 blocks"
+    assert held_tokens("vllm", 8192, 4096, 8192) == 4096 + 16, "no more than there is, and a block"
+    assert held_tokens("tensorrt_llm", 128, 100_001, 8192) == 128
+
+
+def test_a_prompt_being_read_is_paid_for_once() -> None:
+    """A window of 16 in one layer: of 3 requests each holds 17 tokens in 2 + 1 blocks, one holds 100 in 7 + 1."""
+    shape, block = GPT_OSS_120B, Block(8, 2, 2880, 16)
+    kept, reading = (layer_kv_bytes(shape, 16, 100, "bf16", "vllm", step) for step in (1, 8192))
+    assert (kept, reading) == (48 * 2048, 128 * 2048)
+    costs = WorkloadCost(0.0, 0.0, kept, reading - kept)
+    table = replace(_table(), engine="vllm", blocks={block: BlockCost(8, 80, "modelled", {"long": costs})})
+    assert table.cache_bytes(16, table.workloads[0]) == (2 * 48 + 128) * 2048
 
 
 def test_a_window_keeps_no_more_than_its_length() -> None:

@@ -180,6 +180,17 @@ def test_a_request_holds_what_its_life_holds() -> None:
     assert deviation == pytest.approx(65_536 * 1024 / 12**0.5, rel=1e-3)
 
 
+def test_a_prompt_being_read_takes_room_from_vllms_requests() -> None:
+    """18 windows of 128 then have 1033 blocks of 16 tokens, not 10: three requests fit with so much to spare."""
+    load = Workload(name="w", input_tokens=65_536, output_tokens=2, concurrency=1)
+    target = Target(H100, GPT_OSS_120B, 1, "fp8", "vllm")
+    prompt, mean = 18 * 1023 * 16 * 1024, kv_bytes_mean_and_std(target, GPT_OSS_120B_BLOCKS, load)[0]
+    for spare, requests in ((1.01 * prompt, 3), (0.99 * prompt, 2)):
+        missing = 3 * mean + spare - cache_room(target, GPT_OSS_120B_BLOCKS)
+        tight = replace(H100, memory_mib=H100.memory_mib + missing / 2**20)
+        assert estimate_throughput(replace(target, table=tight), GPT_OSS_120B_BLOCKS, load).requests == requests
+
+
 def test_no_request_fits_beside_weights_that_do_not() -> None:
     small = replace(H100, memory_mib=65_536)
     load = Workload(name="w", input_tokens=128, output_tokens=128, concurrency=1)

@@ -36,10 +36,11 @@ from moesaic.deploy.validate_bundle.run import validate_by_engine
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
 from moesaic.models import kv_cache, layout
 from moesaic.models.architecture import Architecture, Block
+from moesaic.models.channel_orders import read_channels
 from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
 from moesaic.models.families.gpt_oss import GPT_OSS
 from moesaic.models.generation import read_stop_ids
-from moesaic.models.stage_outputs import read_channels, read_orders
+from moesaic.models.stage_outputs import read_orders
 from moesaic.models.whole_model import load_model
 from moesaic.pipelines import example
 from moesaic.recover.calibrate_kv import run as calibrate_kv

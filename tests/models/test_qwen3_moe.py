@@ -163,7 +163,7 @@ def test_published_sizes_follow_from_shapes(name: str, parameters: int, active: 
     used = Architecture.of(Block(block.experts_per_token, 8, block.expert_width) for block in one.architecture.blocks)
     assert layout.num_parameters(one.shape, used) == pytest.approx(active, rel=0.02)
     layers = one.architecture.num_layers
-    assert request_kv_bytes(one.shape, one.architecture, 1, "bf16", "vllm") == layers * 2 * 4 * 128 * 2
+    assert request_kv_bytes(one.shape, one.architecture, 1, "bf16", "moesaic") == layers * 2 * 4 * 128 * 2
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_modelled_costs(tiny_parent: Path, tmp_path: Path) -> None:
     assert table.blocks[Block(8, 2, 64)].workloads["long"].kv_bytes == 288 * 64
 
 
+def test_costs_for_vllm_pay_for_blocks_and_for_a_prompt_being_read(tiny_parent: Path, tmp_path: Path) -> None:
+    """A window of 8: 7 + 2 tokens in 1 + 1 blocks of 16; a prompt of 256 that is read in one step has 16 + 1."""
+    table = _run(_config(source="model", num_gpus=8, kv_cache="fp8", engine="vllm"), tiny_parent, tmp_path)
+    full, window = (table.blocks[Block(8, 2, 64, window)].workloads["long"] for window in (None, 8))
+    assert (full.kv_bytes, full.prompt_kv_bytes) == (288 * 64, 0)
+    assert (window.kv_bytes, window.prompt_kv_bytes) == (2 * 16 * 64, (17 - 2) * 16 * 64)
+
+
 def test_narrower_blocks_are_timed_in_their_own_size(tiny_parent: Path, tmp_path: Path, clock: Clock) -> None:
     space = SearchSpace(expert_counts=(4,), expert_widths=(32,))
     table = _run(_config(space=space), tiny_parent, tmp_path)
@@ -121,7 +129,7 @@ def test_the_payload_is_the_contract(tiny_parent: Path, tmp_path: Path) -> None:
         "source",
         "workloads",
     }
-    assert set(row["workloads"]["short"]) == {"kv_bytes", "prefill_ms", "decode_ms"}
+    assert set(row["workloads"]["short"]) == {"kv_bytes", "prompt_kv_bytes", "prefill_ms", "decode_ms"}
 
 
 @pytest.mark.parametrize(

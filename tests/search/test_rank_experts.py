@@ -15,8 +15,8 @@ from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.process_group import BatchShare
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading, streaming
+from moesaic.models.channel_orders import CHANNELS, read_channels
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.stage_outputs import CHANNELS, read_channels
 from moesaic.search.rank_experts import run as rank_experts
 from moesaic.search.rank_experts import saved_progress as ranking_progress
 from moesaic.search.rank_experts.ranking import LayerRanking, rank_layer

@@ -12,6 +12,7 @@ from moesaic.models import layers, loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.streaming import LayerReader, StateOffloader
+from moesaic.search.refine_architecture.assemblies import run_assemblies
 from moesaic.search.score_blocks import damage, scoring
 from moesaic.search.score_blocks.scoring import Parent, Probe, Variant
 from tests.closeness import assert_near
@@ -128,6 +129,20 @@ def test_a_window_layer(parent: Parent, tiny_checkpoint: Checkpoint, probes: lis
     assert scoring.total(pruned) == pytest.approx(
         naive_metrics(tiny_checkpoint, probes, 0, variants[1]), rel=1e-3, abs=LOGIT_STEPS
     )
+
+
+def test_an_assembly_of_one_replaced_block_scores_as_the_block(
+    parent: Parent, tiny_checkpoint: Checkpoint, probes: list[Probe]
+):
+    """Narrower experts, of which some are left out, and one per token."""
+    (alone,) = score(parent, tiny_checkpoint, probes, 1, [VARIANTS[0], VARIANTS[-1]], group=1)[1:]
+    embedded = loading.embed(tiny_checkpoint, [probe.batch.token_ids for probe in probes])
+    measured = scoring.run_parent(parent, [parent.offload(hidden) for hidden in embedded], probes, lambda _: None)
+    assembly = [Variant(block, WHOLE) for block in tiny_checkpoint.architecture.blocks]
+    assembly[1] = VARIANTS[-1]
+    states = [parent.offload(hidden) for hidden in embedded]
+    (together,) = run_assemblies(parent, states, measured, [tuple(assembly)], lambda _: None)
+    assert scoring.total(together) == pytest.approx(scoring.total(alone), rel=1e-4, abs=LOGIT_STEPS)
 
 
 def test_groups_change_nothing(parent: Parent, tiny_checkpoint: Checkpoint, probes: list[Probe]):

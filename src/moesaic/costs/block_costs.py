@@ -5,15 +5,17 @@
 
 Weights and KV cache of a block follow from shapes alone. With ``B`` concurrent requests of ``s`` tokens::
 
-    memory      = sum_i weights(i) + B * sum_i kv(i, s),     kv(i, s) = min(s, window_i) * kv_elements * element_bytes
+    memory      = sum_i weights(i) + B * sum_i kv(i, s),     kv(i, s) = held(i, s) * kv_elements * element_bytes
     throughput  = B * output_tokens / (sum_i prefill(i) + output_tokens * sum_i decode(i))
     latency     = sum_i decode(i)
 
 where ``prefill(i)`` is the time in which block ``i`` reads the prompts of all ``B`` requests, ``decode(i)`` its time
 for one step of all of them at their mean context, and every sum includes the fixed part: embedding, norm and head.
+``held(i, s)`` are ``min(s, window_i)`` tokens, or what the target engine allocates for them.
 
 Departure: sums over blocks are the paper's, and exact for weights. Where the target engine allocates KV memory for
-groups of layers, unfilled groups are paid for as well (``moesaic.costs.kv_allocator``).
+groups of layers, unfilled groups are paid for as well, and once what a prompt being read holds beyond its windows
+(``moesaic.costs.kv_allocator``).
 """
 
 import json
@@ -24,7 +26,7 @@ from typing import Any, Literal
 
 from moesaic.core.config import CacheDtype
 from moesaic.core.errors import ArtifactError
-from moesaic.costs.kv_allocator import TargetEngine, paid_layers
+from moesaic.costs.kv_allocator import TargetEngine, held_tokens, paid_layers
 from moesaic.costs.workload import Workload
 from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
@@ -48,9 +50,12 @@ class Runtime:
 
 @dataclass(frozen=True)
 class WorkloadCost(Runtime):
-    """The cost of a block under one workload; ``kv_bytes`` is the KV cache of one request at its full length."""
+    """The cost of a block under one workload."""
 
     kv_bytes: int
+    """KV cache of one request at its full length."""
+    prompt_kv_bytes: int = 0
+    """What the one request whose prompt is being read holds beyond what it keeps."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +110,18 @@ class CostTable:
             name, fixed = workload.name, self.fixed.workloads[workload.name]
             prefill_ms = fixed.prefill_ms + sum(cost.workloads[name].prefill_ms for cost in costs)
             decode_ms = fixed.decode_ms + sum(cost.workloads[name].decode_ms for cost in costs)
-            request_bytes = sum(self.kv_bytes(window, name) * count for window, count in layers.items())
+            cache_bytes = sum(self.cache_bytes(window, workload) * count for window, count in layers.items())
             weights = self.fixed.memory_bytes + sum(cost.memory_bytes for cost in costs)
-            memory[name] = (weights + workload.concurrency * request_bytes) / MIB
+            memory[name] = (weights + cache_bytes) / MIB
             throughput[name] = 1000 * output_tokens(workload) / (prefill_ms + workload.output_tokens * decode_ms)
             latency[name] = decode_ms
         parameters = self.fixed.parameters + sum(cost.parameters for cost in costs)
         return AssemblyCost(parameters, architecture.num_experts, memory, throughput, latency)
 
-    def kv_bytes(self, window: int | None, workload: str) -> int:
-        """Cache bytes that one request of a workload leaves in one layer with this window."""
-        return next(cost.workloads[workload].kv_bytes for block, cost in self.blocks.items() if block.window == window)
+    def cache_bytes(self, window: int | None, workload: Workload) -> int:
+        """Cache bytes of all requests of a workload in one layer with this window, one prompt being read."""
+        row = next(cost.workloads[workload.name] for block, cost in self.blocks.items() if block.window == window)
+        return workload.concurrency * row.kv_bytes + row.prompt_kv_bytes
 
     def to_json(self) -> str:
         """The content of ``costs.json``."""
@@ -207,15 +213,29 @@ def expected_experts(num_experts: int, experts_per_token: int, num_tokens: float
     return num_experts * (1 - math.pow(1 - experts_per_token / num_experts, num_tokens))
 
 
-def layer_kv_bytes(shape: ModelShape, window: int | None, num_tokens: int, kv_cache: CacheDtype) -> int:
-    """KV cache of one request of ``num_tokens`` in one layer; a window keeps no more than its own length."""
-    kept = num_tokens if window is None else min(num_tokens, window)
-    return kept * shape.kv_elements * ELEMENT_BYTES[kv_cache]
+def layer_kv_bytes(
+    shape: ModelShape,
+    window: int | None,
+    num_tokens: int,
+    kv_cache: CacheDtype,
+    engine: TargetEngine = "moesaic",
+    step_tokens: int = 1,
+) -> int:
+    """KV cache of one request of ``num_tokens`` in one layer; ``moesaic`` allocates no more than is attended to."""
+    return held_tokens(engine, window, num_tokens, step_tokens) * shape.kv_elements * ELEMENT_BYTES[kv_cache]
 
 
 def request_kv_bytes(
-    shape: ModelShape, architecture: Architecture, num_tokens: int, kv_cache: CacheDtype, engine: TargetEngine
+    shape: ModelShape,
+    architecture: Architecture,
+    num_tokens: int,
+    kv_cache: CacheDtype,
+    engine: TargetEngine,
+    step_tokens: int = 1,
 ) -> int:
-    """KV cache of one request in all layers, as an engine allocates it."""
+    """KV cache of one request in all layers, as an engine allocates it for ``step_tokens`` of the request a step."""
     layers = paid_layers(engine, architecture.layouts)
-    return sum(layer_kv_bytes(shape, window, num_tokens, kv_cache) * count for window, count in layers.items())
+    return sum(
+        count * layer_kv_bytes(shape, window, num_tokens, kv_cache, engine, step_tokens)
+        for window, count in layers.items()
+    )

@@ -5,7 +5,8 @@ In process, and under ``moesaic``, weights are unpacked and every request in fli
     device = parameters * w + in_flight * kv(longest)
 
 An engine keeps a share of the packed weights on each of ``g`` GPUs. It takes in as many requests as its scheduler may
-run, and its cache holds; one of full length must fit, or it does not start (``moesaic.costs.throughput``)::
+run, and its cache holds; one of full length must fit, or it does not start. vLLM counts each with the tokens of a whole
+step (``moesaic.costs.throughput``, ``moesaic.costs.kv_allocator``)::
 
     device = (weights + expert padding) / g + min(limit, in_flight, room / kv(longest)) * kv(longest) / g
     room   = g (memory - overhead) - weights - expert padding
@@ -68,7 +69,7 @@ def generation(stage: str, facts: Facts, model: Architecture, asked: Requests) -
         return Generation({"weights, unpacked": weights, _cache(asked.in_flight): cache}, weights, asked.in_flight)
     target = replace(facts.target, num_gpus=asked.num_gpus)
     allocator: TargetEngine = "vllm" if asked.engine == "vllm" else target.engine
-    each = request_kv_bytes(facts.shape, model, asked.longest, asked.kv_cache, allocator)
+    each = request_kv_bytes(facts.shape, model, asked.longest, asked.kv_cache, allocator, target.table.chunk_tokens)
     room, usable = cache_room(target, model), target.table.memory_mib - target.table.overhead_mib
     requests = min(asked.in_flight, target.table.max_requests, int(max(0.0, room) / each))
     if not requests:

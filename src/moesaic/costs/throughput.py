@@ -10,9 +10,9 @@ libraries. ``expert_padding`` is by how much expert weights grow when the engine
 A request holds ``kv(s)`` bytes when it is ``s`` tokens long, unfilled groups of layers included, see
 ``moesaic.costs.kv_allocator``. Requests are at independent points of their lives, ``s`` even between input and input +
 output. Admitted is the largest whole number ``n`` whose cache fits with a margin of ``z`` standard deviations, so that
-preemption is rare::
+preemption is rare, and with what the one whose prompt is read holds beyond its windows::
 
-    n mean(kv) + z sqrt(n) std(kv) <= room,     n <= max_requests
+    n mean(kv) + z sqrt(n) std(kv) + prompt <= room,     n <= max_requests
 
 Many short requests are thus admitted by their average, a few long ones nearly by their full length. Throughput is that
 of ``n`` requests in steady state, see ``moesaic.costs.hardware``. Departure: no latency limit, and no request waits for
@@ -65,6 +65,15 @@ def kv_bytes_mean_and_std(target: Target, architecture: Architecture, workload: 
     return fmean(kv_bytes), pstdev(kv_bytes)
 
 
+def _prompt_kv_bytes(target: Target, architecture: Architecture, workload: Workload) -> int:
+    """What a request holds beyond its windows while its prompt is read."""
+    reading, read = (
+        request_kv_bytes(target.shape, architecture, workload.input_tokens, target.kv_cache, target.engine, tokens)
+        for tokens in (target.table.chunk_tokens, 1)
+    )
+    return reading - read
+
+
 def admitted(room_bytes: float, mean_bytes: float, std_bytes: float, max_requests: int) -> int:
     """The most requests that fit; the root of a quadratic in sqrt(n), rounded down."""
     if room_bytes <= 0:
@@ -91,7 +100,7 @@ def estimate_throughput(
     room = cache_room(target, architecture)
     mean, std = kv_bytes_mean_and_std(target, architecture, workload)
     limit = target.table.max_requests if max_requests is None else max_requests
-    requests = admitted(room, mean, std, limit)
+    requests = admitted(room - _prompt_kv_bytes(target, architecture, workload), mean, std, limit)
     if requests == 0:
         return Throughput(0, room, 0.0, 0.0, 0.0)
     runtime = target.model_runtime(architecture, workload.model_copy(update={"concurrency": requests}))

@@ -32,9 +32,10 @@ from moesaic.search.space import SearchSpace
 _MEASURED = 3
 """Assemblies that are run whole: the search's choice, greedy and uniform, or a near one where two of them are equal.
 
-With 16, the tiny reasoner's choice became one of 8 % less damage on the calibration tokens, whose child was 3.0 points
-[1.0, 5.3] worse at low effort before any training. So recipes measure and do not refine, until
-``benchmarks/refinement.py`` shows otherwise.
+``benchmarks/results/refinement_*`` has what 16 bring on three draws of the tiny reasoner's calibration sets: before any
+training +0.8 points [0.4, 1.2] over the search's choice, as much as measuring the 15 that follow it by their sums; on
+tokens that no choice had seen the damage was less in one draw, equal in one and more in one. So recipes measure and do
+not refine.
 """
 
 

@@ -32,7 +32,7 @@ class GroupedCache:
     engine: TargetEngine
     windows: Windows
     per_layer: Mapping[int | None, float]
-    """What one layer with this window takes."""
+    """What one layer with this window takes for all requests."""
 
     def used(self, choice: Choice) -> float:
         """What an assembly takes."""
@@ -226,7 +226,7 @@ def _memory_limit(library: BlockLibrary, workload: Workload, most: float) -> Lim
     name, fixed = f"memory of {workload.name}", library.costs.fixed.memory_bytes / MIB
 
     def kv_mib(window: int | None) -> float:
-        return workload.concurrency * library.costs.kv_bytes(window, workload.name) / MIB
+        return library.costs.cache_bytes(window, workload) / MIB
 
     if library.costs.engine in PER_LAYER:
         usage = library.table(lambda block: library.costs.blocks[block].memory_bytes / MIB + kv_mib(block.window))

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from images.build import cpu_index, fetch_wheels
@@ -30,6 +31,7 @@ from tests.recover import nemo_rl_environment
 
 HERE = Path(__file__).parent
 REGISTRY, VERSION = "localhost:5000", "0.1.0"
+PLAIN = ("--quiet", "--tls-verify=false")
 DEBIAN, PYTHON = "bookworm", "3.11"
 BASE, GPU_BASE = (f"localhost/moesaic/{name}:{DEBIAN}" for name in ("debian-python", "debian-torch"))
 PACKAGES = {
@@ -37,6 +39,8 @@ PACKAGES = {
     "postgres": "postgresql",
 }
 """Debian's, of the roots that images begin with."""
+WORKER = "nemo_rl.models.policy.workers.dtensor_policy_worker_v2.DTensorPolicyWorkerV2"
+"""Whose environment NeMo-RL's base has, and images/rl looks for."""
 SOURCES = {"RL": ("nemo_rl", "examples/converters"), "Automodel": ("nemo_automodel",)}
 """Of each checkout of NeMo-RL's, what is run."""
 
@@ -56,7 +60,7 @@ def build_base(context: Path) -> None:
     make_root("base", context)
     (context / "Containerfile").write_text("FROM scratch\nADD root.tar /\n")
     call("buildah", "build", "--quiet", "--tag", BASE, context)
-    call("buildah", "push", "--quiet", "--tls-verify=false", BASE, f"docker://{REGISTRY}/moesaic/base:{VERSION}")
+    call("buildah", "push", *PLAIN, BASE, f"docker://{REGISTRY}/moesaic/base:{VERSION}")
 
 
 def build_gpu_base(context: Path) -> None:
@@ -69,12 +73,15 @@ def build_gpu_base(context: Path) -> None:
     (context / "Containerfile").write_text(
         f"FROM {BASE}\nRUN --mount=type=bind,target=/context python3 -m pip install --quiet --no-index --no-deps"
         " --break-system-packages --root-user-action ignore /context/wheels/*.whl\n"
+        f"ENV NEMO_RL_VENV_DIR=/opt/ray_venvs\nRUN mkdir -p /opt/ray_venvs/{WORKER}/bin"
+        f" && ln -s /usr/bin/python3 /opt/ray_venvs/{WORKER}/bin/python\n"
     )
     call("buildah", "build", "--quiet", "--tag", GPU_BASE, context)
 
 
-def build_runtime(name: str, base: str) -> None:
+def build_runtime(name: str, _: Path) -> None:
     """One of the project's own images, as `make build-images` makes it."""
+    base = BASE if name == "cpu" else GPU_BASE
     where = ["--engine", "buildah", "--registry", REGISTRY, "--version", VERSION]
     if build_images([*where, "--only", name, "--base", f"{name}={base}", "--python", PYTHON]):
         raise SystemExit(1)
@@ -106,12 +113,11 @@ def build_nemo_rl(context: Path) -> None:
 
 BUILDERS = {
     "base": build_base,
-    "cpu": lambda _: build_runtime("cpu", BASE),
     "servers": build_servers,
     "postgres": build_postgres,
     "nemo-rl": build_nemo_rl,
     "gpu-base": build_gpu_base,
-    **{name: lambda _, name=name: build_runtime(name, GPU_BASE) for name in RUNTIMES if name != "cpu"},
+    **{name: partial(build_runtime, name) for name in RUNTIMES},
 }
 
 
@@ -127,18 +133,9 @@ def fetch(pins: list[str], context: Path) -> None:
 def build(name: str, context: Path) -> None:
     """Build and push, and leave nothing here: the registry has it."""
     image = f"{REGISTRY}/moesaic/{name}:{VERSION}"
-    call(
-        "buildah",
-        "build",
-        "--quiet",
-        "--tls-verify=false",
-        "--file",
-        HERE / f"{name}.Containerfile",
-        "--tag",
-        image,
-        context,
-    )
-    call("buildah", "push", "--quiet", "--tls-verify=false", image)
+    file = HERE / f"{name}.Containerfile"
+    call("buildah", "build", *PLAIN, "--file", file, "--tag", image, context)
+    call("buildah", "push", *PLAIN, image)
     call("buildah", "rmi", image)
 
 

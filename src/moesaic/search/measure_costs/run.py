@@ -31,7 +31,7 @@ from moesaic.models.families.family import ModelShape
 from moesaic.models.loading import choose_device
 from moesaic.search.library import check_storable, distinct_blocks
 from moesaic.search.measure_costs.block_timing import time_blocks
-from moesaic.search.measure_costs.engine_timing import time_in_engine
+from moesaic.search.measure_costs.engine_timing import STEP_TOKENS, time_in_engine
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 
 
@@ -142,8 +142,15 @@ def _table(
         workloads = {}
         for workload in config.workloads:
             runtime = runtimes[block][workload.name]
-            kv_bytes = layer_kv_bytes(shape, block.window, full_length(workload), config.kv_cache)
-            workloads[workload.name] = WorkloadCost(runtime.prefill_ms, runtime.decode_ms, kv_bytes)
+            kept, reading, read = (
+                layer_kv_bytes(shape, block.window, tokens, config.kv_cache, config.engine, step_tokens)
+                for tokens, step_tokens in (
+                    (full_length(workload), 1),
+                    (workload.input_tokens, STEP_TOKENS),
+                    (workload.input_tokens, 1),
+                )
+            )
+            workloads[workload.name] = WorkloadCost(runtime.prefill_ms, runtime.decode_ms, kept, reading - read)
         return BlockCost(block_parameters(shape, block), block_bytes(shape, block, packed), source, workloads)
 
     return CostTable(

@@ -14,10 +14,11 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.progress import track
 from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
+from moesaic.models.channel_orders import read_channels
 from moesaic.models.checkpoint import Checkpoint, layer_shards, modelling_files, write_checkpoint
 from moesaic.models.checkpoint_layout import companions
 from moesaic.models.safetensors_files import StoredTensor
-from moesaic.models.stage_outputs import read_channels, read_json, read_orders
+from moesaic.models.stage_outputs import read_json, read_orders
 from moesaic.search.prune_model.pruning import kept_channels, kept_experts, prune_stored
 from moesaic.search.prune_model.stage import PruneModelConfig
 

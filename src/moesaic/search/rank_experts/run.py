@@ -19,9 +19,9 @@ from moesaic.data.batches import Batch
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading
 from moesaic.models.architecture import Block
+from moesaic.models.channel_orders import CHANNELS
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.layers import DecoderLayer, down_norms
-from moesaic.models.stage_outputs import CHANNELS
 from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
 from moesaic.search.rank_experts.channels import order_channels, shuffle_channels
 from moesaic.search.rank_experts.ranking import LayerRanking, Tally, rank_randomly, rank_tallies, tally

@@ -14,9 +14,10 @@ from moesaic.core.files import write_text_atomically
 from moesaic.core.process_group import BatchShare, share
 from moesaic.core.progress import count_steps
 from moesaic.models.architecture import Block
+from moesaic.models.channel_orders import read_channels
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.layers import check_finite
-from moesaic.models.stage_outputs import read_channels, read_orders
+from moesaic.models.stage_outputs import read_orders
 from moesaic.search.library import check_storable, variants_of
 from moesaic.search.probing import Probes, embed, open_parent
 from moesaic.search.prune_model.pruning import kept_channels, kept_experts

@@ -29,7 +29,8 @@ _FOR_OTHERS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 """Keys of servers that run elsewhere; with the first, vLLM would ask its own clients for it."""
 _CACHE_ROOM = 2
 """The allocator pads groups of layers to equal counts, and blocks are taken whole."""
-_WIDEST_BYTES = 4
+_BYTES: Mapping[Precision, int] = {"bfloat16": 2, "float32": 4}
+"""Of one element of a KV cache that is not quantised."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def load(
     on_cpu, longest = vllm_environment().torch == "cpu", max(map(len, prompts), default=0) + max_tokens
     asked = {
         "arguments": [
-            *_arguments(bundle, longest * len(prompts), on_cpu),
+            *_arguments(bundle, longest * len(prompts), on_cpu, precision),
             *("--enforce-eager", "--dtype", precision),
         ],
         "prompts": [list(prompt) for prompt in prompts],
@@ -211,7 +212,7 @@ def _read(answer: dict[str, Any]) -> LoadedBundle:
     )
 
 
-def _arguments(bundle: Path, cache_tokens: int, on_cpu: bool) -> list[str]:
+def _arguments(bundle: Path, cache_tokens: int, on_cpu: bool, precision: Precision = "bfloat16") -> list[str]:
     """The bundle's own; on a CPU the cache's size is given, since a share of the machine's memory is too much there."""
     arguments = ["--model", str(bundle), *shlex.split((bundle / ARGUMENTS).read_text(), comments=True)]
     if not on_cpu:
@@ -219,5 +220,5 @@ def _arguments(bundle: Path, cache_tokens: int, on_cpu: bool) -> list[str]:
     config = json.loads((bundle / CONFIG).read_text())
     longest = int(arguments[arguments.index("--max-model-len") + 1])
     values = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"]
-    size = _CACHE_ROOM * _WIDEST_BYTES * values * max(cache_tokens, longest)
+    size = _CACHE_ROOM * _BYTES[precision] * values * max(cache_tokens, longest)
     return [*arguments, "--kv-cache-memory-bytes", str(size)]
