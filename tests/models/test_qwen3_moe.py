@@ -17,6 +17,7 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.families import PUBLISHED
 from moesaic.models.generation import Sampling, generate
+from moesaic.models.simulated_memory import SimulatedLayers, without_values
 from moesaic.models.whole_model import load_model
 from moesaic.search.prune_model import run as prune_model
 from moesaic.search.prune_model.stage import PruneModelConfig
@@ -162,7 +163,7 @@ def test_published_sizes_follow_from_shapes(name: str, parameters: int, active: 
     used = Architecture.of(Block(block.experts_per_token, 8, block.expert_width) for block in one.architecture.blocks)
     assert layout.num_parameters(one.shape, used) == pytest.approx(active, rel=0.02)
     layers = one.architecture.num_layers
-    assert request_kv_bytes(one.shape, one.architecture, 1, "bf16", "vllm") == layers * 2 * 4 * 128 * 2
+    assert request_kv_bytes(one.shape, one.architecture, 1, "bf16", "moesaic") == layers * 2 * 4 * 128 * 2
 
 
 @pytest.mark.parametrize(
@@ -203,3 +204,21 @@ def test_an_expert_that_is_missing_is_named(tiny_qwen3: Path, tmp_path: Path) ->
 def test_rope_without_yarn_has_no_factor(tiny_qwen3: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="yarn_factor is 4, but RoPE of this parent is 'default'"):
         prune(tiny_qwen3, MIXED, tmp_path, yarn_factor=4.0)
+
+
+@torch.no_grad()
+def test_a_layer_computes_in_bfloat16_and_without_values(tiny_qwen3: Path) -> None:
+    """Norms are then in bfloat16 too, as transformers has them; a simulated layer has the same shapes."""
+    checkpoint = Checkpoint.open(tiny_qwen3)
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        (hidden,) = loading.embed(checkpoint, [tokens(2, 40)], dtype)
+        block, rotary = loading.load_block(checkpoint, 0, dtype), loading.rotary(checkpoint, 40, dtype)
+        outputs.append(layers.attend(block, hidden, rotary, None))
+        assert layers.run_block(block, hidden, rotary, None).dtype == dtype
+    assert_near(outputs[1].float(), outputs[0], 0.02)
+    for on_gpu in (False, True):
+        with without_values(on_gpu):
+            simulated = SimulatedLayers(checkpoint.shape, checkpoint.architecture, False, "bfloat16", on_gpu)
+            states = layers.run_block(simulated.load(0), simulated.states(2, 40), simulated.rotary(40), None)
+            assert states.shape == (2, 40, 64)

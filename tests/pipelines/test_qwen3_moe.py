@@ -9,6 +9,9 @@ import pytest
 from moesaic.core.errors import ConfigError
 from moesaic.core.workbench import Workbench
 from moesaic.costs.block_costs import CostTable
+from moesaic.costs.facts import Facts, PipelineTask
+from moesaic.costs.hardware import Target
+from moesaic.costs.hardware_tables import read_table
 from moesaic.costs.workload import Workload
 from moesaic.data.sets import DataSets
 from moesaic.deploy.export_engine import run as export_engine
@@ -17,9 +20,11 @@ from moesaic.method import search
 from moesaic.models import layout
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.families import PUBLISHED
 from moesaic.models.families.qwen3_moe import QWEN3_MOE
 from moesaic.pipelines import example
 from moesaic.pipelines.recipes import find_recipe
+from moesaic.platform.planning import needs_of
 from moesaic.search.measure_costs import run as measure_costs
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.space import SearchSpace
@@ -95,3 +100,13 @@ def test_blocks_and_the_rest_are_timed(parent: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(parent)
     assert len(costs.blocks) == 4
     assert costs.evaluate(costs.parent).parameters == layout.num_parameters(checkpoint.shape, checkpoint.architecture)
+
+
+def test_a_plan_refuses_what_no_gpu_could_run() -> None:
+    model, recipe = PUBLISHED["Qwen3-30B-A3B"], find_recipe("gpt_oss_120b_h100x8")
+    target = Target(read_table("h100"), model.shape, 8, "bf16", "vllm")
+    facts = Facts(model.shape, model.architecture, False, model.architecture, target)
+    refused = {"distill": (recipe.distill, "distill_on_gpus"), "reinforce": (recipe.policies[0], "nemo_rl")}
+    for stage, (config, program) in refused.items():
+        with pytest.raises(ConfigError, match=f"{program} cannot run models of the family Qwen3-MoE"):
+            needs_of(PipelineTask(stage, stage, config, ()), facts, ({"parent": 1},))

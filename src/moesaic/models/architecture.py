@@ -89,7 +89,7 @@ class Block:
         return "/".join(axis.label.format(axis.text(value)) for axis, value in pairs)
 
     def as_config(self) -> dict[str, int | None]:
-        """The entry this block has in a ``gpt_oss_puzzle`` config's ``block_configs``."""
+        """The entry this block has in ``block_configs`` of a child's config."""
         return {axis.key: value for axis, value in zip(AXES.values(), self.values, strict=True)}
 
     @classmethod

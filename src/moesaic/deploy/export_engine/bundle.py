@@ -70,7 +70,7 @@ def check_servable(child: Checkpoint, config: ExportEngineConfig) -> None:
         ArtifactError: if the model has constants that the engine does not take.
     """
     family, positions, longest = child.shape.family, child.shape.max_positions, config.max_seq_len
-    for program in (config.target, *(["fp8_cache"] if config.kv_cache != "bf16" else [])):
+    for program in config.programs:
         family.check_adapter(program)
     if longest is not None and longest > positions:
         raise ConfigError(f"max_seq_len {longest} is more than the model's {positions} positions; lower it")

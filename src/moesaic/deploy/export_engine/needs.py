@@ -11,8 +11,13 @@ def needs(task: PipelineTask[ExportEngineConfig], facts: Facts, inputs: Sequence
     """Links what it does not change, and hashes all of it; folding writes attention anew.
 
     Memory: one layer's attention; with ``compare_outputs`` the model twice, unpacked.
+
+    Raises:
+        ConfigError: if the engine cannot serve the family.
     """
     config, model = task.config, model_of(facts, inputs[0])
+    for program in config.programs:
+        facts.shape.family.check_adapter(program)
     folds = config.target == "tensorrt_llm" and config.kv_cache == "fp8"
     made = retrained(inputs[0], task.name, ["attention"]) if folds else inputs[0]
     size = sum(inputs[0].values())

@@ -36,6 +36,12 @@ class ExportEngineConfig(Config):
     compare_outputs: bool = True
     """Load child and bundle whole and compare their logits; False where they do not fit into memory twice."""
 
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """What must have code for the model's family, as :meth:`~moesaic.models.families.family.Family.check_adapter`
+        names it."""
+        return (self.target,) if self.kv_cache == "bf16" else (self.target, "fp8_cache")
+
     @model_validator(mode="after")
     def _servable(self) -> Self:
         if self.max_num_tokens < self.max_batch_size:

@@ -36,8 +36,13 @@ def needs(task: PipelineTask[DistillConfig], facts: Facts, inputs: Sequence[Shar
 
     Memory: :func:`gpu_memory`. Only what learns has gradients and optimiser state. Reads the traces as well as both
     models.
+
+    Raises:
+        ConfigError: if there is no model class of the family for GPUs.
     """
     config = task.config
+    if config.steps and facts.target:
+        facts.shape.family.check_adapter("distill_on_gpus")
     tokens = config.steps * config.rows_per_step * config.sequence_tokens
     trainable = trainable_parameters(facts, config.trainable)
     made = retrained(inputs[0], task.name, config.trainable) if config.steps else inputs[0]

@@ -25,8 +25,13 @@ def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Sh
     """Replies = steps * prompts_per_step * generations_per_prompt: generated, then learnt from in one pass.
 
     Memory of one process: see :func:`policy_memory`.
+
+    Raises:
+        ConfigError: if NeMo-RL cannot train the family.
     """
     config = task.config
+    if config.steps and config.engine == "nemo_rl":
+        facts.shape.family.check_adapter("nemo_rl")
     replies = config.steps * config.prompts_per_step * config.generations_per_prompt
     mean = reply_tokens(facts, config.max_new_tokens)
     length = facts.assumed.prompt_tokens + mean
