@@ -108,7 +108,7 @@ def assert_same_row(found: dict[str, float], expected: dict[str, float]) -> None
 
 def test_training_brings_the_child_closer_to_its_parent(trained: tuple[Path, dict[str, float]]) -> None:
     output, metrics = trained
-    assert metrics["held_out_loss"] < 0.9 * metrics["held_out_loss_before"]
+    assert metrics["held_out_loss"] < 0.95 * metrics["held_out_loss_before"]
     assert metrics["held_out_kl"] < metrics["held_out_kl_before"]
     curve = read_curve(output / "training.jsonl")
     assert [row["step"] for row in curve] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
