@@ -170,6 +170,7 @@ def write_vllm_plugin(output: Path, family: Family) -> Path:
     """Write vLLM's plugin into a new folder of ``output``; with that on ``PYTHONPATH`` an engine finds it."""
     package = output / vllm.PLUGIN / vllm.package(family)
     _copy_tree(BUNDLED / vllm.PLUGIN / package.name, package)
+    shutil.copyfile(BUNDLED / vllm.PLUGIN / vllm.SHARED, package / vllm.SHARED)
     _copy_config_class(family, package)
     write_files(output, vllm.installed_plugin(family))
     return package.parent

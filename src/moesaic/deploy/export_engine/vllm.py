@@ -16,6 +16,8 @@ from moesaic.models.families.family import Family
 VERSIONS = ">=0.29,<0.34"
 PLUGIN = "vllm_plugin"
 """The folder of the plugin; with it on ``PYTHONPATH`` the engine finds it, and nothing is installed."""
+SHARED = "engine_checks.py"
+"""The module that the plugins of all families have."""
 ARGUMENTS = "serve.args"
 
 

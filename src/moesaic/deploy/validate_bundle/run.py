@@ -9,6 +9,7 @@ import torch
 from moesaic.core.config import Effort
 from moesaic.core.errors import ArtifactError
 from moesaic.core.progress import track
+from moesaic.costs.facts import WIDTH
 from moesaic.data.chat import load_tokenizer
 from moesaic.data.problems import read_problems, render_prompt, spread_over_tasks
 from moesaic.deploy.engines.vllm.engine import LoadedBundle, LoadedLayer, load
@@ -124,7 +125,6 @@ def _wrong_layers(
     config: ValidateBundleConfig, manifest: BundleManifest, layers: Sequence[LoadedLayer]
 ) -> Iterator[str]:
     """Every layer that is not as the manifest says, in words."""
-    unquantised_bytes = getattr(torch, config.engine_precision).itemsize
     if len(layers) != len(manifest.layers):
         yield f"the engine has {len(layers)} layers, the bundle {len(manifest.layers)}"
         return
@@ -134,7 +134,7 @@ def _wrong_layers(
             num_experts_per_tok=wanted.num_experts_per_tok,
             intermediate_size=wanted.intermediate_size,
             sliding_window=wanted.sliding_window,
-            cache_bytes=unquantised_bytes if manifest.kv_cache.kind == "bf16" else 1,
+            cache_bytes=WIDTH[config.engine_precision] if manifest.kv_cache.kind == "bf16" else 1,
             key_scale=wanted.key_scale or 1.0,
             value_scale=wanted.value_scale or 1.0,
         )

@@ -19,9 +19,6 @@ from moesaic.core.redaction import holds_password, names_secret
 
 Quantity = Annotated[str, BeforeValidator(str), Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[KMGT]i?|P)?$")]
 """Kubernetes' form: ``8``, ``500m``, ``64Gi``."""
-_SCALES = {"m": 1e-3, "": 1.0} | {
-    f"{letter}{i}": base**power for i, base in (("", 1000.0), ("i", 1024.0)) for power, letter in enumerate("KMGTP", 1)
-}
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """The name of a Kubernetes object."""
 QueueName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
@@ -78,16 +75,13 @@ class Node(Config):
 
     @model_validator(mode="after")
     def _limits_hold_what_is_asked_for(self) -> Self:
+        from kubernetes.utils.quantity import parse_quantity  # takes a while to import
+
         for what in ("cpu", "memory"):
             asked, limit = getattr(self, what), getattr(self, f"{what}_limit")
-            if limit is not None and _amount(limit) < _amount(asked):
+            if limit is not None and parse_quantity(limit) < parse_quantity(asked):
                 raise ValueError(f"{what}_limit {limit} is less than {what} {asked}, which is asked for; raise it")
         return self
-
-
-def _amount(quantity: str) -> float:
-    digits = quantity.rstrip("mkKMGTPi")
-    return float(digits) * _SCALES[quantity.removeprefix(digits).replace("k", "K")]
 
 
 class SecretVariables(Config):

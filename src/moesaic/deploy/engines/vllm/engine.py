@@ -13,6 +13,7 @@ from moesaic.core.child_processes import last_lines, tethered
 from moesaic.core.config import Precision
 from moesaic.core.errors import ArtifactError, StageError
 from moesaic.core.own_environment import own_variables
+from moesaic.costs.facts import WIDTH
 from moesaic.deploy.engines.vllm.environment import vllm_environment
 from moesaic.deploy.export_engine.vllm import ARGUMENTS, PLUGIN
 from moesaic.models.resolved_config import CONFIG
@@ -29,8 +30,6 @@ _FOR_OTHERS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 """Keys of servers that run elsewhere; with the first, vLLM would ask its own clients for it."""
 _CACHE_ROOM = 2
 """The allocator pads groups of layers to equal counts, and blocks are taken whole."""
-_BYTES: Mapping[Precision, int] = {"bfloat16": 2, "float32": 4}
-"""Of one element of a KV cache that is not quantised."""
 
 
 @dataclass(frozen=True)
@@ -220,5 +219,5 @@ def _arguments(bundle: Path, cache_tokens: int, on_cpu: bool, precision: Precisi
     config = json.loads((bundle / CONFIG).read_text())
     longest = int(arguments[arguments.index("--max-model-len") + 1])
     values = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"]
-    size = _CACHE_ROOM * _BYTES[precision] * values * max(cache_tokens, longest)
+    size = _CACHE_ROOM * WIDTH[precision] * values * max(cache_tokens, longest)
     return [*arguments, "--kv-cache-memory-bytes", str(size)]

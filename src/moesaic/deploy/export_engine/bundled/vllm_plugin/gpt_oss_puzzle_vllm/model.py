@@ -27,6 +27,8 @@ from vllm.model_executor.models.gpt_oss import GptOssForCausalLM, GptOssModel, O
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index, maybe_prefix
 from vllm.v1.attention.backend import AttentionType
 
+from .engine_checks import check_expert_ranks
+
 _SCALES = (".k_scale", ".v_scale")
 _NOT_STORED = (".q_scale", ".prob_scale")
 """Parameters that the engine makes for itself."""
@@ -173,7 +175,7 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         nn.Module.__init__(self)  # the engine's own __init__ would build layers that are all alike
         self.vllm_config = vllm_config
         self.config = vllm_config.model_config.hf_config
-        _check(self.config, vllm_config.parallel_config)
+        check_expert_ranks(self.config, vllm_config.parallel_config)
         self.model = GptOssPuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
@@ -190,13 +192,3 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         if self.vllm_config.load_config.load_format != "dummy":
             self.model.check_names()
         return loaded
-
-
-def _check(config: Any, parallel: Any) -> None:
-    """Every rank of expert parallelism must get the same number of a layer's experts."""
-    if not parallel.enable_expert_parallel:
-        return
-    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-    counts = {block["num_local_experts"] for block in config.block_configs}
-    if uneven := sorted(count for count in counts if count % num_ranks):
-        raise ValueError(f"{num_ranks} expert-parallel ranks do not divide the {uneven[0]} experts of some layers")

@@ -18,6 +18,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM, Qwen3MoeModel
 from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
 
+from .engine_checks import check_expert_ranks
+
 Shape = tuple[int, ...]
 
 
@@ -40,7 +42,7 @@ class Qwen3MoePuzzleForCausalLM(Qwen3MoeForCausalLM):
         nn.Module.__init__(self)  # the engine's own __init__ would build layers that are all alike
         self.vllm_config = vllm_config
         self.config, self.quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
-        _check(self.config, vllm_config.parallel_config)
+        check_expert_ranks(self.config, vllm_config.parallel_config)
         self.model = Qwen3MoeModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), decoder_layer_type=Qwen3MoePuzzleLayer
         )
@@ -99,13 +101,3 @@ def _of_right_shape(weights: Iterable[tuple[str, Tensor]], missing: dict[str, Sh
             asked = f"the config asks for {shape}" if shape else "this model has no such weight"
             raise ValueError(f"{name} has shape {tuple(weight.shape)}; {asked}")
         yield name, weight
-
-
-def _check(config: Any, parallel: Any) -> None:
-    """Every rank of expert parallelism must get the same number of a layer's experts."""
-    if not parallel.enable_expert_parallel:
-        return
-    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-    counts = {block["num_local_experts"] for block in config.block_configs}
-    if uneven := sorted(count for count in counts if count % num_ranks):
-        raise ValueError(f"{num_ranks} expert-parallel ranks do not divide the {uneven[0]} experts of some layers")
