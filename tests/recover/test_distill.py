@@ -35,7 +35,7 @@ CONFIG = DistillConfig(
     rows_per_step=4,
     rows_per_forward=1,
     steps=6,
-    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=1),
     evaluate_every_steps=4,
     checkpoint_every_steps=2,
     precision="float32",
@@ -108,12 +108,12 @@ def assert_same_row(found: dict[str, float], expected: dict[str, float]) -> None
 
 def test_training_brings_the_child_closer_to_its_parent(trained: tuple[Path, dict[str, float]]) -> None:
     output, metrics = trained
-    assert metrics["held_out_loss"] < 0.95 * metrics["held_out_loss_before"]
+    assert metrics["held_out_loss"] < 0.9 * metrics["held_out_loss_before"]
     assert metrics["held_out_kl"] < metrics["held_out_kl_before"]
     curve = read_curve(output / "training.jsonl")
     assert [row["step"] for row in curve] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
     assert metrics["loss"] == curve[-2]["loss"]
-    assert curve[-2]["learning_rate"] == pytest.approx(3e-4)
+    assert curve[-2]["learning_rate"] == pytest.approx(2e-4)
     assert metrics["training_traces_left_out"] == 0
 
 
