@@ -41,12 +41,12 @@ not refine.
 
 def tiny_cpu() -> Recipe:
     """The tiny reasoner of ``examples/`` on two CPU cores, search and recovery, in minutes."""
-    space = SearchSpace(expert_counts=(16, 14, 12, 10, 8, 6, 4), windows=(256, 128, 64, 32))
+    space = SearchSpace(expert_counts=(16, 14, 12, 10, 8, 6, 4), expert_widths=(32,), windows=(256, 128, 64, 32))
     long = Workload(name="long", input_tokens=2048, output_tokens=64, concurrency=4)
     short = Workload(name="short", input_tokens=128, output_tokens=128, concurrency=4)
     search = SearchArchitectureConfig(
         limits={"long": Limits(memory_ratio=0.45, throughput_ratio=1.1), "short": Limits(memory_ratio=0.85)},
-        max_experts_ratio=0.65,
+        max_parameters_ratio=0.69,
         min_windowed_share=1 / 3,
         random_seeds=(0,),
     )
@@ -59,7 +59,7 @@ def tiny_cpu() -> Recipe:
         score_blocks=scores,
         measure_costs=MeasureCostsConfig(space=space, workloads=(long, short), repeats=3),
         search_architecture=search,
-        earlier_search_architecture=search.but(limits=gentler, max_experts_ratio=0.85, min_windowed_share=0.0),
+        earlier_search_architecture=search.but(limits=gentler, max_parameters_ratio=0.86, min_windowed_share=0.0),
         refine_architecture=RefineArchitectureConfig.like(scores, evaluations=_MEASURED),
         generate_traces=GenerateTracesConfig(max_prompts=1200, max_new_tokens=128),
         distill_blocks=DistillBlocksConfig(),
