@@ -41,7 +41,7 @@ not refine.
 
 def tiny_cpu() -> Recipe:
     """The tiny reasoner of ``examples/`` on two CPU cores, search and recovery, in minutes."""
-    space = SearchSpace(expert_counts=(16, 14, 12, 10, 8, 6, 4), expert_widths=(32,), windows=(256, 128, 64, 32))
+    space = SearchSpace(expert_counts=(16, 12, 10, 8, 6), expert_widths=(32,), windows=(128, 32))
     long = Workload(name="long", input_tokens=2048, output_tokens=64, concurrency=4)
     short = Workload(name="short", input_tokens=128, output_tokens=128, concurrency=4)
     search = SearchArchitectureConfig(
