@@ -36,7 +36,7 @@ from moesaic.pipelines import compiled, find_pipeline
 from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.planning import Planned, assume_child, plan, simulation, totals
+from moesaic.platform.planning import Planned, assume_child, plan, totals
 from moesaic.platform.planning.devices import check_devices
 from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
@@ -409,9 +409,12 @@ def test_plan_tells_what_a_simulated_step_takes(
 ) -> None:
     """The simulations themselves have tests of their own."""
     like = ["plan", "compress", "--recipe", "gpt_oss_120b_h100x8", "--like", "gpt-oss-120b", "--simulate"]
-    monkeypatch.setattr(simulation, "STREAMED", ())
+    for stage in ("rank_experts", "score_blocks", "refine_architecture"):
+        monkeypatch.setattr(f"moesaic.search.{stage}.needs.simulate", lambda *_: None)
+    monkeypatch.setattr("moesaic.recover.calibrate_kv.needs.simulate", lambda *_: None)
     for peak, status in ((60 * GIB, 0), (75 * GIB, 2)):
-        monkeypatch.setattr(simulation, "simulated_peak", lambda *_, peak=peak: Peak({"weights": peak - 1, "rest": 1}))
+        parts = {"weights": peak - 1, "rest": 1}
+        monkeypatch.setattr("moesaic.recover.distill.needs.simulated_peak", lambda *_, parts=parts: Peak(parts))
         assert main(like) == status
     shown = capsys.readouterr()
     assert "- distill, simulated: 60.0 GiB: weights 60.0 GiB, rest 0.0 MiB" in " ".join(shown.out.split())

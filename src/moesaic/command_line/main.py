@@ -71,22 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="server to measure through (the recipe's; moesaic where vLLM cannot be installed)",
     )
 
-    stage = commands.add_parser("stage", help="run one stage on directories, without Kubeflow")
-    stage.set_defaults(command=_stage)
-    stage.add_argument("name", help="name of a stage, such as rank_experts")
-    stage.add_argument("config", help="its config: JSON, or a file that holds it; '{}' for the defaults")
-    stage.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="an input directory; repeat it for every input, and for every member of a list",
-    )
-    stage.add_argument("--output", type=Path, required=True, help="directory to make")
-    stage.add_argument(
-        "--store", type=parse_address, help="directory or s3://bucket/prefix of the store, where an input is a manifest"
-    )
-
+    _add_stage(commands)
     add_prepare_command(commands)
 
     inspect = commands.add_parser("inspect", help="sizes and layout of a checkpoint, from its headers alone")
@@ -114,6 +99,24 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed and usable here, and what to do about the rest")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_stage(commands: Any) -> None:
+    stage = commands.add_parser("stage", help="run one stage on directories, without Kubeflow")
+    stage.set_defaults(command=_stage)
+    stage.add_argument("name", help="name of a stage, such as rank_experts")
+    stage.add_argument("config", help="its config: JSON, or a file that holds it; '{}' for the defaults")
+    stage.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an input directory; repeat it for every input, and for every member of a list",
+    )
+    stage.add_argument("--output", type=Path, required=True, help="directory to make")
+    stage.add_argument(
+        "--store", type=parse_address, help="directory or s3://bucket/prefix of the store, where an input is a manifest"
+    )
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:

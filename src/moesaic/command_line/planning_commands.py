@@ -26,7 +26,6 @@ from moesaic.recover.distill.needs import (
     check_nodes,
     fewest_nodes,
 )
-from moesaic.recover.distill.stage import DistillConfig
 from moesaic.recover.reinforce.needs import policy_memory
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
@@ -139,13 +138,13 @@ def _training_nodes(options: argparse.Namespace, tasks: Iterable[PipelineTask[Co
         InfeasibleError: if a distillation does not fit, saying what would.
         ConfigError: if its rows cannot be shared.
     """
-    distillations = _distillations(tasks)
+    distillations = _training("distill", tasks)
     if options.nodes is not None:
         for config in distillations:
             check_nodes(config, facts, options.nodes)
         return int(options.nodes)
     nodes = max((fewest_nodes(config, facts) for config in distillations), default=1)
-    policies = [task.config for task in tasks if isinstance(task.config, ReinforceConfig) and task.config.steps]
+    policies = _training("reinforce", tasks)
     while any(_is_too_large(policy, facts, nodes) for policy in policies):
         more = 2 * nodes
         if any(config.rows_per_step % (more * GPUS_PER_NODE * config.rows_per_forward) for config in distillations):
@@ -159,9 +158,9 @@ def _is_too_large(policy: ReinforceConfig, facts: Facts, nodes: int) -> bool:
     return sum(memory.values()) > room_bytes(facts)
 
 
-def _distillations(tasks: Iterable[PipelineTask[Config]]) -> list[DistillConfig]:
-    """The different configs of the pipeline's distillations that train."""
-    configs = [task.config for task in tasks if isinstance(task.config, DistillConfig) and task.config.steps]
+def _training(stage: str, tasks: Iterable[PipelineTask[Any]]) -> list[Any]:
+    """The different configs of a stage's tasks that train."""
+    configs = [task.config for task in tasks if task.stage == stage and task.config.steps]
     return list({config.to_json(): config for config in configs}.values())
 
 

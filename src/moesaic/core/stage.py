@@ -1,8 +1,8 @@
 """What a stage says of itself: its name, its config, what it takes and hands on. Its room holds the rest.
 
 A stage is a folder ``moesaic/<ring>/<name>`` with ``stage.py`` (config and declaration, imports nothing heavy),
-``run.py`` (the function on files), ``needs.py`` (bytes, memory and time that it takes, for ``moesaic plan``; absent
-where it reads and writes small files only) and its mathematics in modules beside them.
+``run.py`` (the function on files), ``needs.py`` (bytes, memory and time that it takes, and where it can run, for
+``moesaic plan``; absent where it reads and writes small files only) and its mathematics in modules beside them.
 """
 
 import sys
@@ -112,10 +112,15 @@ class Stage:
         function: Callable[..., Metrics] = import_module(f"{self.room}.run").run
         return function
 
-    @property
-    def needs(self) -> Callable[..., Any] | None:
-        """What a run of it takes, see :class:`moesaic.costs.facts.Needs`; None for small files only."""
+    def planned_by(self, name: str) -> Callable[..., Any] | None:
+        """A function of its ``needs.py``; None if it has none of that name.
+
+        ``needs``: what a run of it takes, :class:`moesaic.costs.facts.Needs`; without one it takes small files only.
+        ``check_placement``: whether it runs where a cluster puts it, :class:`moesaic.costs.facts.Placement`.
+        ``simulate``: what it holds on a device at its peak, found by running it on tensors without values.
+        ``check_memory``: whether a device has room for so many bytes, for a stage that knows best what would fit.
+        """
         if find_spec(f"{self.room}.needs") is None:
             return None
-        function: Callable[..., Any] = import_module(f"{self.room}.needs").needs
+        function: Callable[..., Any] | None = getattr(import_module(f"{self.room}.needs"), name, None)
         return function

@@ -7,7 +7,7 @@ has one key and counts once.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from moesaic.core.config import Config
 from moesaic.costs.block_costs import block_bytes, block_parameters, outer_bytes
@@ -72,6 +72,23 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a cluster profile puts a stage."""
+
+    stage: str
+    num_gpus: int
+    """Of all nodes that its engine has."""
+    num_processes: int
+    """Of its engine: one on each GPU, or one on each node without."""
+    on_job: bool
+    """Whether its engine has the nodes of a job."""
+    has_tensorrt_llm: bool
+    """Whether TensorRT-LLM is in the image."""
+    exports: tuple[Any, ...] = ()
+    """Configs of the pipeline's ``export_engine``."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """Bytes, memory and GPU time that one task needs."""
 
@@ -91,6 +108,12 @@ class Needs:
     """What the other numbers follow from, by name."""
     made: ShardSizes = field(default_factory=dict)
     """The shards of the checkpoint that the task writes."""
+    smaller: tuple[str, ...] = ()
+    """Config keys of which less makes it smaller on a device."""
+    on_more_nodes: bool = False
+    """Whether a device holds less of it when there are more."""
+    instead: str = "an engine on more GPUs, which keeps experts packed"
+    """What fits where no key makes it smaller."""
 
     @property
     def device_bytes(self) -> float:

@@ -20,4 +20,5 @@ def needs(task: PipelineTask[ValidateBundleConfig], facts: Facts, inputs: Sequen
         read_bytes=2 * size,
         device={"reference, unpacked": reference} if reference > share else {"weights": share},
         host_bytes=reference if target else 0,
+        instead="compare_replies false: the reference is the whole model, unpacked, on one device",
     )

@@ -34,4 +34,5 @@ def needs(task: PipelineTask[BenchmarkConfig], facts: Facts, inputs: Sequence[Sh
         else {"both models": sum(resident(facts, model, config.precision) for model in (facts.parent, facts.child))},
         gpu_ms=ms,
         counts={"points": len(loads)},
+        instead="by_block true: a layer at a time",
     )

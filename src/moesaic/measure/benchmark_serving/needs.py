@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from moesaic.core.config import EmulatedCache
-from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of
+from moesaic.costs.facts import Facts, Needs, PipelineTask, Placement, ShardSizes, model_of
 from moesaic.costs.generation import Requests, generation
 from moesaic.costs.workload import Workload
+from moesaic.deploy.engines.needs import check_engine
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
 
 
@@ -45,6 +46,12 @@ def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequ
             "requests": 2 * config.repeats * rounds * sum(each.concurrency for each in loads),
         },
     )
+
+
+def check_placement(config: BenchmarkServingConfig, placement: Placement) -> None:
+    """Raise ConfigError if the engine cannot serve the pipeline's bundles there."""
+    for bundle in placement.exports:
+        check_engine(config.engine, bundle, placement)
 
 
 def _requests(config: BenchmarkServingConfig, facts: Facts, load: Workload, kv_cache: EmulatedCache) -> Requests:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of, reply_tokens
+from moesaic.costs.facts import Facts, Needs, PipelineTask, Placement, ShardSizes, model_of, reply_tokens
 from moesaic.costs.generation import generation
 from moesaic.costs.times import generate_ms
-from moesaic.deploy.engines.needs import requests_of
+from moesaic.deploy.engines.needs import check_engine, requests_of
 from moesaic.measure.evaluate.stage import EvaluateConfig
 
 
@@ -22,3 +22,9 @@ def needs(task: PipelineTask[EvaluateConfig], facts: Facts, inputs: Sequence[Sha
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )
+
+
+def check_placement(config: EvaluateConfig, placement: Placement) -> None:
+    """Raise ConfigError if the engine that replies cannot run there."""
+    if config.bundle:
+        check_engine(config.engine, config.bundle, placement)

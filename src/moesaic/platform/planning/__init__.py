@@ -14,7 +14,7 @@ from moesaic.core.config import Config
 from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of
 from moesaic.models.architecture import Architecture
 from moesaic.models.families import PUBLISHED
-from moesaic.platform.planning.simulation import simulated
+from moesaic.models.peak import Peak
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 from moesaic.stages import find_stage
 
@@ -89,7 +89,7 @@ def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts, *, simulate: bool 
     for task in tasks:
         inputs = tuple(made[name] for name in task.models)
         needs = needs_of(task, facts, inputs)
-        peak = simulated(task, facts, model_of(facts, inputs[0])) if simulate and inputs else None
+        peak = _simulated(task, facts, inputs[0]) if simulate and inputs else None
         if peak is not None:
             needs = replace(needs, device=peak.parts)
         made[task.name] = needs.made
@@ -102,9 +102,20 @@ def plan(tasks: Iterable[PipelineTask[Config]], facts: Facts, *, simulate: bool 
 
 def needs_of(task: PipelineTask[Config], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """What a task needs by the formulas of its stage."""
-    formulas = find_stage(task.stage).needs
+    formulas = find_stage(task.stage).planned_by("needs")
     needs: Needs = formulas(task, facts, inputs) if formulas else Needs()
     return needs
+
+
+def _simulated(task: PipelineTask[Config], facts: Facts, model: ShardSizes) -> Peak | None:
+    """What the task holds on a device at its peak, by its stage's own simulation; None if it has none.
+
+    Generation by an engine, reinforcement and the benchmarks have none: a plan has their memory by formulas, the
+    engines' own where there are some. The first simulation of a kind takes a minute.
+    """
+    run = find_stage(task.stage).planned_by("simulate")
+    peak: Peak | None = run(task, facts, model_of(facts, model)) if run else None
+    return peak
 
 
 def totals(planned: Sequence[Planned]) -> dict[str, float | None]:

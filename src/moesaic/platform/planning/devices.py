@@ -6,35 +6,18 @@ from dataclasses import replace
 from moesaic.core.errors import InfeasibleError, MoesaicError
 from moesaic.costs.facts import Facts, Needs, room_bytes
 from moesaic.platform.planning import Planned, needs_of
-from moesaic.recover.distill.needs import GPUS_PER_NODE, MOST_NODES, check_memory
-from moesaic.recover.distill.stage import DistillConfig
-from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.recover.distill.needs import GPUS_PER_NODE, MOST_NODES
+from moesaic.stages import STAGES, find_stage
 
 MIB, GIB = 2**20, 2**30
 STATE_SHARE = 0.5
 """The share of a GPU's memory that hidden states take, if there are so many, as ``moesaic.models.streaming`` has it."""
-_SMALLER = {
-    "rank_experts": ("batch_tokens", "max_tokens"),
-    "calibrate_kv": ("batch_tokens", "max_tokens"),
-    "score_blocks": ("variants_per_batch", "batch_tokens", "max_long_tokens"),
-    "refine_architecture": ("assemblies_per_round", "batch_tokens", "max_long_tokens"),
-    "reinforce": ("max_new_tokens",),
-    "distill_blocks": ("layers_in_parallel",),
-}
-"""Keys that make a stage smaller on a device."""
-_INSTEAD = {
-    "validate_bundle": "compare_replies false: the reference is the whole model, unpacked, on one device",
-    "benchmark": "by_block true: a layer at a time",
-}
-_ENGINE = "an engine on more GPUs, which keeps experts packed"
 _FEWEST_TOKENS = 1024
 """Of what is tried."""
 
 
 def by_stage(planned: Sequence[Planned]) -> dict[str, list[Planned]]:
     """The tasks that need any resources, by stage in the method's order."""
-    from moesaic.stages import STAGES
-
     tasks = {stage: [one for one in planned if one.task.stage == stage] for stage in STAGES}
     return {stage: members for stage, members in tasks.items() if any(one.needs.takes_something for one in members)}
 
@@ -55,7 +38,7 @@ def check_devices(planned: Sequence[Planned], facts: Facts) -> None:
     for one in largest_by_stage(planned):
         if (needed := _on_a_gpu(one.needs, facts)) <= room:
             continue
-        if isinstance(one.task.config, DistillConfig):
+        if check_memory := find_stage(one.task.stage).planned_by("check_memory"):
             check_memory(needed, one.task.config, facts, facts.training_gpus // GPUS_PER_NODE)
         too_large.append(
             f"{one.task.stage} takes {needed / GIB:.1f} GiB on a GPU, where {room / GIB:.1f} are to be had; what fits: "
@@ -72,11 +55,10 @@ def _on_a_gpu(needs: Needs, facts: Facts) -> float:
 
 def _what_fits(one: Planned, facts: Facts) -> str:
     """For each key that makes a stage smaller the first of its halves that fits, by the formulas."""
-    keys = _SMALLER.get(one.task.stage)
-    if keys is None:
-        return _INSTEAD.get(one.task.stage, _ENGINE)
+    if not (keys := one.needs.smaller):
+        return one.needs.instead
     found = [f"{key} {value}" for key in keys if (value := _fitting(key, one, facts))]
-    if isinstance(one.task.config, ReinforceConfig) and (nodes := _fitting_nodes(one, facts)):
+    if one.needs.on_more_nodes and (nodes := _fitting_nodes(one, facts)):
         found.append(f"{nodes} nodes")
     return " or ".join(found) or f"a smaller model; none of {', '.join(keys)} is enough alone"
 

@@ -18,7 +18,8 @@ from moesaic.costs.facts import (
     unpacked_layer,
 )
 from moesaic.costs.times import forward_ms
-from moesaic.models.peak import BATCH, LAYERS
+from moesaic.models.architecture import Architecture
+from moesaic.models.peak import BATCH, LAYERS, Peak
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 
 
@@ -42,4 +43,12 @@ def needs(task: PipelineTask[CalibrateKvConfig], facts: Facts, inputs: Sequence[
         gpu_ms=forward_ms(facts, model.blocks, tokens, config.max_tokens),
         counts={"tokens": tokens},
         made=made,
+        smaller=("batch_tokens", "max_tokens"),
     )
+
+
+def simulate(task: PipelineTask[CalibrateKvConfig], facts: Facts, model: Architecture) -> Peak:
+    """The most that it holds on a device, found by running it on tensors without values."""
+    from moesaic.recover.calibrate_kv.simulated_memory import calibration_peak  # it loads torch
+
+    return calibration_peak(task.config, facts.shape, model, facts.packed, facts.target is not None)

@@ -13,6 +13,7 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
+    Placement,
     ShardSizes,
     new_bytes,
     resident,
@@ -21,6 +22,7 @@ from moesaic.costs.facts import (
     trainable_parameters,
 )
 from moesaic.costs.times import learn_ms
+from moesaic.models.architecture import Architecture
 from moesaic.recover.distill.stage import DistillConfig, check_batch
 
 if TYPE_CHECKING:
@@ -93,6 +95,22 @@ def gpu_memory(config: DistillConfig, facts: Facts, num_gpus: int) -> dict[str, 
         "heads": (width + 16) * shape.vocab_size * shape.hidden_size,
         "logits": 4 * config.logits_chunk_tokens * shape.vocab_size * 4,
     }
+
+
+def check_placement(config: DistillConfig, placement: Placement) -> None:
+    """Raise ConfigError if the processes cannot share a step's rows evenly."""
+    check_batch(config, placement.num_processes)
+
+
+def simulate(task: PipelineTask[DistillConfig], facts: Facts, _model: Architecture) -> "Peak | None":
+    """The most that a step holds on a GPU, found by running it on tensors without values; None without steps or GPUs.
+
+    Raises:
+        ConfigError: if AutoModel, which is part of the step, is not installed.
+    """
+    if not task.config.steps or facts.target is None:
+        return None
+    return simulated_peak(task.config, facts, facts.training_gpus // GPUS_PER_NODE)
 
 
 def simulated_peak(config: DistillConfig, facts: Facts, nodes: int, worst_routing: bool = False) -> "Peak":

@@ -40,4 +40,5 @@ def needs(task: PipelineTask[DistillBlocksConfig], facts: Facts, inputs: Sequenc
         gpu_ms=None if learning is None else learning * changed / facts.child.num_layers,
         counts={"tokens": tokens, "layers": changed},
         made=made,
+        smaller=("layers_in_parallel",),
     )

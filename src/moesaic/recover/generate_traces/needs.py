@@ -7,13 +7,14 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
+    Placement,
     ShardSizes,
     model_of,
     reply_tokens,
 )
 from moesaic.costs.generation import generation
 from moesaic.costs.times import generate_ms
-from moesaic.deploy.engines.needs import requests_of
+from moesaic.deploy.engines.needs import check_engine, requests_of
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
 
 
@@ -31,3 +32,9 @@ def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequen
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )
+
+
+def check_placement(config: GenerateTracesConfig, placement: Placement) -> None:
+    """Raise ConfigError if the engine that replies cannot run there."""
+    if config.bundle:
+        check_engine(config.engine, config.bundle, placement)

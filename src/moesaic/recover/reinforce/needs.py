@@ -9,6 +9,7 @@ from moesaic.costs.facts import (
     Facts,
     Needs,
     PipelineTask,
+    Placement,
     ShardSizes,
     new_bytes,
     reply_tokens,
@@ -17,6 +18,7 @@ from moesaic.costs.facts import (
     trainable_parameters,
 )
 from moesaic.costs.times import generate_ms, learn_ms
+from moesaic.recover.reinforce import stage
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.recover.training import Trainable
 
@@ -46,7 +48,14 @@ def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Sh
         gpu_ms=None if generating is None or learning is None else generating + learning,
         counts={"replies": replies, "tokens": replies * mean, "trainable_parameters": trainable},
         made=made,
+        smaller=("max_new_tokens",),
+        on_more_nodes=True,
     )
+
+
+def check_placement(config: ReinforceConfig, placement: Placement) -> None:
+    """Raise ConfigError if the engine cannot train there, or the GPUs cannot share a step's replies evenly."""
+    stage.check_placement(config, placement.num_gpus, placement.on_job)
 
 
 def policy_memory(config: ReinforceConfig, facts: Facts) -> dict[str, float]:

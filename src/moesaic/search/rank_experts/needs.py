@@ -18,7 +18,8 @@ from moesaic.costs.facts import (
 )
 from moesaic.costs.times import forward_ms
 from moesaic.models import layout
-from moesaic.models.peak import BATCH, LAYERS
+from moesaic.models.architecture import Architecture
+from moesaic.models.peak import BATCH, LAYERS, Peak
 from moesaic.search.rank_experts.stage import NUM_SPARE, RankExpertsConfig
 
 
@@ -44,4 +45,12 @@ def needs(task: PipelineTask[RankExpertsConfig], facts: Facts, inputs: Sequence[
         state_bytes=hidden_bytes(facts, tokens, config.precision),
         gpu_ms=forward_ms(facts, model_of(facts, inputs[0]).blocks, tokens, config.max_tokens, head=False),
         counts={"tokens": tokens},
+        smaller=("batch_tokens", "max_tokens"),
     )
+
+
+def simulate(task: PipelineTask[RankExpertsConfig], facts: Facts, model: Architecture) -> Peak:
+    """The most that it holds on a device, found by running it on tensors without values."""
+    from moesaic.search.simulated_memory import ranking_peak  # it loads torch
+
+    return ranking_peak(task.config, facts.shape, model, facts.packed, facts.target is not None)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from moesaic.costs.block_costs import block_bytes, outer_bytes
 from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, attend_bytes, hidden_bytes, mix_bytes, model_of
 from moesaic.costs.times import forward_ms
+from moesaic.models.architecture import Architecture
+from moesaic.models.peak import Peak
 from moesaic.search.damage_needs import MeasuredTokens, damage_memory
 from moesaic.search.refine_architecture.stage import RefineArchitectureConfig
 
@@ -41,4 +43,12 @@ def needs(task: PipelineTask[RefineArchitectureConfig], facts: Facts, inputs: Se
             "evaluations": config.evaluations,
             "block_forwards": (1 + config.evaluations) * len(blocks),
         },
+        smaller=("assemblies_per_round", "batch_tokens", "max_long_tokens"),
     )
+
+
+def simulate(task: PipelineTask[RefineArchitectureConfig], facts: Facts, model: Architecture) -> Peak:
+    """The most that it holds on a device, found by running it on tensors without values."""
+    from moesaic.search.simulated_memory import refinement_peak  # it loads torch
+
+    return refinement_peak(task.config, facts.shape, model, facts.packed, facts.target is not None)

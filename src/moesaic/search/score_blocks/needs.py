@@ -16,7 +16,8 @@ from moesaic.costs.facts import (
     narrowed_bytes,
 )
 from moesaic.costs.times import forward_ms
-from moesaic.models.architecture import Block
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.peak import Peak
 from moesaic.search.damage_needs import MeasuredTokens, damage_memory
 from moesaic.search.library import variants_of
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
@@ -74,4 +75,12 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
             "block_forwards": sum(uses),
             "block_forwards_without_reuse": (sum(counts) + 1) * len(blocks),
         },
+        smaller=("variants_per_batch", "batch_tokens", "max_long_tokens"),
     )
+
+
+def simulate(task: PipelineTask[ScoreBlocksConfig], facts: Facts, model: Architecture) -> Peak:
+    """The most that it holds on a device, found by running it on tensors without values."""
+    from moesaic.search.simulated_memory import scoring_peak  # it loads torch
+
+    return scoring_peak(task.config, facts.shape, model, facts.packed, facts.target is not None)
