@@ -127,7 +127,7 @@ def _children(bench: Workbench, ranking: Path, budgets: Sequence[float]) -> dict
         calibration_long=DATA.calibration_long,
     )
     costs = bench.run(STAGES["measure_costs"], tiny_cpu().measure_costs.but(space=SPACE), parent=PARENT)
-    scores = {"experts": _of_full_width(both, bench.directory / "scores-of-full-width"), "experts and width": both}
+    scores = {"experts": of_full_width(both, bench.directory / "scores-of-full-width"), "experts and width": both}
     found = {}
     for budget in budgets:
         solved, rows = {}, {}
@@ -151,7 +151,7 @@ def _children(bench: Workbench, ranking: Path, budgets: Sequence[float]) -> dict
     return found
 
 
-def _of_full_width(scores: Path, directory: Path) -> Path:
+def of_full_width(scores: Path, directory: Path) -> Path:
     """The same scores without the rows of narrower experts."""
     directory.mkdir(exist_ok=True)
     content = json.loads((scores / "scores.json").read_text())

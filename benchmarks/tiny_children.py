@@ -36,13 +36,13 @@ def ask_pruned(bench: Workbench, name: str, ranking: Path, architecture: Path) -
         ranking=ranking,
         architecture=architecture,
     )
-    evaluation = bench.run(
-        STAGES["evaluate"],
-        tiny_cpu().evaluate.but(problems_per_task=200, split="validation"),
-        f"evaluation-{name}",
-        model=child,
-        tests=example() / "data" / "validation.jsonl",
-    )
+    return ask(bench, name, child, example() / "data" / "validation.jsonl")
+
+
+def ask(bench: Workbench, name: str, model: Path, tests: Path) -> dict[str, Verdicts]:
+    """By effort, which of 200 problems a task a model solves."""
+    config = tiny_cpu().evaluate.but(problems_per_task=200, split="validation")
+    evaluation = bench.run(STAGES["evaluate"], config, f"evaluation-{name}", model=model, tests=tests)
     efforts = json.loads((evaluation / "evaluation.json").read_text())["efforts"]
     return {
         effort: {task: entry["solved"] for task, entry in result["tasks"].items()} for effort, result in efforts.items()
