@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["vllm", "moesaic"],
         help="server to measure through (the recipe's; moesaic where vLLM cannot be installed)",
     )
+    run.add_argument("--at-once", type=int, metavar="N", help="tasks that run at once, at most (as many as cores)")
 
     _add_stage(commands)
     add_prepare_command(commands)
@@ -139,6 +140,8 @@ def _run(options: argparse.Namespace) -> None:
     from moesaic.platform.runs.run_context import RunContext
     from moesaic.platform.runs.tracking import pipeline_run
 
+    if options.at_once is not None and options.at_once < 1:
+        raise ConfigError(f"--at-once {options.at_once}: at least 1 task runs at a time")
     manifest, recipe, name = _choose(options)
     console = Console(stderr=True)
     recipe = _served(recipe, options.engine, console)
@@ -149,7 +152,7 @@ def _run(options: argparse.Namespace) -> None:
     assert context.tracking_uri is not None, "a local run always has an address for its MLflow runs"
     console.print(f"{name}: the run lies in {options.output}", highlight=False)
     with pipeline_run(context.tracking_uri, name, arguments, digest) as run_id:
-        outputs = run_compiled(manifest, arguments, context.in_pipeline_run(run_id), console)
+        outputs = run_compiled(manifest, arguments, context.in_pipeline_run(run_id), console, options.at_once)
     _link_outputs(options.output, context.store, outputs)
     _show_outcome(options.output)
     print(f"\nEvery stage's configs, metrics and records: mlflow ui --backend-store-uri {context.tracking_uri}")

@@ -63,6 +63,8 @@ class Stage:
     """Whether it also takes the store's directory, as ``store``."""
     reads_registry: bool = False
     """Whether it also takes the address of the model registry, as ``registry``."""
+    alone: bool = False
+    """Whether it times what it runs, so that on one machine nothing else may run beside it."""
     model_field: str = ""
     """The config field that names the model it makes, for a stage that begins a new one; empty for every other."""
     step_field: str = ""

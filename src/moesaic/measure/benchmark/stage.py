@@ -36,4 +36,5 @@ STAGE = Stage(
         model("child", "the one that should"),
     ),
     outputs=(artifact("measurements", "`measurements.json`: medians and spread per point"),),
+    alone=True,
 )

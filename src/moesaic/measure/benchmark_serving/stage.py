@@ -76,4 +76,5 @@ STAGE = Stage(
     outputs=(
         artifact("serving", "`measurements.json`: figures over repeats, best configurations, Pareto sets, ratios"),
     ),
+    alone=True,
 )

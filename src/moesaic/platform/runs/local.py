@@ -23,6 +23,7 @@ from moesaic.core.errors import ConfigError, MoesaicError, StageError
 from moesaic.core.redaction import redact
 from moesaic.platform.runs.run_context import RunContext
 from moesaic.platform.runs.runtime import FAILURE
+from moesaic.platform.runs.side_by_side import tasks_side_by_side
 from moesaic.platform.runs.task_processes import forked_tasks
 
 LOG = "kubeflow.log"
@@ -39,9 +40,16 @@ def parameters_of(manifest: Path) -> list[str]:
 
 
 def run_compiled(
-    manifest: Path, arguments: Mapping[str, Any], context: RunContext, console: Console
+    manifest: Path, arguments: Mapping[str, Any], context: RunContext, console: Console, at_once: int | None = None
 ) -> dict[str, Path]:
     """Run the pipeline; finished tasks of earlier runs in the same directory are reused.
+
+    Args:
+        manifest: the compiled pipeline.
+        arguments: its parameters.
+        context: of a local run.
+        console: shows the stages' own lines.
+        at_once: tasks that run at once, at most; as many as there are cores if it is not given.
 
     Returns:
         The directory of each of the pipeline's output artifacts.
@@ -62,7 +70,7 @@ def run_compiled(
         cache_root=str(directory / "cache"),
     )
     pipeline = components.load_component_from_file(str(manifest))
-    with _task_variables(context), _shown_stages(directory / LOG, console), forked_tasks():
+    with _task_variables(context), _shown_stages(directory / LOG, console), forked_tasks(), tasks_side_by_side(at_once):
         try:
             finished = pipeline(**arguments)
         except RuntimeError as failure:
@@ -101,15 +109,26 @@ def _shown_stages(log: Path, console: Console) -> Iterator[None]:
     root = logging.getLogger()
     with log.open("a") as file:
         lines = _StageLines(file, console)
-        handler, level = _CacheHits(lines), root.level
-        root.addHandler(handler)
+        handlers, level = (_CacheHits(lines), _runner_lines(lines)), root.level
+        for handler in handlers:
+            root.addHandler(handler)
         root.setLevel(logging.INFO)
         try:
             with contextlib.redirect_stdout(lines):
                 yield
         finally:
-            root.removeHandler(handler)
+            for handler in handlers:
+                root.removeHandler(handler)
             root.setLevel(level)
+
+
+def _runner_lines(lines: io.TextIOBase) -> logging.Handler:
+    """Writes what the runner logs, as the runner itself does."""
+    from kfp.local.logging_utils import MillisecondFormatter
+
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(MillisecondFormatter("%(asctime)s - %(levelname)s - %(message)s", "%H:%M:%S.%f"))
+    return handler
 
 
 class _StageLines(io.TextIOBase):
@@ -119,7 +138,7 @@ class _StageLines(io.TextIOBase):
         self._log, self._console = log, console
         self._start = time.monotonic()
         self._lock = threading.Lock()
-        self._inside_input = False
+        self._task = threading.local()
 
     def write(self, text: str) -> int:
         with self._lock:
@@ -132,10 +151,11 @@ class _StageLines(io.TextIOBase):
         return len(text)
 
     def _is_from_runner(self, text: str) -> bool:
-        if self._inside_input:
-            self._inside_input = text.rstrip("\n") != _INPUT_ENDS
+        """Each task writes from a thread of its own."""
+        if getattr(self._task, "inside_input", False):
+            self._task.inside_input = text.rstrip("\n") != _INPUT_ENDS
             return True
-        self._inside_input = _INPUT_BEGINS in text
+        self._task.inside_input = _INPUT_BEGINS in text
         return _RUNNER_LINE.match(text) is not None
 
     def show(self, line: str) -> None:

@@ -46,4 +46,5 @@ STAGE = Stage(
     runtime="search",
     inputs=(model("parent", "its shape and weights are timed"),),
     outputs=(artifact("costs", "`costs.json`: a row per distinct block, each with what its times come from"),),
+    alone=True,
 )
