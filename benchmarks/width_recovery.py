@@ -1,12 +1,12 @@
 """Is a child better with narrower experts on offer, at equal memory and throughput, before and after distillation?
 
-    python benchmarks/width_recovery.py --runs runs/width_recovery [--record FILE]
+    python benchmarks/width_recovery.py --runs runs/width_recovery [--costs DIRECTORY] [--record FILE]
 
 On each of three disjoint draws of its calibration sets the tiny reasoner is scored and searched twice, under the demo's
 limits of memory, throughput (by measured costs) and parameters: with fewer experts and windows on offer, and with half
 the width as well. Both children are assembled, distilled alike on the same traces, and asked problems that were drawn
 for this alone, before and after; they are compared problem by problem, draw by draw and over all draws. Finished stages
-are not repeated.
+are not repeated. Costs are measured here, or are those of a demo on an idle machine, whose space holds this one.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def main() -> None:
     """Make both children of every draw, ask them, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/width_recovery"), help="what is made (%(default)s)")
+    parser.add_argument("--costs", type=Path, help="an output of measure_costs to take (measured anew)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
     given = parser.parse_args()
     bench, recipe = Workbench(given.runs), tiny_cpu()
@@ -47,7 +48,8 @@ def main() -> None:
     ranking = bench.run(
         STAGES["rank_experts"], recipe.rank_experts, parent=PARENT, calibration_short=DATA.calibration_short
     )
-    costs = bench.run(STAGES["measure_costs"], recipe.measure_costs.but(space=SPACE), parent=PARENT)
+    costing = recipe.measure_costs.but(space=SPACE)
+    costs = given.costs or bench.run(STAGES["measure_costs"], costing, parent=PARENT)
     traces = bench.run(STAGES["generate_traces"], recipe.generate_traces, model=PARENT, prompts=DATA.prompts)
     chosen: list[dict[str, Any]] = []
     solved: dict[str, list[Solved]] = {state: [] for state in STATES}

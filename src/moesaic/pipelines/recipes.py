@@ -51,7 +51,7 @@ def tiny_cpu() -> Recipe:
         random_seeds=(0,),
     )
     gentler = {"long": Limits(memory_ratio=0.7), "short": Limits(memory_ratio=0.95)}
-    scores = ScoreBlocksConfig(space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192)
+    scores = ScoreBlocksConfig(space=space, metric="kl", max_sequences=32, max_tokens=1024, batch_tokens=8192)
     distill = _tiny_distill()
     margins: dict[Effort, float] = {"low": 5.0, "medium": 4.0, "high": 3.0}
     return Recipe(
@@ -118,7 +118,7 @@ def _tiny_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
         name="mixed",
         efforts=("low", "low", "medium", "high"),
         min_parent_accuracy=0.85,
-        prompts_per_step=144,
+        prompts_per_step=96,
         rewards=RewardConfig(length=0.2),
         optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=5, final_learning_rate_ratio=0.3),
         seed=1,
