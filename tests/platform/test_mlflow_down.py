@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,9 @@ from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.recover.training import OptimizerConfig
 from tests.data_sets import add_sets
 
-from .mlflow_server import ADMIN, PASSWORD, MlflowServer, free_port, started_server
+from .mlflow_server import ADMIN, PASSWORD, MlflowServer, free_port
+
+pytestmark = pytest.mark.xdist_group("mlflow")
 
 SETS = ("calibration_short", "calibration_long", "prompts", "tests")
 POLICY = ReinforceConfig(
@@ -47,12 +48,6 @@ from tests.data_sets import add_sets
 name, config, *groups = json.loads(sys.argv[1])
 run_stage(name, config, *({key: SimpleNamespace(path=path) for key, path in group.items()} for group in groups))
 """
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[MlflowServer]:
-    with started_server() as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -114,20 +109,20 @@ def test_without_a_server_a_stage_is_done_and_its_log_waits(
 
 
 def test_a_server_killed_under_a_training_stage_costs_nothing_but_time(
-    server: MlflowServer,
+    mlflow_server: MlflowServer,
     tiny_parent: Path,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    with pipeline_run(server.uri, "recover", {}, "digest") as pipeline:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    with pipeline_run(mlflow_server.uri, "recover", {}, "digest") as pipeline:
         monkeypatch.setenv("MOESAIC_PARENT_RUN_ID", pipeline)
         stage = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _STAGE, reinforce(tiny_parent, place)])
         curves = place / "store" / "scratch" / str(os.geteuid())
         while stage.poll() is None and not any(path.stat().st_size for path in curves.glob("*/scratch/training.jsonl")):
             time.sleep(0.02)
-        server.stop(signal.SIGKILL)
+        mlflow_server.stop(signal.SIGKILL)
         assert stage.poll() is None, "the stage ended before its server could be killed"
         assert stage.wait(timeout=120) == 0
     assert "recover: its run stays open in MLflow" in capsys.readouterr().err
@@ -136,24 +131,24 @@ def test_a_server_killed_under_a_training_stage_costs_nothing_but_time(
     assert main(["store", "send-logs"]) == 1
     assert "did not take 1 runs; they stay in the store" in capsys.readouterr().err
 
-    server.start()
-    (run,) = logged(server, "reinforce")
+    mlflow_server.start()
+    (run,) = logged(mlflow_server, "reinforce")
     assert run.info.status == "RUNNING" and run.data.params == {}
     key, content = only_key(place), Store.at(place / "store").root.read(only_key(place))
     ingest(tiny_parent, place, "out")
     assert "ingest: logged 1 earlier runs to MLflow, 0 still wait" in capsys.readouterr().err
     assert waiting(place) == []
-    (run,) = logged(server, "reinforce")
+    (run,) = logged(mlflow_server, "reinforce")
     assert run.info.status == "FINISHED" and run.data.params["steps"] == "12"
     assert run.data.tags["mlflow.parentRunId"] == pipeline
     assert run.data.metrics.items() >= policy.metrics.items()
-    assert run.info.end_time < logged(server, "ingest")[0].info.start_time, "it ended when it ended"
+    assert run.info.end_time < logged(mlflow_server, "ingest")[0].info.start_time, "it ended when it ended"
 
     Store.at(place / "store").root.write(key, content)
     for told in ("1 runs logged; 0 still wait", "0 runs logged; 0 still wait"):
         assert main(["store", "send-logs"]) == 0
         assert told in capsys.readouterr().out
-    (again,) = logged(server, "reinforce")
+    (again,) = logged(mlflow_server, "reinforce")
     assert again.data.metrics == run.data.metrics, "telling it twice changes nothing"
 
 

@@ -15,7 +15,9 @@ import pytest
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError, StageError
 from moesaic.platform.registry.registry import CHAMPION, Registry, RegistryAddress, Version
 
-from .mlflow_server import ADMIN, PASSWORD, MlflowServer, started_server
+from .mlflow_server import ADMIN, PASSWORD, MlflowServer
+
+pytestmark = pytest.mark.xdist_group("mlflow")
 
 _RACER = """
 import json, sys
@@ -42,12 +44,6 @@ _ROUNDS = 6
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MlflowServer]:
-    with started_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("registry") / "mlflow.db"
 
@@ -56,7 +52,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(request: pytest.FixtureRequest, database: Path) -> RegistryAddress:
     if request.param == "sqlite":
         return RegistryAddress(f"sqlite:///{database}")
-    running: MlflowServer = request.getfixturevalue("server")
+    running: MlflowServer = request.getfixturevalue("mlflow_server")
     return RegistryAddress(running.uri)
 
 
@@ -291,19 +287,19 @@ def test_a_deleted_move_is_noticed(registry: Registry) -> None:
         registry.settle()
 
 
-def test_whom_the_server_does_not_know(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whom_the_server_does_not_know(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-password")
     with pytest.raises(ConfigError, match=r"does not know the user \(401\); set MLFLOW_TRACKING_USERNAME") as refused:
-        Registry(RegistryAddress(server.uri), "child").create()
+        Registry(RegistryAddress(mlflow_server.uri), "child").create()
     assert "a-wrong-password" not in str(refused.value)
 
 
-def test_who_may_only_read_cannot_promote(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = Registry(RegistryAddress(server.uri), f"child-{uuid.uuid4().hex[:12]}")
+def test_who_may_only_read_cannot_promote(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(RegistryAddress(mlflow_server.uri), f"child-{uuid.uuid4().hex[:12]}")
     promote_whole(registry, "a")
     version = register(registry, "b")
     reader = f"reader-{uuid.uuid4().hex[:8]}"
-    server.add_user(reader, "a-password-of-a-reader")
+    mlflow_server.add_user(reader, "a-password-of-a-reader")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", reader)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-password-of-a-reader")
     assert registry.version(CHAMPION).number == 1
