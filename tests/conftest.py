@@ -11,7 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from moesaic.models.checkpoint import Checkpoint
 
-_LONGEST = ("automodel", "tests/pipelines/test_method.py", "mlflow", "tests/command_line/test_installed.py")
+_LONGEST = ("automodel", "pipelines", "mlflow", "tests/command_line/test_installed.py", "tests/deploy/test_served_replies.py")
 """Groups that begin first, so that none is still running when all others are done."""
 
 

@@ -4,14 +4,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
+import warnings
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from moesaic.command_line.main import main
 from moesaic.core.errors import StageError
@@ -26,7 +27,10 @@ from tests.data_sets import add_sets
 
 from .mlflow_server import ADMIN, PASSWORD, MlflowServer, free_port
 
-pytestmark = pytest.mark.xdist_group("mlflow")
+pytestmark = [
+    pytest.mark.xdist_group("mlflow"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 
 SETS = ("calibration_short", "calibration_long", "prompts", "tests")
 POLICY = ReinforceConfig(
@@ -40,14 +44,6 @@ POLICY = ReinforceConfig(
     checkpoint_every_steps=100,
     precision="float32",
 )
-_STAGE = """
-import json, sys
-from types import SimpleNamespace
-from moesaic.platform.runs.runtime import run_stage
-from tests.data_sets import add_sets
-name, config, *groups = json.loads(sys.argv[1])
-run_stage(name, config, *({key: SimpleNamespace(path=path) for key, path in group.items()} for group in groups))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -118,13 +114,15 @@ def test_a_server_killed_under_a_training_stage_costs_nothing_but_time(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     with pipeline_run(mlflow_server.uri, "recover", {}, "digest") as pipeline:
         monkeypatch.setenv("MOESAIC_PARENT_RUN_ID", pipeline)
-        stage = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _STAGE, reinforce(tiny_parent, place)])
+        stage = get_context("fork").Process(target=run_reinforce, args=(tiny_parent, place))
+        stage.start()
         curves = place / "store" / "scratch" / str(os.geteuid())
-        while stage.poll() is None and not any(path.stat().st_size for path in curves.glob("*/scratch/training.jsonl")):
+        while stage.is_alive() and not any(path.stat().st_size for path in curves.glob("*/scratch/training.jsonl")):
             time.sleep(0.02)
         mlflow_server.stop(signal.SIGKILL)
-        assert stage.poll() is None, "the stage ended before its server could be killed"
-        assert stage.wait(timeout=120) == 0
+        assert stage.is_alive(), "the stage ended before its server could be killed"
+        stage.join(timeout=120)
+        assert stage.exitcode == 0
     assert "recover: its run stays open in MLflow" in capsys.readouterr().err
     policy = Record.read(place / "policy")
     assert [log["metrics"] for log in waiting(place)] == [policy.metrics]
@@ -169,8 +167,10 @@ def test_what_waits_for_another_server_is_not_sent(
     assert len(waiting(place)) == 1
 
 
-def reinforce(parent: Path, place: Path) -> str:
-    """The stage's arguments, with inputs that a random model can learn from."""
+def run_reinforce(parent: Path, place: Path) -> None:
+    """A process of the stage, with inputs that a random model can learn from."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # a fork has none of this process's other threads
     rows = [
         {
             "id": f"p{index}",
@@ -186,4 +186,8 @@ def reinforce(parent: Path, place: Path) -> str:
     replies = {"accuracy": 0.5, "tokens_per_request": 4.0}
     (place / "traces" / "summary.json").write_text(json.dumps({"efforts": {"low": {"tasks": {"t": replies}}}}))
     inputs = {"model": str(parent), "prompts": str(place / "prompts.jsonl"), "traces": str(place / "traces")}
-    return json.dumps(["reinforce", POLICY.to_json(), inputs, {"policy": str(place / "policy")}])
+    artifacts: list[Any] = [
+        {name: SimpleNamespace(path=path) for name, path in group.items()}
+        for group in (inputs, {"policy": str(place / "policy")})
+    ]
+    run_stage("reinforce", POLICY.to_json(), *artifacts)

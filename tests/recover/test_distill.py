@@ -224,6 +224,33 @@ def test_a_job_that_diverges_ends_with_advice_and_the_node(
         distill.run(CONFIG, child=child, parent=tiny_parent, traces=traces, **places)
 
 
+@pytest.mark.parametrize("where", ["here", "job"])
+def test_an_engine_that_aborts_at_its_exit_has_done_its_work(
+    where: str,
+    trained: tuple[Path, dict[str, float]],
+    child: Path,
+    tiny_parent: Path,
+    traces: Path,
+    tmp_path: Path,
+    api: KubernetesApi,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    hand_over = "import os, shutil, sys; shutil.copy(*sys.argv[1:]); os.abort()"
+    tensors = str(trained[0].with_name("scratch") / "trained.safetensors")
+    monkeypatch.setattr(
+        launch, "command", lambda job, _: [sys.executable, "-c", hand_over, tensors, str(job.trained)]
+    )
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    places = {"output": tmp_path / "output", "scratch": tmp_path / "scratch"}
+    nodes = two_nodes(tmp_path) if where == "job" else None
+    distill.run(CONFIG, child=child, parent=tiny_parent, traces=traces, nodes=nodes, **places)
+    for shard in trained[0].glob("*.safetensors"):
+        assert (tmp_path / "output" / shard.name).read_bytes() == shard.read_bytes()
+    assert "the tensors are trained, but the engine failed when it ended" in capfd.readouterr().err
+
+
 def test_the_runtime_hands_a_tasks_nodes_on(child: Path, tiny_parent: Path, traces: Path, tmp_path: Path) -> None:
     """Here they see nothing of the scratch."""
     given = {"child": child, "parent": tiny_parent, "traces": traces}
