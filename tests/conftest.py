@@ -47,6 +47,22 @@ def tiny_checkpoint(tiny_parent: Path) -> "Checkpoint":
 
 
 @pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> bytes:
+    """An MLflow database that holds nothing yet. MLflow takes seconds to make one, so all processes share it."""
+    from moesaic.core.files import locked
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+    path = shared / "empty-mlflow.db"
+    with locked(shared / "empty-mlflow.lock"):
+        if not path.exists():
+            from mlflow import MlflowClient
+
+            MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``qwen3_moe`` checkpoint of random weights in BF16, as transformers' own class writes it. Read only."""
     from tests.tiny_models import write_small_qwen3

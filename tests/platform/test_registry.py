@@ -44,8 +44,10 @@ _ROUNDS = 6
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("registry") / "mlflow.db"
+def database(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: bytes) -> Path:
+    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
+    path.write_bytes(empty_mlflow)
+    return path
 
 
 @pytest.fixture(params=["sqlite", "server"], scope="module")

@@ -355,10 +355,16 @@ def test_bfloat16_keeps_learning_weights_in_float32(
 
 
 def test_the_curve_goes_to_the_run_that_the_environment_names(
-    tiny_parent: Path, prompts: Path, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_parent: Path,
+    prompts: Path,
+    traces: Path,
+    empty_mlflow: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from mlflow import MlflowClient
 
+    (tmp_path / "mlflow.db").write_bytes(empty_mlflow)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri)
     run_id = client.create_run(client.create_experiment("x")).info.run_id
