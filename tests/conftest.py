@@ -3,29 +3,64 @@
 Nothing heavy is imported here: of ``pytest -n`` the process that only hands out the tests reads this file too.
 """
 
+import gc
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from moesaic.models.checkpoint import Checkpoint
 
-_LONGEST = ("automodel", "pipelines", "mlflow", "tests/command_line/test_installed.py", "tests/deploy/test_served_replies.py")
-"""Groups that begin first, so that none is still running when all others are done."""
+_TOGETHER = (
+    # They import AutoModel, and train in forks of the process that has.
+    (
+        "tests/recover/test_distill.py",
+        "tests/recover/test_automodel_cluster_model.py",
+        "tests/recover/test_simulation.py",
+        "tests/pipelines/test_qwen3_moe.py",
+    ),
+    # Their pipelines' tasks are forks of one process.
+    ("tests/pipelines/test_method.py", "tests/pipelines/test_local.py"),
+    # One MLflow server is started for both.
+    ("tests/platform/test_mlflow_down.py", "tests/platform/test_registry.py"),
+    ("tests/command_line/test_installed.py",),
+    ("tests/deploy/test_served_replies.py",),
+)
+"""Files whose tests run in one process of several. These are also the longest, so they begin first."""
+_GROUPS = {file: number for number, files in enumerate(_TOGETHER) for file in files}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As ``--dist loadfile``, but what stands together above stays together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return f"group {_GROUPS[file]}" if file in _GROUPS else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, and so do files that name one ``xdist_group``; the longest come first."""
-    groups = {}
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-        marker = item.get_closest_marker("xdist_group")
-        assert marker is not None
-        groups[item] = marker.args[0]
-    items.sort(key=lambda item: _LONGEST.index(groups[item]) if groups[item] in _LONGEST else len(_LONGEST))
+    """The longest first, so that none is still running when all others are done."""
+    items.sort(key=lambda item: _GROUPS.get(item.nodeid.split("::")[0], len(_TOGETHER)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported here is never freed: the garbage collector need not look for it, now or in any test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,6 @@ from moesaic.platform.runs.runtime import FAILURE
 from moesaic.platform.store import Manifest, Store
 from tests.data_sets import add_sets
 
-pytestmark = pytest.mark.xdist_group("pipelines")  # their tasks are forks of one process
-
 
 @dsl.pipeline(name="only-ingest")
 def only_ingest(config: str, version: str) -> dsl.Model:

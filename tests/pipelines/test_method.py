@@ -22,8 +22,6 @@ from moesaic.platform.store import Manifest, Store
 from moesaic.search.space import SearchSpace
 from pipelines.assembly import AssemblyConfigs, assemble
 
-pytestmark = pytest.mark.xdist_group("pipelines")  # their tasks are forks of one process
-
 PARENT, DATA = example() / "parent", DataSets.at(example() / "data")
 
 

@@ -48,7 +48,6 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.xdist_group("automodel")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.timeout(600)
 def test_the_method_makes_and_recovers_a_child(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def stop_server(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="session")
 def mlflow_server() -> Iterator[MlflowServer]:
-    """For the files of the group ``mlflow``, which share it as it takes long to start."""
+    """Shared by the files that need it: it takes long to start."""
     with started_server() as running:
         yield running
 

@@ -27,10 +27,7 @@ from tests.data_sets import add_sets
 
 from .mlflow_server import ADMIN, PASSWORD, MlflowServer, free_port
 
-pytestmark = [
-    pytest.mark.xdist_group("mlflow"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 SETS = ("calibration_short", "calibration_long", "prompts", "tests")
 POLICY = ReinforceConfig(

@@ -17,8 +17,6 @@ from moesaic.platform.registry.registry import CHAMPION, Registry, RegistryAddre
 
 from .mlflow_server import ADMIN, PASSWORD, MlflowServer
 
-pytestmark = pytest.mark.xdist_group("mlflow")
-
 _RACER = """
 import json, sys
 from moesaic.platform.registry.registry import Registry, RegistryAddress

@@ -27,7 +27,6 @@ from tests.recover.forked_engine import import_engine
 from tests.recover.two_ranks import run_two_ranks
 
 pytestmark = [
-    pytest.mark.xdist_group("automodel"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),

@@ -31,10 +31,7 @@ from moesaic.search.prune_model.pruning import prune_layer
 from tests.platform.kubernetes_api import KubernetesApi, serve
 from tests.recover.forked_engine import fork_engine
 
-pytestmark = [
-    pytest.mark.xdist_group("automodel"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 CONFIG = DistillConfig(
     sequence_tokens=48,

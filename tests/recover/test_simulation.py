@@ -15,10 +15,7 @@ from moesaic.recover.distill.stage import DistillConfig
 from tests.recover.forked_engine import import_engine
 from tests.recover.two_ranks import run_two_ranks
 
-pytestmark = [
-    pytest.mark.xdist_group("automodel"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 SHAPE = ModelShape(
     family=GPT_OSS,
