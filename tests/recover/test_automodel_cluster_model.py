@@ -1,4 +1,4 @@
-"""The cluster's model class against transformers', on random children whose layers differ; AutoModel is imported once."""
+"""The cluster's model class against transformers', on random children of uneven layers; AutoModel is imported once."""
 
 import logging
 import os

@@ -235,9 +235,7 @@ def test_an_engine_that_aborts_at_its_exit_has_done_its_work(
 ) -> None:
     hand_over = "import os, shutil, sys; shutil.copy(*sys.argv[1:]); os.abort()"
     tensors = str(trained[0].with_name("scratch") / "trained.safetensors")
-    monkeypatch.setattr(
-        launch, "command", lambda job, _: [sys.executable, "-c", hand_over, tensors, str(job.trained)]
-    )
+    monkeypatch.setattr(launch, "command", lambda job, _: [sys.executable, "-c", hand_over, tensors, str(job.trained)])
     for name in ("output", "scratch"):
         (tmp_path / name).mkdir()
     places = {"output": tmp_path / "output", "scratch": tmp_path / "scratch"}

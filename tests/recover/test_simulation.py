@@ -83,4 +83,3 @@ def row(torch: Any) -> dict[str, Any]:
     batch = simulation.full_batch(CONFIG)
     ids = torch.randint(0, SHAPE.vocab_size, batch["input_ids"].shape)
     return batch | {"input_ids": ids, "position_ids": torch.arange(CONFIG.sequence_tokens).unsqueeze(0)}
-
