@@ -31,10 +31,10 @@ def recipe() -> Recipe:
     space = SearchSpace(expert_counts=(16, 10, 4), windows=(64,))
     return find_recipe("tiny_cpu_fast").but(
         rank_experts={"max_sequences": 4, "max_tokens": 256},
-        score_blocks={"space": space, "max_sequences": 2, "max_tokens": 256},
+        score_blocks={"space": space, "max_sequences": 2},
         measure_costs={"source": "model", "hardware": "h100", "space": space},
         search_architecture={"limits": {}, "frontier_points": 2},
-        refine_architecture={"max_sequences": 2, "max_tokens": 256, "evaluations": 3},
+        refine_architecture={"max_sequences": 2, "evaluations": 3},
         generate_traces={"max_prompts": 24, "max_new_tokens": 8, "keep_truncated": True},
         distill={"steps": 0},
         policies=tuple(one.but(steps=0) for one in find_recipe("tiny_cpu_fast").policies),

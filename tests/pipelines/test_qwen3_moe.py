@@ -55,10 +55,10 @@ def test_the_method_makes_and_recovers_a_child(parent: Path, tmp_path: Path, mon
     fork_engine(monkeypatch)
     recipe = find_recipe("tiny_cpu_fast").but(
         rank_experts={"max_sequences": 4, "max_tokens": 256},
-        score_blocks={"space": SPACE, "max_sequences": 2, "max_tokens": 256},
+        score_blocks={"space": SPACE, "max_sequences": 2},
         measure_costs={"source": "model", "hardware": "h100", "space": SPACE},
         search_architecture={"limits": {}, "max_experts_ratio": 0.7, "frontier_points": 2},
-        refine_architecture={"max_sequences": 2, "max_tokens": 256, "evaluations": 2},
+        refine_architecture={"max_sequences": 2, "evaluations": 2},
         generate_traces={"max_prompts": 8, "max_new_tokens": 8, "keep_truncated": True},
         distill={"steps": 2},
         evaluate={"problems_per_task": 1, "efforts": ("low",), "max_new_tokens": 8},

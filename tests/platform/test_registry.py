@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -17,26 +17,32 @@ from moesaic.platform.registry.registry import CHAMPION, Registry, RegistryAddre
 
 from .mlflow_server import ADMIN, PASSWORD, MlflowServer
 
-_RACER = """
-import json, sys
+_RACERS = """
+import json, os, sys
+import mlflow
 from moesaic.platform.registry.registry import Registry, RegistryAddress
 
-print("ready", flush=True)
-for line in sys.stdin:
-    uri, model, action, value = json.loads(line)
-    registry = Registry(RegistryAddress(uri), model)
-    if action == "read":
-        known, version, answer = registry.history(), registry.version(str(value)), None
-    elif action == "promote":
-        answer = registry.promote(version, known)
-    elif action == "register":
-        answer = registry.register(value, "moesaic:///store/manifests/x.json", {}, "").number
-    elif action == "rollback":
-        try:
-            answer = registry.roll_back(value)
-        except Exception as failure:
-            answer = type(failure).__name__
-    print(json.dumps(answer), flush=True)
+other = os.fork()
+asked, answers = map(int, sys.argv[1 if other else 2].split(","))
+with open(asked) as lines, open(answers, "w", buffering=1) as answers:
+    print("ready", file=answers)
+    for line in lines:
+        uri, model, action, value = json.loads(line)
+        registry = Registry(RegistryAddress(uri), model)
+        if action == "read":
+            known, version, answer = registry.history(), registry.version(str(value)), None
+        elif action == "promote":
+            answer = registry.promote(version, known)
+        elif action == "register":
+            answer = registry.register(value, "moesaic:///store/manifests/x.json", {}, "").number
+        elif action == "rollback":
+            try:
+                answer = registry.roll_back(value)
+            except Exception as failure:
+                answer = type(failure).__name__
+        print(json.dumps(answer), file=answers)
+if other:
+    sys.exit(os.waitpid(other, 0)[1])
 """
 _ROUNDS = 6
 
@@ -79,32 +85,35 @@ def register(registry: Registry, content: str, **tags: str) -> Version:
 class Racer:
     """A process of its own that does as it is told."""
 
-    process: subprocess.Popen[str]
+    asked: TextIO
+    answers: TextIO
 
     def tell(self, registry: Registry, action: str, value: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([registry.address.uri, registry.model, action, value]) + "\n")
-        self.process.stdin.flush()
+        self.asked.write(json.dumps([registry.address.uri, registry.model, action, value]) + "\n")
 
     def answer(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        return json.loads(self.answers.readline())
 
 
 @pytest.fixture(scope="module")
 def racers() -> Iterator[list[Racer]]:
-    """For both kinds of address, as each takes seconds to import MLflow."""
-    command = [sys.executable, "-W", "ignore", "-c", _RACER]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    pipes["env"] = os.environ | {"MLFLOW_TRACKING_USERNAME": ADMIN, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
-    racers = [Racer(subprocess.Popen(command, **pipes)) for _ in range(2)]
-    for racer in racers:
-        assert racer.process.stdout is not None
-        assert racer.process.stdout.readline() == "ready\n"
-    yield racers
-    for racer in racers:
-        racer.process.communicate()
-    assert [racer.process.returncode for racer in racers] == [0, 0]
+    """For both kinds of address; one of them imports MLflow, which takes seconds, and forks the other."""
+    theirs, racers = [], []
+    for _ in range(2):
+        (asked, ask), (answers, answer) = os.pipe(), os.pipe()
+        theirs.append((asked, answer))
+        racers.append(Racer(os.fdopen(ask, "w", buffering=1), os.fdopen(answers)))
+    command = [sys.executable, "-W", "ignore", "-c", _RACERS, *(f"{asked},{answer}" for asked, answer in theirs)]
+    ends = [end for both in theirs for end in both]
+    user = {"MLFLOW_TRACKING_USERNAME": ADMIN, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
+    with subprocess.Popen(command, pass_fds=ends, env=os.environ | user) as process:
+        for end in ends:
+            os.close(end)
+        assert [racer.answers.readline() for racer in racers] == ["ready\n"] * 2
+        yield racers
+        for racer in racers:
+            racer.asked.close(), racer.answers.close()
+    assert process.returncode == 0
 
 
 def together(racers: list[Racer], registry: Registry, action: str, values: list[Any]) -> list[Any]:
