@@ -208,6 +208,8 @@ def test_what_cannot_work_is_refused_before_any_work(
     def nothing(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
+    from moesaic.recover.reinforce.trl import grpo
+
     monkeypatch.setattr(grpo, "load_model", nothing)
     with pytest.raises(error, match=message):
         run(CONFIG.model_copy(update=changes), tiny_parent, prompts, traces, tmp_path)
