@@ -191,7 +191,7 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
     def _hand_over(self) -> None:
         """Write the trained tensors, whole and by their checkpoint names; the file appears when it is complete.
 
-        No rank ends before: gloo aborts a process that still waits for one that is gone.
+        No rank ends before: one that is gone may abort another that still talks to it.
         """
         child = Checkpoint.open(self.job.child)
         names = layout.trainable_names(child.shape, child.architecture, self.settings.trainable)
