@@ -90,6 +90,6 @@ def assert_experts_decided(model: PreTrainedModel, row: Mapping[str, Tensor], ti
     for handle in handles:
         handle.remove()
     assert min(gaps) > tie, (
-        f"in layer {gaps.index(min(gaps))} an expert is chosen by {min(gaps):.3g} of the largest logit, at least {tie:.3g} "
-        "is needed; choose other tokens"
+        f"in layer {gaps.index(min(gaps))} an expert is chosen by {min(gaps):.3g} of the largest logit, "
+        f"at least {tie:.3g} is needed; choose other tokens"
     )
