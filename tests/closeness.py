@@ -2,9 +2,10 @@
 
 A sum rounds at the size of what is summed, not of what is left of it, so an error is measured against the largest value
 of its tensor. Greedy replies of two code paths may part only where the model is all but undecided.
+So may the experts of a token, and with them all that follows: such rows are not compared (``assert_experts_decided``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,4 +69,27 @@ def assert_decided(model: PreTrainedModel, prompt: Sequence[int], reply: Sequenc
     assert float(gap) > allowed, (
         f"token {int(place)} of the reply to {list(prompt)} is a near tie: "
         f"the two highest logits are {float(gap):.3g} apart, at least {allowed:.3g} is needed; choose another prompt"
+    )
+
+
+def assert_experts_decided(model: PreTrainedModel, row: Mapping[str, Tensor], tie: float = NEAR_TIE) -> None:
+    """No token of a row chooses its experts at a near tie, so every way of computing it takes the same ones."""
+    __tracebackhide__ = True
+    gaps: list[float] = []
+
+    def look(router: torch.nn.Module, given: tuple[Tensor, ...], _: object) -> None:
+        states = given[0].flatten(0, -2)
+        logits = torch.nn.functional.linear(states, router.weight, router.bias).double()
+        if router.top_k < logits.shape[-1]:
+            last, first_out = logits.topk(router.top_k + 1, dim=-1).values[:, -2:].unbind(-1)
+            gaps.append(float((last - first_out).min() / logits.abs().max()))
+
+    handles = [layer.mlp.router.register_forward_hook(look) for layer in model.model.layers]
+    with torch.inference_mode():
+        model(**row, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    assert min(gaps) > tie, (
+        f"in layer {gaps.index(min(gaps))} an expert is chosen by {min(gaps):.3g} of the largest logit, "
+        f"at least {tie:.3g} is needed; choose other tokens"
     )

@@ -1,159 +1,107 @@
-"""Fixtures every tier shares: a random gpt-oss checkpoint, small but stored exactly as the real one is."""
+"""What all tests share: random models, and which tests run in the same process of several.
 
-from collections.abc import Iterator
+Nothing heavy is imported here: of ``pytest -n`` the process that only hands out the tests reads this file too.
+"""
+
+import gc
+from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moesaic.models import layout, mxfp4
-from moesaic.models.architecture import Architecture, Block
-from moesaic.models.checkpoint import Checkpoint, layer_shards, write_checkpoint
-from moesaic.models.families.family import ModelShape, TensorSpec
-from moesaic.models.families.gpt_oss import GPT_OSS, NOT_PACKED, PACKED_PROJECTIONS
+if TYPE_CHECKING:
+    from moesaic.models.checkpoint import Checkpoint
 
-SHAPE = ModelShape(
-    family=GPT_OSS,
-    hidden_size=64,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=64,
-    max_positions=512,
+_TOGETHER = (
+    # They import AutoModel, and train in forks of the process that has.
+    (
+        "tests/recover/test_distill.py",
+        "tests/recover/test_automodel_cluster_model.py",
+        "tests/recover/test_simulation.py",
+        "tests/pipelines/test_qwen3_moe.py",
+    ),
+    # Their pipelines' tasks are forks of one process.
+    ("tests/pipelines/test_method.py", "tests/pipelines/test_local.py"),
+    # One MLflow server is started for both.
+    ("tests/platform/test_mlflow_down.py", "tests/platform/test_registry.py"),
+    ("tests/command_line/test_installed.py",),
+    ("tests/deploy/test_served_replies.py",),
 )
-BLOCKS = Architecture.of(Block(8, 2, 64, None if layer % 2 else 8) for layer in range(4))
+"""Files whose tests run in one process of several. These are also the longest, so they begin first."""
+_GROUPS = {file: number for number, files in enumerate(_TOGETHER) for file in files}
 
-SPECIAL = ["<|endoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
-TEMPLATE = (
-    "{{ '<|start|> system <|message|> Reasoning: ' + (reasoning_effort or 'medium') + ' <|end|>' }}"
-    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|start|> user <|message|> ' + m.content + ' <|end|>' }}"
-    "{% else %}{% generation %}"
-    "{% if m.thinking %}"
-    "{{ '<|start|> assistant <|channel|> analysis <|message|> ' + m.thinking + ' <|end|>' }}{% endif %}"
-    "{{ '<|start|> assistant <|channel|> final <|message|> ' + m.content + ' <|return|>' }}"
-    "{% endgeneration %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|> assistant' }}{% endif %}"
-)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As ``--dist loadfile``, but what stands together above stays together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return f"group {_GROUPS[file]}" if file in _GROUPS else file
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that none is still running when all others are done."""
+    items.sort(key=lambda item: _GROUPS.get(item.nodeid.split("::")[0], len(_TOGETHER)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported here is never freed: the garbage collector need not look for it, now or in any test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
 def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed ``gpt_oss`` checkpoint of random weights, with tokenizer and chat template. Read only."""
+    from tests.tiny_models import write_parent
+
     directory = tmp_path_factory.mktemp("models") / "tiny-parent"
-    write_checkpoint(directory, parent_config(), _random_shards())
-    _tokenizer().save_pretrained(directory)
+    write_parent(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_parent: Path) -> Checkpoint:
+def tiny_checkpoint(tiny_parent: Path) -> "Checkpoint":
     """The same, opened."""
+    from moesaic.models.checkpoint import Checkpoint
+
     return Checkpoint.open(tiny_parent)
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> bytes:
+    """An MLflow database that holds nothing yet. MLflow takes seconds to make one, so all processes share it."""
+    from moesaic.core.files import locked
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+    path = shared / "empty-mlflow.db"
+    with locked(shared / "empty-mlflow.lock"):
+        if not path.exists():
+            from mlflow import MlflowClient
+
+            MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``qwen3_moe`` checkpoint of random weights in BF16, as transformers' own class writes it. Read only."""
+    from tests.tiny_models import write_small_qwen3
+
     directory = tmp_path_factory.mktemp("models") / "tiny-qwen3"
-    write_qwen3(
-        directory,
-        vocab_size=SHAPE.vocab_size,
-        max_position_embeddings=SHAPE.max_positions,
-        pad_token_id=0,
-        eos_token_id=SPECIAL.index("<|return|>"),
-    )
-    _tokenizer().save_pretrained(directory)
+    write_small_qwen3(directory)
     return directory
-
-
-def write_qwen3(directory: Path, **values: int) -> None:
-    """Three layers of eight experts, of which a token uses two; heads are wider than the hidden size would give."""
-    config = Qwen3MoeConfig(
-        num_hidden_layers=3,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        norm_topk_prob=True,
-        **values,
-    )
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        spread = 0.5 if ".mlp.gate." in name else 0.2
-        parameter.data = (1.0 if name.endswith("norm.weight") else 0.0) + spread * torch.randn_like(parameter)
-    model.to(torch.bfloat16).save_pretrained(directory)
-
-
-def parent_config() -> dict[str, object]:
-    """What the parent's ``config.json`` says."""
-    rope = {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 128,
-    }
-    return {
-        "model_type": "gpt_oss",
-        "architectures": ["GptOssForCausalLM"],
-        "num_hidden_layers": BLOCKS.num_layers,
-        "num_local_experts": 8,
-        "hidden_size": SHAPE.hidden_size,
-        "intermediate_size": BLOCKS.blocks[0].expert_width,
-        "num_attention_heads": SHAPE.num_heads,
-        "num_key_value_heads": SHAPE.num_kv_heads,
-        "head_dim": SHAPE.head_dim,
-        "vocab_size": SHAPE.vocab_size,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": SHAPE.max_positions,
-        "sliding_window": 8,
-        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(4)],
-        "rope_theta": 10000.0,
-        "rope_scaling": rope,
-        "rope_parameters": {**rope, "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "eos_token_id": SPECIAL.index("<|return|>"),
-        "dtype": "bfloat16",
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": NOT_PACKED},
-    }
-
-
-def _random_shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
-    generator = torch.Generator().manual_seed(0)
-    yield "model-outer", {name: _random(name, spec, generator) for name, spec in layout.outer_specs(SHAPE).items()}
-    for layer, block in enumerate(BLOCKS.blocks):
-        specs = layout.layer_specs(SHAPE, layer, block, packed=False)
-        tensors: dict[str, Tensor] = {}
-        for name, spec in specs.items():
-            value = _random(name, spec, generator)
-            if name.endswith(PACKED_PROJECTIONS):
-                tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = mxfp4.quantize(value.transpose(-1, -2))
-            else:
-                tensors[name] = value
-        yield from layer_shards(layer, tensors)
-
-
-def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    values = torch.randn(spec.shape, generator=generator) * (0.5 if "router" in name else 0.2)
-    return (1 + values if name.endswith("norm.weight") else values).bfloat16()
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    words = [*SPECIAL, "system", "user", "assistant", "analysis", "final", "Reasoning:", "low", "medium", "high", "?"]
-    words += [f"w{index}" for index in range(SHAPE.vocab_size - len(words))]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|return|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:5]})
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer

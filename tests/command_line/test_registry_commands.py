@@ -50,7 +50,9 @@ def environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESAIC_STORE", str(place / "store"))
 
 
-def test_the_life_of_two_versions(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_life_of_two_versions(
+    place: Path, empty_mlflow: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, two = str(place / "one"), str(place / "two")
 
     def said(*arguments: str, code: int = 0) -> str:
@@ -60,6 +62,7 @@ def test_the_life_of_two_versions(place: Path, tmp_path: Path, capsys: pytest.Ca
 
     assert "dry run: nothing was changed" in said("promote", one, "--config", GATE, "--dry-run")
     assert not (place / "mlflow.db").exists()
+    (place / "mlflow.db").write_bytes(empty_mlflow)
     strict = said("promote", one, "--dry-run", code=1)
     assert "refused: " in strict
     assert "export_checked" in strict

@@ -68,7 +68,11 @@ def _artifacts(directory: Path, *names: str) -> dict[str, Any]:
 
 
 def test_a_failure_that_quotes_secrets_is_told_without_them(
-    secrets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    secrets: list[str],
+    empty_mlflow: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As a client of a server might: the whole environment is in its message, and in MLflow as the stage's error."""
     from mlflow import MlflowClient
@@ -76,6 +80,7 @@ def test_a_failure_that_quotes_secrets_is_told_without_them(
     def fail(*_: object, **__: object) -> dict[str, float]:
         raise kinds[-1](f"no answer for {' '.join(secrets)}")
 
+    (tmp_path / "mlflow.db").write_bytes(empty_mlflow)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MOESAIC_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("MOESAIC_RUN_DIRECTORY", str(tmp_path))
@@ -100,6 +105,7 @@ def test_a_failure_that_quotes_secrets_is_told_without_them(
 def test_records_and_runs_of_a_stage_hold_nothing_of_the_environment(
     secrets: list[str],
     tiny_parent: Path,
+    empty_mlflow: bytes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -109,6 +115,7 @@ def test_records_and_runs_of_a_stage_hold_nothing_of_the_environment(
     model = store.add_directory(tiny_parent, "model", format="safetensors", producer="test").id
     config = IngestConfig(parent=model, **sets)
     monkeypatch.setenv("MOESAIC_STORE", str(tmp_path / "store"))
+    (tmp_path / "mlflow.db").write_bytes(empty_mlflow)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     run_stage("ingest", config.to_json(), {}, _artifacts(tmp_path / "out", *find_stage("ingest").output_names))
     assert list((tmp_path / "out").rglob("record.json")) and list((tmp_path / "mlflow-artifacts").rglob("record.json"))

@@ -5,14 +5,8 @@ sees it. No engine is here: what a model module builds is found out against stan
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -36,7 +30,6 @@ from moesaic.models.checkpoint import Checkpoint, layer_shards, read_recovery, r
 from moesaic.models.kv_cache import UNIT, KvScales
 from moesaic.models.whole_model import load_model
 from tests.children import first_of
-from tests.export_standins import probe
 from tests.export_standins.probe import check_built
 
 BLOCKS = Architecture.of([Block(4, 2, 64, 8), Block(8, 1, 64), Block(2, 2, 32, 8), Block(6, 1, 64, 5)])
@@ -345,27 +338,6 @@ def test_files_are_those_of_the_manifest(trtllm: Path, tmp_path: Path) -> None:
 WINDOW = "self.attn.sliding_window = config.sliding_window"
 
 
-def forked_probe(command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
-    """The probe in a fork of this process, which has imported torch and transformers already; no engine, no bundle."""
-    with tempfile.TemporaryFile("w+") as answers, tempfile.TemporaryFile("w+") as said:
-        if (process := os.fork()) == 0:
-            status = 1
-            try:
-                sys.dont_write_bytecode = True
-                with redirect_stdout(answers), redirect_stderr(said):
-                    try:
-                        probe.main(Path(command[-1]))
-                        status = 0
-                    except Exception:
-                        traceback.print_exc()
-                answers.flush(), said.flush()
-            finally:
-                os._exit(status)
-        _, status = os.waitpid(process, 0)
-        answers.seek(0), said.seek(0)
-        return subprocess.CompletedProcess(command, status, answers.read(), said.read())
-
-
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize(
     ("engine", "name", "old", "new", "reason"),
@@ -394,14 +366,13 @@ def test_what_the_stand_in_builds_of_a_wrong_module_is_compared(
     reason: str,
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The engines' own rules come through: windows on even layers, one number of experts, scales passed over."""
-    monkeypatch.setattr(probe.subprocess, "run", forked_probe)
     with pytest.raises(ArtifactError, match=reason):
         check_built(damaged(request.getfixturevalue(engine), tmp_path, edit_text(name, old, new)))
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_every_layer_is_built_with_its_own_experts_and_window(trtllm: Path) -> None:
     check_built(trtllm)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.deploy.engines import Server, ServerSpec, served_replies
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.process import load
@@ -23,7 +25,7 @@ from tests.deploy.test_server import Running
 
 REASONER = Path("examples/tiny_reasoner")
 EVALUATE = EvaluateConfig(
-    efforts=("low", "high"), problems_per_task=2, max_new_tokens=96, batch_size=16, kv_cache="bf16"
+    efforts=("low", "high"), problems_per_task=1, max_new_tokens=96, batch_size=16, kv_cache="bf16"
 )
 TRACES = GenerateTracesConfig(max_prompts=8, max_new_tokens=96, held_out_share=0.3, batch_size=5)
 PAYLOAD = ("evaluation.json", "samples.jsonl")
@@ -123,7 +125,7 @@ def test_replies_that_are_cut_off_count_as_in_process(running: Running, problems
 
 
 def test_a_lost_chunk_of_samples_comes_back(running: Running, problems: Path, tmp_path: Path) -> None:
-    changes = {"engine": "running", "efforts": ("low",), "batch_size": 5}
+    changes = {"engine": "running", "efforts": ("low",), "batch_size": 5, "problems_per_task": 2}
     before = running.batcher.num_generated
     metrics = run_evaluate(tmp_path, problems, **changes)
     samples = read_samples(tmp_path)
@@ -158,7 +160,18 @@ def test_traces_of_a_server_are_those_of_the_process(running: Running, tmp_path:
         assert (served / name).read_text() == (here / name).read_text()
 
 
-def test_a_checkpoint_is_made_a_bundle_first_where_that_is_asked_for(problems: Path, tmp_path: Path) -> None:
+@contextmanager
+def server_in_a_thread(engine: str, spec: ServerSpec, log: Path, timeout_s: float) -> Iterator[Server]:
+    """Our server without the process, which the evaluation above starts."""
+    running = Running(load(spec.directory, spec.role, "bf16", "float32", ServerLimits(max_context=10**6)))
+    yield Server(running.url, spec.role, None, log, engine)
+    running.stop()
+
+
+def test_a_checkpoint_is_made_a_bundle_first_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_replies, "started_server", server_in_a_thread)
     bundle = ExportEngineConfig(target="vllm", kv_cache="bf16", compare_outputs=False)
     here = run_traces(tmp_path / "here", efforts=("low",))  # all decided, as the test before this one shows
     served = run_traces(tmp_path / "served", efforts=("low",), engine="moesaic", bundle=bundle)

@@ -1,17 +1,18 @@
 """Builds a bundle's model out of its engine module, against a stand-in of the engine, in a process of its own.
 
-The module is imported the way TensorRT-LLM does it, as a package of ``--custom_module_dirs``. The process sees the
-bundle's config through transformers, and its tensors as shapes.
-
-Run by ``built``: python -m tests.export_standins.probe BUNDLE
+The module is imported the way TensorRT-LLM does it, as a package of ``--custom_module_dirs``. The process, a fork of
+this one, sees the bundle's config through transformers, and its tensors as shapes.
 """
 
 import importlib
 import json
-import subprocess
+import os
 import sys
+import tempfile
+import traceback
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import torch
 from torch import Tensor
@@ -23,9 +24,6 @@ from moesaic.models import layout
 from moesaic.models.checkpoint import Checkpoint
 from tests.export_standins import tensorrt_llm as engine
 
-_ANSWER = "built: "
-_ROOT = Path(__file__).parents[2]
-
 
 def built(bundle: Path) -> list[dict[str, Any]]:
     """What each layer would be in the engine: experts, experts loaded, window and RoPE.
@@ -33,13 +31,15 @@ def built(bundle: Path) -> list[dict[str, Any]]:
     Raises:
         ArtifactError: if the module cannot be imported, the model not built or not loaded.
     """
-    command = [sys.executable, "-B", "-m", __name__, str(bundle.absolute())]
-    ended = subprocess.run(command, cwd=_ROOT, check=False, capture_output=True, text=True)
-    answers = [line for line in ended.stdout.splitlines() if line.startswith(_ANSWER)]
-    if ended.returncode or len(answers) != 1:
-        said = (ended.stderr.strip() or "nothing").splitlines()[-1]
-        raise ArtifactError(f"{bundle}: its engine module does not build the model: {said}")
-    layers: list[dict[str, Any]] = json.loads(answers[0].removeprefix(_ANSWER))
+    with tempfile.TemporaryFile("w+") as answer, tempfile.TemporaryFile("w+") as said:
+        if (process := os.fork()) == 0:
+            _answer(bundle, answer, said)
+        _, status = os.waitpid(process, 0)
+        answer.seek(0), said.seek(0)
+        if status:
+            last = (said.read().strip() or "nothing").splitlines()[-1]
+            raise ArtifactError(f"{bundle}: its engine module does not build the model: {last}")
+        layers: list[dict[str, Any]] = json.load(answer)
     return layers
 
 
@@ -72,8 +72,22 @@ def check_built(bundle: Path) -> None:
                 )
 
 
-def main(bundle: Path) -> None:
-    """Answer for one bundle."""
+def _answer(bundle: Path, answer: TextIO, said: TextIO) -> NoReturn:
+    """Write into the files what the module builds, or why it does not, and end this process."""
+    status = 1
+    try:
+        sys.dont_write_bytecode = True
+        with redirect_stderr(said):
+            json.dump(_build(bundle), answer)
+        status = 0
+    except Exception:
+        traceback.print_exc(file=said)
+    finally:
+        answer.flush(), said.flush()
+        os._exit(status)
+
+
+def _build(bundle: Path) -> list[dict[str, Any]]:
     manifest = BundleManifest.read(bundle)
     engine.enter()
     sys.path.insert(0, str(bundle))
@@ -81,7 +95,7 @@ def main(bundle: Path) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(bundle, trust_remote_code=False, local_files_only=True)
-    print(_ANSWER + json.dumps(engine.build(config, _weights(bundle), manifest.config.expert_parallel_size)))
+    return engine.build(config, _weights(bundle), manifest.config.expert_parallel_size)
 
 
 def _weights(bundle: Path) -> dict[str, Tensor]:
@@ -92,7 +106,3 @@ def _weights(bundle: Path) -> dict[str, Tensor]:
         name: checkpoint.tensor(name) if name in scales else torch.empty(checkpoint.shape_of(name), device="meta")
         for name, _ in sorted(checkpoint.files.items(), key=lambda item: (item[1], item[0]))
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -27,7 +27,7 @@ from moesaic.models.families.family import ModelShape
 from moesaic.models.families.gpt_oss import GPT_OSS, PACKED_PROJECTIONS
 from moesaic.models.loading import check_weights
 from moesaic.models.whole_model import load_model
-from tests.conftest import parent_config
+from tests.tiny_models import parent_config
 
 SHAPE = ModelShape(GPT_OSS, 32, 2, 1, 16, 32, 256)
 BLOCKS = Architecture.of([Block(2, 1, 32, 8), Block(2, 1, 32)])

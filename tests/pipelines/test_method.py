@@ -30,16 +30,16 @@ def recipe() -> Recipe:
     """The short demo's, with costs out of a table: measured ones differ from run to run, and so may the child."""
     space = SearchSpace(expert_counts=(16, 10, 4), windows=(64,))
     return find_recipe("tiny_cpu_fast").but(
-        rank_experts={"max_sequences": 8},
+        rank_experts={"max_sequences": 4, "max_tokens": 256},
         score_blocks={"space": space, "max_sequences": 2},
         measure_costs={"source": "model", "hardware": "h100", "space": space},
         search_architecture={"limits": {}, "frontier_points": 2},
         refine_architecture={"max_sequences": 2, "evaluations": 3},
-        generate_traces={"max_prompts": 24, "max_new_tokens": 32, "keep_truncated": True},
+        generate_traces={"max_prompts": 24, "max_new_tokens": 8, "keep_truncated": True},
         distill={"steps": 0},
         policies=tuple(one.but(steps=0) for one in find_recipe("tiny_cpu_fast").policies),
-        calibrate_kv={"max_sequences": 8},
-        evaluate={"problems_per_task": 1, "efforts": ("low",)},
+        calibrate_kv={"max_sequences": 4, "max_tokens": 256},
+        evaluate={"problems_per_task": 1, "efforts": ("low",), "max_new_tokens": 8},
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from moesaic.pipelines import COMPILED, compiled, find_pipeline
 from moesaic.pipelines.recipe import Recipe
 from moesaic.pipelines.recipes import RECIPES
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.runs.local import parameters_of
+from moesaic.platform.runs import local
 from moesaic.stages import STAGES
 from pipelines.compiling import compile_all
 
 PIPELINES = compiled()
 INPUTS = IngestConfig(parent="a", calibration_short="b", calibration_long="c", prompts="d", tests="e")
+parameters_of = cache(local.parameters_of)
 SINGLE = {f"{name}_config": stage.config for name, stage in STAGES.items()}
 """Config classes by parameter, where the two have one name."""
 
@@ -29,10 +31,10 @@ def test_recompiling_reproduces_the_committed_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (COMPILED / path.name).read_bytes(), "run `make compile`, and a new version"
 
 
+@cache
 def executors_of(name: str) -> dict[str, dict[str, dict[str, str]]]:
-    executors: dict[str, dict[str, dict[str, str]]] = yaml.safe_load(PIPELINES[name].read_text())["deploymentSpec"][
-        "executors"
-    ]
+    pipeline = yaml.load(PIPELINES[name].read_text(), Loader=yaml.CSafeLoader)
+    executors: dict[str, dict[str, dict[str, str]]] = pipeline["deploymentSpec"]["executors"]
     return executors
 
 

@@ -29,7 +29,8 @@ from moesaic.search.measure_costs import run as measure_costs
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.space import SearchSpace
 from moesaic.stages import STAGES
-from tests.conftest import write_qwen3
+from tests.recover.forked_engine import fork_engine
+from tests.tiny_models import write_qwen3
 
 DATA = DataSets.at(example() / "data")
 SPACE = SearchSpace(expert_counts=(6, 4), expert_widths=(16,), experts_per_token=(1,), windows=(64,))
@@ -47,18 +48,20 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.timeout(600)
 def test_the_method_makes_and_recovers_a_child(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    fork_engine(monkeypatch)
     recipe = find_recipe("tiny_cpu_fast").but(
-        rank_experts={"max_sequences": 8},
+        rank_experts={"max_sequences": 4, "max_tokens": 256},
         score_blocks={"space": SPACE, "max_sequences": 2},
         measure_costs={"source": "model", "hardware": "h100", "space": SPACE},
         search_architecture={"limits": {}, "max_experts_ratio": 0.7, "frontier_points": 2},
         refine_architecture={"max_sequences": 2, "evaluations": 2},
-        generate_traces={"max_prompts": 8, "max_new_tokens": 16, "keep_truncated": True},
+        generate_traces={"max_prompts": 8, "max_new_tokens": 8, "keep_truncated": True},
         distill={"steps": 2},
-        evaluate={"problems_per_task": 1, "efforts": ("low",)},
+        evaluate={"problems_per_task": 1, "efforts": ("low",), "max_new_tokens": 8},
     )
     found = search(parent, DATA, recipe, tmp_path)
     child = Checkpoint.open(found.child)

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, a bucket for each test, and a proxy in front of it that can fail."""
+"""A real S3 server on loopback, a bucket for each test, a proxy in front of it that can fail; a real MLflow server."""
 
 import hashlib
 import os
@@ -16,6 +16,7 @@ import pytest
 from moesaic.platform.store import S3Options, Store
 
 from .faulty_proxy import FaultyProxy
+from .mlflow_server import MlflowServer, started_server
 
 SECRET = "a-secret-that-nobody-shows"
 PART_BYTES = 64 * 2**10
@@ -52,6 +53,13 @@ def start_server(**environment: str) -> tuple[subprocess.Popen[str], tuple[str, 
 def stop_server(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server() -> Iterator[MlflowServer]:
+    """Shared by the files that need it: it takes long to start."""
+    with started_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,8 @@ class KubernetesApi:
                     self.print(pod, line.decode(errors="replace").rstrip("\n"))
 
     def _look_at_processes(self) -> None:
-        codes = [process.poll() for process in self.processes]
+        # A node has not ended before all that it printed is in its log.
+        codes = [one.poll() if one.stdout is None or one.stdout.closed else None for one in self.processes]
         if not codes:
             return
         (name, job), *_ = self.jobs.items()

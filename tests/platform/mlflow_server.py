@@ -26,6 +26,19 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 auth_cache_ttl_seconds = 60
 """
 _START_S = 180
+_COMMAND = """
+import os, runpy, sys
+import mlflow.server
+
+def serve(command, extra_env, **_):
+    os.environ.update(extra_env)
+    sys.argv = command[2:]
+    runpy.run_module("uvicorn", run_name="__main__")
+
+mlflow.server._exec_cmd = serve
+runpy.run_module("mlflow", run_name="__main__")
+"""
+"""MLflow's own command line; what it would start as a process that imports MLflow again, it runs itself."""
 
 
 @dataclass
@@ -42,7 +55,7 @@ class MlflowServer:
 
     def start(self) -> None:
         """Begin, or begin again with all that it held before."""
-        command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "basic-auth"]
+        command = [sys.executable, "-W", "ignore", "-c", _COMMAND, "server", "--app-name", "basic-auth"]
         command += ["--workers", "1", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", self.database]
         command += ["--artifacts-destination", str(self.directory / "artifacts")]

@@ -4,15 +4,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+import warnings
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from moesaic.command_line.main import main
 from moesaic.core.errors import StageError
@@ -25,7 +25,9 @@ from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.recover.training import OptimizerConfig
 from tests.data_sets import add_sets
 
-from .mlflow_server import ADMIN, PASSWORD, MlflowServer, free_port, started_server
+from .mlflow_server import ADMIN, PASSWORD, MlflowServer, free_port
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 SETS = ("calibration_short", "calibration_long", "prompts", "tests")
 POLICY = ReinforceConfig(
@@ -39,20 +41,6 @@ POLICY = ReinforceConfig(
     checkpoint_every_steps=100,
     precision="float32",
 )
-_STAGE = """
-import json, sys
-from types import SimpleNamespace
-from moesaic.platform.runs.runtime import run_stage
-from tests.data_sets import add_sets
-name, config, *groups = json.loads(sys.argv[1])
-run_stage(name, config, *({key: SimpleNamespace(path=path) for key, path in group.items()} for group in groups))
-"""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[MlflowServer]:
-    with started_server() as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -114,46 +102,48 @@ def test_without_a_server_a_stage_is_done_and_its_log_waits(
 
 
 def test_a_server_killed_under_a_training_stage_costs_nothing_but_time(
-    server: MlflowServer,
+    mlflow_server: MlflowServer,
     tiny_parent: Path,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    with pipeline_run(server.uri, "recover", {}, "digest") as pipeline:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    with pipeline_run(mlflow_server.uri, "recover", {}, "digest") as pipeline:
         monkeypatch.setenv("MOESAIC_PARENT_RUN_ID", pipeline)
-        stage = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _STAGE, reinforce(tiny_parent, place)])
+        stage = get_context("fork").Process(target=run_reinforce, args=(tiny_parent, place))
+        stage.start()
         curves = place / "store" / "scratch" / str(os.geteuid())
-        while stage.poll() is None and not any(path.stat().st_size for path in curves.glob("*/scratch/training.jsonl")):
+        while stage.is_alive() and not any(path.stat().st_size for path in curves.glob("*/scratch/training.jsonl")):
             time.sleep(0.02)
-        server.stop(signal.SIGKILL)
-        assert stage.poll() is None, "the stage ended before its server could be killed"
-        assert stage.wait(timeout=120) == 0
+        mlflow_server.stop(signal.SIGKILL)
+        assert stage.is_alive(), "the stage ended before its server could be killed"
+        stage.join(timeout=120)
+        assert stage.exitcode == 0
     assert "recover: its run stays open in MLflow" in capsys.readouterr().err
     policy = Record.read(place / "policy")
     assert [log["metrics"] for log in waiting(place)] == [policy.metrics]
     assert main(["store", "send-logs"]) == 1
     assert "did not take 1 runs; they stay in the store" in capsys.readouterr().err
 
-    server.start()
-    (run,) = logged(server, "reinforce")
+    mlflow_server.start()
+    (run,) = logged(mlflow_server, "reinforce")
     assert run.info.status == "RUNNING" and run.data.params == {}
     key, content = only_key(place), Store.at(place / "store").root.read(only_key(place))
     ingest(tiny_parent, place, "out")
     assert "ingest: logged 1 earlier runs to MLflow, 0 still wait" in capsys.readouterr().err
     assert waiting(place) == []
-    (run,) = logged(server, "reinforce")
+    (run,) = logged(mlflow_server, "reinforce")
     assert run.info.status == "FINISHED" and run.data.params["steps"] == "12"
     assert run.data.tags["mlflow.parentRunId"] == pipeline
     assert run.data.metrics.items() >= policy.metrics.items()
-    assert run.info.end_time < logged(server, "ingest")[0].info.start_time, "it ended when it ended"
+    assert run.info.end_time < logged(mlflow_server, "ingest")[0].info.start_time, "it ended when it ended"
 
     Store.at(place / "store").root.write(key, content)
     for told in ("1 runs logged; 0 still wait", "0 runs logged; 0 still wait"):
         assert main(["store", "send-logs"]) == 0
         assert told in capsys.readouterr().out
-    (again,) = logged(server, "reinforce")
+    (again,) = logged(mlflow_server, "reinforce")
     assert again.data.metrics == run.data.metrics, "telling it twice changes nothing"
 
 
@@ -174,8 +164,10 @@ def test_what_waits_for_another_server_is_not_sent(
     assert len(waiting(place)) == 1
 
 
-def reinforce(parent: Path, place: Path) -> str:
-    """The stage's arguments, with inputs that a random model can learn from."""
+def run_reinforce(parent: Path, place: Path) -> None:
+    """A process of the stage, with inputs that a random model can learn from."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # a fork has none of this process's other threads
     rows = [
         {
             "id": f"p{index}",
@@ -191,4 +183,8 @@ def reinforce(parent: Path, place: Path) -> str:
     replies = {"accuracy": 0.5, "tokens_per_request": 4.0}
     (place / "traces" / "summary.json").write_text(json.dumps({"efforts": {"low": {"tasks": {"t": replies}}}}))
     inputs = {"model": str(parent), "prompts": str(place / "prompts.jsonl"), "traces": str(place / "traces")}
-    return json.dumps(["reinforce", POLICY.to_json(), inputs, {"policy": str(place / "policy")}])
+    artifacts: list[Any] = [
+        {name: SimpleNamespace(path=path) for name, path in group.items()}
+        for group in (inputs, {"policy": str(place / "policy")})
+    ]
+    run_stage("reinforce", POLICY.to_json(), *artifacts)

@@ -76,17 +76,9 @@ def write_bundle(directory: Path, run: PlayedRun, store: Store, passed: bool) ->
     keep_record(store, record)
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """An empty registry: MLflow takes seconds to make one."""
-    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
-    Registry(RegistryAddress(f"sqlite:///{path}"), "other").create()
-    return path.read_bytes()
-
-
 @pytest.fixture
-def registry(database: bytes, tmp_path: Path) -> RegistryAddress:
-    (tmp_path / "mlflow.db").write_bytes(database)
+def registry(empty_mlflow: bytes, tmp_path: Path) -> RegistryAddress:
+    (tmp_path / "mlflow.db").write_bytes(empty_mlflow)
     return RegistryAddress(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 

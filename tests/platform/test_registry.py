@@ -8,55 +8,57 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError, StageError
 from moesaic.platform.registry.registry import CHAMPION, Registry, RegistryAddress, Version
 
-from .mlflow_server import ADMIN, PASSWORD, MlflowServer, started_server
+from .mlflow_server import ADMIN, PASSWORD, MlflowServer
 
-_RACER = """
-import json, sys
+_RACERS = """
+import json, os, sys
+import mlflow
 from moesaic.platform.registry.registry import Registry, RegistryAddress
 
-print("ready", flush=True)
-for line in sys.stdin:
-    uri, model, action, value = json.loads(line)
-    registry = Registry(RegistryAddress(uri), model)
-    if action == "read":
-        known, version, answer = registry.history(), registry.version(str(value)), None
-    elif action == "promote":
-        answer = registry.promote(version, known)
-    elif action == "register":
-        answer = registry.register(value, "moesaic:///store/manifests/x.json", {}, "").number
-    elif action == "rollback":
-        try:
-            answer = registry.roll_back(value)
-        except Exception as failure:
-            answer = type(failure).__name__
-    print(json.dumps(answer), flush=True)
+other = os.fork()
+asked, answers = map(int, sys.argv[1 if other else 2].split(","))
+with open(asked) as lines, open(answers, "w", buffering=1) as answers:
+    print("ready", file=answers)
+    for line in lines:
+        uri, model, action, value = json.loads(line)
+        registry = Registry(RegistryAddress(uri), model)
+        if action == "read":
+            known, version, answer = registry.history(), registry.version(str(value)), None
+        elif action == "promote":
+            answer = registry.promote(version, known)
+        elif action == "register":
+            answer = registry.register(value, "moesaic:///store/manifests/x.json", {}, "").number
+        elif action == "rollback":
+            try:
+                answer = registry.roll_back(value)
+            except Exception as failure:
+                answer = type(failure).__name__
+        print(json.dumps(answer), file=answers)
+if other:
+    sys.exit(os.waitpid(other, 0)[1])
 """
 _ROUNDS = 6
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MlflowServer]:
-    with started_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("registry") / "mlflow.db"
+def database(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: bytes) -> Path:
+    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
+    path.write_bytes(empty_mlflow)
+    return path
 
 
 @pytest.fixture(params=["sqlite", "server"], scope="module")
 def address(request: pytest.FixtureRequest, database: Path) -> RegistryAddress:
     if request.param == "sqlite":
         return RegistryAddress(f"sqlite:///{database}")
-    running: MlflowServer = request.getfixturevalue("server")
+    running: MlflowServer = request.getfixturevalue("mlflow_server")
     return RegistryAddress(running.uri)
 
 
@@ -83,32 +85,35 @@ def register(registry: Registry, content: str, **tags: str) -> Version:
 class Racer:
     """A process of its own that does as it is told."""
 
-    process: subprocess.Popen[str]
+    asked: TextIO
+    answers: TextIO
 
     def tell(self, registry: Registry, action: str, value: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([registry.address.uri, registry.model, action, value]) + "\n")
-        self.process.stdin.flush()
+        self.asked.write(json.dumps([registry.address.uri, registry.model, action, value]) + "\n")
 
     def answer(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        return json.loads(self.answers.readline())
 
 
 @pytest.fixture(scope="module")
 def racers() -> Iterator[list[Racer]]:
-    """For both kinds of address, as each takes seconds to import MLflow."""
-    command = [sys.executable, "-W", "ignore", "-c", _RACER]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    pipes["env"] = os.environ | {"MLFLOW_TRACKING_USERNAME": ADMIN, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
-    racers = [Racer(subprocess.Popen(command, **pipes)) for _ in range(2)]
-    for racer in racers:
-        assert racer.process.stdout is not None
-        assert racer.process.stdout.readline() == "ready\n"
-    yield racers
-    for racer in racers:
-        racer.process.communicate()
-    assert [racer.process.returncode for racer in racers] == [0, 0]
+    """For both kinds of address; one of them imports MLflow, which takes seconds, and forks the other."""
+    theirs, racers = [], []
+    for _ in range(2):
+        (asked, ask), (answers, answer) = os.pipe(), os.pipe()
+        theirs.append((asked, answer))
+        racers.append(Racer(os.fdopen(ask, "w", buffering=1), os.fdopen(answers)))
+    command = [sys.executable, "-W", "ignore", "-c", _RACERS, *(f"{asked},{answer}" for asked, answer in theirs)]
+    ends = [end for both in theirs for end in both]
+    user = {"MLFLOW_TRACKING_USERNAME": ADMIN, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
+    with subprocess.Popen(command, pass_fds=ends, env=os.environ | user) as process:
+        for end in ends:
+            os.close(end)
+        assert [racer.answers.readline() for racer in racers] == ["ready\n"] * 2
+        yield racers
+        for racer in racers:
+            racer.asked.close(), racer.answers.close()
+    assert process.returncode == 0
 
 
 def together(racers: list[Racer], registry: Registry, action: str, values: list[Any]) -> list[Any]:
@@ -291,19 +296,19 @@ def test_a_deleted_move_is_noticed(registry: Registry) -> None:
         registry.settle()
 
 
-def test_whom_the_server_does_not_know(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whom_the_server_does_not_know(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-password")
     with pytest.raises(ConfigError, match=r"does not know the user \(401\); set MLFLOW_TRACKING_USERNAME") as refused:
-        Registry(RegistryAddress(server.uri), "child").create()
+        Registry(RegistryAddress(mlflow_server.uri), "child").create()
     assert "a-wrong-password" not in str(refused.value)
 
 
-def test_who_may_only_read_cannot_promote(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = Registry(RegistryAddress(server.uri), f"child-{uuid.uuid4().hex[:12]}")
+def test_who_may_only_read_cannot_promote(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(RegistryAddress(mlflow_server.uri), f"child-{uuid.uuid4().hex[:12]}")
     promote_whole(registry, "a")
     version = register(registry, "b")
     reader = f"reader-{uuid.uuid4().hex[:8]}"
-    server.add_user(reader, "a-password-of-a-reader")
+    mlflow_server.add_user(reader, "a-password-of-a-reader")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", reader)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-password-of-a-reader")
     assert registry.version(CHAMPION).number == 1

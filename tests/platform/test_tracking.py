@@ -28,8 +28,10 @@ RECORD = Record(
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+def uri(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: bytes) -> str:
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    path.write_bytes(empty_mlflow)
+    return f"sqlite:///{path}"
 
 
 def test_flatten_by_hand() -> None:

@@ -1,12 +1,7 @@
-"""The cluster's model class against transformers', on random children whose layers differ; AutoModel is imported once.
-
-Run as a program, this file is two ranks of a gloo group (see ``test_two_ranks_train_one_model``).
-"""
+"""The cluster's model class against transformers', on random children of uneven layers; AutoModel is imported once."""
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,12 +20,14 @@ from moesaic.models.checkpoint import Checkpoint, layer_shards, rewrite_checkpoi
 from moesaic.recover.distill.automodel.cluster_attention import TILE, first_keys, flex_sink_attention, tile_mask
 from moesaic.recover.distill.automodel.expert_parallel import check_expert_parallel
 from tests.children import first_of
-from tests.closeness import assert_near
+from tests.closeness import assert_experts_decided, assert_near
 from tests.layer_states import layer_state
 from tests.other_user import as_user, needs_root
+from tests.recover.forked_engine import import_engine
 from tests.recover.two_ranks import run_two_ranks
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
 ]
@@ -39,6 +36,8 @@ CHILD = Architecture.of([Block(8, 2, 64, 24), Block(6, 1, 32, None), Block(4, 2,
 UNEVEN = Architecture.of([Block(8, 2, 64, 24), Block(5, 1, 64, None), Block(4, 2, 64, 5), Block(3, 2, 64, 100)])
 LONG, SHORT = [100, 37, 1, 62], [9]
 """Lengths of the documents packed into one row."""
+_DECIDED_SEED = 2
+"""Of the tokens of all rows; none of them chooses its experts at a near tie."""
 GROUPS = ("attention", "norms", "router", "embedding", "head")
 
 
@@ -104,7 +103,7 @@ def write_child(parent: Checkpoint, directory: Path, packed: bool, architecture:
 
 def packed_row(documents: list[int]) -> dict[str, Tensor]:
     positions = torch.cat([torch.arange(length) for length in documents]).unsqueeze(0)
-    tokens = torch.randint(0, 64, positions.shape, generator=torch.Generator().manual_seed(sum(documents)))
+    tokens = torch.randint(0, 64, positions.shape, generator=torch.Generator().manual_seed(_DECIDED_SEED))
     return {"input_ids": tokens, "position_ids": positions}
 
 
@@ -112,6 +111,19 @@ def assert_same_gradient(name: str, ours: Tensor, expected: Tensor) -> None:
     """Of tensor ``name``, summed by two different ways through the model."""
     # What float32 leaves of sums over all tokens and layers; a router's biases get differences of almost equal sums.
     assert_near(ours, expected, 1e-3 if name.endswith("gate.bias") else 1e-4, name)
+
+
+def test_experts_are_decided_in_all_rows(child: Path, tiny_parent: Path, tmp_path: Path) -> None:
+    write_child(Checkpoint.open(tiny_parent), tmp_path / "uneven", True, UNEVEN)
+    compared = {
+        child: (LONG, SHORT, [200], [30, 20], [100, 50], [150]),
+        tmp_path / "uneven": ([100, 50], [150]),
+        tiny_parent: (LONG,),
+    }
+    for directory, rows in compared.items():
+        model = whole_model.load_model(directory)
+        for documents in rows:
+            assert_experts_decided(model, packed_row(documents))
 
 
 @pytest.mark.parametrize("documents", [LONG, SHORT])
@@ -278,23 +290,18 @@ def test_two_ranks_train_one_model(tiny_parent: Path, tmp_path: Path) -> None:
     """Expert parallelism and FSDP2 on gloo: loading, logits, gradients and reading back, each against one process."""
     for name, architecture in (("even", CHILD), ("uneven", UNEVEN)):
         write_child(Checkpoint.open(tiny_parent), tmp_path / name, True, architecture)
-    done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["even: 2 ranks share the experts", "uneven: 1 ranks share the experts"]
-
-
-def two_ranks(scratch: Path) -> int:
-    """0 if both ranks succeed; AutoModel is imported once for both."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-    torch.compiler.set_stance("force_eager")
-    return run_two_ranks(run_rank, scratch)
+    import_engine()
+    assert run_two_ranks(run_rank, tmp_path) == 0
+    assert (tmp_path / "done").read_text().splitlines() == [
+        "even: 2 ranks share the experts",
+        "uneven: 1 ranks share the experts",
+    ]
 
 
 def run_rank(rank: int, scratch: Path) -> None:
     import torch.distributed as dist
 
+    torch.compiler.set_stance("force_eager")
     dist.init_process_group("gloo", init_method=f"file://{scratch / 'group'}", rank=rank, world_size=2)
     both = [packed_row([100, 50]), packed_row([150])]
     rows = {name: torch.cat([row[name] for row in both]) for name in both[0]}
@@ -311,7 +318,8 @@ def run_rank(rank: int, scratch: Path) -> None:
         logits.square().mean().backward()
         compare_with(reference, model, child)
         if rank == 0:
-            print(f"{child.name}: {ep_size} ranks share the experts", flush=True)
+            with (scratch / "done").open("a") as done:
+                done.write(f"{child.name}: {ep_size} ranks share the experts\n")
     dist.destroy_process_group()
 
 
@@ -363,10 +371,6 @@ def compare_with(reference: Any, model: Any, child: Path) -> None:
         if not layout.is_expert_weight(name):
             other = whole[checkpoint_name(model, name)]
             assert_same_gradient(name, parameter.grad.full_tensor(), other.grad)
-
-
-if __name__ == "__main__":
-    sys.exit(two_ranks(Path(sys.argv[1])))
 
 
 @needs_root

@@ -1,10 +1,10 @@
 import hashlib
 import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -29,6 +29,9 @@ from moesaic.recover.generate_traces.traces import Trace
 from moesaic.recover.training import OptimizerConfig
 from moesaic.search.prune_model.pruning import prune_layer
 from tests.platform.kubernetes_api import KubernetesApi, serve
+from tests.recover.forked_engine import fork_engine
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 CONFIG = DistillConfig(
     sequence_tokens=48,
@@ -94,7 +97,9 @@ def trained(
 ) -> tuple[Path, dict[str, float]]:
     """The child after an undisturbed run in one process, and the run's metrics."""
     place = tmp_path_factory.mktemp("trained")
-    return place / "output", distilled(CONFIG, child, tiny_parent, traces, place)
+    with pytest.MonkeyPatch.context() as patch:
+        fork_engine(patch)
+        return place / "output", distilled(CONFIG, child, tiny_parent, traces, place)
 
 
 def assert_same_row(found: dict[str, float], expected: dict[str, float]) -> None:
@@ -152,6 +157,7 @@ def two_nodes(shared: Path) -> ClusterJob:
     return ClusterJob(settings, key="0123456789abcdef" * 4)
 
 
+@pytest.mark.timeout(900)  # processes import AutoModel four times, which a busy machine takes minutes for
 def test_a_run_killed_on_two_ranks_goes_on_as_a_job_of_two_nodes_and_ends_like_one_process(
     trained: tuple[Path, dict[str, float]],
     child: Path,
@@ -185,21 +191,17 @@ def test_a_run_killed_on_two_ranks_goes_on_as_a_job_of_two_nodes_and_ends_like_o
     assert "Loading checkpoint" in log and "step 6" in log
 
 
-def kill_in_mid_training(*places: Path) -> None:
-    """Start the stage, kill its process and nothing else: the engine must notice by itself."""
-    command = (
-        "import sys; from pathlib import Path; from moesaic.recover.distill.stage import DistillConfig; "
-        "from moesaic.recover.distill import run as distill;"
-        "c, p, t, o, s = map(Path, sys.argv[2:]);"
-        "distill.run(DistillConfig.parse(sys.argv[1]), child=c, parent=p, traces=t, output=o, scratch=s)"
-    )
-    curve = places[-1] / "training.jsonl"
-    stage = subprocess.Popen([sys.executable, "-c", command, CONFIG.to_json(), *map(str, places)])
-    while stage.poll() is None and max((row["step"] for row in read_curve(curve)), default=0) < 3:
+def kill_in_mid_training(child: Path, parent: Path, traces: Path, output: Path, scratch: Path) -> None:
+    """Run the stage in a fork, kill this process and nothing else: the engine must notice by itself."""
+    curve = scratch / "training.jsonl"
+    places = {"child": child, "parent": parent, "traces": traces, "output": output, "scratch": scratch}
+    stage = get_context("fork").Process(target=distill.run, args=(CONFIG,), kwargs=places)
+    stage.start()
+    while stage.is_alive() and max((row["step"] for row in read_curve(curve)), default=0) < 3:
         time.sleep(0.02)
     tree = psutil.Process(stage.pid).children(recursive=True)
     stage.kill()
-    stage.wait()
+    stage.join()
     assert len(tree) >= 3
     _, alive = psutil.wait_procs(tree, timeout=60)
     assert not alive
@@ -219,6 +221,31 @@ def test_a_job_that_diverges_ends_with_advice_and_the_node(
         distill.run(CONFIG, child=child, parent=tiny_parent, traces=traces, **places)
 
 
+@pytest.mark.parametrize("where", ["here", "job"])
+def test_an_engine_that_aborts_at_its_exit_has_done_its_work(
+    where: str,
+    trained: tuple[Path, dict[str, float]],
+    child: Path,
+    tiny_parent: Path,
+    traces: Path,
+    tmp_path: Path,
+    api: KubernetesApi,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    hand_over = "import os, shutil, sys; shutil.copy(*sys.argv[1:]); os.abort()"
+    tensors = str(trained[0].with_name("scratch") / "trained.safetensors")
+    monkeypatch.setattr(launch, "command", lambda job, _: [sys.executable, "-c", hand_over, tensors, str(job.trained)])
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    places = {"output": tmp_path / "output", "scratch": tmp_path / "scratch"}
+    nodes = two_nodes(tmp_path) if where == "job" else None
+    distill.run(CONFIG, child=child, parent=tiny_parent, traces=traces, nodes=nodes, **places)
+    for shard in trained[0].glob("*.safetensors"):
+        assert (tmp_path / "output" / shard.name).read_bytes() == shard.read_bytes()
+    assert "the tensors are trained, but the engine failed when it ended" in capfd.readouterr().err
+
+
 def test_the_runtime_hands_a_tasks_nodes_on(child: Path, tiny_parent: Path, traces: Path, tmp_path: Path) -> None:
     """Here they see nothing of the scratch."""
     given = {"child": child, "parent": tiny_parent, "traces": traces}
@@ -227,7 +254,10 @@ def test_the_runtime_hands_a_tasks_nodes_on(child: Path, tiny_parent: Path, trac
         perform(run, tmp_path / "output", tmp_path / "scratch", job=two_nodes(tmp_path / "elsewhere").settings)
 
 
-def test_a_run_that_diverges_ends_with_advice(child: Path, tiny_parent: Path, traces: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_ends_with_advice(
+    child: Path, tiny_parent: Path, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_engine(monkeypatch)
     steep = CONFIG.model_copy(update={"steps": 12, "optimizer": OptimizerConfig(learning_rate=3.0, warmup_steps=0)})
     with pytest.raises(StageError, match="lower optimizer"):
         distilled(steep, child, tiny_parent, traces, tmp_path)

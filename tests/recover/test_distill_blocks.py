@@ -6,12 +6,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,10 @@ from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
 from moesaic.search.prune_model import run as prune_model
 from moesaic.search.prune_model.stage import PruneModelConfig
 
-pytestmark = pytest.mark.timeout(600)  # two processes import NeMo, which a busy machine takes minutes for
+pytestmark = [
+    pytest.mark.timeout(600),  # two processes import NeMo, which a busy machine takes minutes for
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 
 CONFIG = DistillBlocksConfig.model_validate(
     {
@@ -42,15 +46,6 @@ CONFIG = DistillBlocksConfig.model_validate(
 )
 UNMOVED = {f"model.layers.3.mlp.router.{part}" for part in ("weight", "bias")}
 """With one expert per token its weight is always 1, whatever the router says: no gradient."""
-STAGE = """
-import sys
-from pathlib import Path
-from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
-from moesaic.recover.distill_blocks import run as distill_blocks
-config, *paths = sys.argv[1:]
-names = ("child", "parent", "calibration", "output", "scratch")
-distill_blocks.run(DistillBlocksConfig.parse(config), **dict(zip(names, map(Path, paths))))
-"""
 
 
 @dataclass(frozen=True)
@@ -104,15 +99,18 @@ def finished(child: Path, tiny_parent: Path, calibration: Path, tmp_path_factory
     scratch, output = directory / "scratch", directory / "output"
     scratch.mkdir()
     inputs = [child, tiny_parent, calibration]
-    command = [sys.executable, "-c", STAGE, CONFIG.to_json(), *map(str, [*inputs, output, scratch])]
-    stage = subprocess.Popen(command, start_new_session=True)
+    stage = get_context("fork").Process(target=run_in_a_group, args=(CONFIG, *inputs, output, scratch))
+    stage.start()
+    group = stage.pid
+    assert group is not None
     checkpoints = scratch / "layer-001" / "checkpoints"
-    _wait_until(lambda: any(checkpoints.glob("*-last.ckpt")) or stage.poll() is not None)
-    os.killpg(stage.pid, signal.SIGSTOP)  # or the worker might finish its block before it learns of the kill
-    stage.send_signal(signal.SIGKILL)
-    os.killpg(stage.pid, signal.SIGCONT)
-    assert stage.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    _wait_until(lambda: not _alive(stage.pid))  # the worker, which is in its process group, must not go on alone
+    _wait_until(lambda: any(checkpoints.glob("*-last.ckpt")) or not stage.is_alive())
+    os.killpg(group, signal.SIGSTOP)  # or the worker might finish its block before it learns of the kill
+    stage.kill()
+    os.killpg(group, signal.SIGCONT)
+    stage.join()
+    assert stage.exitcode == -signal.SIGKILL, "it ended before it could be killed"
+    _wait_until(lambda: not _alive(group))  # the worker, which is in its process group, must not go on alone
     assert not (scratch / "layer-003" / "result.json").exists() and not output.exists()
     metrics = run(CONFIG, child, tiny_parent, calibration, output, scratch)
     return Run(output, scratch, metrics)
@@ -124,6 +122,13 @@ def run(
     return distill_blocks.run(
         config, child=child, parent=parent, calibration=calibration, output=output, scratch=scratch
     )
+
+
+def run_in_a_group(*given: Any) -> None:
+    """The stage as a process that leads a group."""
+    os.setsid()
+    torch.set_num_threads(1)  # a fork has none of this process's other threads
+    run(*given)
 
 
 def _wait_until(condition: Callable[[], bool], limit_s: float = 240) -> None:

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from mlflow import MlflowClient
+from safetensors.torch import load_file
 from torch import Tensor
-from trl import GRPOTrainer
 
 from moesaic.core.errors import ArtifactError, ConfigError, StageError
 from moesaic.data.chat import load_tokenizer
@@ -18,11 +18,12 @@ from moesaic.models.checkpoint import Checkpoint, read_recovery
 from moesaic.models.whole_model import load_model
 from moesaic.recover.reinforce import run as reinforce
 from moesaic.recover.reinforce.stage import ReinforceConfig, RewardConfig
-from moesaic.recover.reinforce.trl import grpo
-from moesaic.recover.reinforce.trl.curve import Curve
-from moesaic.recover.reinforce.trl.policy_trainer import PolicyTrainer
 from moesaic.recover.training import OptimizerConfig
 from tests.closeness import assert_near
+
+if TYPE_CHECKING:  # importing TRL takes seconds, and every process that collects the tests imports this file
+    from moesaic.recover.reinforce.trl.curve import Curve
+    from moesaic.recover.reinforce.trl.policy_trainer import PolicyTrainer
 
 CONFIG = ReinforceConfig(
     name="mixed",
@@ -148,9 +149,11 @@ def test_a_killed_run_loses_and_repeats_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from moesaic.recover.reinforce.trl.curve import Curve
+
     whole = Curve.on_log
 
-    def die_in_step_5(self: Curve, *args: object, **kwargs: object) -> None:
+    def die_in_step_5(self: "Curve", *args: object, **kwargs: object) -> None:
         whole(self, *args, **kwargs)  # type: ignore[arg-type]
         if self._path.read_text().count("\n") == 5:
             raise KeyboardInterrupt
@@ -205,6 +208,8 @@ def test_what_cannot_work_is_refused_before_any_work(
     def nothing(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
+    from moesaic.recover.reinforce.trl import grpo
+
     monkeypatch.setattr(grpo, "load_model", nothing)
     with pytest.raises(error, match=message):
         run(CONFIG.model_copy(update=changes), tiny_parent, prompts, traces, tmp_path)
@@ -225,6 +230,8 @@ def test_prompts_are_those_of_an_evaluation_and_efforts_have_equal_parts(
 ) -> None:
     problems, tokenizer = read_problems(prompts), load_tokenizer(tiny_parent)
     questions = reinforce.all_questions(CONFIG, problems)
+    from moesaic.recover.reinforce.trl import grpo
+
     rows = grpo.render_rows(questions, tokenizer)
     for row in rows:
         problem, effort = questions[row["question"]]
@@ -266,7 +273,10 @@ def test_tasks_that_the_parent_solves_too_rarely_or_too_often_are_left_out(promp
 
 
 @pytest.fixture
-def trainer(tiny_parent: Path, prompts: Path, tmp_path: Path) -> PolicyTrainer:
+def trainer(tiny_parent: Path, prompts: Path, tmp_path: Path) -> "PolicyTrainer":
+    from moesaic.recover.reinforce.trl import grpo
+    from moesaic.recover.reinforce.trl.curve import Curve
+
     config = CONFIG.model_copy(update={"temperature": 0.7})
     tokenizer = load_tokenizer(tiny_parent)
     questions = reinforce.all_questions(config, read_problems(prompts))
@@ -291,7 +301,7 @@ def padded(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
 ROWS = [([1, 9, 12, 30], [7, 8, 5]), ([1, 9], [40, 41, 42, 43, 5]), ([1, 2, 3, 4, 9, 33, 34], [5])]
 
 
-def test_packed_log_probabilities_are_those_of_each_row_alone(trainer: PolicyTrainer, tiny_parent: Path) -> None:
+def test_packed_log_probabilities_are_those_of_each_row_alone(trainer: "PolicyTrainer", tiny_parent: Path) -> None:
     batch = padded(ROWS)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
@@ -311,7 +321,9 @@ def test_packed_log_probabilities_are_those_of_each_row_alone(trainer: PolicyTra
         assert_near(entropies[row, : len(reply)], entropy)
 
 
-def test_rows_without_advantage_add_nothing_to_the_gradient(trainer: PolicyTrainer) -> None:
+def test_rows_without_advantage_add_nothing_to_the_gradient(trainer: "PolicyTrainer") -> None:
+    from trl import GRPOTrainer
+
     advantages = torch.tensor([1.2, 1e-6, -0.4])
     inputs = padded(ROWS) | {"advantages": advantages, "num_items_in_batch": torch.tensor(9)}
     gradients = []
@@ -339,14 +351,22 @@ def test_bfloat16_keeps_learning_weights_in_float32(
 ) -> None:
     config = CONFIG.model_copy(update={"precision": "bfloat16", "steps": 2})
     run(config, tiny_parent, prompts, traces, tmp_path)
-    learned = grpo.load_file(tmp_path / "scratch" / "checkpoints" / "checkpoint-2" / "trainable.safetensors")
+    learned = load_file(tmp_path / "scratch" / "checkpoints" / "checkpoint-2" / "trainable.safetensors")
     assert {weight.dtype for weight in learned.values()} == {torch.float32}
     assert len(curve_of(tmp_path / "output")) == 2
 
 
 def test_the_curve_goes_to_the_run_that_the_environment_names(
-    tiny_parent: Path, prompts: Path, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_parent: Path,
+    prompts: Path,
+    traces: Path,
+    empty_mlflow: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from mlflow import MlflowClient
+
+    (tmp_path / "mlflow.db").write_bytes(empty_mlflow)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri)
     run_id = client.create_run(client.create_experiment("x")).info.run_id

@@ -1,11 +1,6 @@
-"""Simulated peaks against those of the same step on real tensors, on two ranks; AutoModel is imported once.
-
-Run as a program, this file is two ranks of a gloo group.
-"""
+"""Simulated peaks against those of the same step on real tensors, on two ranks; AutoModel is imported once."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,10 @@ from moesaic.models.families.family import ModelShape
 from moesaic.models.families.gpt_oss import GPT_OSS
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.stage import DistillConfig
+from tests.recover.forked_engine import import_engine
 from tests.recover.two_ranks import run_two_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 SHAPE = ModelShape(
     family=GPT_OSS,
@@ -42,9 +40,9 @@ def job(num_gpus: int, sharing: int) -> Job:
 
 def test_simulated_peaks_are_those_of_real_tensors(tmp_path: Path) -> None:
     """Sizes are the same; how many tokens each rank's experts get is only so on average."""
-    done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    import_engine()
+    assert run_two_ranks(run_rank, tmp_path) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
     assert found["measured"] == pytest.approx(found["simulated"], rel=0.1)
     assert found["whole"] == pytest.approx(found["simulated"], rel=0.01), "chunks behind the first change no peak"
     parts = found["parts"]
@@ -54,13 +52,6 @@ def test_simulated_peaks_are_those_of_real_tensors(tmp_path: Path) -> None:
     trained = sum(specs[name].num_parameters for name in names)
     assert parts["weights"] == pytest.approx((2 * (parent + child) + 2 * trained) / 2, rel=0.02)
     assert parts["optimizer"] == pytest.approx(8 * trained / 2, rel=0.02)
-
-
-def two_ranks(scratch: Path) -> int:
-    """0 if both ranks succeed; AutoModel is imported once for both."""
-    import moesaic.recover.distill.automodel.simulation  # noqa: F401
-
-    return run_two_ranks(run_rank, scratch)
 
 
 def run_rank(rank: int, scratch: Path) -> None:
@@ -82,7 +73,8 @@ def run_rank(rank: int, scratch: Path) -> None:
     if rank == 0:
         peak = simulation.simulate(CONFIG, SHAPE, PARENT, CHILD, job(2, 2), fused=False)
         whole = simulation.simulate(CONFIG, SHAPE, PARENT, CHILD, job(2, 2), fused=False, all_chunks=True)
-        print(json.dumps({"measured": measured, "simulated": peak.total, "whole": whole.total, "parts": peak.parts}))
+        found = {"measured": measured, "simulated": peak.total, "whole": whole.total, "parts": peak.parts}
+        (scratch / "found.json").write_text(json.dumps(found))
 
 
 def row(torch: Any) -> dict[str, Any]:
@@ -91,7 +83,3 @@ def row(torch: Any) -> dict[str, Any]:
     batch = simulation.full_batch(CONFIG)
     ids = torch.randint(0, SHAPE.vocab_size, batch["input_ids"].shape)
     return batch | {"input_ids": ids, "position_ids": torch.arange(CONFIG.sequence_tokens).unsqueeze(0)}
-
-
-if __name__ == "__main__":
-    sys.exit(two_ranks(Path(sys.argv[1])))

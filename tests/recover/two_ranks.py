@@ -2,8 +2,11 @@
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 
 def run_two_ranks(run_rank: Callable[[int, Path], None], scratch: Path) -> int:
@@ -12,6 +15,8 @@ def run_two_ranks(run_rank: Callable[[int, Path], None], scratch: Path) -> int:
     for rank in range(2):
         if (process := os.fork()) == 0:
             try:
+                warnings.simplefilter("ignore")
+                torch.set_num_threads(1)  # a fork has none of this process's other threads
                 run_rank(rank, scratch)
             except BaseException:
                 traceback.print_exc()

@@ -101,7 +101,8 @@ def test_without_measurements_damages_add_up():
 def test_measured_assemblies_are_known_and_others_are_guessed_better_than_by_sums(seed: int):
     library = make_library(seed)
     damage, generator = TrueDamage(library, seed), np.random.default_rng(seed)
-    choices = [every_choice(library)[index] for index in generator.permutation(len(every_choice(library)))[:60]]
+    every = every_choice(library)
+    choices = [every[index] for index in generator.permutation(len(every))[:60]]
     known, others = choices[:24], choices[24:]
     learnt = LearntDamage.of(library, [Evaluation(choice, damage(choice)) for choice in known])
     for choice in known:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from moesaic.core.files import write_text_atomically
 
+CURVE = "training.jsonl"
+"""The file beside trained weights with their training curve, a line per step."""
 Row = dict[str, float]
 """A line of the curve."""
 

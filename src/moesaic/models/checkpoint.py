@@ -24,6 +24,7 @@ from torch import Tensor
 from moesaic.core.errors import ArtifactError, MoesaicError, StageError
 from moesaic.core.files import set_mode
 from moesaic.core.json_text import parse_json
+from moesaic.core.training_curve import CURVE
 from moesaic.models import layout
 from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint_layout import EXPONENTS, INDEX, check_tensors, companions, is_packed, locate_tensors
@@ -36,8 +37,6 @@ Stored = TypeVar("Stored", bound=Tensor | StoredTensor)
 
 RECOVERY = "recovery.json"
 """The file in a checkpoint that lists what was done to it since it was pruned."""
-CURVE = "training.jsonl"
-"""The file beside trained weights with their training curve, a line per step."""
 _OF_ONE_STAGE = ("record.json", CURVE)
 """Files beside weights that say how these very weights came about; a rewritten checkpoint has its own."""
 

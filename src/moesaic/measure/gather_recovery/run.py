@@ -11,8 +11,8 @@ from typing import Any
 
 from moesaic.core.errors import ArtifactError
 from moesaic.core.json_text import parse_json
+from moesaic.core.training_curve import CURVE
 from moesaic.measure.gather_recovery.stage import GatherRecoveryConfig
-from moesaic.models.checkpoint import CURVE
 from moesaic.models.stage_outputs import read_json, read_text
 
 

@@ -37,7 +37,7 @@ def placed_text(compiled: Path, profile: ClusterProfile, stages: Collection[str]
     """
     import yaml
 
-    pipeline = yaml.safe_load(compiled.read_text())
+    pipeline = yaml.load(compiled.read_text(), Loader=yaml.CSafeLoader)  # ten times as fast as safe_load
     return yaml.safe_dump_all(place(pipeline, profile, stages), sort_keys=True)
 
 

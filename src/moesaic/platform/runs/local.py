@@ -35,7 +35,7 @@ _CACHE_HIT = re.compile(r"Task (\S+) cache hit")
 
 def parameters_of(manifest: Path) -> list[str]:
     """The names of a compiled pipeline's parameters."""
-    specification = yaml.safe_load(manifest.read_text())
+    specification = yaml.load(manifest.read_text(), Loader=yaml.CSafeLoader)  # ten times as fast as safe_load
     return list(specification["root"]["inputDefinitions"]["parameters"])
 
 

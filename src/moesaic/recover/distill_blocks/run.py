@@ -15,11 +15,12 @@ from torch import Tensor
 
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.progress import track
+from moesaic.core.training_curve import CURVE
 from moesaic.data.batches import Batch, make_batches
 from moesaic.data.calibration import read_conversations, tokenize
 from moesaic.data.chat import load_tokenizer
 from moesaic.models import layout, loading
-from moesaic.models.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
+from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.layers import run_block
 from moesaic.recover.distill_blocks.loss import HELD_OUT_EVERY, changed_layers, split_held_out
 from moesaic.recover.distill_blocks.nemo import BlockJob, BlockResult, check_installed, train_blocks

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moesaic.core.errors import ArtifactError
 from moesaic.core.nodes import Nodes
-from moesaic.core.training_curve import read_curve
+from moesaic.core.training_curve import CURVE, read_curve
 from moesaic.data.problems import Problem, Question, read_problems, spread_over_tasks
-from moesaic.models.checkpoint import CURVE, Checkpoint, rewrite_checkpoint
+from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.stage_outputs import read_json
 from moesaic.recover.generate_traces.run import SUMMARY
 from moesaic.recover.reinforce.rewards import ReferenceTokens

@@ -41,13 +41,20 @@ def train(config: DistillConfig, job: Job, nodes: Nodes | None = None) -> None:
         job: its files and devices.
         nodes: where its processes run; None: beside this one.
 
+    An engine whose processes fail at their exit, after the trained tensors are written, has done its work.
+
     Raises:
         StageError: if the engine fails, saying why; it goes on from its last checkpoint when called again.
     """
-    if nodes:
-        _train_on(nodes, config, job)
-    else:
-        _train_here(config, job)
+    try:
+        if nodes:
+            _train_on(nodes, config, job)
+        else:
+            _train_here(config, job)
+    except StageError as failure:
+        if not job.trained.is_file():
+            raise
+        say(f"{PREFIX}the tensors are trained, but the engine failed when it ended:\n{failure}")
 
 
 def command(job: Job, rendezvous: Sequence[str]) -> list[str]:

@@ -189,13 +189,17 @@ class DistillationRecipe(KnowledgeDistillationRecipeForNextTokenPrediction):
             self.live.attempt(lambda: train_ft.mlflow.log_metrics(values, step=step, run_id=run_id))
 
     def _hand_over(self) -> None:
-        """Write the trained tensors, whole and by their checkpoint names; the file appears when it is complete."""
+        """Write the trained tensors, whole and by their checkpoint names; the file appears when it is complete.
+
+        No rank ends before: one that is gone may abort another that still talks to it.
+        """
         child = Checkpoint.open(self.job.child)
         names = layout.trainable_names(child.shape, child.architecture, self.settings.trainable)
         tensors = gather_trained(self.model_parts[0], names)
         if self.dist_env.is_main:
             with written_atomically(self.job.trained) as partial:
                 save_file(tensors, partial)
+        dist.barrier()
 
 
 def _values(parts: LossParts) -> Tensor:

@@ -11,8 +11,8 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from moesaic.core.training_curve import CURVE
 from moesaic.models.architecture import Architecture
-from moesaic.models.checkpoint import CURVE
 from moesaic.recover.distill.stage import DistillConfig
 from moesaic.recover.training import OptimizerConfig
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import ConfigError
-from moesaic.models.checkpoint import CURVE
+from moesaic.core.training_curve import CURVE
 from moesaic.recover.reinforce.stage import NemoRlConfig, ReinforceConfig, check_placement
 from moesaic.recover.training import OptimizerConfig
 

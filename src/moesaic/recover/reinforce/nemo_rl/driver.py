@@ -12,8 +12,6 @@ from typing import Any
 import yaml
 
 from moesaic.recover.reinforce.nemo_rl.config import ENVIRONMENT, PROCESSOR
-from moesaic.recover.reinforce.nemo_rl.graded_replies import keep_markers
-from moesaic.recover.reinforce.nemo_rl.processor import process
 
 ENVIRONMENT_ACTOR = "moesaic.recover.reinforce.nemo_rl.environment_actor.VerifiedReplies"
 POLICY_WORKER = "moesaic.recover.reinforce.nemo_rl.policy_worker.PolicyWorker"
@@ -27,6 +25,9 @@ def run(rendered: dict[str, Any]) -> None:
     from nemo_rl.distributed.virtual_cluster import init_ray
     from nemo_rl.models.generation import configure_generation_config
     from nemo_rl.models.policy.lm_policy import Policy
+
+    # Ours load PyTorch and transformers: where NeMo-RL is missing, that is told first.
+    from moesaic.recover.reinforce.nemo_rl.graded_replies import keep_markers
 
     config = MasterConfig(**rendered)
     register()
@@ -47,6 +48,8 @@ def register() -> None:
     from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
     from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
     from nemo_rl.environments.utils import register_env
+
+    from moesaic.recover.reinforce.nemo_rl.processor import process
 
     register_processor(PROCESSOR, process)
     register_env(ENVIRONMENT, ENVIRONMENT_ACTOR)

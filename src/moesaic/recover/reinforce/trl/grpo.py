@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig
 
 from moesaic.core.errors import ConfigError
+from moesaic.core.training_curve import CURVE
 from moesaic.data.chat import decode_reply, load_tokenizer
 from moesaic.data.problems import Question, render_prompt
 from moesaic.models import layout
-from moesaic.models.checkpoint import CURVE, Checkpoint
+from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Sampling, check_lengths, stop_ids
 from moesaic.models.whole_model import load_model
 from moesaic.recover.reinforce.rewards import ReferenceTokens, grade_reply
