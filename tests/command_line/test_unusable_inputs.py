@@ -166,10 +166,33 @@ def test_tensors_and_keys_nothing_uses_are_told(
     parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
     (parent / INDEX).unlink()
     save_file({"model.rotary_emb.inv_freq": torch.ones(3)}, parent / "extra.safetensors")
-    _edit(lambda config: config.update(num_nextn_predict_layers=1, use_cache=False, torch_dtype="bfloat16"))(parent)
+    _edit(lambda config: config.update(num_nextn_predict_layers=1, use_cache=False, torch_dtype="bfloat16", auto_map={"AutoModel": "m.M"}))(parent)
     assert main(["inspect", str(parent)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 tensors, the first is model.rotary_emb.inv_freq" in shown
-    assert "not read of config.json: num_nextn_predict_layers; transformers" in shown
+    assert "not read of config.json: auto_map, num_nextn_predict_layers; transformers" in shown
     assert main(["inspect", str(tiny_parent)]) == 0
     assert "not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"rounds": 1, "rounds": 2}', "recipe.json is not valid JSON: the key 'rounds' occurs twice"),
+        (b"rounds: 1\n", "recipe.json is not valid JSON: Expecting value"),
+        (b'{"rounds": Infinity}', "Infinity is not a number that JSON has"),
+        (b"\xff\xfe{\x00}\x00", "recipe.json is text in UTF-16"),
+        (b"\x1f\x8b\x08", "recipe.json is compressed by gzip"),
+        (b'{"round": 1}', "round = 1: Extra inputs are not permitted"),
+        (b"[" * 100_000, "recipe.json is not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_recipe_or_config_is_named(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.json").write_bytes(content)
+    for command in (["plan", "search", "--recipe", "recipe.json", "--like", "gpt-oss-20b"], ["stage", "report", "recipe.json", "--output", "out"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and message in said and len(said) < 5000

@@ -22,3 +22,14 @@ def test_a_tokenizer_without_chat_template(tiny_parent: Path, tmp_path: Path) ->
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ArtifactError, match="no chat template"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("added", [["<|new|>"], ["w900", "<|image|>"]])
+def test_a_token_that_the_embedding_has_no_row_for_is_named(tiny_parent: Path, tmp_path: Path, added: list[str]) -> None:
+    model = Path(shutil.copytree(tiny_parent, tmp_path / "model"))
+    tokenizer = load_tokenizer(tiny_parent)
+    tokenizer.add_tokens(added, special_tokens=True)
+    tokenizer.save_pretrained(model)
+    last = f"the token {added[-1]!r} with id {63 + len(added)}".replace("|", r"\|")
+    with pytest.raises(ArtifactError, match=f"{last}, but the model's embedding ends at 63"):
+        load_tokenizer(model)

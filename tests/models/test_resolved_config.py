@@ -111,6 +111,11 @@ def test_one_rope_in_every_spelling(spelling: dict[str, Any]) -> None:
         ({"rope_scaling": {"full_attention": YARN, "sliding_attention": {}}}, "rope_scaling differs by layer type"),
         ({"partial_rotary_factor": 0.5}, "does not turn all of a head|partial_rotary_factor"),
         ({"dtype": "float7"}, "float7"),
+        ({"text_config": {"hidden_size": 64}}, "text_config = .* is of a model with parts"),
+        ({"vision_config": {"depth": 2}}, "vision_config = .* is of a model with parts"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization = .*, or in a format, that Moesaic does not read"),
+        ({"dual_chunk_attention_config": {"chunk_size": 9}}, "dual_chunk_attention_config = "),
+        ({"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 64}}, "model_type is .qwen3_vl_moe."),
         ({"block_configs": [{"num_local_experts": 8.5}], "model_type": "gpt_oss_puzzle"}, "block_configs"),
     ],
 )

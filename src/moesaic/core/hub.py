@@ -5,6 +5,7 @@ offline switch (``HF_HUB_OFFLINE``), proxies. A revision is resolved to a commit
 """
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -12,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import constants, errors, get_token, snapshot_download
+from huggingface_hub import constants, errors, get_session, get_token, set_client_factory, snapshot_download
 from huggingface_hub.utils import tqdm
 
-from moesaic.core.errors import ArtifactError, MoesaicError, StageError
+from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError, StageError
+from moesaic.core.network import CLIENT_CERTIFICATE, tls_context
 
 Kind = Literal["model", "dataset"]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GB = 10**9
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
 
     Raises:
         ArtifactError: if there is no such repository, revision or file, or one may not have it.
+        ConfigError: if the folder of the cache cannot be written to.
         StageError: if the hub cannot be reached, fails, or the disk of the cache is full.
     """
     options = {
@@ -64,6 +68,8 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
         "ignore_patterns": list(unwanted),
     }
     try:
+        if os.environ.get(CLIENT_CERTIFICATE):
+            _show_certificate()
         _check_room(repo, options)
         folder = Path(snapshot_download(repo, **options))
     except MoesaicError:
@@ -73,6 +79,15 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ArtifactError(f"{_title(repo, revision, kind)} has none of the files {', '.join(wanted)}")
     return Snapshot(folder, repo, kind, folder.name)
+
+
+def _show_certificate() -> None:
+    """Let the library's connections show the site's client certificate, of which it knows nothing."""
+    usual = get_session()
+    hooks = usual.event_hooks
+    set_client_factory(
+        lambda: type(usual)(verify=tls_context(), event_hooks=hooks, follow_redirects=True, timeout=None)
+    )
 
 
 class _NoBar(tqdm):
@@ -129,6 +144,11 @@ def _explained(failure: Exception, repo: str, revision: str | None, kind: Kind) 
         return StageError(
             f"the disk of {constants.HF_HUB_CACHE} is full; free some, or let HF_HOME name a folder on another disk, "
             "and run again: it goes on"
+        )
+    if isinstance(failure, OSError) and failure.errno in _UNWRITABLE:
+        return ConfigError(
+            f"{failure.filename or constants.HF_HUB_CACHE} cannot be written to ({failure.strerror}); let HF_HOME name a "
+            "folder of yours for the cache"
         )
     if isinstance(failure, ValueError):
         return StageError(

@@ -33,6 +33,9 @@ _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 """What transformers takes where a config says nothing; engines have no defaults."""
 _WHOLE_HEAD = ("partial_rotary_factor", 1.0)
 """A key of RoPE at the value that changes nothing."""
+_OTHER_PARTS = ("quantization", "decoder", "generator", "text_encoder")
+"""Keys whose values, like those of keys in ``_config``, are of a part of a model, or of another program's format."""
+_OWN_PARTS = ("quantization_config", "per_layer_config")
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
@@ -55,7 +58,9 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ArtifactError: for a value that the model's class refuses or would not use.
     """
-    config, family = as_class(given), layout.family_of(given)
+    family = layout.family_of(given)
+    _check_parts(given)
+    config = as_class(given)
     keys = family.of_transformers("Config").__annotations__
     values = dict(given) | {key: getattr(config, key) for key in keys} | {"head_dim": _head_dim(config)}
     if given["model_type"] == family.child_type:
@@ -75,8 +80,9 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """Keys of a config that neither its class nor anything here reads."""
     family = layout.family_of(config)
-    known = _class_of(config, family)()
-    return sorted(key for key in config if not hasattr(known, key) and key not in {*_READ_HERE, *family.constants})
+    known, is_parent = _class_of(config, family)(), config["model_type"] == family.parent_type
+    read = {*_READ_HERE, *family.constants} - ({"auto_map"} if is_parent else set())
+    return sorted(key for key in config if key not in read and (key == "auto_map" or not hasattr(known, key)))
 
 
 def as_class(given: Mapping[str, Any]) -> PreTrainedConfig:
@@ -99,6 +105,17 @@ def as_class(given: Mapping[str, Any]) -> PreTrainedConfig:
     except Exception as refused:  # the class checks values by errors of many kinds
         raise ArtifactError(f"{kind} does not take these values: {' '.join(str(refused).split())}") from refused
     return config
+
+
+def _check_parts(given: Mapping[str, Any]) -> None:
+    """Refuse configs within the config: what they say is read by neither the class nor anything here."""
+    for key, value in given.items():
+        is_part = key in _OTHER_PARTS or (key.endswith("_config") and key not in _OWN_PARTS)
+        if is_part and isinstance(value, Mapping) and value:
+            raise ArtifactError(
+                f"{key} = {dict(value)!r:.100} is of a model with parts, or in a format, that Moesaic does not read; "
+                "give the language model by itself, with its values in config.json itself, quantized by no other program"
+            )
 
 
 def _class_of(config: Mapping[str, Any], family: Family) -> type[PreTrainedConfig]:

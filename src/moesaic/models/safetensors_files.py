@@ -126,6 +126,8 @@ def find_tensors(read: Callable[[int, int], bytes], size_bytes: int, path: Path)
         ArtifactError: as :func:`read_header`.
     """
     first = read(0, min(_FIRST_READ_BYTES, size_bytes))
+    if not first:
+        raise ArtifactError(f"{path} is not a safetensors file: it is empty; copy or download it again")
     if kind := foreign_kind(first):
         raise ArtifactError(f"{path} is not a safetensors file: it is {kind}")
     length = _LENGTH.unpack_from(first)[0] if len(first) >= _LENGTH.size else size_bytes
