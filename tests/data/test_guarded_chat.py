@@ -213,7 +213,9 @@ def test_what_the_template_leaves_out_is_told(
     """gpt-oss's template reads instructions from the first message alone, and one call of a message."""
     first = "{% if loop.first and message.role in ('developer', 'system') %}"
     template = HARMONY.replace("{%- if message.role in ('developer', 'system') -%}", first)
-    template = template.replace("{%- else -%}\n{{- '<|start|>user", "{%- elif message.role == 'user' -%}\n{{- '<|start|>user")
+    template = template.replace(
+        "{%- else -%}\n{{- '<|start|>user", "{%- elif message.role == 'user' -%}\n{{- '<|start|>user"
+    )
     strict = copy.deepcopy(harmony)
     strict.chat_template = template
     rows = [lambda: render_conversation(messages, strict, "low")]

@@ -212,7 +212,9 @@ def test_vllm_gets_scale_tensors_arguments_and_a_plugin(vllm: Path, trtllm: Path
     assert "vllm_plugin" in (vllm / "README.md").read_text()
     for bundle in (trtllm, vllm):
         said = " ".join((bundle / "README.md").read_text().split())
-        assert "in what a user or a tool wrote become control tokens there" in said and "send and read token ids" in said
+        assert (
+            "in what a user or a tool wrote become control tokens there" in said and "send and read token ids" in said
+        )
 
 
 @pytest.mark.parametrize("config", [TRTLLM, VLLM])

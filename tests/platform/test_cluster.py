@@ -278,7 +278,12 @@ def test_what_yaml_alone_would_take_or_fail_at_is_said(text: str, message: str, 
 def test_a_template_of_another_form_is_explained(worker: object, tmp_path: Path) -> None:
     pod = {"spec": {"containers": [{"name": "ray"}], "volumes": None}}
     groups = {"headGroupSpec": {"template": pod}, "workerGroupSpecs": [worker]}
-    template = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "j"}, "spec": {"rayClusterSpec": groups}}
+    template = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": "j"},
+        "spec": {"rayClusterSpec": groups},
+    }
     jobs = {"reinforce": {"template": template, "node": "cpu", "num_nodes": 2}}
     claims = [{"claim": "store", "path": "/store"}]
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(SMALL | {"jobs": jobs, "claims": claims}))

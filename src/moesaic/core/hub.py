@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, errors, get_session, get_token, set_client_factory, snapshot_download
 from huggingface_hub.utils import tqdm
@@ -58,7 +59,7 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
 
     Raises:
         ArtifactError: if there is no such repository, revision or file, or one may not have it.
-        ConfigError: if the folder of the cache cannot be written to.
+        ConfigError: if HF_ENDPOINT is no address, or the folder of the cache cannot be written to.
         StageError: if the hub cannot be reached, fails, or the disk of the cache is full.
     """
     options = {
@@ -67,6 +68,7 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
         "allow_patterns": list(wanted),
         "ignore_patterns": list(unwanted),
     }
+    _check_address()
     try:
         if os.environ.get(CLIENT_CERTIFICATE):
             _show_certificate()
@@ -79,6 +81,18 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ArtifactError(f"{_title(repo, revision, kind)} has none of the files {', '.join(wanted)}")
     return Snapshot(folder, repo, kind, folder.name)
+
+
+def _check_address() -> None:
+    try:
+        parts = urlsplit(constants.ENDPOINT)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ConfigError(
+            f"HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address; it begins with https:// or http://"
+        )
 
 
 def _show_certificate() -> None:
@@ -147,8 +161,8 @@ def _explained(failure: Exception, repo: str, revision: str | None, kind: Kind) 
         )
     if isinstance(failure, OSError) and failure.errno in _UNWRITABLE:
         return ConfigError(
-            f"{failure.filename or constants.HF_HUB_CACHE} cannot be written to ({failure.strerror}); let HF_HOME name a "
-            "folder of yours for the cache"
+            f"{failure.filename or constants.HF_HUB_CACHE} cannot be written to ({failure.strerror}); let HF_HOME "
+            "name a folder of yours for the cache"
         )
     if isinstance(failure, ValueError):
         return StageError(

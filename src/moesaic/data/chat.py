@@ -20,11 +20,14 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import read_text
 from moesaic.data.markers import GUARD, GUARDS, MARKER, guard_markers
 from moesaic.models.resolved_config import CONFIG, read_config_file
 
 PROMPT_DATE = date(2025, 8, 5)
 """What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class TemplateError(ArtifactError):
@@ -40,6 +43,9 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     """
     if not (model / "tokenizer.json").is_file():
         raise ArtifactError(f"{model} has no tokenizer.json; copy the tokenizer's files beside the weights")
+    for file in _TOKENIZER_FILES:
+        if (model / file).is_file():
+            read_text(model / file)
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model)
     except Exception as broken:  # of files that are damaged, which raises errors of many kinds

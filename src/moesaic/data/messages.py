@@ -21,6 +21,7 @@ _KEYS = {
     "tool": {"role", "content", "name", "tool_call_id"},
 }
 _TEXT_ONLY = {"role", "content"}
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL = {"id", "index", "type", "function"}
 _FUNCTION = {"name", "arguments"}
 
@@ -86,7 +87,9 @@ def _text(value: Any, key: str, place: str) -> str:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in ("text", "input_text") and set(part) == {"type", "text"}
+    """Whether it is a text and nothing else; keys that say nothing may stand beside it."""
+    says = {key for key, value in part.items() if value or key == "text"} if isinstance(part, Mapping) else set()
+    return says == {"type", "text"} and part["type"] in _TEXT_PARTS
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:

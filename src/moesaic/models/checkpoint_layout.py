@@ -86,7 +86,7 @@ def _check_folder(directory: Path) -> None:
         if any(path.match(pattern) for pattern in _ADAPTERS):
             raise ArtifactError(f"{path} is of an adapter, which would be left out; merge it into the weights first")
         if path.suffix in (*_COMPANIONS, ".safetensors") and not path.name.isascii() and "\\udc" in ascii(path.name):
-            raise ArtifactError(f"{directory} holds a file whose name is not UTF-8, {ascii(path.name)}; rename it")
+            raise ArtifactError(f"{directory} holds a file whose name is not UTF-8, {path.name!a}; rename it")
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -124,7 +124,11 @@ def _no_weights(directory: Path) -> str:
     message = f"{directory} holds no safetensors files"
     if pickles := [path.name for pattern in _PICKLES for path in directory.glob(pattern)]:
         return f"{message}; {pickles[0]} is a pickle, which can run code: convert it to safetensors"
+    if packed := [path.name for path in directory.glob("*.gguf")]:
+        return f"{message}; {packed[0]} is of llama.cpp: give the model that it was made from"
     if below := sorted(directory.glob("*/*.safetensors")):
+        if below[0].parent.name == "original":
+            return f"{message} beside its config; original/ has them in a format of its own: download the others"
         return f"{message} beside its config, and no {INDEX} that would list {below[0].relative_to(directory)}"
     return message
 

@@ -100,4 +100,5 @@ def _iterate_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(values, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as broken:
-        raise ArtifactError(f"{path} cannot be read as parquet: {broken}; copy or download it again") from broken
+        said = " ".join(str(broken).split())
+        raise ArtifactError(f"{path} cannot be read as parquet: {said}; copy or download it again") from broken

@@ -343,7 +343,9 @@ def _read_yaml(path: Path, what: str, examples: str) -> Any:
     except yaml.YAMLError as failure:
         raise ConfigError(f"{path} is no YAML: {failure}") from failure
     except (TypeError, ValueError, RecursionError) as failure:
-        raise ConfigError(f"{path} holds what is no text, number, list or mapping ({failure}); quote dates") from failure
+        raise ConfigError(
+            f"{path} holds what is no text, number, list or mapping ({failure}); quote dates"
+        ) from failure
     return content
 
 
