@@ -61,6 +61,8 @@ class Hub:
     """Names that repositories had before."""
     status: int | None = None
     """Answer every request so."""
+    xet: bool = False
+    """Name a storage of xet for large files, as the hub does, and have none."""
     html: bool = False
     """Answer every request with a page, as a proxy's login does."""
     url: str = ""
@@ -185,6 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path.suffix in _LARGE:
             digest = hashlib.sha256(content).hexdigest()
             linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+            if self.hub.xet:
+                token = f"{self.hub.url}/api/models/{name}/xet-read-token/{repository.commit}"
+                linked |= {"X-Xet-Hash": digest, "Link": f'<{token}>; rel="xet-auth"'}
             self._answer(302, b"", commit | linked | {"Location": f"{self.hub.storage}{path}"})
         else:
             self._answer(200, content, commit | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})

@@ -116,6 +116,13 @@ def test_a_hub_that_fails_is_said_unless_all_is_cached(hub: Hub, status: int, mo
     assert find_model(NAME) == found
 
 
+def test_a_mirror_without_the_newer_storage_is_explained(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.xet = True
+    assert "404" in (said := _refusal(StageError)) and "HF_HUB_DISABLE_XET=1" in said
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    assert Checkpoint.open(find_model(NAME).folder).packed
+
+
 def test_a_token_is_read_from_its_file(hub: Hub, tmp_path: Path) -> None:
     hub.repositories[NAME].token, hub.repositories[NAME].gated = "hf_right", True
     (tmp_path / "cache").mkdir()

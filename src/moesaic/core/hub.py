@@ -168,7 +168,9 @@ def _explained(failure: Exception, repo: str, revision: str | None, kind: Kind) 
         return StageError(
             f"{title}: what answers there does not speak a hub's language ({failure}); look at HF_ENDPOINT and proxies"
         )
-    return StageError(f"{title} cannot be fetched: {_words(failure)}; run again: it goes on where it stopped")
+    return StageError(
+        f"{title} cannot be fetched: {_words(failure)}; run again: it goes on where it stopped{_of_xet(failure)}"
+    )
 
 
 def _refused(failure: errors.HfHubHTTPError, title: str) -> MoesaicError:
@@ -177,7 +179,14 @@ def _refused(failure: errors.HfHubHTTPError, title: str) -> MoesaicError:
         return ArtifactError(
             f"{title}: the server refuses the token ({_words(failure)}); look at HF_TOKEN; what is public needs none"
         )
-    return StageError(f"{title}: the server answers {status} ({_words(failure)}); try again later")
+    return StageError(
+        f"{title}: the server answers {status} ({_words(failure)}){_of_xet(failure) or '; try again later'}"
+    )
+
+
+def _of_xet(failure: BaseException) -> str:
+    """What to do where a failure is of the hub's newer storage, which a mirror or a proxy may not pass on."""
+    return "; without its newer storage it may go: HF_HUB_DISABLE_XET=1" if "xet" in str(failure).lower() else ""
 
 
 def _not_cached(failure: Exception, repo: str, title: str) -> MoesaicError:
