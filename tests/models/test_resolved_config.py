@@ -181,6 +181,34 @@ ENTRIES = st.fixed_dictionaries(
     optional={"num_experts_per_tok": st.one_of(st.sampled_from([1, 4]), ANY)},
 )
 """Of ``block_configs``, or of ``per_layer_config``."""
+SPELLINGS = st.fixed_dictionaries(
+    {"rope_type": st.just("yarn"), "factor": st.sampled_from([4.0, 32]), "original_max_position_embeddings": st.just(4096)},
+    optional={
+        "beta_fast": st.sampled_from([32.0, 16]),
+        "beta_slow": st.sampled_from([1.0, 2]),
+        "truncate": st.booleans(),
+        "rope_theta": st.sampled_from([10_000, 150_000.0]),
+        "partial_rotary_factor": st.just(1.0),
+    },
+)
+"""Of YaRN, each of which the family can have."""
+SANE = st.fixed_dictionaries(
+    {
+        "model_type": st.just("gpt_oss"),
+        "num_hidden_layers": st.just(2),
+        "num_local_experts": st.just(8),
+        "num_experts_per_tok": st.sampled_from([1, 4]),
+    },
+    optional={
+        "rope_scaling": SPELLINGS | st.none(),
+        "rope_theta": st.sampled_from([10_000, 150_000.0]),
+        "layer_types": st.none() | st.lists(st.sampled_from(layout.LAYER_TYPES), min_size=2, max_size=2),
+        "sliding_window": st.sampled_from([16, 128]),
+        "head_dim": st.sampled_from([64, 32]),
+        "dtype": st.sampled_from(["bfloat16", "float32", None]),
+    },
+)
+"""Configs of which most can be read; of the others few can."""
 CONFIGS = st.fixed_dictionaries(
     {"model_type": st.sampled_from(["gpt_oss"] * 6 + ["gpt_oss_puzzle", "mixtral"]), "num_hidden_layers": st.just(2)},
     optional={
@@ -202,8 +230,8 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
-@given(CONFIGS)
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(SANE | CONFIGS)
 def test_any_config_is_resolved_as_its_class_does_or_refused(config: Mapping[str, Any]) -> None:
     try:
         resolved = resolve(deepcopy(config))
