@@ -182,7 +182,11 @@ ENTRIES = st.fixed_dictionaries(
 )
 """Of ``block_configs``, or of ``per_layer_config``."""
 SPELLINGS = st.fixed_dictionaries(
-    {"rope_type": st.just("yarn"), "factor": st.sampled_from([4.0, 32]), "original_max_position_embeddings": st.just(4096)},
+    {
+        "rope_type": st.just("yarn"),
+        "factor": st.sampled_from([4.0, 32]),
+        "original_max_position_embeddings": st.just(4096),
+    },
     optional={
         "beta_fast": st.sampled_from([32.0, 16]),
         "beta_slow": st.sampled_from([1.0, 2]),

@@ -85,8 +85,17 @@ def _check_folder(directory: Path) -> None:
             )
         if any(path.match(pattern) for pattern in _ADAPTERS):
             raise ArtifactError(f"{path} is of an adapter, which would be left out; merge it into the weights first")
-        if path.suffix in (*_COMPANIONS, ".safetensors") and not path.name.isascii() and "\\udc" in ascii(path.name):
+        if path.suffix in (*_COMPANIONS, ".safetensors") and not _is_text(path.name):
             raise ArtifactError(f"{directory} holds a file whose name is not UTF-8, {path.name!a}; rename it")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is text, as lists of files hold it, and not bytes that are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_index(directory: Path) -> dict[str, str]:
