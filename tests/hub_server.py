@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -30,6 +31,8 @@ class Repository:
     token: str | None = None
     """Whoever reads it must have this."""
     gated: bool = False
+    revisions: tuple[str, ...] = ("main",)
+    """Branches and tags, all of the one commit."""
 
     @property
     def commit(self) -> str:
@@ -54,6 +57,12 @@ class Hub:
     tokens: set[str] = field(default_factory=set)
     cut_after: int | None = None
     """The next answer from the storage ends after so many bytes."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """Names that repositories had before."""
+    status: int | None = None
+    """Answer every request so."""
+    xet: bool = False
+    """Name a storage of xet for large files, as the hub does, and have none."""
     html: bool = False
     """Answer every request with a page, as a proxy's login does."""
     url: str = ""
@@ -94,19 +103,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.asked.append(f"{self.command} {path}")
+        path = urlsplit(self.path).path
+        self.hub.asked.append(f"{self.command} {unquote(path)}")
         if token := self.headers.get("Authorization"):
             self.hub.tokens.add(token.removeprefix("Bearer "))
             assert not path.startswith("/storage/"), "the token is for the hub alone"
         if self.hub.html:
             self._answer(200, b"<html>log in</html>", {"Content-Type": "text/html"})
+        elif self.hub.status:
+            self._answer(self.hub.status, b"{}")
+        elif old := next((name for name in self.hub.moved if f"/{name}/" in f"{path}/"), None):
+            self._answer(307, b"", {"Location": path.replace(old, self.hub.moved[old])})
         elif called := _API.fullmatch(path):
-            self._api(*called.groups())
+            self._api(*map(_text, called.groups()))
         elif resolved := _RESOLVE.fullmatch(path):
-            self._resolve(*resolved.groups())
+            self._resolve(*map(_text, resolved.groups()))
         elif path.startswith("/storage/"):
-            self._storage(Path(path.removeprefix("/storage")))
+            self._storage(Path(unquote(path).removeprefix("/storage")))
         else:
             self._answer(404, b"{}")
 
@@ -125,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _at(self, repository: Repository, revision: str) -> bool:
-        if revision in ("main", repository.commit):
+        if revision in (*repository.revisions, repository.commit):
             return True
         self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         return False
@@ -174,6 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path.suffix in _LARGE:
             digest = hashlib.sha256(content).hexdigest()
             linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+            if self.hub.xet:
+                token = f"{self.hub.url}/api/models/{name}/xet-read-token/{repository.commit}"
+                linked |= {"X-Xet-Hash": digest, "Link": f'<{token}>; rel="xet-auth"'}
             self._answer(302, b"", commit | linked | {"Location": f"{self.hub.storage}{path}"})
         else:
             self._answer(200, content, commit | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
@@ -198,6 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:cut])
         if cut is not None:
             self.close_connection = True
+
+
+def _text(quoted: str | None) -> Any:
+    return quoted and unquote(quoted)
 
 
 @contextmanager

@@ -88,6 +88,60 @@ def test_a_token_opens_what_is_gated(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
     assert find_model(NAME).folder.is_dir()
 
 
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "release/2026-11"])
+def test_a_branch_a_tag_and_a_commit_are_one_thing(hub: Hub, revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories[NAME].revisions = ("main", revision)
+    found = find_model(NAME, revision)
+    assert found == find_model(NAME, hub.repositories[NAME].commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_model(NAME, revision) == found
+    assert "HF_HUB_OFFLINE is set, and it is not in the cache" in _refusal(ArtifactError, "other")
+
+
+def test_a_repository_that_was_renamed_is_found(hub: Hub, tiny_parent: Path) -> None:
+    hub.moved["openai/old-name"] = NAME
+    found = find_model("openai/old-name")
+    assert found.source == f"hf://openai/old-name@{hub.repositories[NAME].commit}"
+    assert Checkpoint.open(found.folder).architecture == Checkpoint.open(tiny_parent).architecture
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_fails_is_said_unless_all_is_cached(hub: Hub, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.status = status
+    assert str(status) in _refusal(StageError)
+    hub.status = None
+    found = find_model(NAME)
+    hub.status = status
+    assert find_model(NAME) == found
+
+
+def test_a_mirror_without_the_newer_storage_is_explained(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.xet = True
+    assert "404" in (said := _refusal(StageError)) and "HF_HUB_DISABLE_XET=1" in said
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    assert Checkpoint.open(find_model(NAME).folder).packed
+
+
+def test_a_token_is_read_from_its_file(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories[NAME].token, hub.repositories[NAME].gated = "hf_right", True
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "token").write_text("hf_right\n")
+    assert find_model(NAME).folder.is_dir() and hub.tokens == {"hf_right"}
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert f"{tmp_path}/file/hub" in (said := _refusal(ConfigError)) and "HF_HOME" in said
+
+
+@pytest.mark.parametrize("address", ["hub.site", "http://", "ftp://hub.site", "http://[::1", "http://127.0.0.1:99999"])
+def test_an_address_that_is_none_is_named(hub: Hub, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    assert f"HF_ENDPOINT is {address!r}, which is no address" in _refusal(ConfigError)
+
+
 def test_what_cannot_be_had_is_said(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = _refusal(ArtifactError, name="openai/absent")

@@ -144,6 +144,11 @@ def test_the_store_takes_what_the_checkpoint_is_made_of(tiny_parent: Path, data:
     [
         ("https://huggingface.co/openai/gpt-oss-20b", "is an address; give a model by its folder, or as OWNER/NAME"),
         ("hf://openai/gpt-oss-20b", "is an address"),
+        ("openai/gpt-oss-20b@v1", "write openai/gpt-oss-20b --revision v1"),
+        (
+            "openai/gpt-oss-20b/",
+            "there is no folder openai/gpt-oss-20b/; for openai/gpt-oss-20b of a hub write openai/gpt-oss-20b",
+        ),
         ("x" * 300 + "/y", "File name too long"),
         ("loop/y/z", "Too many levels of symbolic links"),
         ("file/y/z", "Not a directory"),
@@ -166,10 +171,59 @@ def test_tensors_and_keys_nothing_uses_are_told(
     parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
     (parent / INDEX).unlink()
     save_file({"model.rotary_emb.inv_freq": torch.ones(3)}, parent / "extra.safetensors")
-    _edit(lambda config: config.update(num_nextn_predict_layers=1, use_cache=False, torch_dtype="bfloat16"))(parent)
+    _edit(
+        lambda config: config.update(
+            num_nextn_predict_layers=1, use_cache=False, torch_dtype="bfloat16", auto_map={"AutoModel": "m.M"}
+        )
+    )(parent)
     assert main(["inspect", str(parent)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 tensors, the first is model.rotary_emb.inv_freq" in shown
-    assert "not read of config.json: num_nextn_predict_layers; transformers" in shown
+    assert "not read of config.json: auto_map, num_nextn_predict_layers; transformers" in shown
     assert main(["inspect", str(tiny_parent)]) == 0
     assert "not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"rounds": 1, "rounds": 2}', "recipe.json is not valid JSON: the key 'rounds' occurs twice"),
+        (b"rounds: 1\n", "recipe.json is not valid JSON: Expecting value"),
+        (b'{"rounds": Infinity}', "Infinity is not a number that JSON has"),
+        (b"\xff\xfe{\x00}\x00", "recipe.json is text in UTF-16"),
+        (b"\x1f\x8b\x08", "recipe.json is compressed by gzip"),
+        (b'{"round": 1}', "round = 1: Extra inputs are not permitted"),
+        (b"[" * 100_000, "recipe.json is not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_recipe_or_config_is_named(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.json").write_bytes(content)
+    for command in (
+        ["plan", "search", "--recipe", "recipe.json", "--like", "gpt-oss-20b"],
+        ["stage", "report", "recipe.json", "--output", "out"],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and message in said and len(said) < 5000
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/x", "hdfs://x", "file:///tmp/x", "S3://bucket/x", ""])
+def test_an_address_that_is_no_store_is_told(
+    address: str,
+    tiny_parent: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOESAIC_STORE", raising=False)
+    given = ["--recipe", "tiny_cpu", "--parent", str(tiny_parent), "--data", str(data), "--store", address]
+    for command in (["run", "search", "--engine", "moesaic", *given], ["store", "ls", "--store", address]):
+        assert main(command) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{address!r} is no address of a store" in said or "no store is named" in said
+    assert not [path for path in tmp_path.iterdir() if ":" in path.name]

@@ -74,8 +74,10 @@ def test_a_set_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.M
         read_rows(tmp_path / "b.jsonl")
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-OBJECTS = st.dictionaries(st.text(), SCALARS | st.lists(SCALARS, max_size=2), max_size=3)
+TEXTS = st.text() | st.text("\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e \r\nab", max_size=5)
+"""Often with characters at which some end lines."""
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
+OBJECTS = st.dictionaries(TEXTS, SCALARS | st.lists(SCALARS, max_size=2), max_size=3)
 ENDS = st.sampled_from(["\n", "\r\n", "\n\n", " \n", "\n \t\r\n"])
 
 

@@ -1,5 +1,6 @@
 """What somebody writes into a message stays text: by token ids, for two kinds of tokenizers."""
 
+import copy
 import json
 import string
 from collections import Counter
@@ -183,6 +184,48 @@ def test_text_around_a_marker_is_encoded_as_one_text(harmony: PreTrainedTokenize
     begin = len(ids) - ids[::-1].index(harmony.convert_tokens_to_ids("<|message|>"))
     assert ids[begin : begin + len(wanted)] == wanted
     assert all(token < len(without.get_vocab()) - len(MARKERS) for token in wanted)
+
+
+SYSTEM, DEVELOPER = {"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be polite."}
+ASKED, ANSWERED = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+RESULT = {"role": "tool", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "left_out"),
+    [
+        ([SYSTEM, ASKED, ANSWERED], None),
+        ([DEVELOPER, ASKED, ANSWERED, ASKED, ANSWERED], None),
+        ([SYSTEM, DEVELOPER, ASKED, ANSWERED], "message 2, of the developer"),
+        ([ASKED, ANSWERED, SYSTEM, ASKED, ANSWERED], "message 3, of the system"),
+        ([SYSTEM, SYSTEM, ASKED, ANSWERED], "message 2, of the system"),
+        ([ASKED, {"role": "assistant", "tool_calls": call("f", {})}, RESULT, ANSWERED], None),
+        (
+            [ASKED, {"role": "assistant", "tool_calls": call("f", {}) + call("g", {})}, RESULT, ANSWERED],
+            "call 2 of message 2, of the assistant",
+        ),
+        ([ASKED | {"content": ""}, ASKED, ANSWERED], None),
+    ],
+)
+def test_what_the_template_leaves_out_is_told(
+    harmony: PreTrainedTokenizerFast, messages: list[dict[str, Any]], left_out: str | None
+) -> None:
+    """gpt-oss's template reads instructions from the first message alone, and one call of a message."""
+    first = "{% if loop.first and message.role in ('developer', 'system') %}"
+    template = HARMONY.replace("{%- if message.role in ('developer', 'system') -%}", first)
+    template = template.replace(
+        "{%- else -%}\n{{- '<|start|>user", "{%- elif message.role == 'user' -%}\n{{- '<|start|>user"
+    )
+    strict = copy.deepcopy(harmony)
+    strict.chat_template = template
+    rows = [lambda: render_conversation(messages, strict, "low")]
+    rows += [lambda: tokenize(strict, Conversation(tuple(messages), "low", "here"), 10_000)]
+    for render in rows:
+        if left_out is None:
+            render()
+        else:
+            with pytest.raises(ArtifactError, match=f"the chat template leaves out {left_out}"):
+                render()
 
 
 def test_what_cannot_be_encoded_is_said(harmony: PreTrainedTokenizerFast) -> None:

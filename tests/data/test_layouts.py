@@ -137,6 +137,19 @@ THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSo."}
             },
             [{"role": "user", "content": "Why?"}, {"role": "assistant", "thinking": "Hm.", "content": "So."}],
         ),
+        *(
+            (
+                "messages",
+                {"messages": [USER, {"role": "assistant", name: "Hm.", "content": "So.", "tool_calls": None}]},
+                [{"role": "user", "content": "Why?"}, {"role": "assistant", "thinking": "Hm.", "content": "So."}],
+            )
+            for name in ("thinking", "reasoning_content", "reasoning")
+        ),
+        (
+            "messages",
+            {"messages": [USER, THOUGHT | {"reasoning_content": "Hm.", "reasoning": ""}]},
+            [{"role": "user", "content": "Why?"}, {"role": "assistant", "thinking": "Hm.", "content": "So."}],
+        ),
         (
             "input_output",
             {"input": [USER], "output": "So.", "system_prompt": "detailed thinking off", "category": "chat"},
@@ -187,6 +200,17 @@ REQUEST = GYM_MATH["responses_create_params"]
         ),
         ("nemo_gym", GYM_MATH | {"_hf_question_placeholder": {"row": 246}}, "its question stands in another set"),
         ("skywork_or1", SKYWORK | {"ability": "code"}, "code needs a sandbox"),
+        ("messages", {"messages": [USER, THOUGHT | {"reasoning": "Oh."}]}, "reasoning in two places that differ"),
+        (
+            "messages",
+            {"messages": [USER | {"reasoning": "Oh."}, THOUGHT]},
+            "messages with reasoning, which nothing reads",
+        ),
+        (
+            "messages",
+            {"messages": [USER, THOUGHT | {"audio": {"id": "a"}}]},
+            "has messages with audio, which nothing reads",
+        ),
         ("messages", {"messages": [USER]}, "does not end with a reply"),
         ("messages", {"messages": [USER, {"role": "tool", "content": "x"}]}, "has messages of the role tool"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "calls tools"),

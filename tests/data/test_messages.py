@@ -31,6 +31,7 @@ def tokens(model: Path, path: Path, row: dict[str, Any]) -> list[int]:
         {"thinking": None, "reasoning_content": "w3 w4", "reasoning": "w3 w4"},
         {"reasoning": [{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}]},
         {"reasoning": "w3 w4", "content": [{"type": "text", "text": "w5"}], "tool_calls": [], "refusal": None},
+        {"reasoning": "w3 w4", "content": [{"type": "output_text", "text": "w5", "annotations": [], "cache": None}]},
     ],
 )
 @pytest.mark.parametrize("effort", ["effort", "reasoning_effort"])
@@ -58,12 +59,56 @@ def test_reasoning_under_any_name_is_the_same_tokens(
         ({"messages": [QUESTION | {"content": None}]}, "got content = None"),
         ({"messages": [QUESTION | {"content": [{"type": "image_url", "image_url": "x"}]}]}, "got content = "),
         ({"messages": ["w1"]}, "each message needs a text"),
-        ({"messages": [ANSWER | {"tool_calls": [{"id": "1"}]}]}, "has tool_calls, which the chat template never reads"),
+        (
+            {"messages": [QUESTION | {"content": [{"type": "text", "text": "w1", "cache_control": {"a": 1}}]}]},
+            "got content =",
+        ),
+        ({"messages": [QUESTION | {"content": [{"type": "text"}]}]}, "got content ="),
+        (
+            {"messages": [ANSWER | {"tool_calls": [{"function": {"name": "f"}}]}]},
+            "has tool_calls, which the chat template",
+        ),
+        ({"messages": [ANSWER | {"tool_calls": [{"id": "1"}]}]}, "each call of a tool needs a function with name"),
+        ({"messages": [ANSWER | {"tool_calls": {"name": "f"}}]}, "tool_calls must be a list of calls"),
+        ({"messages": [ANSWER | {"tool_calls": ["f()"]}]}, "each call of a tool needs a function"),
+        (
+            {"messages": [ANSWER | {"tool_calls": [{"name": "f", "arguments": "x=1"}]}]},
+            "call of f: arguments is not valid JSON",
+        ),
+        ({"messages": [ANSWER | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "arguments must be an object"),
+        (
+            {"messages": [ANSWER | {"tool_calls": [{"name": "f", "parameters": {}}]}]},
+            "nothing reads the key 'parameters'",
+        ),
+        ({"messages": [ANSWER | {"tool_calls": [{"name": "f", "type": "custom"}]}]}, "is of type 'custom'"),
+        (PLAIN | {"id": ["a"]}, "id must be text or a number"),
+        (PLAIN | {"task": 1.5}, "task must be text or a number"),
     ],
 )
 def test_what_nothing_reads_is_refused(tiny_parent: Path, tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         tokens(tiny_parent, tmp_path / "a.jsonl", row)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"type": "function", "function": {"name": "look", "arguments": {"at": "<w1>", "n": 1}}},
+        {"id": "c1", "index": 0, "function": {"name": "look", "arguments": '{"at": "<w1>", "n": 1}'}},
+        {"name": "look", "arguments": {"at": "<w1>", "n": 1}, "type": None},
+        {"id": None, "name": "look", "arguments": ' {"at":"<w1>","n":1}'},
+    ],
+)
+def test_a_call_in_any_spelling_has_an_object_for_arguments(call: dict[str, Any]) -> None:
+    (read,) = read_message({"role": "assistant", "content": None, "tool_calls": [call]}, "here")["tool_calls"]
+    assert read["function"] == {"name": "look", "arguments": {"at": "<w1>", "n": 1}}
+    assert read.get("id") == call.get("id")
+
+
+@pytest.mark.parametrize("nothing", [None, "", "{}", {}, "null"])
+def test_a_call_may_have_no_arguments(nothing: object) -> None:
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": nothing}}]}
+    assert read_message(message, "here")["tool_calls"][0]["function"]["arguments"] == {}
 
 
 def test_an_answer_of_reasoning_alone_has_an_empty_content() -> None:

@@ -184,7 +184,8 @@ def test_sets_of_a_hub_are_fetched_and_named_by_their_commits(
         wanted = {"sources": [{"known": "dapo_math_17k"}], "rows": 30}
         other = {"hub": known.hub, "files": ["data/*.parquet"], "layout": "dapo_math_17k"}
         config = _config(prompts=wanted, tests={"sources": [other], "rows": 10})
-        prepare(config, example() / "parent", files, tmp_path / "data")
+        given = {name: files[name] for name in ("short", "long")}
+        prepare(config, example() / "parent", given, tmp_path / "data")
         commit = hub.repositories[f"datasets/{known.hub}"].commit
         assert not any("README" in path for path in hub.asked if "resolve" in path)
     summary = json.loads((tmp_path / "data" / SUMMARY).read_text())
@@ -251,6 +252,8 @@ def test_files_that_cannot_be_read_are_named(files: dict[str, Path], tmp_path: P
         return str(refused.value)
 
     assert "--files problems=PATH" in refusal(None, ConfigError)
+    with pytest.raises(ConfigError, match=r"--files typo=a: the config names only long, problems, short"):
+        prepare(_config(), example() / "parent", files | {"typo": Path("a")}, tmp_path / "data")
     assert "does not exist" in refusal(tmp_path / "gone")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     assert "cannot be read as parquet" in refusal(tmp_path / "x.parquet")
@@ -273,3 +276,15 @@ def test_the_command_shows_what_was_counted(
     shutil.rmtree(tmp_path / "data")
     assert main([*command, "--files", "problems"]) == 2
     assert "is not NAME=PATH" in capsys.readouterr().err
+    assert main([*command, *given, *given[-2:]]) == 2
+    assert " is given twice: " in capsys.readouterr().err
+
+
+def test_why_no_row_can_be_used_is_said(files: dict[str, Path], tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "add 1 + 1"}, {"role": "tool", "content": "2"}]}
+    (tmp_path / "tools.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    config = _config(calibration_short={"sources": [{"local": "t", "layout": "messages"}], "rows": 1, "max_tokens": 99})
+    given = files | {"t": tmp_path / "tools.jsonl"}
+    given = {name: given[name] for name in ("long", "problems", "t")}
+    with pytest.raises(ArtifactError, match=r"calibration_short: .*'has messages of the role tool': 3"):
+        prepare(config, example() / "parent", given, tmp_path / "data")

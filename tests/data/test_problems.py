@@ -40,6 +40,10 @@ def test_reads_a_file_and_a_directory_with_one_file(tmp_path: Path) -> None:
         (ENTRY | {"id": 7}, "line 2: 'id' must be text, found 7"),
         (ENTRY | {"prompt": []}, "line 2: 'prompt' must be a list"),
         (
+            ENTRY | {"prompt": [*ENTRY["prompt"], {"role": "assistant", "content": "w4"}]},
+            "'prompt' ends with what the assistant said",
+        ),
+        (
             ENTRY | {"prompt": [{"role": "user"}]},
             "line 2: 'prompt': each message needs a text for role and for content",
         ),

@@ -194,7 +194,7 @@ def test_folded_at_unit_scale_is_the_child_at_powers_of_two(child: Path, trtllm:
     assert kv_cache.read_scales(Checkpoint.open(trtllm)) == [UNIT] * 4
 
 
-def test_vllm_gets_scale_tensors_arguments_and_a_plugin(vllm: Path) -> None:
+def test_vllm_gets_scale_tensors_arguments_and_a_plugin(vllm: Path, trtllm: Path) -> None:
     scales = kv_cache.read_scales(Checkpoint.open(vllm))
     assert [scale.key for scale in scales] == pytest.approx([scale.key for scale in SCALES])
     arguments = (vllm / "serve.args").read_text().split()
@@ -203,6 +203,11 @@ def test_vllm_gets_scale_tensors_arguments_and_a_plugin(vllm: Path) -> None:
     assert "--enable-expert-parallel" in arguments
     assert not (vllm / "hf_quant_config.json").exists()
     assert "vllm_plugin" in (vllm / "README.md").read_text()
+    for bundle in (trtllm, vllm):
+        said = " ".join((bundle / "README.md").read_text().split())
+        assert (
+            "in what a user or a tool wrote become control tokens there" in said and "send and read token ids" in said
+        )
 
 
 @pytest.mark.parametrize("config", [TRTLLM, VLLM])

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -560,6 +561,23 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny_parent: Path) -> None:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content", "the chat template refuses"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "the chat template leaves out message 1, of the user"),
+        ("{{ raise_exception('no users') }}", "no users"),
+    ],
+)
+def test_a_template_that_no_question_gets_through_is_not_served(
+    tiny_parent: Path, tmp_path: Path, template: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_parent, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(template)
+    assert main(["serve", str(model), "--port", "0"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_refuses_what_it_cannot_serve(

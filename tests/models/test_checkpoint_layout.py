@@ -196,6 +196,9 @@ LAYOUTS: dict[str, Callable[[Folder], object]] = {
     "original/ and metal/": lambda folder: folder.files.update(
         {"original/model.safetensors": b"x" * 99, "metal/model.bin": b"y" * 99}
     ),
+    "notes of a Mac's file system": lambda folder: folder.files.update(
+        {"._model.safetensors": b"\0\5\x16\7", "._a.bin": b""}
+    ),
     "pickles beside": lambda folder: folder.files.update({"training_args.bin": b"\x80\x04."}),
 }
 
@@ -302,6 +305,69 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Folder], object], str]] = {
         lambda folder: folder.only().update({BIAS: torch.ones(2, dtype=torch.int8)}),
         "router.bias is of type I8; allowed are F64, F32, F16, BF16",
     ),
+    "GPTQ": (
+        lambda folder: folder.only().update({"model.layers.0.self_attn.q_proj.g_idx": torch.ones(2)}),
+        r"q_proj\.g_idx is of a quantization",
+    ),
+    "MLX": (
+        lambda folder: folder.only().update({"model.layers.0.self_attn.q_proj.biases": torch.ones(2, 2)}),
+        r"q_proj\.biases is of a quantization, .* give the model without, in BF16",
+    ),
+    "bitsandbytes, in the place of the weight": (
+        lambda folder: folder.only().update(
+            {
+                "model.layers.0.self_attn.q_proj.weight": torch.ones(8, 1, dtype=torch.uint8),
+                "model.layers.0.self_attn.q_proj.weight.absmax": torch.ones(2),
+            }
+        ),
+        r"q_proj\.weight\.absmax is of a quantization",
+    ),
+    "tied embeddings": (
+        lambda folder: folder.only().pop(layout.HEAD),
+        r"1 tensors are missing, the first is lm_head\.weight; a model whose embedding is its head as well is not read",
+    ),
+    "names of a larger model": (
+        lambda folder: folder.only().update(
+            {f"language_model.{layout.FINAL_NORM}": folder.only().pop(layout.FINAL_NORM)}
+        ),
+        r"the first is model\.norm\.weight; there is language_model\.model\.norm\.weight, which nothing here reads",
+    ),
+    "an absolute path": (
+        lambda folder: setattr(folder, "index", dict.fromkeys(TENSORS, "/model.safetensors")),
+        r"lists /model\.safetensors, which is outside of the model's directory",
+    ),
+    "a path out of the folder": (
+        lambda folder: setattr(folder, "index", dict.fromkeys(TENSORS, "a/../../model.safetensors")),
+        r"lists a/\.\./\.\./model\.safetensors, which is outside",
+    ),
+    "an unfinished download": (
+        lambda folder: folder.files.update({"model.safetensors.aria2": b"\0\1"}),
+        r"model\.safetensors is not all there yet, by model\.safetensors\.aria2 beside it; finish its download",
+    ),
+    "a web page": (
+        lambda folder: folder.files.update({"x.safetensors": b"<!DOCTYPE html><title>log in"}),
+        r"x\.safetensors is not a safetensors file: it is a web page",
+    ),
+    "another program's": (
+        lambda folder: (setattr(folder, "shards", {}), folder.files.update({"a.gguf": b"GGUF"})),
+        r"holds no safetensors files; a\.gguf is of llama\.cpp",
+    ),
+    "original/ alone": (
+        lambda folder: setattr(folder, "shards", {"original/model.safetensors": dict(TENSORS)}),
+        r"original/ has them in a format of its own",
+    ),
+    "an empty file": (
+        lambda folder: folder.files.update({"x.safetensors": b""}),
+        r"x\.safetensors is not a safetensors file: it is empty",
+    ),
+    "zeros": (
+        lambda folder: folder.files.update({"x.safetensors": bytes(64)}),
+        r"x\.safetensors is not a safetensors file: its header is broken",
+    ),
+    "a name that is no text": (
+        lambda folder: folder.files.update({"caf\udce9.txt": b""}),
+        r"a file whose name is not UTF-8, 'caf\\udce9\.txt'; rename it",
+    ),
     "a truncated file": (
         lambda folder: folder.files.update({"x.safetensors": b"\x08\0\0\0\0\0\0\0{}      12345"}),
         r"x\.safetensors goes on after its header says that it ends",
@@ -375,6 +441,18 @@ def test_a_number_that_is_not_finite_is_named(tmp_path: Path, name: str, value: 
     damaged = TENSORS[name].clone()
     damaged.view(-1)[-1] = value
     folder.only()[name] = damaged
+    directory = folder.write(tmp_path / "model")
+    for read in (load_model, lambda path: check_weights(Checkpoint.open(path))):
+        with pytest.raises(ArtifactError, match=f"{name} has numbers that are not finite"):
+            read(directory)
+
+
+def test_a_number_that_no_model_is_computed_with_is_named(tmp_path: Path) -> None:
+    """Finite where it is stored, and not in what models are computed in."""
+    folder = Folder()
+    _in_other_floats(folder)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    folder.only()[name][0, 0] = 1e300
     directory = folder.write(tmp_path / "model")
     for read in (load_model, lambda path: check_weights(Checkpoint.open(path))):
         with pytest.raises(ArtifactError, match=f"{name} has numbers that are not finite"):

@@ -118,7 +118,7 @@ def test_a_header_is_found_in_one_read_or_two_and_nothing_else_is_read(tmp_path:
 )
 def test_what_is_no_safetensors_file_is_told(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ArtifactError, match="x is not a safetensors file: its header"):
+    with pytest.raises(ArtifactError, match=r"x is not a safetensors file: (its header|it is empty)"):
         read_header(tmp_path / "x")
 
 

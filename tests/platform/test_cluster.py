@@ -254,6 +254,43 @@ def test_a_profile_that_is_not_there_or_no_yaml_is_explained(tmp_path: Path) -> 
         read_profile(tmp_path / "empty.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("default: cpu\nnodes: {}\ndefault: gpu\n", "profile.yaml, from line 1: the key 'default' occurs twice"),
+        ("nodes:\n  cpu:\n    cpu: 1\n    cpu: 2\n", "from line 3: the key 'cpu' occurs twice"),
+        ("environment:\n  SINCE: 2026-01-01\n", "holds what is no text, number, list or mapping"),
+        ("default: &a [*a]\n", "holds what is no text, number, list or mapping"),
+        ("? [1, 2]\n: 3\n", "unhashable key|holds what is no text"),
+        ("default: cpu\n--- \nnodes: {}\n", "is no YAML: expected a single document"),
+        ("default: !!python/name:os.system\n", "is no YAML: could not determine a constructor"),
+        ("[" * 3000, "is no YAML|holds what is no text"),
+        ("default: \tcpu\n\t- a\n", "is no YAML"),
+    ],
+)
+def test_what_yaml_alone_would_take_or_fail_at_is_said(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "profile.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_profile(tmp_path / "profile.yaml")
+
+
+@pytest.mark.parametrize("worker", [{}, {"template": None}, [], "x"])
+def test_a_template_of_another_form_is_explained(worker: object, tmp_path: Path) -> None:
+    pod = {"spec": {"containers": [{"name": "ray"}], "volumes": None}}
+    groups = {"headGroupSpec": {"template": pod}, "workerGroupSpecs": [worker]}
+    template = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": "j"},
+        "spec": {"rayClusterSpec": groups},
+    }
+    jobs = {"reinforce": {"template": template, "node": "cpu", "num_nodes": 2}}
+    claims = [{"claim": "store", "path": "/store"}]
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(SMALL | {"jobs": jobs, "claims": claims}))
+    with pytest.raises(ConfigError, match="the template of the job of reinforce has not the form of a RayJob"):
+        read_profile(tmp_path / "profile.yaml")
+
+
 def test_what_is_no_pipeline_of_ours_is_refused() -> None:
     with pytest.raises(ArtifactError, match="make compile"):
         place({"deploymentSpec": {"executors": {"exec-a": {"importer": {}}}}}, profile(), STAGES)

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import close_session, constants
 
 from moesaic.core.errors import MoesaicError
+from moesaic.core.hub import fetch as fetch_from_hub
+from moesaic.core.network import site_variables
 from moesaic.core.own_environment import own_variables
 from moesaic.core.virtual_environment import why_unreachable
 from moesaic.deploy.engines import Server
@@ -103,6 +106,20 @@ def test_our_clients_get_through(client: str, at_site: Site) -> None:
     with pytest.raises(MoesaicError, match=r"401|nobody"):
         CLIENTS[client](at_site.url)
     assert at_site.tunnels and set(at_site.tunnels) == {f"{HOST}:443"}
+    assert {who for _, _, who in at_site.asked} == {"a client of the site"}
+
+
+def test_a_hub_of_the_sites_own_is_asked_the_same_way(
+    at_site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", at_site.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, value in site_variables(os.environ).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MoesaicError, match=f"the model a/b on {at_site.url}"):
+        fetch_from_hub("a/b", None, "model", ["*"])
+    close_session()  # which knows this site's proxy
+    assert set(at_site.tunnels) == {f"{HOST}:443"}
     assert {who for _, _, who in at_site.asked} == {"a client of the site"}
 
 

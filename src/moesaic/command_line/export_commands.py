@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moesaic.command_line.config_option import read_config
 from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.deploy.export_engine.verdict import Verdict
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
@@ -35,7 +36,7 @@ def _validate(options: argparse.Namespace) -> None:
 
     if options.engine and options.prompts is None:
         raise ConfigError("--engine needs --prompts, a set of problems such as the prompts of a recipe")
-    config = ValidateBundleConfig.parse(options.config)
+    config = ValidateBundleConfig.parse(read_config(options.config))
     for check in validate(options.bundle, options.child):
         print(f"ok  {check}", flush=True)
     verdict = Verdict(passed=True)

@@ -34,7 +34,11 @@ def _prepare(options: argparse.Namespace) -> None:
     from moesaic.data.prepare.run import SUMMARY, prepare
 
     config = PrepareConfig.parse(read_config(options.config))
-    files = dict(_named(pair) for pair in options.files)
+    files: dict[str, Path] = {}
+    for name, path in map(_named, options.files):
+        if name in files:
+            raise ConfigError(f"--files {name} is given twice: {files[name]} and {path}")
+        files[name] = path
     find_named(options)
     counts = prepare(config, options.model, files, options.output)
     table = Table("set", box=None)

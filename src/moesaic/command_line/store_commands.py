@@ -51,7 +51,7 @@ def add_store_commands(commands: Any) -> None:
 
 def _open(options: argparse.Namespace) -> Store:
     address = options.store or parse_address(os.environ.get("MOESAIC_STORE", ""))
-    if not options.store and not os.environ.get("MOESAIC_STORE"):
+    if not address:
         raise ConfigError("no store is named; give --store or set MOESAIC_STORE")
     store = Store.at(address)
     if not isinstance(address, str) and not address.is_dir():

@@ -69,5 +69,5 @@ def _explain(invalid: ValidationError) -> list[str]:
     lines = []
     for problem in invalid.errors():
         place = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
-        lines.append(f"  {place} = {problem['input']!r}: {problem['msg']}")
+        lines.append(f"  {place} = {problem['input']!r:.200}: {problem['msg']}")
     return lines

@@ -5,21 +5,25 @@ offline switch (``HF_HUB_OFFLINE``), proxies. A revision is resolved to a commit
 """
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from huggingface_hub import constants, errors, get_token, snapshot_download
+from huggingface_hub import constants, errors, get_session, get_token, set_client_factory, snapshot_download
 from huggingface_hub.utils import tqdm
 
-from moesaic.core.errors import ArtifactError, MoesaicError, StageError
+from moesaic.core.errors import ArtifactError, ConfigError, MoesaicError, StageError
+from moesaic.core.network import CLIENT_CERTIFICATE, tls_context
 
 Kind = Literal["model", "dataset"]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GB = 10**9
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
 
     Raises:
         ArtifactError: if there is no such repository, revision or file, or one may not have it.
+        ConfigError: if HF_ENDPOINT is no address, or the folder of the cache cannot be written to.
         StageError: if the hub cannot be reached, fails, or the disk of the cache is full.
     """
     options = {
@@ -63,7 +68,10 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
         "allow_patterns": list(wanted),
         "ignore_patterns": list(unwanted),
     }
+    _check_address()
     try:
+        if os.environ.get(CLIENT_CERTIFICATE):
+            _show_certificate()
         _check_room(repo, options)
         folder = Path(snapshot_download(repo, **options))
     except MoesaicError:
@@ -73,6 +81,27 @@ def fetch(repo: str, revision: str | None, kind: Kind, wanted: Sequence[str], un
     if not any(path.is_file() for path in folder.rglob("*")):
         raise ArtifactError(f"{_title(repo, revision, kind)} has none of the files {', '.join(wanted)}")
     return Snapshot(folder, repo, kind, folder.name)
+
+
+def _check_address() -> None:
+    try:
+        parts = urlsplit(constants.ENDPOINT)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ConfigError(
+            f"HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address; it begins with https:// or http://"
+        )
+
+
+def _show_certificate() -> None:
+    """Let the library's connections show the site's client certificate, of which it knows nothing."""
+    usual = get_session()
+    hooks = usual.event_hooks
+    set_client_factory(
+        lambda: type(usual)(verify=tls_context(), event_hooks=hooks, follow_redirects=True, timeout=None)
+    )
 
 
 class _NoBar(tqdm):
@@ -130,11 +159,18 @@ def _explained(failure: Exception, repo: str, revision: str | None, kind: Kind) 
             f"the disk of {constants.HF_HUB_CACHE} is full; free some, or let HF_HOME name a folder on another disk, "
             "and run again: it goes on"
         )
+    if isinstance(failure, OSError) and failure.errno in _UNWRITABLE:
+        return ConfigError(
+            f"{failure.filename or constants.HF_HUB_CACHE} cannot be written to ({failure.strerror}); let HF_HOME "
+            "name a folder of yours for the cache"
+        )
     if isinstance(failure, ValueError):
         return StageError(
             f"{title}: what answers there does not speak a hub's language ({failure}); look at HF_ENDPOINT and proxies"
         )
-    return StageError(f"{title} cannot be fetched: {_words(failure)}; run again: it goes on where it stopped")
+    return StageError(
+        f"{title} cannot be fetched: {_words(failure)}; run again: it goes on where it stopped{_of_xet(failure)}"
+    )
 
 
 def _refused(failure: errors.HfHubHTTPError, title: str) -> MoesaicError:
@@ -143,7 +179,14 @@ def _refused(failure: errors.HfHubHTTPError, title: str) -> MoesaicError:
         return ArtifactError(
             f"{title}: the server refuses the token ({_words(failure)}); look at HF_TOKEN; what is public needs none"
         )
-    return StageError(f"{title}: the server answers {status} ({_words(failure)}); try again later")
+    return StageError(
+        f"{title}: the server answers {status} ({_words(failure)}){_of_xet(failure) or '; try again later'}"
+    )
+
+
+def _of_xet(failure: BaseException) -> str:
+    """What to do where a failure is of the hub's newer storage, which a mirror or a proxy may not pass on."""
+    return "; without its newer storage it may go: HF_HUB_DISABLE_XET=1" if "xet" in str(failure).lower() else ""
 
 
 def _not_cached(failure: Exception, repo: str, title: str) -> MoesaicError:

@@ -18,6 +18,8 @@ _FOREIGN = {
     b"ARROW1": "an Arrow file",
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
+    b"GGUF": "a GGUF file",
+    b"SQLite format 3": "a database of SQLite",
     b"version https://git-lfs": "a Git LFS pointer, whose content was not fetched (`git lfs pull` does it)",
 }
 """By how a file begins, what it is instead of what was asked for."""
@@ -48,7 +50,7 @@ def parse_json(content: bytes, place: object) -> Any:
     except UnicodeEncodeError as broken:
         raise ArtifactError(f"{place} holds half of a surrogate pair, which is no character; remove it") from broken
     except (ValueError, RecursionError) as broken:
-        raise ArtifactError(f"{place} is not valid JSON: {broken}") from broken
+        raise ArtifactError(f"{place} is not valid JSON: {broken}{_clue(text)}") from broken
     return value
 
 
@@ -95,6 +97,13 @@ def _decode(content: bytes, place: object) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as broken:
         raise ArtifactError(f"{place} is not UTF-8 text ({broken.reason}); save it as UTF-8") from broken
+
+
+def _clue(text: str) -> str:
+    """What a text is that is no JSON."""
+    if text.lstrip().startswith("<"):
+        return "; it is a web page, maybe to log in"
+    return "; it holds bytes of zero, as text in UTF-16 does, or a file after a crash" if "\0" in text else ""
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -55,6 +55,9 @@ def read_conversation(row: Row) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise ArtifactError(f"{row.place} has no conversation; a row needs messages, each with role and content")
     check_keys(row.values, _KEYS, row.place)
+    for key in ("id", "task"):
+        if not isinstance(row.values.get(key), str | int | None):
+            raise ArtifactError(f"{row.place}: {key} must be text or a number, found {row.values[key]!r:.200}")
     read = tuple(read_message(message, row.place) for message in messages)
     return Conversation(read, read_effort(row.values, row.place), row.place)
 
@@ -70,7 +73,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, row: Conversation, max_tokens: 
             raise TemplateError(f"{row.place} has {key}, which the chat template never reads; use another template")
     try:
         chat = GuardedChat.of(row.messages, tokenizer)
-        text = chat.render(row.effort, prompt=False)
+        text = chat.render_whole(row.effort, prompt=False)
         spans = _response_spans(chat, row, text)
         tokens = chat.encode(text)[:max_tokens]
     except ArtifactError as refused:

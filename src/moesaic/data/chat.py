@@ -5,10 +5,11 @@ somebody has written is guarded by a character inside it before the template is 
 guard are the template's own; the text between those is encoded without control tokens, and without the guards.
 """
 
+import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
 from itertools import groupby
@@ -19,10 +20,14 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import read_text
 from moesaic.data.markers import GUARD, GUARDS, MARKER, guard_markers
+from moesaic.models.resolved_config import CONFIG, read_config_file
 
 PROMPT_DATE = date(2025, 8, 5)
 """What gpt-oss's chat template prints as today's date, so that a prompt is the same tokens on every day."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class TemplateError(ArtifactError):
@@ -33,17 +38,35 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     """Read ``tokenizer.json``; no code that comes with a checkpoint is run.
 
     Raises:
-        ArtifactError: if the checkpoint has no tokenizer that can be read, or the tokenizer no chat template.
+        ArtifactError: if the checkpoint has no tokenizer that can be read, the tokenizer no chat template, or the model
+            no embedding for one of its tokens.
     """
     if not (model / "tokenizer.json").is_file():
         raise ArtifactError(f"{model} has no tokenizer.json; copy the tokenizer's files beside the weights")
+    for file in _TOKENIZER_FILES:
+        if (model / file).is_file():
+            read_text(model / file)
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model)
     except Exception as broken:  # of files that are damaged, which raises errors of many kinds
         raise ArtifactError(f"the tokenizer of {model} cannot be read: {broken}; copy its files again") from broken
     if not tokenizer.chat_template:
         raise ArtifactError(f"{model} has no chat template; add its chat_template.jinja to the checkpoint")
+    _check_vocabulary(tokenizer, model)
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
+    """Tokens that were added to a tokenizer count only once the embedding has rows for them."""
+    if not (model / CONFIG).is_file():
+        return
+    size: int = read_config_file(model)["vocab_size"]
+    text, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= size:
+        raise ArtifactError(
+            f"the tokenizer of {model} has the token {text!r} with id {number}, but the model's embedding ends at "
+            f"{size - 1}; give the tokenizer that it was trained with, or a model whose embedding was resized"
+        )
 
 
 def find_markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -58,10 +81,10 @@ def render_conversation(
     """Token ids of ``{"role", "content"}`` messages in the chat template, up to where the model's reply begins.
 
     Raises:
-        TemplateError: if the template refuses them.
+        TemplateError: if the template refuses them, or leaves one out.
     """
     chat = GuardedChat.of(messages, tokenizer)
-    return [token for token, _ in chat.encode(chat.render(effort, prompt=True))]
+    return [token for token, _ in chat.encode(chat.render_whole(effort, prompt=True))]
 
 
 def decode_reply(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -75,6 +98,19 @@ def decode_reply(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -
 def encode_reply(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of what :func:`decode_reply` gave: the same where the model split its text as the tokenizer does."""
     return [token for token, _ in GuardedChat((), GUARD, tokenizer).encode(text)]
+
+
+_Part = tuple[int, int | None]
+"""A message, and a call in it if that is meant."""
+
+
+def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[_Part]:
+    """What a template must not leave out: what is not the assistant's, and its calls."""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" and message.get("content"):
+            yield number, None
+        for call, _ in enumerate(message.get("tool_calls") or ()):
+            yield number, call
 
 
 @dataclass(frozen=True)
@@ -118,6 +154,34 @@ class GuardedChat:
         except Exception as refused:  # the template is the user's program and may raise anything
             shown = json.dumps(messages, ensure_ascii=False, default=str).replace(self.guard, "")[:200]
             raise TemplateError(f"the chat template refuses {shown}: {refused}") from refused
+
+    def render_whole(self, effort: str | None, *, prompt: bool) -> str:
+        """All messages as :meth:`render` gives them, if the template writes every question, instruction, result, call.
+
+        One more letter in each shows it. What an assistant thought or said before, a template may leave out.
+
+        Raises:
+            TemplateError: if the template refuses the messages, or leaves a part of one out.
+        """
+        text, parts = self.render(effort, prompt=prompt), list(_parts(self.messages))
+        if len(self._longer(parts).render(effort, prompt=prompt)) < len(text) + len(parts):
+            for number, call in parts:
+                if self._longer([(number, call)]).render(effort, prompt=prompt) == text:
+                    where = f"message {number + 1}, of the {self.messages[number]['role']}"
+                    raise TemplateError(
+                        f"the chat template leaves out {where if call is None else f'call {call + 1} of {where}'}: it "
+                        "has no place for it there; put it where it has, or use another template"
+                    )
+        return text
+
+    def _longer(self, parts: Sequence[_Part]) -> "GuardedChat":
+        messages = [copy.deepcopy(dict(message)) for message in self.messages]
+        for number, call in parts:
+            if call is None:
+                messages[number]["content"] += "x"
+            else:
+                messages[number]["tool_calls"][call]["function"]["name"] += "x"
+        return replace(self, messages=tuple(messages))
 
     def encode(self, text: str) -> list[tuple[int, int]]:
         """Every token of a rendered text, and where in it the token begins.

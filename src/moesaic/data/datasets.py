@@ -64,7 +64,7 @@ def check_keys(values: Mapping[str, Any], understood: Collection[str], place: st
 def _find_file(path: Path) -> Path:
     if path.is_file():
         return path
-    files = sorted(path.glob("*.jsonl"))
+    files = sorted(file for file in path.glob("*.jsonl") if not file.name.startswith("."))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or ("none" if path.is_dir() else "no such file or directory")
         raise ArtifactError(f"{path} must be a .jsonl file or a directory that holds exactly one; found {names}")

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from moesaic.core.config import Effort
 from moesaic.core.errors import ArtifactError
+from moesaic.core.json_text import parse_json
 from moesaic.data.datasets import check_keys
 
 REASONING = ("thinking", "reasoning_content", "reasoning")
@@ -20,6 +21,9 @@ _KEYS = {
     "tool": {"role", "content", "name", "tool_call_id"},
 }
 _TEXT_ONLY = {"role", "content"}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_CALL = {"id", "index", "type", "function"}
+_FUNCTION = {"name", "arguments"}
 
 
 def read_message(message: Any, place: str) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def read_message(message: Any, place: str) -> dict[str, Any]:
         read["thinking"] = _text(thinking[1], thinking[0], place)
     calls = message.get("tool_calls") or ()
     if calls:
-        read["tool_calls"] = calls
+        read["tool_calls"] = _calls(calls, place)
     if message.get("content") is not None or not (thinking or calls):
         read["content"] = _text(message.get("content"), "content", place)
     elif thinking and not calls:
@@ -83,4 +87,31 @@ def _text(value: Any, key: str, place: str) -> str:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in ("text", "input_text") and set(part) == {"type", "text"}
+    """Whether it is a text and nothing else; keys that say nothing may stand beside it."""
+    says = {key for key, value in part.items() if value or key == "text"} if isinstance(part, Mapping) else set()
+    return says == {"type", "text"} and part["type"] in _TEXT_PARTS
+
+
+def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
+    """Calls of tools as chat templates take them: arguments are an object, which the API has as its JSON text."""
+    if not isinstance(calls, list):
+        raise ArtifactError(f"{place}: tool_calls must be a list of calls, got {calls!r:.200}")
+    return [_call(call, place) for call in calls]
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ArtifactError(f"{place}: each call of a tool needs a function with name and arguments, got {call!r:.200}")
+    where = f"{place}, call of {function['name']}"
+    check_keys(call, _CALL | _FUNCTION if function is call else _CALL, where)
+    check_keys(function, _CALL | _FUNCTION if function is call else _FUNCTION, where)
+    if call.get("type") not in (None, "function"):
+        raise ArtifactError(f"{where} is of type {call['type']!r:.200}; allowed is 'function'")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments.encode() or b"{}", f"{where}: arguments")
+    if not isinstance(arguments, Mapping | None):
+        raise ArtifactError(f"{where}: arguments must be an object, got {arguments!r:.200}")
+    named = {"id": call["id"]} if call.get("id") is not None else {}
+    return {**named, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments or {})}}

@@ -114,6 +114,8 @@ def read_problem(row: Row) -> Problem:
     asked = [read_message(message, f"{row.place}: 'prompt'") for message in prompt]
     for message in asked:
         check_keys(message, ("role", "content"), f"{row.place}: a message to be answered")
+    if asked[-1]["role"] == "assistant":
+        raise ArtifactError(f"{row.place}: 'prompt' ends with what the assistant said; it must end with what is asked")
     try:
         get_verifier(entry["verifier"])
     except ConfigError as unknown:

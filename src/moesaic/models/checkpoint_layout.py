@@ -5,7 +5,7 @@ sub-folders that the index names. What could be read in two ways is refused: a t
 shards, an adapter that waits to be merged, a link whose file is gone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from moesaic.core.errors import ArtifactError
@@ -20,8 +20,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _ADAPTERS = ("adapter_config.json", "adapter_model.*", "adapters.safetensors")
 _COMPANIONS = ("", ".json", ".jsonl", ".jinja", ".txt", ".md", ".py", ".model", ".tiktoken", ".bpe", ".yaml")
 """The endings of files that describe weights, or come with them: tokenizer, template, licence, records."""
-_QUANTIZED = ("_scale", "_scale_inv", "_scales", "zero_point", "qweight", "qzeros", "g_idx")
-"""How the names of tensors end that other tensors need to be understood."""
+_QUANTIZED = (
+    *("_scale", "_scale_inv", "_scales", "zero_point", "qweight", "qzeros", "g_idx", ".scales", ".biases"),
+    *("_packed", ".absmax", ".quant_map", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
+)
+"""How the names of tensors end that other tensors need to be understood: of GPTQ, AWQ, FP8, MLX, bitsandbytes."""
+_UNFINISHED = ".aria2"
+"""What stands behind a file's name while it is being downloaded by a program that gives it its full size first."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BYTES = "U8"
 EXPONENTS = "F8_E8M0"
@@ -46,7 +51,7 @@ def locate_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     _check_folder(directory)
     listed = _read_index(directory)
-    shards = [directory / file for file in sorted(set(listed.values()))] or sorted(directory.glob("*.safetensors"))
+    shards = [directory / file for file in sorted(set(listed.values()))] or _beside(directory)
     if not shards:
         raise ArtifactError(_no_weights(directory))
     tensors: dict[str, StoredTensor] = {}
@@ -54,6 +59,8 @@ def locate_tensors(directory: Path) -> dict[str, StoredTensor]:
         if not path.exists():
             what = f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "is missing"
             raise ArtifactError(f"{path}, which {INDEX} lists, {what}; copy or download it")
+        if (sign := path.with_name(path.name + _UNFINISHED)).exists():
+            raise ArtifactError(f"{path} is not all there yet, by {sign.name} beside it; finish its download")
         for name, tensor in read_header(path).items():
             if name in tensors:
                 raise ArtifactError(f"{name} lies in {tensors[name].file} and in {path}; remove one of them")
@@ -64,8 +71,13 @@ def locate_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _beside(directory: Path) -> list[Path]:
+    """The safetensors files beside a config; hidden ones are notes of file systems, such as ``._model.safetensors``."""
+    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+
+
 def _check_folder(directory: Path) -> None:
-    """Refuse links without a file, and adapters."""
+    """Refuse links without a file, adapters, and names that are no text."""
     for path in sorted(directory.iterdir()):
         if path.is_symlink() and not path.exists():
             raise ArtifactError(
@@ -73,6 +85,17 @@ def _check_folder(directory: Path) -> None:
             )
         if any(path.match(pattern) for pattern in _ADAPTERS):
             raise ArtifactError(f"{path} is of an adapter, which would be left out; merge it into the weights first")
+        if path.suffix in (*_COMPANIONS, ".safetensors") and not _is_text(path.name):
+            raise ArtifactError(f"{directory} holds a file whose name is not UTF-8, {path.name!a}; rename it")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is text, as lists of files hold it, and not bytes that are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -110,7 +133,11 @@ def _no_weights(directory: Path) -> str:
     message = f"{directory} holds no safetensors files"
     if pickles := [path.name for pattern in _PICKLES for path in directory.glob(pattern)]:
         return f"{message}; {pickles[0]} is a pickle, which can run code: convert it to safetensors"
+    if packed := [path.name for path in directory.glob("*.gguf")]:
+        return f"{message}; {packed[0]} is of llama.cpp: give the model that it was made from"
     if below := sorted(directory.glob("*/*.safetensors")):
+        if below[0].parent.name == "original":
+            return f"{message} beside its config; original/ has them in a format of its own: download the others"
         return f"{message} beside its config, and no {INDEX} that would list {below[0].relative_to(directory)}"
     return message
 
@@ -124,8 +151,14 @@ def check_tensors(
         ArtifactError: that names the first tensor that is missing, or of another shape or type.
     """
     layers = int(str(config["num_hidden_layers"]))
+    others = sorted(set(tensors) - set(expected) - set(layout.kv_scale_names(layers)))
+    if quantized := next((name for name in others if name.endswith(_QUANTIZED)), None):
+        raise ArtifactError(
+            f"{tensors[quantized].file.name}: {quantized} is of a quantization, or a KV cache, that Moesaic does not "
+            "read under this name; give the model without, in BF16"
+        )
     if missing := sorted(set(expected) - set(tensors)):
-        raise ArtifactError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+        raise ArtifactError(f"{len(missing)} tensors are missing, the first is {missing[0]}{_clue(missing, others)}")
     for name, spec in expected.items():
         tensor = tensors[name]
         if tensor.shape != spec.shape:
@@ -137,9 +170,17 @@ def check_tensors(
         if tensor.dtype not in allowed:
             types = ", ".join(allowed)
             raise ArtifactError(f"{tensor.file.name}: {name} is of type {tensor.dtype}; allowed are {types}")
-    for name in sorted(set(tensors) - set(expected) - set(layout.kv_scale_names(layers))):
+    for name in others:
         if contradiction := _contradicts(name, layers):
             raise ArtifactError(f"{tensors[name].file.name}: {name} {contradiction}")
+
+
+def _clue(missing: Sequence[str], others: Sequence[str]) -> str:
+    """What there is instead of tensors that are missing."""
+    if list(missing) == [layout.HEAD]:
+        return "; a model whose embedding is its head as well is not read: save it with a head of its own"
+    alike = [name for name in others if name.endswith(missing[0]) or missing[0].endswith(name)]
+    return f"; there is {(alike or others)[0]}, which nothing here reads" if others else ""
 
 
 def _contradicts(name: str, layers: int) -> str | None:
@@ -149,8 +190,6 @@ def _contradicts(name: str, layers: int) -> str | None:
         return f"is of layer {number}; the config has layers 0 to {layers - 1}"
     if "lora_" in name:
         return "is of an adapter; merge it into the weights first"
-    if name.endswith(_QUANTIZED):
-        return "is of a quantization, or a KV cache, that Moesaic does not read under this name"
     if layout.is_expert_indexed(name):
         return "says once more what other tensors say of these experts; keep either packed or plain weights"
     return None

@@ -17,6 +17,9 @@ _NOT_OF_A_LAYER = (
     *("dtype", "torch_dtype"),
 )
 
+_LARGEST = torch.finfo(torch.bfloat16).max
+"""Beyond it a number is not finite in what models are computed in."""
+
 
 def choose_device() -> torch.device:
     """The accelerator if there is one."""
@@ -128,7 +131,7 @@ def check_finite(name: str, tensor: Tensor) -> Tensor:
         finite = not name.endswith("_scales") or int(tensor.max()) <= mxfp4.LARGEST_SCALE
     else:
         low, high = tensor.aminmax()
-        finite = bool(low.isfinite() & high.isfinite())
+        finite = bool((low >= -_LARGEST) & (high <= _LARGEST))
     if not finite:
         raise ArtifactError(f"{name} has numbers that are not finite; the weights are damaged: download them again")
     return tensor

@@ -31,7 +31,7 @@ def find_model(given: str, revision: str | None = None) -> NamedModel:
         revision: of the repository: branch, tag or commit.
 
     Raises:
-        ConfigError: for the revision of a folder, or an address.
+        ConfigError: for the revision of a folder, an address, or a name with more behind it.
         ArtifactError: if the hub has no such model, or one may not have it.
         StageError: if it cannot be fetched.
     """
@@ -40,6 +40,11 @@ def find_model(given: str, revision: str | None = None) -> NamedModel:
     if "://" in given:
         raise ConfigError(
             f"{given} is an address; give a model by its folder, or as OWNER/NAME of a hub, such as openai/gpt-oss-20b"
+        )
+    name, _, at = given.rstrip("/").partition("@")
+    if name != given and is_hub_name(name) and not Path(given).exists():
+        raise ConfigError(
+            f"there is no folder {given}; for {name} of a hub write {name}{f' --revision {at}' if at else ''}"
         )
     if not is_hub_name(given):
         if revision is not None:

@@ -33,6 +33,9 @@ _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 """What transformers takes where a config says nothing; engines have no defaults."""
 _WHOLE_HEAD = ("partial_rotary_factor", 1.0)
 """A key of RoPE at the value that changes nothing."""
+_OTHER_PARTS = ("quantization", "decoder", "generator", "text_encoder")
+"""Keys whose values, like those of keys in ``_config``, are of a part of a model, or of another program's format."""
+_OWN_PARTS = ("quantization_config", "per_layer_config")
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
@@ -55,7 +58,9 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ArtifactError: for a value that the model's class refuses or would not use.
     """
-    config, family = as_class(given), layout.family_of(given)
+    family = layout.family_of(given)
+    _check_parts(given)
+    config = as_class(given)
     keys = family.of_transformers("Config").__annotations__
     values = dict(given) | {key: getattr(config, key) for key in keys} | {"head_dim": _head_dim(config)}
     if given["model_type"] == family.child_type:
@@ -75,8 +80,9 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """Keys of a config that neither its class nor anything here reads."""
     family = layout.family_of(config)
-    known = _class_of(config, family)()
-    return sorted(key for key in config if not hasattr(known, key) and key not in {*_READ_HERE, *family.constants})
+    known, is_parent = _class_of(config, family)(), config["model_type"] == family.parent_type
+    read = {*_READ_HERE, *family.constants} - ({"auto_map"} if is_parent else set())
+    return sorted(key for key in config if key not in read and (key == "auto_map" or not hasattr(known, key)))
 
 
 def as_class(given: Mapping[str, Any]) -> PreTrainedConfig:
@@ -99,6 +105,21 @@ def as_class(given: Mapping[str, Any]) -> PreTrainedConfig:
     except Exception as refused:  # the class checks values by errors of many kinds
         raise ArtifactError(f"{kind} does not take these values: {' '.join(str(refused).split())}") from refused
     return config
+
+
+def _check_parts(given: Mapping[str, Any]) -> None:
+    """Refuse configs within the config: what they say is read by neither the class nor anything here."""
+    if not isinstance(given.get("quantization_config"), Mapping | None):
+        raise ArtifactError(
+            f"quantization_config is {given['quantization_config']!r:.100}; it must be an object, or null"
+        )
+    for key, value in given.items():
+        is_part = key in _OTHER_PARTS or (key.endswith("_config") and key not in _OWN_PARTS)
+        if is_part and isinstance(value, Mapping) and value:
+            raise ArtifactError(
+                f"{key} = {dict(value)!r:.100} is of a model with parts, or in a format, that Moesaic does not read; "
+                "give the language model by itself, with its values in config.json itself, and not quantized so"
+            )
 
 
 def _class_of(config: Mapping[str, Any], family: Family) -> type[PreTrainedConfig]:
@@ -129,14 +150,17 @@ def _check(given: Mapping[str, Any], values: Mapping[str, Any], family: Family) 
     if given.get("torch_dtype", values.get("dtype")) != values.get("dtype"):
         raise ArtifactError(f"torch_dtype is {given['torch_dtype']!r} but dtype {values['dtype']!r}; keep one")
     classes = (family.parent_class, family.child_class)
-    if others := [name for name in given.get("architectures") or () if name not in classes]:
+    named = given.get("architectures") or []
+    if others := [name for name in (named if isinstance(named, list) else [named]) if name not in classes]:
         raise ArtifactError(f"architectures names {others[0]!r}; engines would run that, allowed are {classes}")
+    if not isinstance(named, list):
+        raise ArtifactError(f"architectures is {named!r}; it must be a list")
     for key, meant in family.aliases.items():
         if given.get(key, values[meant]) != values[meant]:
             raise ArtifactError(f"{key} is {given[key]!r} but {meant} is {values[meant]!r}; they mean the same")
     for key in family.sizes:
-        if values[key] < 1:
-            raise ArtifactError(f"{key} is {values[key]}; it must be at least 1")
+        if not 1 <= values[key] < 2**31:
+            raise ArtifactError(f"{key} is {values[key]}; it must be at least 1, and less than 2^31")
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise ArtifactError(f"num_key_value_heads {values['num_key_value_heads']} does not divide the number of heads")
     if not 0 < values["rms_norm_eps"] < 1:
@@ -162,9 +186,21 @@ def _resolved_rope(rope: Mapping[str, Any], family: Family) -> dict[str, Any]:
             raise ArtifactError(
                 f"RoPE has {key} = {value!r}, which engines do not read; allowed are {', '.join(keys)}; remove it"
             )
+    _check_rope_values(given)
     if missing := [key for key in keys if key not in given and key not in _YARN_DEFAULTS]:
         raise ArtifactError(f"RoPE has no {missing[0]}, which engines read; write it into config.json")
     return {key: given.get(key, _YARN_DEFAULTS.get(key)) for key in keys}
+
+
+def _check_rope_values(rope: Mapping[str, Any]) -> None:
+    """A text that looks like a number, or like a truth, is another value to each program that reads it."""
+    for key in ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+        if key in rope and (isinstance(rope[key], bool) or not isinstance(rope[key], int | float)):
+            raise ArtifactError(f"RoPE has {key} = {rope[key]!r}; it must be a number")
+    if not isinstance(rope.get("truncate", True), bool):
+        raise ArtifactError(f"RoPE has truncate = {rope['truncate']!r}; it must be true or false")
+    if rope.get("factor", 1) < 1:
+        raise ArtifactError(f"RoPE has factor = {rope['factor']}; it must be at least 1")
 
 
 def _check_rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:

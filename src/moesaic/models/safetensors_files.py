@@ -126,12 +126,19 @@ def find_tensors(read: Callable[[int, int], bytes], size_bytes: int, path: Path)
         ArtifactError: as :func:`read_header`.
     """
     first = read(0, min(_FIRST_READ_BYTES, size_bytes))
+    if not first:
+        raise ArtifactError(f"{path} is not a safetensors file: it is empty; copy or download it again")
     if kind := foreign_kind(first):
         raise ArtifactError(f"{path} is not a safetensors file: it is {kind}")
     length = _LENGTH.unpack_from(first)[0] if len(first) >= _LENGTH.size else size_bytes
     data = _LENGTH.size + length
     if data > size_bytes or length > _LONGEST_HEADER_BYTES:
-        raise ArtifactError(f"{path} is not a safetensors file: its header would be longer than the file")
+        why = (
+            "it is a web page, maybe to log in"
+            if first.startswith(b"<")
+            else "its header would be longer than the file"
+        )
+        raise ArtifactError(f"{path} is not a safetensors file: {why}")
     text = first[_LENGTH.size : data]
     text += read(len(first), data - len(first)) if data > len(first) else b""
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moesaic.core.config import Effort
 from moesaic.core.errors import ConfigError
-from moesaic.core.json_text import read_text
+from moesaic.core.json_text import parse_json, read_text
 from moesaic.costs.workload import Workload
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
@@ -442,9 +442,12 @@ def find_recipe(name: str) -> Recipe:
 
     Raises:
         ConfigError: if there is none, naming those there are; for a file that is no recipe.
+        ArtifactError: for a file that is no JSON, or names a key twice.
     """
     if Path(name).is_file():
-        return Recipe.parse(read_text(Path(name)))
+        text = read_text(Path(name))
+        parse_json(text.encode(), name)
+        return Recipe.parse(text)
     if name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}, or give a file")
     return RECIPES[name]()

@@ -6,7 +6,7 @@ used here (code without a sandbox, calls of tools, no answer) is left out, with 
 ================== ==================================================================================================
 ``conversations``  ours, see :mod:`moesaic.data.calibration`
 ``problems``       ours, see :mod:`moesaic.data.problems`
-``messages``       ``messages`` of ``role`` and ``content``; a reply may begin with its reasoning in ``<think>`` tags
+``messages``       ``messages`` of ``role`` and ``content``; reasoning in ``<think>`` tags or a key of its own
 ``input_output``   ``input`` (messages, or a text) and ``output``, the reply
 ``dapo_math_17k``  ``prompt`` (messages that ask for a last line ``Answer: ...``), ``reward_model.ground_truth``
 ``skywork_or1``    ``prompt``, ``ability``, ``reward_model.ground_truth``: a list as text, any entry of which is right
@@ -30,6 +30,7 @@ from typing import Any, Literal
 from moesaic.core.errors import ArtifactError
 from moesaic.data.calibration import read_conversation
 from moesaic.data.datasets import Row
+from moesaic.data.messages import REASONING
 from moesaic.data.problems import read_problem
 
 Made = dict[str, Any]
@@ -43,6 +44,8 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 _SWITCH = re.compile(r"\s*detailed thinking (on|off)\s*", re.IGNORECASE)
 """A system prompt that switches the reasoning of other models."""
 _ROLES = ("system", "user", "assistant")
+_SAYS = {"role", "content", "tool_calls"}
+"""Keys of a message, besides an assistant's reasoning; a row whose messages say more is left out."""
 _GYM_VERIFIERS = {"mcqa": "choice", "math_with_judge": "math", "library_judge_math": "math"}
 """By the beginning of the agent's name."""
 
@@ -117,16 +120,30 @@ def _conversation(messages: Iterable[Mapping[str, Any]], task: Any) -> Made:
         role, content = str(message["role"]), _text(message["content"] or "")
         if role not in _ROLES or message.get("tool_calls"):
             raise LeftOutError(f"has messages of the role {role}" if role not in _ROLES else "calls tools")
+        understood = _SAYS.union(REASONING if role == "assistant" else ())
+        if unread := [key for key, value in message.items() if value and key not in understood]:
+            raise LeftOutError(f"has messages with {unread[0]}, which nothing reads")
         if role == "system" and (not content.strip() or _SWITCH.fullmatch(content)):
             continue
-        thought = _THOUGHT.fullmatch(content) if role == "assistant" else None
-        text = {"thinking": thought[1].strip(), "content": thought[2]} if thought else {"content": content}
+        text = _reply(message, content) if role == "assistant" else {"content": content}
         if not text["content"].strip() or "<think>" in text["content"]:
             raise LeftOutError("has an empty or unfinished message")
         read.append({"role": role, **text})
     if not read or read[-1]["role"] != "assistant":
         raise LeftOutError("does not end with a reply")
     return {"messages": read, **({"task": task} if isinstance(task, str) and task else {})}
+
+
+def _reply(message: Mapping[str, Any], content: str) -> dict[str, str]:
+    """What an assistant wrote, its reasoning from a key of its own or from tags before its answer."""
+    tagged = _THOUGHT.fullmatch(content)
+    found = {_text(message[key]).strip() for key in REASONING if message.get(key)}
+    if tagged:
+        found.add(tagged[1].strip())
+    found -= {""}
+    if len(found) > 1:
+        raise LeftOutError("has reasoning in two places that differ")
+    return {**({"thinking": found.pop()} if found else {}), "content": tagged[2] if tagged else content}
 
 
 # ---- problems ----

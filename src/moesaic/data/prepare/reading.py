@@ -59,7 +59,8 @@ def find_source(source: Source, given: Mapping[str, Path]) -> Found:
 
 def _local(path: Path) -> tuple[Path, ...]:
     if path.is_dir():
-        return _readable(tuple(sorted(one for one in path.iterdir() if one.suffix in _READ)), path)
+        shown = (one for one in path.iterdir() if not one.name.startswith("."))
+        return _readable(tuple(sorted(one for one in shown if one.suffix in _READ)), path)
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; give a file of JSON lines or parquet, or a folder of such files")
     return _readable((path,))
@@ -98,5 +99,6 @@ def _iterate_parquet(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"{path}, row {number}")
-    except (pyarrow.ArrowException, OSError) as broken:
-        raise ArtifactError(f"{path} cannot be read as parquet: {broken}; copy or download it again") from broken
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as broken:
+        said = " ".join(str(broken).split())
+        raise ArtifactError(f"{path} cannot be read as parquet: {said}; copy or download it again") from broken

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from moesaic.core.config import Effort
-from moesaic.core.errors import ArtifactError
+from moesaic.core.errors import ArtifactError, ConfigError
 from moesaic.core.files import file_digest, written_atomically
 from moesaic.core.progress import say
 from moesaic.data.calibration import read_conversation, tokenize
@@ -79,6 +79,7 @@ def prepare(config: PrepareConfig, model: Path, files: Mapping[str, Path], outpu
     """
     if output.exists():
         raise ArtifactError(f"{output} exists already; choose another output or remove it")
+    _check_files(config, files)
     tokenizer = load_tokenizer(model)
     scratch = output.with_name(f".{output.name}.pools")
     scratch.mkdir(parents=True, exist_ok=True)
@@ -96,6 +97,17 @@ def prepare(config: PrepareConfig, model: Path, files: Mapping[str, Path], outpu
         (partial / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     shutil.rmtree(scratch)
     return counts
+
+
+def _check_files(config: PrepareConfig, files: Mapping[str, Path]) -> None:
+    """Raise ConfigError unless the files that are given are those that the config names, before anything is fetched."""
+    named = {source.local for name in FILES for source in getattr(config, name).sources if source.local is not None}
+    if missing := sorted(named - set(files)):
+        raise ConfigError(f"the config names the files {missing[0]!r}; give them: --files {missing[0]}=PATH")
+    if unused := sorted(set(files) - named):
+        raise ConfigError(
+            f"--files {unused[0]}={files[unused[0]]}: the config names only {', '.join(sorted(named)) or 'none'}"
+        )
 
 
 def _pools(
@@ -136,7 +148,10 @@ def _write_sets(
         counts[name] = _write(draw.conversations(wanted, pools[name]), wanted.rows, directory / FILES[name])
     for name, counted in counts.items():
         if not counted.rows:
-            reasons = dict(counted.dropped) or "there is none"
+            left_out = sum(
+                (Counter(pool.left_out) for pool in pools["tests" if name == "validation" else name]), Counter[str]()
+            )
+            reasons = dict(counted.dropped + left_out) or "there is none"
             raise ArtifactError(f"{name}: no row of its sources can be used: {reasons}")
     return counts
 

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.chat import find_markers, load_tokenizer
+from moesaic.data.chat import find_markers, load_tokenizer, render_conversation
 from moesaic.deploy.server.app import create_app
 from moesaic.deploy.server.batching import Batcher
 from moesaic.deploy.server.limits import ServerLimits
@@ -45,12 +45,14 @@ def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limit
         limits: its context is cut to the model's.
 
     Raises:
-        ArtifactError: if the checkpoint is missing, damaged, of another family, or has no tokenizer.
+        ArtifactError: if the checkpoint is missing, damaged, of another family, has no tokenizer, or a chat template
+            that refuses a question.
         ConfigError: if ``fp8`` is asked for and the checkpoint has no scales.
     """
     checkpoint = Checkpoint.open(directory)
     scales = kv_cache.scales_for(kv_dtype, checkpoint)
     tokenizer = load_tokenizer(directory)
+    render_conversation([{"role": "user", "content": "Hello"}], tokenizer, "medium")
     device = choose_device()
     dtype = getattr(torch, precision or ("float32" if device.type == "cpu" else "bfloat16"))
     model = load_model(directory, dtype).to(device)

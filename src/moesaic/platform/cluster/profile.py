@@ -265,7 +265,10 @@ class ClusterProfile(Config):
             kind = job.template.get("kind")
             if kind != JOB_KINDS.get(stage):
                 raise ValueError(f"{stage} cannot run as a {kind}; there are {JOB_KINDS}")
-            check_template(job.template, self.claims, job.num_nodes)
+            try:
+                check_template(job.template, self.claims, job.num_nodes)
+            except (AttributeError, IndexError, KeyError, TypeError) as odd:
+                raise ValueError(f"the template of the job of {stage} has not the form of a {kind}: {odd!r}") from odd
         places = [self.environment.get(name, "") for name in ("MOESAIC_STORE", "MOESAIC_CACHE")]
         local = places[1] if places[0].startswith("s3://") else places[0]
         if self.jobs and not any(Path(local).is_relative_to(claim.path) for claim in self.claims):
@@ -329,8 +332,28 @@ def _read_yaml(path: Path, what: str, examples: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(read_text(path, f"there is no {what} {path}; {examples} has examples"))
+        text = read_text(path, f"there is no {what} {path}; {examples} has examples")
+        _check_keys(yaml.compose(text, yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
+        json.dumps(content)
+    except ConfigError:
+        raise
     except ArtifactError as failure:
         raise ConfigError(str(failure)) from failure
     except yaml.YAMLError as failure:
         raise ConfigError(f"{path} is no YAML: {failure}") from failure
+    except (TypeError, ValueError, RecursionError) as failure:
+        raise ConfigError(
+            f"{path} holds what is no text, number, list or mapping ({failure}); quote dates"
+        ) from failure
+    return content
+
+
+def _check_keys(node: Any, path: Path) -> None:
+    """Refuse a key that stands twice in a mapping, of which YAML's own reader takes the last."""
+    inner = [part for pair in node.value for part in pair] if node is not None and node.id == "mapping" else []
+    keys = [part.value for part in inner[::2] if part.id == "scalar"]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{path}, from line {node.start_mark.line + 1}: the key {repeated[0]!r} occurs twice")
+    for part in inner or (node.value if node is not None and node.id == "sequence" else ()):
+        _check_keys(part, path)

@@ -53,7 +53,7 @@ class RunContext:
         """Keep everything under one directory, unless the store or ``MLFLOW_TRACKING_URI`` points elsewhere."""
         directory = run_directory.absolute()
         return cls(
-            store=store.absolute() if isinstance(store, Path) else store or directory / "store",
+            store=store.absolute() if isinstance(store, Path) else directory / "store" if store is None else store,
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}",
             run_directory=directory,
             driver_pid=os.getpid(),

@@ -19,8 +19,8 @@ Address = Path | str
 
 
 def parse_address(text: str) -> Address:
-    """Parse an address; that of a directory becomes a path."""
-    return text if text.startswith(SCHEME) else Path(text)
+    """Parse an address; that of a directory becomes a path. :meth:`Store.at` refuses those of other kinds."""
+    return text if "://" in text or not text else Path(text)
 
 
 class Store:
@@ -42,6 +42,8 @@ class Store:
         """
         if isinstance(address, str) and address.startswith(SCHEME):
             return cls._at_bucket(address.rstrip("/"), options or S3Options.from_environment())
+        if isinstance(address, str) and ("://" in address or not address):
+            raise ConfigError(f"{address!r} is no address of a store; give a directory, or s3://bucket/prefix")
         return cls(DirectoryRoot(Path(address)), Path(address))
 
     @classmethod
