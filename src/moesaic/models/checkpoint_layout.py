@@ -123,7 +123,8 @@ def check_tensors(
     Raises:
         ArtifactError: that names the first tensor that is missing, or of another shape or type.
     """
-    layers = int(str(config["num_hidden_layers"]))
+    layers, extra_key = int(str(config["num_hidden_layers"])), layout.family_of(config).extra_layers_key
+    extra = range(layers, layers + int(str(config[extra_key])) if extra_key else layers)
     if missing := sorted(set(expected) - set(tensors)):
         raise ArtifactError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
     for name, spec in expected.items():
@@ -138,14 +139,18 @@ def check_tensors(
             types = ", ".join(allowed)
             raise ArtifactError(f"{tensor.file.name}: {name} is of type {tensor.dtype}; allowed are {types}")
     for name in sorted(set(tensors) - set(expected) - set(layout.kv_scale_names(layers))):
-        if contradiction := _contradicts(name, layers):
+        if _layer_of(name) not in extra and (contradiction := _contradicts(name, layers)):
             raise ArtifactError(f"{tensors[name].file.name}: {name} {contradiction}")
+
+
+def _layer_of(name: str) -> int | None:
+    number = name.removeprefix("model.layers.").split(".")[0]
+    return int(number) if name.startswith("model.layers.") and number.isdigit() else None
 
 
 def _contradicts(name: str, layers: int) -> str | None:
     """Why a tensor that the layout does not have cannot be left out."""
-    number = name.removeprefix("model.layers.").split(".")[0]
-    if name.startswith("model.layers.") and number.isdigit() and int(number) >= layers:
+    if (number := _layer_of(name)) is not None and number >= layers:
         return f"is of layer {number}; the config has layers 0 to {layers - 1}"
     if "lora_" in name:
         return "is of an adapter; merge it into the weights first"
