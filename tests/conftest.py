@@ -7,7 +7,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from moesaic.models import layout, mxfp4
 from moesaic.models.architecture import Architecture, Block
@@ -90,6 +96,50 @@ def write_qwen3(directory: Path, **values: int) -> None:
         spread = 0.5 if ".mlp.gate." in name else 0.2
         parameter.data = (1.0 if name.endswith("norm.weight") else 0.0) + spread * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_glm4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``glm4_moe`` checkpoint of random weights in BF16, as transformers' own class writes it. Read only."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-glm4"
+    write_glm4(
+        directory,
+        vocab_size=SHAPE.vocab_size,
+        max_position_embeddings=SHAPE.max_positions,
+        pad_token_id=0,
+        eos_token_id=SPECIAL.index("<|return|>"),
+    )
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+def write_glm4(directory: Path, **values: int) -> None:
+    """A dense layer and two of eight experts, of which a token uses two; corrections are in float32 and matter."""
+    config = Glm4MoeConfig(
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        attention_bias=True,
+        use_qk_norm=True,
+        **values,
+    )
+    torch.manual_seed(0)
+    model = Glm4MoeForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        spread = 0.5 if ".mlp.gate." in name else 0.2
+        parameter.data = (1.0 if name.endswith("norm.weight") else 0.0) + spread * torch.randn_like(parameter)
+    model.to(torch.bfloat16)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.data = 0.3 * torch.randn(8)
+    model.save_pretrained(directory)
 
 
 def parent_config() -> dict[str, object]:

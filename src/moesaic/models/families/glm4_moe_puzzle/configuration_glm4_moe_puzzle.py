@@ -15,6 +15,7 @@ BLOCK_KEYS = {
     "sliding_window": "sliding_window",
 }
 """What may differ between layers: the key in ``block_configs``, and what transformers' own layer calls it."""
+_NO_EXPERTS = dict.fromkeys(("num_local_experts", "num_experts_per_tok", "intermediate_size"), 0)
 
 
 class Glm4MoePuzzleConfig(Glm4MoeConfig):
@@ -35,9 +36,9 @@ class Glm4MoePuzzleConfig(Glm4MoeConfig):
             self.shared_expert_intermediate_size = self.n_shared_experts * self.moe_intermediate_size
         if self.block_configs is None:
             block = {key: getattr(self, own, None) for key, own in BLOCK_KEYS.items()}
-            dense = {key: 0 if block[key] is not None else None for key in block}
             self.block_configs = [
-                dict(dense if layer < self.first_k_dense_replace else block) for layer in range(self.num_hidden_layers)
+                block | (_NO_EXPERTS if layer < self.first_k_dense_replace else {})
+                for layer in range(self.num_hidden_layers)
             ]
         if len(self.block_configs) != self.num_hidden_layers:
             raise ValueError(f"block_configs has {len(self.block_configs)} entries for {self.num_hidden_layers} layers")
