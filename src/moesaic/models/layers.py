@@ -2,8 +2,8 @@
 
 A block is split where the method needs it: :func:`attend` (norm, attention, residual) takes the window per call, and
 :func:`mix` (norm, router, experts, residual) takes the experts that are left, how many of them a token uses, and which
-of their channels are left. An expert is left out by minus infinity as its router logit, which equals slicing its rows
-away, so fewer experts need no weights of their own (paper A, pruning). Channels are sliced out for the call.
+of their channels are left. An expert is left out by minus infinity as what it is chosen by, which equals slicing its
+rows away, so fewer experts need no weights of their own (paper A, pruning). Channels are sliced out for the call.
 Sequences are padded on the right: causal attention keeps padding out of sight, and what padding computes is never read.
 
 With ``z`` the router's logits, a token's experts ``S`` are those with the largest ``c``, and their weights ``w``::
@@ -81,7 +81,7 @@ class RouterScores:
         return replace(self, choice=self.choice.index_fill(1, removed, float("-inf")))
 
     def weights(self, expert_ids: Int[Tensor, "token slot"], dtype: torch.dtype) -> Float[Tensor, "token slot"]:
-        """What each of a token's experts is weighted with, in a dtype; in none smaller is it computed."""
+        """What each of a token's experts is weighted with; computed in this dtype, or in the scores' if that is wider."""
         chosen = self.log_weights.gather(1, expert_ids)
         return (self.scale * torch.softmax(chosen.to(torch.promote_types(chosen.dtype, dtype)), dim=-1)).to(dtype)
 

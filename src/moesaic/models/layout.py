@@ -77,7 +77,7 @@ def _check_dense(config: Mapping[str, Any], architecture: Architecture, family: 
                 f"layer {layer} has {block.num_experts} experts; by this config the first {first} layers have none, and "
                 "all others have some"
             )
-    if not architecture.num_experts:
+    if config["model_type"] == family.parent_type and not architecture.num_experts:
         raise ArtifactError("no layer has experts; Moesaic needs a mixture-of-experts model")
 
 
