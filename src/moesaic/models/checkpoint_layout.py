@@ -169,9 +169,10 @@ def is_packed(config: Mapping[str, object], tensors: Mapping[str, StoredTensor])
     """
     packed = [name for name in tensors if name.endswith("_blocks")]
     quantization, family = config.get("quantization_config"), layout.family_of(config)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not family.not_packed and (packed or quantization is not None):
         raise ArtifactError(
-            f"{packed[0] if packed else f'quantization_config {quantization}'} is of a quantized model; of the family "
+            f"{packed[0] if packed else f'quantization_config ({method!r})'} is of a quantized model; of the family "
             f"{family.name} Moesaic reads plain weights only: give the model in BF16"
         )
     if quantization is None:
@@ -182,7 +183,6 @@ def is_packed(config: Mapping[str, object], tensors: Mapping[str, StoredTensor])
                 f"these experts at random. Add it: {wanted}"
             )
         return False
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "mxfp4" or not isinstance(quantization, dict):
         raise ArtifactError(f"quantization_config has the method {method!r}; Moesaic reads 'mxfp4', or no quantization")
     if not packed:
