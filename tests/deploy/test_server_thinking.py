@@ -46,7 +46,7 @@ def served(directory: Path) -> ServedModel:
 
 
 def ask(served: ServedModel, *messages: dict[str, str], **options: Any) -> Any:
-    (reply,) = served.chat_replies(ChatRequest(model="tiny", messages=messages, **options))
+    (reply,) = served.chat_replies(ChatRequest(model="tiny", messages=list(messages), **options))
     return reply
 
 

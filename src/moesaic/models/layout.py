@@ -87,7 +87,7 @@ def _parent_entries(config: Mapping[str, Any], family: Family) -> list[dict[str,
     kinds = config.get("layer_types") or [LAYER_TYPES[window is not None]] * config["num_hidden_layers"]
     if window is None and sliding in kinds:
         raise ArtifactError(f"layer_types has {sliding}, but sliding_window is null; it must be at least 2 tokens")
-    alike = {axis.key: config[family.config_key(name)] for name, axis in AXES.items()}
+    alike = {axis.key: config[family.config_key(name)] for name, axis in AXES.items() if axis.of_experts}
     first = _first_dense(config, family)
     no_experts = {axis.key: 0 for axis in AXES.values() if axis.of_experts}
     return [
