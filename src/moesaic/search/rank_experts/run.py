@@ -21,7 +21,7 @@ from moesaic.models import layers, loading
 from moesaic.models.architecture import Block
 from moesaic.models.channel_orders import CHANNELS
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.layers import DecoderLayer, down_norms
+from moesaic.models.layers import DecoderLayer, down_norms, is_dense
 from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
 from moesaic.search.rank_experts.channels import order_channels, shuffle_channels
 from moesaic.search.rank_experts.ranking import LayerRanking, Tally, rank_randomly, rank_tallies, tally
@@ -106,7 +106,7 @@ def _rank(
                 _pass(config.criterion, layer, module, offloader, states, mine, index, rotary, window)
                 for index in range(len(mine))
             ]
-            norms = torch.zeros(0, 0) if layers.is_dense(module) else down_norms(module.mlp.experts)
+            norms = torch.zeros(0, 0) if is_dense(module) else down_norms(module.mlp.experts)
             del module
             done.append(_finish(config, layer, batch_share.gather(tallies), norms))
             if more:
@@ -142,7 +142,7 @@ def _pass(
     device = layers.device_of(module)
     attended = layers.attend(module, states[index].read().to(device, non_blocking=True), rotary, window)
     is_token = batches[index].is_token.to(device)
-    if layers.is_dense(module):
+    if is_dense(module):
         attended, counted = layers.mix(module, attended), Tally.of_none(int(is_token.sum()))
     else:
         normed = module.post_attention_layernorm(attended[is_token])
