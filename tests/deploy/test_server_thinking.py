@@ -95,7 +95,7 @@ def test_a_template_may_open_the_tag(served: ServedModel) -> None:
         reply = ask(served, {"role": "user", "content": "<think> a"}, stop=["b"])
     finally:
         tokenizer.chat_template = TEMPLATE
-    events = [reply.take(WORDS.index(word)) for word in "a b </think> c b".split()]
+    events = [reply.take(WORDS.index(word)) for word in ["a", "b", "</think>", "c", "b"]]
     pieces = [piece for event in events for piece in event.pieces]
     assert [(piece.kind, piece.text) for piece in pieces if piece.text] == [
         ("reasoning", "a"),

@@ -125,7 +125,8 @@ def pruned_shards(facts: Facts, candidate: str) -> dict[str, int]:
 def retrained(shards: ShardSizes, task: str, words: Iterable[str]) -> dict[str, int]:
     """The shards when a task has changed the tensors of these groups (``Trainable``); experts stay."""
     words = set(words)
-    outer, rest = bool(words & {"embedding", "head", "norms"}), bool(words & {"attention", "norms", "router", "feed_forward"})
+    outer = bool(words & {"embedding", "head", "norms"})
+    rest = bool(words & {"attention", "norms", "router", "feed_forward"})
 
     def changed(key: str) -> bool:
         return (outer and key.startswith("outer")) or (rest and " rest" in key)

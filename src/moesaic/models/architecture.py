@@ -96,7 +96,9 @@ class Block:
     def label(self) -> str:
         """Short text for tables and plots, such as ``64e/top-4/2880w/8192`` or ``128e/top-4/2880w/full``."""
         pairs = zip(AXES.values(), self.values, strict=True)
-        parts = [axis.label.format(axis.text(value)) for axis, value in pairs if not (axis.of_experts and self.is_dense)]
+        parts = [
+            axis.label.format(axis.text(value)) for axis, value in pairs if not (axis.of_experts and self.is_dense)
+        ]
         return "/".join(["dense", *parts] if self.is_dense else parts)
 
     def as_config(self) -> dict[str, int | None]:
@@ -123,7 +125,9 @@ class Block:
 
     def narrows(self, other: "Block") -> bool:
         """Whether this block can be cut out of ``other``: on no axis has it more, and neither or both are dense."""
-        return self.is_dense == other.is_dense and all(own <= whole for own, whole in zip(self.sizes, other.sizes, strict=True))
+        return self.is_dense == other.is_dense and all(
+            own <= whole for own, whole in zip(self.sizes, other.sizes, strict=True)
+        )
 
 
 AXES: Mapping[str, Axis] = {

@@ -81,7 +81,7 @@ class RouterScores:
         return replace(self, choice=self.choice.index_fill(1, removed, float("-inf")))
 
     def weights(self, expert_ids: Int[Tensor, "token slot"], dtype: torch.dtype) -> Float[Tensor, "token slot"]:
-        """What each of a token's experts is weighted with; computed in this dtype, or in the scores' if that is wider."""
+        """What each of a token's experts is weighted with; computed in this dtype, or the scores' if that is wider."""
         chosen = self.log_weights.gather(1, expert_ids)
         return (self.scale * torch.softmax(chosen.to(torch.promote_types(chosen.dtype, dtype)), dim=-1)).to(dtype)
 
@@ -153,7 +153,8 @@ def mix(
     """
     states = block.post_attention_layernorm(attended).flatten(0, -2)
     if is_dense(block):
-        return attended + block.mlp(states).view_as(attended)
+        dense: Tensor = block.mlp(states)
+        return attended + dense.view_as(attended)
     scores = router_scores(block, states)
     if kept is not None:
         scores = scores.without(sorted(set(range(scores.choice.shape[1])) - set(kept)))
@@ -213,15 +214,14 @@ def router_scores(
 ) -> RouterScores:
     """What the layer's experts, or those of some rows of its router, are chosen and weighted by."""
     router = router_of(block)
-    weight, bias, correction = (
-        tensor if rows is None or tensor is None else tensor[rows]
-        for tensor in (router.weight, getattr(router, "bias", None), getattr(router, "e_score_correction_bias", None))
-    )
+    taken: Any = slice(None) if rows is None else rows
     if _family_of(block).scores == "softmax":
-        logits = F.linear(states, weight, bias)
+        bias = getattr(router, "bias", None)
+        logits = F.linear(states, router.weight[taken], None if bias is None else bias[taken])
         return RouterScores(logits, logits, 1.0)
-    logits = F.linear(states.float(), weight.float())
-    return RouterScores(logits.sigmoid() + correction, F.logsigmoid(logits), router.routed_scaling_factor)
+    logits = F.linear(states.float(), router.weight[taken].float())
+    choice = logits.sigmoid() + router.e_score_correction_bias[taken]
+    return RouterScores(choice, F.logsigmoid(logits), router.routed_scaling_factor)
 
 
 def run_block(

@@ -74,8 +74,8 @@ def _check_dense(config: Mapping[str, Any], architecture: Architecture, family: 
     for layer, block in enumerate(architecture.blocks):
         if block.is_dense != (layer < first):
             raise ArtifactError(
-                f"layer {layer} has {block.num_experts} experts; by this config the first {first} layers have none, and "
-                "all others have some"
+                f"layer {layer} has {block.num_experts} experts; by this config the first {first} layers have none, "
+                "and all others have some"
             )
     if config["model_type"] == family.parent_type and not architecture.num_experts:
         raise ArtifactError("no layer has experts; Moesaic needs a mixture-of-experts model")

@@ -26,7 +26,6 @@ def _nothing(_: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a checkpoint: its safetensors dtype and shape, and how many parameters it stores.

@@ -160,19 +160,20 @@ GLM4_MOE = Family(
 
 
 def _published(
-    shape: tuple[int, ...], num_dense: int, dense_width: int, has_norms: bool, block: Block, num_layers: int, shards: int
+    hidden_size: int, num_dense: int, dense_width: int, has_norms: bool, with_experts: list[Block], num_shards: int
 ) -> Published:
-    own = {"dense_width": dense_width, "shared_width": block.expert_width, "has_bias": True, "has_norms": has_norms}
-    blocks = [Block(0, 0, 0)] * num_dense + [block] * (num_layers - num_dense)
-    return Published(ModelShape(GLM4_MOE, *shape, own=own), Architecture.of(blocks), shards)
+    own = {
+        "dense_width": dense_width,
+        "shared_width": with_experts[0].expert_width,
+        "has_bias": True,
+        "has_norms": has_norms,
+    }
+    shape = ModelShape(GLM4_MOE, hidden_size, 96, 8, 128, 151_552, 131_072, own)
+    return Published(shape, Architecture.of([*[Block(0, 0, 0)] * num_dense, *with_experts]), num_shards)
 
 
 PUBLISHED = {
-    "GLM-4.5-Air": _published(
-        (4096, 96, 8, 128, 151_552, 131_072), 1, 10_944, False, Block(128, 8, 1408), num_layers=46, shards=47
-    ),
-    "GLM-4.5": _published(
-        (5120, 96, 8, 128, 151_552, 131_072), 3, 12_288, True, Block(160, 8, 1536), num_layers=92, shards=93
-    ),
+    "GLM-4.5-Air": _published(4096, 1, 10_944, False, [Block(128, 8, 1408)] * 45, 47),
+    "GLM-4.5": _published(5120, 3, 12_288, True, [Block(160, 8, 1536)] * 89, 93),
 }
 """Without the layer that predicts a second token."""

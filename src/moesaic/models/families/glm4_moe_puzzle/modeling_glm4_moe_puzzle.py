@@ -2,7 +2,7 @@
 
 Four things differ from ``Glm4MoeForCausalLM``: layers are built one by one from ``block_configs``, shared experts keep
 their width where the others are narrower, there is one attention mask per distinct window, and the cache has one entry
-per layer with that layer's window. This file travels inside every child checkpoint, so it depends on transformers alone.
+per layer with that layer's window. This file travels inside every child checkpoint; it depends on transformers alone.
 """
 
 from typing import Any
