@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.workbench import Workbench
@@ -31,6 +32,16 @@ from tests.conftest import write_glm4, write_qwen3
 
 DATA = DataSets.at(example() / "data")
 SPACE = SearchSpace(expert_counts=(6, 4), expert_widths=(16,), experts_per_token=(1,), windows=(64,))
+RECIPE = find_recipe("tiny_cpu_fast").but(
+    rank_experts={"max_sequences": 8},
+    score_blocks={"space": SPACE, "max_sequences": 2},
+    measure_costs={"source": "model", "hardware": "h100", "space": SPACE},
+    search_architecture={"limits": {}, "max_experts_ratio": 0.7, "frontier_points": 2},
+    refine_architecture={"max_sequences": 2, "evaluations": 2},
+    generate_traces={"max_prompts": 8, "max_new_tokens": 16, "keep_truncated": True},
+    distill={"steps": 2},
+    evaluate={"problems_per_task": 1, "efforts": ("low",)},
+)
 
 
 @pytest.fixture(scope="module", params=[write_qwen3, write_glm4])
@@ -45,32 +56,40 @@ def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return directory
 
 
-@pytest.mark.timeout(600)
-def test_the_method_makes_and_recovers_a_child(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    recipe = find_recipe("tiny_cpu_fast").but(
-        rank_experts={"max_sequences": 8},
-        score_blocks={"space": SPACE, "max_sequences": 2},
-        measure_costs={"source": "model", "hardware": "h100", "space": SPACE},
-        search_architecture={"limits": {}, "max_experts_ratio": 0.7, "frontier_points": 2},
-        refine_architecture={"max_sequences": 2, "evaluations": 2},
-        generate_traces={"max_prompts": 8, "max_new_tokens": 16, "keep_truncated": True},
-        distill={"steps": 2},
-        evaluate={"problems_per_task": 1, "efforts": ("low",)},
-    )
-    found = search(parent, DATA, recipe, tmp_path)
-    whole, child = Checkpoint.open(parent), Checkpoint.open(found.child)
+@pytest.fixture(scope="module")
+def found(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a child was searched and cut."""
+    directory = tmp_path_factory.mktemp("found")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "")
+        search(parent, DATA, RECIPE, directory)
+    return directory
+
+
+def test_the_method_makes_a_child(parent: Path, found: Path) -> None:
+    assert "uniform" in json.loads((found / "search_architecture" / "architecture.json").read_text())["candidates"]
+    whole, child = Checkpoint.open(parent), Checkpoint.open(found / "prune_model")
     assert child.config["model_type"] == whole.shape.family.child_type
     child.architecture.check_child_of(whole.architecture)
     assert child.architecture.num_experts <= 0.7 * whole.architecture.num_experts
 
-    bench = Workbench(tmp_path)
-    traces = bench.run(STAGES["generate_traces"], recipe.generate_traces, model=parent, prompts=DATA.prompts)
-    distilled = bench.run(STAGES["distill"], recipe.distill, child=found.child, parent=parent, traces=traces)
-    evaluation = bench.run(STAGES["evaluate"], recipe.evaluate, model=distilled, tests=DATA.tests)
-    content = json.loads((evaluation / "evaluation.json").read_text())
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("parent", [pytest.param(write_qwen3, marks=pytest.mark.engine), write_glm4], indirect=True)
+def test_the_child_recovers(parent: Path, found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a process of AutoModel, so one of them is among the tests of engines."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    bench, child = Workbench(found), found / "prune_model"
+    traces = bench.run(STAGES["generate_traces"], RECIPE.generate_traces, model=parent, prompts=DATA.prompts)
+    distilled = bench.run(STAGES["distill"], RECIPE.distill, child=child, parent=parent, traces=traces)
+    evaluation = bench.run(STAGES["evaluate"], RECIPE.evaluate, model=distilled, tests=DATA.tests)
+    content, pruned = json.loads((evaluation / "evaluation.json").read_text()), Checkpoint.open(child)
     assert [step["stage"] for step in content["steps"]] == ["distill"]
-    assert content["parameters"] == layout.num_parameters(child.shape, child.architecture)
+    assert content["parameters"] == layout.num_parameters(pruned.shape, pruned.architecture)
+    trained = Checkpoint.open(distilled)
+    same = {name: torch.equal(trained.tensor(name), pruned.tensor(name)) for name in pruned.tensors}
+    assert not same["model.layers.1.self_attn.q_proj.weight"]
+    assert all(unchanged for name, unchanged in same.items() if ".mlp." in name)
 
 
 @pytest.mark.parametrize(

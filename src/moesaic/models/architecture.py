@@ -64,7 +64,9 @@ class Block:
                 none = f"; None means {axis.unlimited}" if axis.unlimited else ""
                 raise ConfigError(f"a block needs {name} of at least {axis.least}, got {name}={value}{none}")
         if self.is_dense and self.expert_width:
-            raise ConfigError(f"a block without experts cannot have expert_width={self.expert_width}; it must be 0")
+            raise ConfigError(
+                f"a block with num_experts=0 is dense, so expert_width={self.expert_width} means nothing; set it to 0"
+            )
         if self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"a block of {self.num_experts} experts cannot use {self.experts_per_token} of them per token; "
