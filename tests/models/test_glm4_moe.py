@@ -21,6 +21,7 @@ from moesaic.models.layers import DecoderLayer
 from moesaic.models.simulated_memory import SimulatedLayers, without_values
 from moesaic.models.synthesis import find_model, scale_model, write_synthetic
 from moesaic.models.whole_model import load_model
+from moesaic.search.measure_costs.engine_timing import write_stack
 from moesaic.search.rank_experts.ranking import rank_layer
 from tests.closeness import assert_near, assert_same_replies
 from tests.families import CHANNELS, kept, prune, stream, tokens
@@ -259,6 +260,13 @@ def test_a_layer_computes_in_bfloat16_and_without_values(tiny_glm4: Path) -> Non
             for layer in (0, 1):
                 states = layers.run_block(simulated.load(layer), simulated.states(2, 40), simulated.rotary(40), None)
                 assert states.shape == (2, 40, 64)
+
+
+@pytest.mark.parametrize("block", [Block(0, 0, 0, 16), Block(4, 2, 16)])
+def test_stacks_of_one_block_are_written_to_be_timed(tiny_glm4: Path, tmp_path: Path, block: Block) -> None:
+    write_stack(Checkpoint.open(tiny_glm4), block, 2, tmp_path / "stack")
+    assert Checkpoint.open(tmp_path / "stack").architecture == Architecture.of([block] * 2)
+    assert load_model(tmp_path / "stack")(tokens(1, 8)).logits.isfinite().all()
 
 
 def test_a_synthetic_one_is_a_checkpoint(tmp_path: Path) -> None:
