@@ -19,7 +19,7 @@ _TOGETHER = (
         "tests/recover/test_distill.py",
         "tests/recover/test_automodel_cluster_model.py",
         "tests/recover/test_simulation.py",
-        "tests/pipelines/test_qwen3_moe.py",
+        "tests/pipelines/test_families.py",
     ),
     # Their pipelines' tasks are forks of one process.
     ("tests/pipelines/test_method.py", "tests/pipelines/test_local.py"),
@@ -100,8 +100,18 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> by
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``qwen3_moe`` checkpoint of random weights in BF16, as transformers' own class writes it. Read only."""
-    from tests.tiny_models import write_small_qwen3
+    from tests.tiny_models import write_qwen3, write_small
 
     directory = tmp_path_factory.mktemp("models") / "tiny-qwen3"
-    write_small_qwen3(directory)
+    write_small(write_qwen3, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_glm4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``glm4_moe`` checkpoint of random weights in BF16, as transformers' own class writes it. Read only."""
+    from tests.tiny_models import write_glm4, write_small
+
+    directory = tmp_path_factory.mktemp("models") / "tiny-glm4"
+    write_small(write_glm4, directory)
     return directory

@@ -1,12 +1,12 @@
 """Random checkpoints, small but stored exactly as the real ones are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moesaic.models import layout, mxfp4
 from moesaic.models.architecture import Architecture, Block
@@ -44,9 +44,9 @@ def write_parent(directory: Path) -> None:
     _tokenizer().save_pretrained(directory)
 
 
-def write_small_qwen3(directory: Path) -> None:
-    """A ``qwen3_moe`` checkpoint of random weights in BF16 with the same tokenizer."""
-    write_qwen3(
+def write_small(write: Callable[..., None], directory: Path) -> None:
+    """A checkpoint of one of the functions below, with the same tokenizer."""
+    write(
         directory,
         vocab_size=SHAPE.vocab_size,
         max_position_embeddings=SHAPE.max_positions,
@@ -77,6 +77,35 @@ def write_qwen3(directory: Path, **values: int) -> None:
         spread = 0.5 if ".mlp.gate." in name else 0.2
         parameter.data = (1.0 if name.endswith("norm.weight") else 0.0) + spread * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(directory)
+
+
+def write_glm4(directory: Path, **values: int) -> None:
+    """A dense layer and two of eight experts, of which a token uses two; corrections are in float32 and matter."""
+    config = Glm4MoeConfig(
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        attention_bias=True,
+        use_qk_norm=True,
+        **values,
+    )
+    torch.manual_seed(0)
+    model = Glm4MoeForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        spread = 0.5 if ".mlp.gate." in name else 0.2
+        parameter.data = (1.0 if name.endswith("norm.weight") else 0.0) + spread * torch.randn_like(parameter)
+    model.to(torch.bfloat16)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.data = 0.3 * torch.randn(8)
+    model.save_pretrained(directory)
 
 
 def parent_config() -> dict[str, object]:

@@ -20,6 +20,7 @@ THINKING = "<|channel|>analysis<|message|>3 + 4 = 7<|end|><|start|>assistant"
         (THINKING + "<|channel|>final<|message|>7", Reply("3 + 4 = 7", None)),
         ("<think>\n3 + 4 = 7\n</think>\n\n7<|im_end|>", Reply("3 + 4 = 7", "7")),
         ("7<|im_end|>", Reply(None, "7")),
+        ("<think>3 + 4 = 7</think>\n7<|user|>", Reply("3 + 4 = 7", "7")),
         ("<think>\n3 + 4 = 7\n</think>\n\n7", Reply(None, None)),
         (THINKING, Reply("3 + 4 = 7", None)),
         ("<|channel|>analysis<|message|>3 + 4", Reply(None, None)),

@@ -412,21 +412,29 @@ def _greedy(model: Any, prompt: list[int], stops: set[int], most: int) -> list[i
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float32 is for CPUs")
-def test_a_qwen3_child_of_layers_that_differ_is_served(tiny_qwen3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "first"),
+    [("tiny_qwen3", Block(8, 2, 32)), ("tiny_glm4", Block(0, 0, 0, 24))],
+)
+def test_a_child_of_another_family_is_served(
+    model: str, first: Block, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Random weights, so that a wrong layer would change every reply."""
-    parent, directory = Checkpoint.open(tiny_qwen3), tmp_path / "child"
-    blocks = Architecture.of([Block(8, 2, 32), Block(5, 1, 16, 16), Block(6, 2, 32)])
+    source: Path = request.getfixturevalue(model)
+    parent, directory = Checkpoint.open(source), tmp_path / "child"
+    blocks = Architecture.of([first, Block(5, 1, 16, 16), Block(6, 2, 32)])
     order = [3, 1, 7, 0, 2, 6, 5, 4]
 
     def shards() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "model-outer", {name: parent.stored(name) for name in layout.outer_specs(parent.shape)}
         for layer, block in enumerate(blocks.blocks):
             tensors = {name: parent.stored(name) for name in parent.layer_names(layer)}
-            kept = kept_experts(order, block.num_experts)
-            channels = torch.arange(block.expert_width).expand(len(kept), -1) if block.expert_width < 32 else None
+            kept = kept_experts(order, block.num_experts) if block.num_experts else ()
+            narrower = 0 < block.expert_width < 32
+            channels = torch.arange(block.expert_width).expand(len(kept), -1) if narrower else None
             yield from layer_shards(layer, prune_stored(tensors, kept, channels)[0])
 
-    write_checkpoint(directory, layout.child_config(parent.config, blocks), shards(), tiny_qwen3.glob("*ken*"))
+    write_checkpoint(directory, layout.child_config(parent.config, blocks), shards(), source.glob("*ken*"))
     config = ExportEngineConfig(target="vllm", kv_cache="bf16", max_batch_size=8, max_seq_len=128)
     write_bundle(Checkpoint.open(directory), tmp_path / "bundle", config)
     prompts = torch.randint(6, 64, (8, 40), generator=torch.Generator().manual_seed(2)).tolist()
@@ -436,9 +444,9 @@ def test_a_qwen3_child_of_layers_that_differ_is_served(tiny_qwen3: Path, tmp_pat
         for one in loaded.layers
     ]
     assert found == list(blocks.blocks)
-    model = load_model(directory)
+    reference = load_model(directory)
     for prompt, reply in zip(prompts, loaded.replies, strict=True):
-        judged = judge(model, prompt, reply.token_ids, reply.logprobs)
+        judged = judge(reference, prompt, reply.token_ids, reply.logprobs)
         assert max(judged.gaps) < 1e-3
         assert max(judged.logprob_differences) < 1e-3
 

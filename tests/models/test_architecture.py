@@ -22,9 +22,12 @@ def test_a_window_below_two_tokens_is_refused(window: int) -> None:
         Block(8, 2, 64, window)
 
 
-def test_a_block_without_experts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="num_experts=0"):
-        Block(0, 1, 64)
+def test_a_block_without_experts_has_nothing_of_theirs() -> None:
+    assert Block(0, 0, 0, 32).label == "dense/32"
+    with pytest.raises(ConfigError, match="num_experts=0 is dense, so expert_width=64 means nothing"):
+        Block(0, 0, 64)
+    with pytest.raises(ConfigError, match="0 experts cannot use 1 of them"):
+        Block(0, 1, 0)
 
 
 def test_a_token_cannot_use_more_experts_than_there_are() -> None:

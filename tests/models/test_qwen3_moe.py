@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
 from moesaic.core.errors import ArtifactError, ConfigError
@@ -19,32 +18,11 @@ from moesaic.models.families import PUBLISHED
 from moesaic.models.generation import Sampling, generate
 from moesaic.models.simulated_memory import SimulatedLayers, without_values
 from moesaic.models.whole_model import load_model
-from moesaic.search.prune_model import run as prune_model
-from moesaic.search.prune_model.stage import PruneModelConfig
 from tests.closeness import assert_near, assert_same_replies
+from tests.families import CHANNELS, kept, prune, stream, tokens
 
 MIXED = Architecture.of([Block(8, 2, 32), Block(5, 1, 24, 16), Block(3, 2, 32, 8)])
-ORDER = [3, 1, 7, 0, 2, 6, 5, 4]
-KEPT = [list(range(8)), [0, 1, 2, 3, 7], [1, 3, 7]]
-CHANNELS = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(expert)) for expert in range(8)])
-
-
-def tokens(batch: int, length: int) -> Tensor:
-    return torch.randint(6, 64, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def prune(parent: Path, architecture: Architecture, directory: Path, yarn_factor: float | None = None) -> Path:
-    for name in ("ranking", "architecture", "child", "scratch"):
-        (directory / name).mkdir(parents=True)
-    (directory / "ranking" / "ranking.json").write_text(json.dumps({"layers": [{"order": ORDER}] * 3}))
-    save_file({str(layer): CHANNELS.clone() for layer in range(3)}, directory / "ranking" / "channels.safetensors")
-    blocks = [block.as_config() for block in architecture.blocks]
-    candidates = {"candidates": {"puzzle": {"blocks": blocks}}}
-    (directory / "architecture" / "architecture.json").write_text(json.dumps(candidates))
-    config = PruneModelConfig(yarn_factor=yarn_factor)
-    inputs = {name: directory / name for name in ("ranking", "architecture", "scratch")}
-    prune_model.run(config, parent=parent, output=directory / "child", **inputs)
-    return directory / "child"
+KEPT = kept(MIXED)
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +33,6 @@ def child(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def child_model(child: Path) -> PreTrainedModel:
     return load_model(child)
-
-
-def stream(checkpoint: Checkpoint, ids: Tensor, blocks: Architecture, kept: list[list[int]] | None = None) -> Tensor:
-    """Logits, one layer in memory at a time; without other experts and channels if ``kept`` is given."""
-    (hidden,) = loading.embed(checkpoint, [ids])
-    rotary = loading.rotary(checkpoint, ids.shape[1])
-    for layer, block in enumerate(blocks.blocks):
-        module = loading.load_block(checkpoint, layer)
-        narrower = kept is not None and block.expert_width < 32
-        channels = CHANNELS[:, : block.expert_width].sort(-1).values if narrower else None
-        mine = None if kept is None else kept[layer]
-        hidden = layers.run_block(module, hidden, rotary, block.window, mine, block.experts_per_token, channels)
-    head = loading.load_head(checkpoint)
-    return head.logits(head.norm(hidden))
 
 
 @torch.no_grad()
@@ -109,7 +73,7 @@ def test_masked_equals_sliced(tiny_qwen3: Path, child: Path, child_model: PreTra
     """Experts, channels, experts per token and windows, left out of the parent and cut off the child."""
     parent, written, ids = Checkpoint.open(tiny_qwen3), Checkpoint.open(child), tokens(2, 40)
     assert written.architecture == MIXED
-    masked = stream(parent, ids, MIXED, KEPT)
+    masked = stream(parent, ids, MIXED, masked=True)
     assert_near(stream(written, ids, MIXED), masked)
     assert_near(child_model(ids).logits, masked)
     assert (masked - stream(parent, ids, parent.architecture)).abs().max() > 0.1

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moesaic.models import layers, loading
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.layers import Routing
+from moesaic.models.layers import RouterScores, Routing
 from moesaic.search.rank_experts.ranking import eliminate, order_experts, rank_layer, rank_randomly, removal_differences
 
 
@@ -14,7 +14,9 @@ def routing(logits: list[list[float]], outputs: list[list[list[float]]], top_k: 
     """Slots are the experts by falling logit, as many as a token has outputs."""
     table = torch.tensor(logits)
     energies = torch.zeros(table.shape[1], 1, dtype=torch.float64)
-    return Routing(table, table.topk(len(outputs[0])).indices, torch.tensor(outputs), top_k, energies)
+    return Routing(
+        RouterScores(table, table, 1.0), table.topk(len(outputs[0])).indices, torch.tensor(outputs), top_k, energies
+    )
 
 
 @pytest.fixture

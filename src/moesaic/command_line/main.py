@@ -313,7 +313,7 @@ def _inspect(options: argparse.Namespace) -> None:
     sizes = Table("", "", box=None, show_header=False)
     sizes.add_row("parameters", f"{layout.num_parameters(shape, architecture):,}")
     sizes.add_row("weights", f"{layout.num_bytes(shape, architecture, checkpoint.packed) / 2**20:,.1f} MiB")
-    used = sorted({block.experts_per_token for block in architecture.blocks})
+    used = sorted({block.experts_per_token for block in architecture.blocks if not block.is_dense})
     sizes.add_row("experts", f"{architecture.num_experts}, top-{' or '.join(map(str, used))}")
     sizes.add_row("expert format", "MXFP4" if checkpoint.packed else "as the other weights")
     sizes.add_row("hidden size", f"{shape.hidden_size}, {shape.num_heads} heads of {shape.head_dim}")

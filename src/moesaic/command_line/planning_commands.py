@@ -92,7 +92,7 @@ def _synth(options: argparse.Namespace) -> None:
     print(
         f"{options.like} at scale {options.scale:g}: {model.num_bytes / GIB:.1f} GiB in "
         f"{len(plan_shards(model))} files, "
-        f"{len(blocks)} layers of {blocks[0].num_experts} experts, hidden {shape.hidden_size}, "
+        f"{len(blocks)} layers of {blocks[-1].num_experts} experts, hidden {shape.hidden_size}, "
         f"{shape.num_heads} heads, vocabulary {shape.vocab_size}"
     )
     if not options.dry_run:

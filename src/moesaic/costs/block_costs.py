@@ -193,7 +193,12 @@ def block_bytes(shape: ModelShape, block: Block, packed: bool = True) -> int:
 
 
 def of_one_expert(measure: Callable[[ModelShape, Block], int], shape: ModelShape, block: Block) -> int:
-    """Of one of a block's experts, its router row included, what :func:`block_parameters` or :func:`block_bytes` is."""
+    """Of one of a block's experts, its router row included, what :func:`block_parameters` or :func:`block_bytes` is.
+
+    A block without experts gives 0.
+    """
+    if block.is_dense:
+        return 0
     one, two = (replace(block, num_experts=count, experts_per_token=1) for count in (1, 2))
     return measure(shape, two) - measure(shape, one)
 
@@ -210,6 +215,8 @@ def outer_bytes(shape: ModelShape) -> int:
 
 def expected_experts(num_experts: int, experts_per_token: int, num_tokens: float) -> float:
     """Distinct experts that ``num_tokens`` independent, evenly routed tokens touch: ``E (1 - (1 - k/E)^B)``."""
+    if not num_experts:
+        return 0.0
     return num_experts * (1 - math.pow(1 - experts_per_token / num_experts, num_tokens))
 
 

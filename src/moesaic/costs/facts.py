@@ -139,7 +139,8 @@ def pruned_shards(facts: Facts, candidate: str) -> dict[str, int]:
         experts = sum(spec.num_bytes for key, spec in specs.items() if layout.is_expert_weight(key))
         sizes = [(one.num_experts, one.expert_width) for one in (block, whole)]
         kept = "" if sizes[0] == sizes[1] else f" of {candidate}"
-        shards[f"layer {layer} experts{kept}"] = experts
+        if experts:
+            shards[f"layer {layer} experts{kept}"] = experts
         shards[f"layer {layer} rest{kept}"] = sum(spec.num_bytes for spec in specs.values()) - experts
     return shards
 
@@ -147,7 +148,8 @@ def pruned_shards(facts: Facts, candidate: str) -> dict[str, int]:
 def retrained(shards: ShardSizes, task: str, words: Iterable[str]) -> dict[str, int]:
     """The shards when a task has changed the tensors of these groups (``Trainable``); experts stay."""
     words = set(words)
-    outer, rest = bool(words & {"embedding", "head", "norms"}), bool(words & {"attention", "norms", "router"})
+    outer = bool(words & {"embedding", "head", "norms"})
+    rest = bool(words & {"attention", "norms", "router", "feed_forward"})
 
     def changed(key: str) -> bool:
         return (outer and key.startswith("outer")) or (rest and " rest" in key)
@@ -197,7 +199,7 @@ def hidden_bytes(facts: Facts, num_tokens: float, precision: str) -> float:
 def expert_outputs_bytes(facts: Facts, num_tokens: float, slots: int, precision: str) -> float:
     """What one expert after the other takes: of every token and slot the input, the output, and outputs in a row; and
     of one expert's share of them three times its width."""
-    share = num_tokens * slots / min(block.num_experts for block in facts.parent.blocks)
+    share = num_tokens * slots / min(block.num_experts for block in facts.parent.blocks if not block.is_dense)
     own = 3 * share * widest_expert(facts) * WIDTH[precision]
     return 3 * slots * hidden_bytes(facts, num_tokens, precision) + own
 

@@ -163,7 +163,9 @@ class Target:
     """Whether every GPU holds a share of the experts whole, instead of a share of every expert."""
 
     def moe_ms(self, block: Block, num_tokens: float) -> float:
-        """The mixture of one layer for so many tokens."""
+        """The mixture of one layer for so many tokens; nothing if it has none."""
+        if block.is_dense:
+            return 0.0
         fits = self.table.expert_parallel_moe if self.expert_parallel else self.table.moe
         fit = fits[self.num_gpus]
         top_k = block.experts_per_token
@@ -188,8 +190,8 @@ class Target:
     def pass_ms(self, block: Block, num_tokens: float) -> float:
         """Everything of a block but attention over the cache, for so many tokens at once."""
         experts = block.num_experts * of_one_expert(block_parameters, self.shape, block)
-        attention = block_parameters(self.shape, block) - experts
-        dense = self.table.dense_us / 1e3 + self.dense_ms(attention, num_tokens)
+        others = block_parameters(self.shape, block) - experts
+        dense = self.table.dense_us / 1e3 + self.dense_ms(others, num_tokens)
         return dense + self.moe_ms(block, num_tokens) + 2 * self.all_reduce_ms(num_tokens)
 
     def cache_ms(self, block: Block, num_requests: int, context: int) -> float:

@@ -2,9 +2,9 @@
 
 A reply is the text a model writes after ``<|start|>assistant``: messages of the form
 ``<|channel|>NAME<|message|>TEXT``, each closed by another marker. Reasoning goes to the ``analysis`` channel, the
-answer to ``final``. Of models without channels it is plain text, closed by ``<|im_end|>``; what stands before
-``</think>`` is reasoning. Verifiers are pure: they see the final text and the expected answer and nothing else, and
-whatever the text is, the verdict is True or False.
+answer to ``final``. Of models without channels it is plain text, closed by ``<|im_end|>`` or the marker of the next
+turn; what stands before ``</think>`` is reasoning. Verifiers are pure: they see the final text and the expected answer
+and nothing else, and whatever the text is, the verdict is True or False.
 """
 
 import json
@@ -44,6 +44,10 @@ class Reply:
     final: str | None
 
 
+_ENDS = ("im_end", "user", "observation")
+"""Markers that end a reply without channels: Qwen's, and GLM's of the next turn."""
+
+
 def split_reply(text: str) -> Reply:
     """Read the channels of a generated reply, however malformed.
 
@@ -54,7 +58,7 @@ def split_reply(text: str) -> Reply:
     closed: dict[str, str] = {}
     channel = ""
     pieces = MARKER.split(text)
-    if pieces[1:2] == ["im_end"]:
+    if pieces[1:2] and pieces[1] in _ENDS:
         thought, thinks, answer = pieces[0].replace(GUARD, "").rpartition("</think>")
         return Reply(thought.strip().removeprefix("<think>").strip() if thinks else None, answer.strip())
     for position in range(1, len(pieces), 2):

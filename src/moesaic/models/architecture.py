@@ -32,6 +32,8 @@ class Axis:
     """The smallest value."""
     unlimited: str | None = None
     """The word for None, which is larger than any number; None if the value must be a number."""
+    of_experts: bool = False
+    """Whether it is of the experts, and so 0 in a layer that has none."""
 
     def text(self, value: int | None) -> str:
         """A value as people read it."""
@@ -44,22 +46,27 @@ class Axis:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's choices."""
+    """One layer's choices. A *dense* layer has no experts: every token takes the same way, which stays as it is."""
 
-    num_experts: Annotated[int, Axis("num_local_experts", "experts", "{}e")]
+    num_experts: Annotated[int, Axis("num_local_experts", "experts", "{}e", of_experts=True)]
     """Experts of its mixture."""
-    experts_per_token: Annotated[int, Axis("num_experts_per_tok", "experts per token", "top-{}")]
+    experts_per_token: Annotated[int, Axis("num_experts_per_tok", "experts per token", "top-{}", of_experts=True)]
     """Experts that each token uses."""
-    expert_width: Annotated[int, Axis("intermediate_size", "expert width", "{}w")]
+    expert_width: Annotated[int, Axis("intermediate_size", "expert width", "{}w", of_experts=True)]
     """Channels between the two projections of each expert."""
     window: Annotated[int | None, Axis("sliding_window", "window", "{}", least=2, unlimited="full")] = None
     """Tokens that attention sees, the token itself included; None sees them all."""
 
     def __post_init__(self) -> None:
         for (name, axis), value in zip(AXES.items(), self.values, strict=True):
-            if value is not None and value < axis.least:
+            least = 0 if axis.of_experts and self.is_dense else axis.least
+            if value is not None and value < least:
                 none = f"; None means {axis.unlimited}" if axis.unlimited else ""
                 raise ConfigError(f"a block needs {name} of at least {axis.least}, got {name}={value}{none}")
+        if self.is_dense and self.expert_width:
+            raise ConfigError(
+                f"a block with num_experts=0 is dense, so expert_width={self.expert_width} means nothing; set it to 0"
+            )
         if self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"a block of {self.num_experts} experts cannot use {self.experts_per_token} of them per token; "
@@ -71,6 +78,11 @@ class Block:
         """The block with these values on all axes, in their order."""
         named: dict[str, Any] = dict(zip(AXES, values, strict=True))
         return cls(**named)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer has no experts."""
+        return self.num_experts == 0
 
     @property
     def values(self) -> tuple[int | None, ...]:
@@ -86,7 +98,10 @@ class Block:
     def label(self) -> str:
         """Short text for tables and plots, such as ``64e/top-4/2880w/8192`` or ``128e/top-4/2880w/full``."""
         pairs = zip(AXES.values(), self.values, strict=True)
-        return "/".join(axis.label.format(axis.text(value)) for axis, value in pairs)
+        parts = [
+            axis.label.format(axis.text(value)) for axis, value in pairs if not (axis.of_experts and self.is_dense)
+        ]
+        return "/".join(["dense", *parts] if self.is_dense else parts)
 
     def as_config(self) -> dict[str, int | None]:
         """The entry this block has in ``block_configs`` of a child's config."""
@@ -111,8 +126,10 @@ class Block:
         return cls(**values)
 
     def narrows(self, other: "Block") -> bool:
-        """Whether this block can be cut out of ``other``: on no axis has it more."""
-        return all(own <= whole for own, whole in zip(self.sizes, other.sizes, strict=True))
+        """Whether this block can be cut out of ``other``: on no axis has it more, and neither or both are dense."""
+        return self.is_dense == other.is_dense and all(
+            own <= whole for own, whole in zip(self.sizes, other.sizes, strict=True)
+        )
 
 
 AXES: Mapping[str, Axis] = {

@@ -72,13 +72,14 @@ def attention_forward(
     position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The signature transformers calls; see :func:`sink_attention`."""
+    """The signature transformers calls; see :func:`sink_attention`. A module's own window counts, too."""
     if dropout:
         raise ValueError("the moesaic attention knows no dropout")
     if s_aux is None:
         s_aux = query.new_full((query.shape[1],), torch.finfo(query.dtype).min)
     first_key = _first_keys(position_ids, key.shape[2]) if attention_mask is None else None
-    output = sink_attention(query, key, value, s_aux, scaling, sliding_window, attention_mask, first_key)
+    window = getattr(module, "sliding_window", None) if sliding_window is None else sliding_window
+    output = sink_attention(query, key, value, s_aux, scaling, window, attention_mask, first_key)
     return output.transpose(1, 2).contiguous(), None
 
 

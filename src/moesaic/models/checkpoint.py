@@ -257,10 +257,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def layer_shards(layer: int, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, dict[str, Stored]]]:
-    """Split one layer's tensors into its two shards: the experts, and everything else."""
+    """Split one layer's tensors into its two shards: the experts, if it has any, and everything else."""
     experts = {name: tensor for name, tensor in tensors.items() if layout.is_expert_weight(name)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in experts}
-    yield f"model-layer-{layer:03d}-experts", experts
+    if experts:
+        yield f"model-layer-{layer:03d}-experts", experts
     yield f"model-layer-{layer:03d}-rest", rest
 
 

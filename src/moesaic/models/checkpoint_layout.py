@@ -150,7 +150,8 @@ def check_tensors(
     Raises:
         ArtifactError: that names the first tensor that is missing, or of another shape or type.
     """
-    layers = int(str(config["num_hidden_layers"]))
+    layers, extra_key = int(str(config["num_hidden_layers"])), layout.family_of(config).extra_layers_key
+    extra = range(layers, layers + int(str(config[extra_key])) if extra_key else layers)
     others = sorted(set(tensors) - set(expected) - set(layout.kv_scale_names(layers)))
     if quantized := next((name for name in others if name.endswith(_QUANTIZED)), None):
         raise ArtifactError(
@@ -171,7 +172,7 @@ def check_tensors(
             types = ", ".join(allowed)
             raise ArtifactError(f"{tensor.file.name}: {name} is of type {tensor.dtype}; allowed are {types}")
     for name in others:
-        if contradiction := _contradicts(name, layers):
+        if _layer_of(name) not in extra and (contradiction := _contradicts(name, layers)):
             raise ArtifactError(f"{tensors[name].file.name}: {name} {contradiction}")
 
 
@@ -183,10 +184,14 @@ def _clue(missing: Sequence[str], others: Sequence[str]) -> str:
     return f"; there is {(alike or others)[0]}, which nothing here reads" if others else ""
 
 
+def _layer_of(name: str) -> int | None:
+    number = name.removeprefix("model.layers.").split(".")[0]
+    return int(number) if name.startswith("model.layers.") and number.isdigit() else None
+
+
 def _contradicts(name: str, layers: int) -> str | None:
     """Why a tensor that the layout does not have cannot be left out."""
-    number = name.removeprefix("model.layers.").split(".")[0]
-    if name.startswith("model.layers.") and number.isdigit() and int(number) >= layers:
+    if (number := _layer_of(name)) is not None and number >= layers:
         return f"is of layer {number}; the config has layers 0 to {layers - 1}"
     if "lora_" in name:
         return "is of an adapter; merge it into the weights first"
@@ -203,9 +208,10 @@ def is_packed(config: Mapping[str, object], tensors: Mapping[str, StoredTensor])
     """
     packed = [name for name in tensors if name.endswith("_blocks")]
     quantization, family = config.get("quantization_config"), layout.family_of(config)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not family.not_packed and (packed or quantization is not None):
         raise ArtifactError(
-            f"{packed[0] if packed else f'quantization_config {quantization}'} is of a quantized model; of the family "
+            f"{packed[0] if packed else f'quantization_config ({method!r})'} is of a quantized model; of the family "
             f"{family.name} Moesaic reads plain weights only: give the model in BF16"
         )
     if quantization is None:
@@ -216,7 +222,6 @@ def is_packed(config: Mapping[str, object], tensors: Mapping[str, StoredTensor])
                 f"these experts at random. Add it: {wanted}"
             )
         return False
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "mxfp4" or not isinstance(quantization, dict):
         raise ArtifactError(f"quantization_config has the method {method!r}; Moesaic reads 'mxfp4', or no quantization")
     if not packed:

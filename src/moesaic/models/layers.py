@@ -2,17 +2,23 @@
 
 A block is split where the method needs it: :func:`attend` (norm, attention, residual) takes the window per call, and
 :func:`mix` (norm, router, experts, residual) takes the experts that are left, how many of them a token uses, and which
-of their channels are left. An expert is left out by minus infinity as its router logit, which equals slicing its rows
-away, so fewer experts need no weights of their own (paper A, pruning). Channels are sliced out for the call.
+of their channels are left. An expert is left out by minus infinity as what it is chosen by, which equals slicing its
+rows away, so fewer experts need no weights of their own (paper A, pruning). Channels are sliced out for the call.
 Sequences are padded on the right: causal attention keeps padding out of sight, and what padding computes is never read.
 
-A token's weights are a softmax over the logits of its experts. That is what families compute which take it over all
-logits and divide by the sum over the experts chosen. How expert weights lie in memory, transformers' module says.
+With ``z`` the router's logits, a token's experts ``S`` are those with the largest ``c``, and their weights ``w``::
+
+    softmax    c = z                 w = softmax(z[S])
+    sigmoid    c = sigmoid(z) + b    w = r * sigmoid(z[S]) / sum sigmoid(z[S]) = r * softmax(log sigmoid(z)[S])
+
+The first is also what families compute which take the softmax over all logits and divide by the sum over ``S``. In the
+second the correction ``b`` takes part in choosing alone. So one softmax serves all, over what is called *log weights*
+here. Shared experts are added unweighted. How expert weights lie in memory, transformers' module says.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +29,7 @@ from torch import Tensor, nn
 from moesaic.core.errors import StageError
 from moesaic.models import layout
 from moesaic.models.families import FAMILIES
+from moesaic.models.families.family import Family
 
 DecoderLayer: TypeAlias = Any
 """Transformers' own decoder layer, of any family."""
@@ -54,12 +61,38 @@ class Head:
 
 
 @dataclass(frozen=True)
+class RouterScores:
+    """What a layer's experts are chosen and weighted by."""
+
+    choice: Float[Tensor, "token expert"]
+    """Those with the largest values are chosen."""
+    log_weights: Float[Tensor, "token expert"]
+    """Up to one constant of each token."""
+    scale: float
+    """What a token's weights add up to."""
+
+    def choose(self, num_slots: int) -> Int[Tensor, "token slot"]:
+        """So many experts of each token, best first."""
+        return self.choice.topk(num_slots, dim=-1).indices
+
+    def without(self, experts: Sequence[int]) -> "RouterScores":
+        """The same, with minus infinity for the choice of some experts."""
+        removed = torch.tensor(list(experts), dtype=torch.long, device=self.choice.device)
+        return replace(self, choice=self.choice.index_fill(1, removed, float("-inf")))
+
+    def weights(self, expert_ids: Int[Tensor, "token slot"], dtype: torch.dtype) -> Float[Tensor, "token slot"]:
+        """What each of a token's experts is weighted with; computed in this dtype, or the scores' if that is wider."""
+        chosen = self.log_weights.gather(1, expert_ids)
+        return (self.scale * torch.softmax(chosen.to(torch.promote_types(chosen.dtype, dtype)), dim=-1)).to(dtype)
+
+
+@dataclass(frozen=True)
 class Routing:
     """How a layer's experts were chosen and what they returned."""
 
-    logits: Float[Tensor, "token expert"]
+    scores: RouterScores
     expert_ids: Int[Tensor, "token slot"]
-    """The experts with the largest logits, best first; possibly more slots than the layer mixes."""
+    """The experts that come first, best first; possibly more slots than the layer mixes."""
     outputs: Float[Tensor, "token slot hidden"]
     """What each of them returned, not yet weighted."""
     top_k: int
@@ -67,16 +100,12 @@ class Routing:
     energies: Float[Tensor, "expert channel"]
     """Of what goes into an expert's second projection, times the expert's weight: the sum of squares over tokens."""
 
-    def chosen_logits(self) -> Float[Tensor, "token slot"]:
-        """The logits of ``expert_ids``."""
-        return self.logits.gather(1, self.expert_ids)
-
     def weights(self) -> Float[Tensor, "token slot"]:
-        """Softmax over the ``top_k`` chosen experts: what the layer mixes with."""
-        return torch.softmax(self.chosen_logits()[:, : self.top_k], dim=-1)
+        """What the layer mixes the ``top_k`` chosen experts with."""
+        return self.scores.weights(self.expert_ids[:, : self.top_k], self.outputs.dtype)
 
     def mixture(self) -> Float[Tensor, "token hidden"]:
-        """The output of the layer's mixture of experts."""
+        """The output of the layer's mixture of experts; what all tokens share is not part of it."""
         return torch.einsum("ts,tsh->th", self.weights(), self.outputs[:, : self.top_k])
 
 
@@ -113,20 +142,27 @@ def mix(
     top_k: int | None = None,
     channels: Int[Tensor, "expert kept_channel"] | None = None,
 ) -> Float[Tensor, "*token hidden"]:
-    """The mixture-of-experts half of a block.
+    """The mixture-of-experts half of a block; of one without experts its feed-forward network.
 
     Args:
         block: the layer.
         attended: what :func:`attend` returned.
         kept: the experts that are left; None for all.
-        top_k: how many of them a token uses, weighted by a softmax over these alone; None for as many as in the block.
+        top_k: how many of them a token uses, weighted among these alone; None for as many as in the block.
         channels: of every expert of the block those that are left; None for all.
     """
     states = block.post_attention_layernorm(attended).flatten(0, -2)
-    values, expert_ids = router_logits(block, states, kept).topk(top_k or router_of(block).top_k, dim=-1)
+    if is_dense(block):
+        dense: Tensor = block.mlp(states)
+        return attended + dense.view_as(attended)
+    scores = router_scores(block, states)
+    if kept is not None:
+        scores = scores.without(sorted(set(range(scores.choice.shape[1])) - set(kept)))
+    expert_ids = scores.choose(top_k or router_of(block).top_k)
     run = mixture if states.device.type == "cpu" else grouped_mixture
     experts = block.mlp.experts if channels is None else narrow(block.mlp.experts, channels)
-    return attended + run(experts, states, expert_ids, torch.softmax(values, dim=-1)).view_as(attended)
+    mixed = run(experts, states, expert_ids, scores.weights(expert_ids, states.dtype))
+    return attended + with_shared(block, states, mixed).view_as(attended)
 
 
 def mix_sliced(
@@ -136,18 +172,35 @@ def mix_sliced(
     top_k: int | None = None,
 ) -> Float[Tensor, "*token hidden"]:
     """What :func:`mix` computes by masking, computed by slicing the router to the rows ``kept``; copies no weights."""
-    router, states = router_of(block), block.post_attention_layernorm(attended).flatten(0, -2)
+    states = block.post_attention_layernorm(attended).flatten(0, -2)
     rows = torch.tensor(list(kept), device=states.device)
-    bias = getattr(router, "bias", None)
-    logits = F.linear(states, router.weight[rows], None if bias is None else bias[rows])
-    values, slots = logits.topk(top_k or router.top_k, dim=-1)
+    scores = router_scores(block, states, rows)
+    slots = scores.choose(top_k or router_of(block).top_k)
     outputs = expert_outputs(block.mlp.experts, states, rows[slots])
-    return attended + torch.einsum("ts,tsh->th", torch.softmax(values, dim=-1), outputs).view_as(attended)
+    mixed = torch.einsum("ts,tsh->th", scores.weights(slots, states.dtype), outputs)
+    return attended + with_shared(block, states, mixed).view_as(attended)
+
+
+def is_dense(block: DecoderLayer) -> bool:
+    """Whether the layer has no experts."""
+    return not hasattr(block.mlp, "experts")
+
+
+def with_shared(
+    block: DecoderLayer, states: Float[Tensor, "token hidden"], mixed: Float[Tensor, "token hidden"]
+) -> Float[Tensor, "token hidden"]:
+    """The mixture of a layer's experts, and what its shared experts add, if it has such."""
+    shared = getattr(block.mlp, "shared_experts", None)
+    return mixed if shared is None else mixed + shared(states)
 
 
 def router_of(block: DecoderLayer) -> Any:
-    """The layer's router: ``weight`` [expert hidden], a ``bias`` in some families, ``top_k``."""
-    return block.get_submodule(FAMILIES[block.self_attn.config.model_type].router)
+    """The layer's router: ``weight`` [expert hidden], ``top_k``, and in some families a bias, a correction, a scale."""
+    return block.get_submodule(_family_of(block).router)
+
+
+def _family_of(block: DecoderLayer) -> Family:
+    return FAMILIES[block.self_attn.config.model_type]
 
 
 def device_of(block: DecoderLayer) -> torch.device:
@@ -156,16 +209,19 @@ def device_of(block: DecoderLayer) -> torch.device:
     return device
 
 
-def router_logits(
-    block: DecoderLayer, states: Float[Tensor, "token hidden"], kept: Sequence[int] | None = None
-) -> Float[Tensor, "token expert"]:
-    """The router's logits, minus infinity for experts that are not kept."""
+def router_scores(
+    block: DecoderLayer, states: Float[Tensor, "token hidden"], rows: Int[Tensor, " expert"] | None = None
+) -> RouterScores:
+    """What the layer's experts, or those of some rows of its router, are chosen and weighted by."""
     router = router_of(block)
-    logits = F.linear(states, router.weight, getattr(router, "bias", None))
-    if kept is None:
-        return logits
-    removed = sorted(set(range(len(router.weight))) - set(kept))
-    return logits.index_fill(1, torch.tensor(removed, dtype=torch.long, device=logits.device), float("-inf"))
+    taken: Any = slice(None) if rows is None else rows
+    if _family_of(block).scores == "softmax":
+        bias = getattr(router, "bias", None)
+        logits = F.linear(states, router.weight[taken], None if bias is None else bias[taken])
+        return RouterScores(logits, logits, 1.0)
+    logits = F.linear(states.float(), router.weight[taken].float())
+    choice = logits.sigmoid() + router.e_score_correction_bias[taken]
+    return RouterScores(choice, F.logsigmoid(logits), router.routed_scaling_factor)
 
 
 def run_block(
@@ -189,7 +245,7 @@ def slice_block(
     Each of these experts has the given channels only, or all.
     """
     config = copy.copy(block.self_attn.config)
-    setattr(config, FAMILIES[config.model_type].config_key("num_experts"), len(kept))
+    setattr(config, _family_of(block).config_key("num_experts"), len(kept))
     with torch.device("meta"):
         sliced = type(block)(config, layer_idx=0)
     rows = torch.tensor(list(kept), device=device_of(block))
@@ -262,11 +318,10 @@ def route(block: DecoderLayer, states: Float[Tensor, "token hidden"], num_spare:
         states: what ``post_attention_layernorm`` returned.
         num_spare: how many of the next-best experts to run as well.
     """
-    logits = router_logits(block, states)
-    top_k = router_of(block).top_k
-    slots = min(top_k + num_spare, logits.shape[1])
-    leaders, expert_ids = logits.topk(slots, dim=-1)
-    weights = F.pad(torch.softmax(leaders[:, :top_k], dim=-1), (0, slots - top_k)).flatten()
+    scores, top_k = router_scores(block, states), router_of(block).top_k
+    slots = min(top_k + num_spare, scores.choice.shape[1])
+    expert_ids = scores.choose(slots)
+    weights = F.pad(scores.weights(expert_ids[:, :top_k], states.dtype), (0, slots - top_k)).flatten()
     experts = block.mlp.experts
     size = len(experts.down_proj), expert_width(experts)
     energies = torch.zeros(size, dtype=torch.float64, device=states.device)
@@ -274,7 +329,7 @@ def route(block: DecoderLayer, states: Float[Tensor, "token hidden"], num_spare:
     def add_up(expert: int, pairs: Tensor, gated: Tensor) -> None:
         energies[expert] = (weights[pairs].unsqueeze(1) * gated).float().square().sum(0, dtype=torch.float64)
 
-    return Routing(logits, expert_ids, expert_outputs(experts, states, expert_ids, add_up), top_k, energies)
+    return Routing(scores, expert_ids, expert_outputs(experts, states, expert_ids, add_up), top_k, energies)
 
 
 def expert_outputs(

@@ -55,20 +55,45 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelShape, Architecture]:
         head_dim=config["head_dim"],
         vocab_size=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
+        own=family.own_sizes(config),
     )
     is_child = config["model_type"] == family.child_type
     entries = config["block_configs"] if is_child else _parent_entries(config, family)
-    return shape, Architecture.of(_read_block(layer, entry) for layer, entry in enumerate(entries))
+    architecture = Architecture.of(_read_block(layer, entry) for layer, entry in enumerate(entries))
+    _check_dense(config, architecture, family)
+    return shape, architecture
+
+
+def _first_dense(config: Mapping[str, Any], family: Family) -> int:
+    """How many first layers have no experts."""
+    return int(config[family.first_dense_key]) if family.first_dense_key else 0
+
+
+def _check_dense(config: Mapping[str, Any], architecture: Architecture, family: Family) -> None:
+    first = _first_dense(config, family)
+    for layer, block in enumerate(architecture.blocks):
+        if block.is_dense != (layer < first):
+            raise ArtifactError(
+                f"layer {layer} has {block.num_experts} experts; by this config the first {first} layers have none, "
+                "and all others have some"
+            )
+    if config["model_type"] == family.parent_type and not architecture.num_experts:
+        raise ArtifactError("no layer has experts; Moesaic needs a mixture-of-experts model")
 
 
 def _parent_entries(config: Mapping[str, Any], family: Family) -> list[dict[str, Any]]:
     """A parent's layers as ``block_configs`` would spell them: alike but for the windows."""
-    window, sliding = config["sliding_window"], "sliding_attention"
+    window, sliding = config.get("sliding_window"), "sliding_attention"
     kinds = config.get("layer_types") or [LAYER_TYPES[window is not None]] * config["num_hidden_layers"]
     if window is None and sliding in kinds:
         raise ArtifactError(f"layer_types has {sliding}, but sliding_window is null; it must be at least 2 tokens")
-    alike = {axis.key: config[family.config_key(name)] for name, axis in AXES.items()}
-    return [alike | {"sliding_window": window if kind == sliding else None} for kind in kinds]
+    alike = {axis.key: config[family.config_key(name)] for name, axis in AXES.items() if axis.of_experts}
+    first = _first_dense(config, family)
+    no_experts = {axis.key: 0 for axis in AXES.values() if axis.of_experts}
+    return [
+        alike | (no_experts if layer < first else {}) | {"sliding_window": window if kind == sliding else None}
+        for layer, kind in enumerate(kinds)
+    ]
 
 
 def _read_block(layer: int, entry: Mapping[str, Any]) -> Block:
@@ -115,14 +140,20 @@ def child_config(
             **(spelt if family.spells_layer_types else {}),
             "num_hidden_layers": architecture.num_layers,
         }
+        | family.child_values(parent)
+        | ({family.first_dense_key: _count_dense(architecture)} if family.first_dense_key else {})
         | _of_the_largest(architecture, family)
     )
 
 
+def _count_dense(architecture: Architecture) -> int:
+    return sum(block.is_dense for block in architecture.blocks)
+
+
 def _of_the_largest(architecture: Architecture, family: Family) -> dict[str, int | None]:
     """The values that engines without blocks make room for; windows stay, as ``layer_types`` goes by them."""
-    blocks = architecture.blocks
-    numbers = [name for name, axis in AXES.items() if not axis.unlimited]
+    blocks = [block for block in architecture.blocks if not block.is_dense]
+    numbers = [name for name, axis in AXES.items() if not axis.unlimited] if blocks else []
     return {family.config_key(name): max(getattr(block, name) for block in blocks) for name in numbers}
 
 
@@ -163,8 +194,9 @@ def renumbered(name: str, expert: int) -> str:
 def trainable_names(shape: ModelShape, architecture: Architecture, groups: Iterable[str]) -> list[str]:
     """Checkpoint names of the tensors that recovery may change, by the words of ``Trainable``."""
     wanted = set(groups)
-    names = tensor_specs(shape, architecture, packed=False)
-    return [name for name in names if not is_expert_weight(name) and _group(name) in wanted]
+    specs = tensor_specs(shape, architecture, packed=False)
+    trained = [name for name, spec in specs.items() if spec.num_parameters and not is_expert_weight(name)]
+    return [name for name in trained if _group(name) in wanted]
 
 
 def _group(name: str) -> str:
@@ -173,7 +205,7 @@ def _group(name: str) -> str:
         return "embedding" if name == EMBEDDING else "head"
     if is_expert_indexed(name):
         return "router"
-    return "attention" if ".self_attn." in name else "norms"
+    return "attention" if ".self_attn." in name else "feed_forward" if ".mlp." in name else "norms"
 
 
 def layer_specs(shape: ModelShape, layer: int, block: Block, packed: bool = True) -> dict[str, TensorSpec]:

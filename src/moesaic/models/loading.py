@@ -36,6 +36,8 @@ def layer_config(checkpoint: Checkpoint, block: Block) -> PreTrainedConfig:
         num_hidden_layers=1,
         layer_types=[layout.LAYER_TYPES[block.window is not None]],
     )
+    if family.first_dense_key:
+        config[family.first_dense_key] = int(block.is_dense)
     built: PreTrainedConfig = family.of_transformers("Config")(**config)
     built.sliding_window = block.window
     return built
@@ -66,13 +68,14 @@ def build_block(
     config._experts_implementation = "eager" if torch.device(device).type == "cpu" else "grouped_mm"
     family = checkpoint.shape.family
     with torch.device("meta"):
-        block = family.of_transformers("DecoderLayer")(config, layer_idx=0)
+        block = family.layer_class(config, layer_idx=0)
     norms = torch.float32 if family.norms_in_float32 else dtype
-    block.load_state_dict(unpacked_layer(layer, stored, dtype, device, norms), assign=True)
+    block.load_state_dict(unpacked_layer(checkpoint, layer, stored, dtype, device, norms), assign=True)
     return block.eval().requires_grad_(False)
 
 
 def unpacked_layer(
+    checkpoint: Checkpoint,
     layer: int,
     stored: dict[str, Tensor],
     dtype: torch.dtype,
@@ -81,12 +84,14 @@ def unpacked_layer(
 ) -> dict[str, Tensor]:
     """A layer's tensors as transformers' own layer names and holds them; ``stored`` is emptied on the way.
 
-    The layer's two norms are in ``norms``, if that is given, and all else in ``dtype``.
+    The layer's two norms are in ``norms``, if that is given, what the layout has in F32 in float32, all else in
+    ``dtype``.
 
     Raises:
         ArtifactError: if one has a number that is not finite.
     """
     state = _stacked_experts(layer, stored, dtype, device)
+    specs = layout.layer_specs(checkpoint.shape, layer, checkpoint.architecture.blocks[layer], checkpoint.packed)
     for name in sorted(stored):
         short = name.removeprefix(layout.layer_prefix(layer))
         if short.endswith("_blocks"):
@@ -95,7 +100,7 @@ def unpacked_layer(
             rows = mxfp4.dequantize(packed.to(device), scales, dtype)
             state[short.removesuffix("_blocks")] = rows.transpose(-1, -2)  # in memory the columns are outputs
         elif name in stored:
-            kept = norms if norms and "layernorm" in short else dtype
+            kept = torch.float32 if specs[name].dtype == "F32" else norms if norms and "layernorm" in short else dtype
             state[short] = check_finite(name, stored.pop(name).to(device)).to(kept)
     return state
 

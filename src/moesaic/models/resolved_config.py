@@ -26,12 +26,15 @@ _READ_HERE = (
     "rope_scaling",
     "rope_theta",
     "initial_context_length",
+    "partial_rotary_factor",
 )
 """Keys that the class has no default for."""
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 """What transformers takes where a config says nothing; engines have no defaults."""
-_WHOLE_HEAD = ("partial_rotary_factor", 1.0)
+_PARTIAL = "partial_rotary_factor"
+"""The share of a head that RoPE turns, in families whose RoPE has it; it stands beside ``rope_parameters`` as well."""
+_WHOLE_HEAD = (_PARTIAL, 1.0)
 """A key of RoPE at the value that changes nothing."""
 _OTHER_PARTS = ("quantization", "decoder", "generator", "text_encoder")
 """Keys whose values, like those of keys in ``_config``, are of a part of a model, or of another program's format."""
@@ -62,7 +65,8 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     _check_parts(given)
     config = as_class(given)
     keys = family.of_transformers("Config").__annotations__
-    values = dict(given) | {key: getattr(config, key) for key in keys} | {"head_dim": _head_dim(config)}
+    values = dict(given) | {key: getattr(config, key) for key in (*keys, *family.aliases.values())}
+    values["head_dim"] = _head_dim(config)
     if given["model_type"] == family.child_type:
         values["block_configs"] = config.block_configs
     if (dtype := given.get("dtype", given.get("torch_dtype"))) is not None:
@@ -72,8 +76,10 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     scaling = None if rope["rope_type"] == "default" else rope
     values.update(rope_theta=theta, rope_scaling=scaling, rope_parameters={**rope, "rope_theta": theta})
     _check(given, values, family)
+    if _PARTIAL in rope:
+        values[_PARTIAL] = rope[_PARTIAL]
     _check_rope(given, values)
-    _check_angles(config, family)
+    _check_angles(config, family, rope.get(_PARTIAL, 1.0))
     return {key: value for key, value in values.items() if key not in family.aliases}
 
 
@@ -218,18 +224,19 @@ def _spelt_rope(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     for place in ("rope_scaling", "rope_parameters"):
         for key, value in (_of_all_layers(place, given.get(place)) or {}).items():
             yield place, "rope_type" if key == "type" else key, value
-    for key, meant in (("rope_theta", "rope_theta"), ("initial_context_length", "original_max_position_embeddings")):
+    others = {"rope_theta": "rope_theta", "initial_context_length": "original_max_position_embeddings"}
+    for key, meant in (others | {_PARTIAL: _PARTIAL}).items():
         yield f"the key {key}", meant, given.get(key)
 
 
-def _check_angles(config: PreTrainedConfig, family: Family) -> None:
+def _check_angles(config: PreTrainedConfig, family: Family, turned: float) -> None:
     """Compute the angles: that is what shows a value that is missing, of the wrong type, or not finite."""
     try:
         rotary = family.of_transformers("RotaryEmbedding")(config)
         frequencies, scaling = rotary.inv_freq, torch.tensor(float(rotary.attention_scaling))
     except Exception as refused:  # the formulas check nothing
         raise ArtifactError(f"RoPE {config.rope_parameters} cannot be computed: {refused!r}") from refused
-    if len(frequencies) != (head_dim := _head_dim(config)) // 2 or not (
-        frequencies.isfinite().all() and scaling.isfinite()
-    ):
-        raise ArtifactError(f"RoPE {config.rope_parameters} does not turn all of a head of {head_dim}")
+    wanted = int((head_dim := _head_dim(config)) * turned) // 2
+    if len(frequencies) != wanted or not (frequencies.isfinite().all() and scaling.isfinite()):
+        share = "all" if turned == 1 else f"{turned:.0%}"
+        raise ArtifactError(f"RoPE {config.rope_parameters} does not turn {share} of a head of {head_dim}")

@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from moesaic.core.errors import ConfigError, StageError
 from moesaic.core.progress import track
 from moesaic.models import layout
-from moesaic.models.architecture import Architecture, Block
+from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint import appearing, write_index
 from moesaic.models.families import PUBLISHED
 from moesaic.models.families.family import MXFP4_BLOCK, ModelShape, TensorSpec
@@ -99,7 +99,6 @@ def scale_model(
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value}; at least 1 is needed")
     whole, layers = like.shape, num_layers or like.architecture.num_layers
-    experts = num_experts or like.architecture.blocks[0].num_experts
     kv_heads = max(1, round(whole.num_kv_heads * scale))
     shape = replace(
         whole,
@@ -107,12 +106,19 @@ def scale_model(
         num_heads=kv_heads * (whole.num_heads // whole.num_kv_heads),
         num_kv_heads=kv_heads,
         vocab_size=_multiple(whole.vocab_size * scale, _VOCABULARY_MULTIPLE),
+        own={
+            key: value if isinstance(value, bool) else _multiple(value * scale, MXFP4_BLOCK)
+            for key, value in whole.own.items()
+        },
     )
-    windows = [like.architecture.blocks[layer % 2].window for layer in range(layers)]
-    first = like.architecture.blocks[0]
-    used, width = min(first.experts_per_token, experts), _multiple(first.expert_width * scale, MXFP4_BLOCK)
-    blocks = Architecture.of(Block(experts, used, width, window) for window in windows)
-    return Model(shape, blocks, num_shards or like.num_shards)
+    last = like.architecture.blocks[-1]
+    experts = num_experts or last.num_experts
+    used, width = min(last.experts_per_token, experts), _multiple(last.expert_width * scale, MXFP4_BLOCK)
+    first = like.architecture.blocks[:layers]
+    blocks = (*first, *islice(cycle(like.architecture.blocks[-2:]), layers - len(first)))
+    smaller = {"num_experts": experts, "experts_per_token": used, "expert_width": width}
+    scaled = Architecture.of(block if block.is_dense else replace(block, **smaller) for block in blocks)
+    return Model(shape, scaled, num_shards or like.num_shards)
 
 
 def _multiple(value: float, of: int) -> int:
@@ -187,7 +193,8 @@ def random_bytes(name: str, spec: TensorSpec, seed: int) -> Iterator[bytes]:
         elif name.endswith("_scales"):
             yield _scales(generator, count, num_inputs=spec.shape[-1] * MXFP4_BLOCK)
         else:
-            yield _bfloat16(_mean(name) + _deviation(name, spec.shape) * generator.standard_normal(count, np.float32))
+            values = _mean(name) + _deviation(name, spec.shape) * generator.standard_normal(count, np.float32)
+            yield values.astype("<f4").tobytes() if spec.dtype == "F32" else _bfloat16(values)
 
 
 def _scales(generator: np.random.Generator, count: int, num_inputs: int) -> bytes:

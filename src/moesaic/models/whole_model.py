@@ -30,7 +30,7 @@ def register() -> None:
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a parent or a child for inference: transformers' class, and the weights that our own reader finds.
 
-    All weights are in ``dtype``, to which experts are unpacked.
+    All weights are in ``dtype``, to which experts are unpacked, but for what the layout has in F32.
 
     Raises:
         ArtifactError: if the checkpoint is missing, damaged or of another family.
@@ -46,8 +46,8 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
         )
     for layer in range(checkpoint.num_layers):
         stored = {name: checkpoint.stored(name).read() for name in checkpoint.layer_names(layer)}
-        unpacked = loading.unpacked_layer(layer, stored, dtype)
-        state = {name: tensor.to(dtype).contiguous() for name, tensor in unpacked.items()}  # FSDP takes no others
+        unpacked = loading.unpacked_layer(checkpoint, layer, stored, dtype)
+        state = {name: tensor.contiguous() for name, tensor in unpacked.items()}  # FSDP takes no others
         model.model.layers[layer].load_state_dict(state, assign=True)
     names = layout.outer_specs(checkpoint.shape)
     outer = {name: loading.check_finite(name, checkpoint.stored(name).read()).to(dtype) for name in names}

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from moesaic.core.config import Amount, Config
 
-Trainable = Literal["attention", "norms", "router", "embedding", "head"]
+Trainable = Literal["attention", "norms", "router", "feed_forward", "embedding", "head"]
+"""Groups of weights; ``feed_forward`` are dense layers and shared experts, in families that have them."""
 
 
 class OptimizerConfig(Config):

@@ -20,6 +20,7 @@ from moesaic.deploy.server.app import create_app
 from moesaic.deploy.server.batching import Batcher
 from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.served_model import ServedModel
+from moesaic.deploy.server.thinking import ThinkTags
 from moesaic.models import kv_cache
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import stop_ids
@@ -59,7 +60,8 @@ def load(directory: Path, name: str, kv_dtype: str, precision: str | None, limit
     kv_cache.emulate(model, kv_cache.roundings(kv_dtype, scales))
     positions = int(model.config.max_position_embeddings)
     limits = replace(limits, max_context=min(limits.max_context, positions))
-    return ServedModel(name, int(time.time()), model, tokenizer, find_markers(tokenizer), stop_ids(model), limits)
+    markers, tags = find_markers(tokenizer), ThinkTags.of(tokenizer)
+    return ServedModel(name, int(time.time()), model, tokenizer, markers, tags, stop_ids(model), limits)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -108,7 +108,8 @@ class Message(_Part):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    """``system`` is read as ``developer``: gpt-oss's own system message holds the reasoning effort."""
+    """Of models with channels ``system`` is read as ``developer``: gpt-oss's own system message holds the reasoning
+    effort. Of all others ``developer`` is read as ``system``."""
     content: Annotated[
         str | Annotated[list[TextPart], Field(fail_fast=True)] | None,
         BeforeValidator(_only_text),

@@ -13,8 +13,9 @@ from moesaic.deploy.server.batching import Reply
 from moesaic.deploy.server.harmony import ChatWriter
 from moesaic.deploy.server.limits import ServerLimits
 from moesaic.deploy.server.protocol import ChatRequest, CompletionRequest, RequestError
-from moesaic.deploy.server.replies import Decode, PlainWriter
+from moesaic.deploy.server.replies import Decode, PlainWriter, Writer
 from moesaic.deploy.server.sampling import SamplingParams
+from moesaic.deploy.server.thinking import ThinkingWriter, ThinkTags
 
 _COMPLETION_TOKENS = 16
 """The API's default for plain completions; a chat reply may use the whole context."""
@@ -32,6 +33,8 @@ class ServedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     markers: dict[int, str]
+    think_tags: ThinkTags | None
+    """Of a model without channels."""
     stop_ids: frozenset[int]
     limits: ServerLimits
 
@@ -48,10 +51,7 @@ class ServedModel:
         prompt = self._render(asked)
         rest = self.limits.max_context - len(prompt)
         samplings = self._sampling(asked, [prompt], given or asked.max_tokens or max(1, rest), "messages")
-        decode = self._decoder(skip_special_tokens=False)
-        return [
-            Reply(prompt, sampling, ChatWriter(decode, self.markers, asked.stops)) for prompt, sampling in samplings
-        ]
+        return [Reply(prompt, sampling, self._chat_writer(prompt, asked.stops)) for prompt, sampling in samplings]
 
     def completion_replies(self, asked: CompletionRequest) -> list[Reply]:
         """``n`` replies for each prompt, in the order of the prompts.
@@ -78,12 +78,21 @@ class ServedModel:
                 404, f"there is no model {name[:100]!r} here, only {self.name!r}", "model", "model_not_found"
             )
 
+    def _chat_writer(self, prompt: Sequence[int], stops: Sequence[str]) -> Writer:
+        decode = self._decoder(skip_special_tokens=False)
+        if self.think_tags is None:
+            return ChatWriter(decode, self.markers, stops)
+        begins_thinking = self.think_tags.is_open(prompt, decode)
+        return ThinkingWriter(decode, self.think_tags, self.markers, stops, begins_thinking)
+
     def _render(self, asked: ChatRequest) -> list[int]:
+        has_channels = self.think_tags is None
+        instructs, thought = ("developer", "thinking") if has_channels else ("system", "reasoning_content")
         messages = [
             {
-                "role": "developer" if message.role == "system" else message.role,
+                "role": instructs if message.role in ("system", "developer") else message.role,
                 "content": message.text,
-                **({"thinking": message.analysis} if message.analysis else {}),
+                **({thought: message.analysis} if message.analysis else {}),
             }
             for message in asked.messages
         ]

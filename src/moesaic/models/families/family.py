@@ -18,11 +18,20 @@ MXFP4_BLOCK = 32
 """Channels in a row that share a scale."""
 
 TransformersClass = Literal["Config", "DecoderLayer", "RMSNorm", "RotaryEmbedding", "ForCausalLM"]
+Scores = Literal["softmax", "sigmoid"]
+"""What a token's experts are chosen and weighted by, see :func:`moesaic.models.layers.router_scores`."""
+
+
+def _nothing(_: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a checkpoint: its safetensors dtype and shape, and how many parameters it stores."""
+    """One tensor of a checkpoint: its safetensors dtype and shape, and how many parameters it stores.
+
+    One in F32 stays in float32 in every precision. One without parameters is never trained.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,6 +54,8 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     max_positions: int
+    own: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """What else its family's tensors follow from, see :attr:`Family.own_sizes`: widths, and bools for parts."""
 
     @property
     def kv_elements(self) -> int:
@@ -102,6 +113,19 @@ class Family:
     where the family has that."""
     example_config: Callable[[ModelShape, Architecture], dict[str, Any]]
     """A ``config.json`` of a parent of these sizes, as the published ones are."""
+    scores: Scores = "softmax"
+    """What a token's experts are chosen and weighted by."""
+    own_sizes: Callable[[Mapping[str, Any]], dict[str, int]] = _nothing
+    """Out of a resolved config what its tensors follow from that not all families have, see :attr:`ModelShape.own`."""
+    first_dense_key: str | None = None
+    """What its config calls the number of first layers without experts; None if it has no such layers."""
+    extra_layers_key: str | None = None
+    """What its config calls the number of layers behind the last that predict further tokens. They are not used, and a
+    child does not have them."""
+    child_values: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    """What a child's config says of its parent's resolved one, beside its blocks."""
+    has_own_layer: bool = False
+    """Whether the child's module has the layer as well, since transformers' own cannot be built of every block."""
 
     @property
     def parent_class(self) -> str:
@@ -124,7 +148,12 @@ class Family:
         home = import_module(f"transformers.models.{self.parent_type}.{module}_{self.parent_type}")
         return getattr(home, f"{self.prefix}{kind}")
 
-    def of_child(self, kind: Literal["Config", "ForCausalLM"]) -> Any:
+    @property
+    def layer_class(self) -> Any:
+        """The decoder layer that a block is built as."""
+        return self.of_child("DecoderLayer") if self.has_own_layer else self.of_transformers("DecoderLayer")
+
+    def of_child(self, kind: Literal["Config", "DecoderLayer", "ForCausalLM"]) -> Any:
         """One of the classes that travel with a child."""
         module = "configuration" if kind == "Config" else "modeling"
         home = import_module(f"moesaic.models.families.{self.child_type}.{module}_{self.child_type}")

@@ -128,7 +128,10 @@ def time_blocks(
     whole = loading.load_block(checkpoint, bench.layer, dtype, device)
     whole.self_attn.config._experts_implementation = _SERVED_WITH
     sizes = sorted({(block.num_experts, block.expert_width) for block in distinct})
-    sliced = {(count, width): _sized(whole, count, width) for count, width in sizes}
+    sliced = {(count, width): _sized(whole, count, width) for count, width in sizes if count}
+    if len(sliced) < len(sizes):
+        dense = next(index for index, block in enumerate(checkpoint.architecture.blocks) if block.is_dense)
+        sliced[0, 0] = loading.load_block(checkpoint, dense, dtype, device)
     jobs = [
         job
         for block in distinct
@@ -175,7 +178,9 @@ def _block_jobs(bench: Bench, module: DecoderLayer, block: Block, workloads: Seq
 def _forward(
     module: DecoderLayer, block: Block, states: Tensor, rotary: tuple[Tensor, ...], cache: DynamicLayer
 ) -> None:
-    module.self_attn.sliding_window, layers.router_of(module).top_k = block.window, block.experts_per_token
+    module.self_attn.sliding_window = block.window
+    if not block.is_dense:
+        layers.router_of(module).top_k = block.experts_per_token
     module(states, position_embeddings=rotary, attention_mask=None, past_key_values=cache)
 
 

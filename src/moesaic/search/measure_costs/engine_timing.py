@@ -97,11 +97,12 @@ def time_in_engine(
 def write_stack(checkpoint: Checkpoint, block: Block, num_layers: int, directory: Path) -> None:
     """Write a model of equal layers, with the parent's weights."""
     blocks = checkpoint.architecture.blocks
-    sizes = [(own.num_experts, own.expert_width) for own in blocks]
     whole = [
         layer
-        for layer, (experts, width) in enumerate(sizes)
-        if experts >= block.num_experts and width >= block.expert_width
+        for layer, own in enumerate(blocks)
+        if own.is_dense == block.is_dense
+        and own.num_experts >= block.num_experts
+        and own.expert_width >= block.expert_width
     ]
     if not whole:
         raise ArtifactError(f"no layer of {checkpoint.directory} has the experts of {block.label}")

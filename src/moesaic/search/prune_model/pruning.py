@@ -46,8 +46,11 @@ Stored = TypeVar("Stored", bound=StoredRows)
 
 
 def kept_experts(order: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """The first ``num_experts`` of a ranking, by ascending id so that an unpruned layer comes out unchanged."""
-    if not 1 <= num_experts <= len(order):
+    """The first ``num_experts`` of a ranking, by ascending id so that an unpruned layer comes out unchanged.
+
+    A layer without experts keeps none.
+    """
+    if not min(1, len(order)) <= num_experts <= len(order):
         raise ConfigError(f"cannot keep {num_experts} of {len(order)} ranked experts; keep 1 to {len(order)}")
     return tuple(sorted(order[:num_experts]))
 

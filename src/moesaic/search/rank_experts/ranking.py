@@ -1,12 +1,13 @@
 """The order in which a layer's experts matter (paper A, expert pruning; these formulas are ours).
 
-With z the router's logits of a token, S its top-k experts, w = softmax(z[S]) and f_e(x) the output of expert e::
+With S a token's top-k experts, w their weights (both as its family chooses and weights them,
+:mod:`moesaic.models.layers`) and f_e(x) the output of expert e::
 
     y = sum_{e in S} w_e f_e(x)
 
 ``removal_difference`` (default)
-    score_e = 1/T * sum over tokens with e in S of mse(y, y'), where y' is the layer's output once z_e is -inf: the
-    next-best expert enters S, and w is the softmax over the new S. T counts all tokens, so rare experts score low.
+    score_e = 1/T * sum over tokens with e in S of mse(y, y'), where y' is the layer's output once e is gone: the
+    next-best expert enters S, and w is that of the new S. T counts all tokens, so rare experts score low.
     Whichever expert is removed, the same one enters: one more expert output per token serves all k removals.
 ``ranked_choice``
     Instant-runoff voting. Each token votes for the k experts it would be routed to; the expert with the fewest votes is
@@ -26,6 +27,7 @@ Experts no token was routed to come last; ties go to the lower id.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,6 +79,12 @@ class Tally:
     ballots: Integer[Tensor, "token expert"] | None = None
     """Each token's experts, best first; for ``ranked_choice`` only."""
 
+    @classmethod
+    def of_none(cls, num_tokens: int) -> "Tally":
+        """Of a layer without experts."""
+        none = torch.zeros(0, dtype=torch.float64)
+        return cls(num_tokens, 0, none, none, none.view(0, 0))
+
 
 def rank_layer(criterion: Criterion, batches: Iterable[Routing]) -> LayerRanking:
     """Rank one layer's experts from how its tokens were routed; batches are seen once and not kept.
@@ -90,7 +98,7 @@ def rank_layer(criterion: Criterion, batches: Iterable[Routing]) -> LayerRanking
 
 def tally(criterion: Criterion, batch: Routing) -> Tally:
     """Count one batch."""
-    num_tokens, num_experts = batch.logits.shape
+    num_tokens, num_experts = batch.scores.choice.shape
     chosen = batch.expert_ids[:, : batch.top_k].flatten().cpu()
     counts = chosen.bincount(minlength=num_experts).double()
     if criterion == "ranked_choice":
@@ -130,12 +138,12 @@ def removal_differences(routing: Routing) -> Float[Tensor, "token slot"]:
 
         y' - y = sum_e (w'_e - w_e) f_e(x)
     """
-    logits, top_k = routing.chosen_logits().float(), routing.top_k
-    shifts = torch.zeros(logits.shape[0], top_k, logits.shape[1], device=logits.device)
+    ids, top_k, weights = routing.expert_ids, routing.top_k, partial(routing.scores.weights, dtype=torch.float32)
+    shifts = torch.zeros(ids.shape[0], top_k, ids.shape[1], device=ids.device)
     for slot in range(top_k):
-        rest = [other for other in range(logits.shape[1]) if other != slot][:top_k]
-        shifts[:, slot, rest] = torch.softmax(logits[:, rest], dim=-1)
-    shifts[:, :, :top_k] -= torch.softmax(logits[:, :top_k], dim=-1).unsqueeze(1)
+        rest = [other for other in range(ids.shape[1]) if other != slot][:top_k]
+        shifts[:, slot, rest] = weights(ids[:, rest])
+    shifts[:, :, :top_k] -= weights(ids[:, :top_k]).unsqueeze(1)
     pieces = zip(shifts.split(_TOKENS), routing.outputs.split(_TOKENS), strict=True)
     return torch.cat([(shift @ outputs.float()).double().square().mean(-1) for shift, outputs in pieces])
 
@@ -152,13 +160,14 @@ def _contributions(criterion: Criterion, batch: Routing) -> Float[Tensor, "token
     if criterion == "reap":
         return weighted_norms(batch)
     if criterion == "frequency":
-        return torch.ones(batch.logits.shape[0], batch.top_k)
+        return torch.ones(len(batch.expert_ids), batch.top_k)
     raise ValueError(f"{criterion} is not a sum over tokens")
 
 
 def _ballots(batch: Routing) -> Integer[Tensor, "token expert"]:
-    small = torch.uint8 if batch.logits.shape[1] <= 256 else torch.int16
-    return batch.logits.argsort(dim=-1, descending=True, stable=True).to("cpu", small)
+    choice = batch.scores.choice
+    small = torch.uint8 if choice.shape[1] <= 256 else torch.int16
+    return choice.argsort(dim=-1, descending=True, stable=True).to("cpu", small)
 
 
 def _rank_by_votes(ballots: Sequence[Tensor], num_experts: int, top_k: int) -> LayerRanking:

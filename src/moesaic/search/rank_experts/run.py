@@ -21,7 +21,7 @@ from moesaic.models import layers, loading
 from moesaic.models.architecture import Block
 from moesaic.models.channel_orders import CHANNELS
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.layers import DecoderLayer, down_norms
+from moesaic.models.layers import DecoderLayer, down_norms, is_dense
 from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
 from moesaic.search.rank_experts.channels import order_channels, shuffle_channels
 from moesaic.search.rank_experts.ranking import LayerRanking, Tally, rank_randomly, rank_tallies, tally
@@ -106,7 +106,7 @@ def _rank(
                 _pass(config.criterion, layer, module, offloader, states, mine, index, rotary, window)
                 for index in range(len(mine))
             ]
-            norms = down_norms(module.mlp.experts)
+            norms = torch.zeros(0, 0) if is_dense(module) else down_norms(module.mlp.experts)
             del module
             done.append(_finish(config, layer, batch_share.gather(tallies), norms))
             if more:
@@ -119,7 +119,9 @@ def _rank(
 def _finish(
     config: RankExpertsConfig, layer: int, tallies: Sequence[Tally], norms: Float[Tensor, "expert channel"]
 ) -> LayerRanking:
-    """The ranking of a layer, from the tallies of all batches."""
+    """The ranking of a layer, from the tallies of all batches; empty if it has no experts."""
+    if not len(norms):
+        return LayerRanking((), (), torch.zeros(0, 0, dtype=torch.int32))
     energies = torch.stack([each.energies for each in tallies]).sum(0)
     channels = order_channels(config.channel_criterion, energies, norms, config.seed + layer)
     return replace(rank_tallies(config.criterion, tallies), channels=channels)
@@ -140,11 +142,15 @@ def _pass(
     device = layers.device_of(module)
     attended = layers.attend(module, states[index].read().to(device, non_blocking=True), rotary, window)
     is_token = batches[index].is_token.to(device)
-    routing = layers.route(module, module.post_attention_layernorm(attended[is_token]), NUM_SPARE.get(criterion, 0))
-    layers.check_finite(layer, "the router's logits", routing.logits)
-    layers.check_finite(layer, "the experts' outputs", routing.outputs)
-    counted = tally(criterion, routing)
-    attended[is_token] += routing.mixture()
+    if is_dense(module):
+        attended, counted = layers.mix(module, attended), Tally.of_none(int(is_token.sum()))
+    else:
+        normed = module.post_attention_layernorm(attended[is_token])
+        routing = layers.route(module, normed, NUM_SPARE.get(criterion, 0))
+        layers.check_finite(layer, "the router's logits", routing.scores.log_weights)
+        layers.check_finite(layer, "the experts' outputs", routing.outputs)
+        counted = tally(criterion, routing)
+        attended[is_token] += layers.with_shared(module, normed, routing.mixture())
     states[index].drop()
     states[index] = offloader.offload(attended)
     return counted

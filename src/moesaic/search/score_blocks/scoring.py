@@ -41,7 +41,7 @@ from moesaic.models.layers import (
     device_of,
     mix,
     mix_sliced,
-    router_logits,
+    router_scores,
 )
 from moesaic.search.score_blocks.damage import Metrics, compare, finish, unchanged
 
@@ -251,7 +251,7 @@ def score_layer(
 
 
 def _check_all_masks(parent: Parent, layer: int, states: Sequence[Offloaded], variants: Sequence[Variant]) -> None:
-    if states:
+    if states and not parent.architecture.blocks[layer].is_dense:
         module = parent.load(layer, then=layer)
         sample = states[0].read()[:1, :_MASKING_POSITIONS].to(device_of(module))
         for kept, top_k in sorted({(variant.kept, variant.block.experts_per_token) for variant in variants}):
@@ -390,6 +390,7 @@ def _is_decided(
     if len(kept) <= top_k:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     normed = module.post_attention_layernorm(states).flatten(0, 1)
-    leaders = router_logits(module, normed, kept).topk(top_k + 1, dim=-1).values
+    rows = torch.tensor(list(kept), device=normed.device)
+    leaders = router_scores(module, normed, rows).choice.topk(top_k + 1, dim=-1).values
     margin = 4 * torch.finfo(leaders.dtype).eps * leaders.abs().amax(-1)
     return (leaders[:, top_k - 1] - leaders[:, top_k] > margin).view(states.shape[:2])

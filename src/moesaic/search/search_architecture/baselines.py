@@ -153,16 +153,20 @@ def choose_uniformly(search: Search) -> Choice:
 
 
 def _uniform(library: BlockLibrary) -> Iterator[Choice]:
-    """Every block in all layers, with every window in any number of evenly spread full layers, if on offer."""
+    """Every block in all layers, with every window in any number of evenly spread full layers, if on offer.
+
+    Dense layers have no other block than their own, with that window.
+    """
     places = [{block: index for index, block in enumerate(options)} for options in library.variants]
     offered = dict.fromkeys(block for options in library.variants for block in options)
-    kinds = dict.fromkeys(replace(block, window=None) for block in offered)
+    kinds = dict.fromkeys(replace(block, window=None) for block in offered if not block.is_dense)
     windows: Sequence[int | None] = sorted({block.window for block in offered if block.window is not None})
     parent = library.parent.blocks
     full = [layer for layer, block in enumerate(parent) if block.window is None]
     for kind, window in product(kinds, windows or [None]):
-        whole = [place.get(replace(kind, window=block.window)) for place, block in zip(places, parent, strict=True)]
-        narrow = [place.get(replace(kind, window=window)) for place in places]
+        alike = [block if block.is_dense else replace(kind, window=block.window) for block in parent]
+        whole = [place.get(block) for place, block in zip(places, alike, strict=True)]
+        narrow = [place.get(replace(block, window=window)) for place, block in zip(places, alike, strict=True)]
         for turned in range(len(full) + 1):
             mixed = whole.copy()
             for layer in {full[int((index + 0.5) * len(full) / turned)] for index in range(turned)}:

@@ -17,12 +17,13 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
     layers = []
     for layer in model.model.layers:
         attention = layer.attn.attn if hasattr(layer, "attn") else layer.self_attn.attn
-        experts = layer.mlp.experts.routed_experts
+        mixture = getattr(layer.mlp, "experts", None)  # a dense layer has none
+        experts = mixture and mixture.routed_experts
         layers.append(
             {
-                "num_local_experts": experts.global_num_experts,
-                "num_experts_per_tok": layer.mlp.experts.router.top_k,
-                "intermediate_size": experts.moe_config.intermediate_size,
+                "num_local_experts": experts.global_num_experts if experts else 0,
+                "num_experts_per_tok": mixture.router.top_k if mixture else 0,
+                "intermediate_size": experts.moe_config.intermediate_size if experts else 0,
                 "sliding_window": attention.sliding_window,
                 "cache_bytes": attention.kv_cache.element_size(),
                 "key_scale": attention._k_scale_float,
