@@ -24,8 +24,8 @@ class Candidate:
 
     name: str
     architecture: Architecture
-    damage: float
-    """The sum of its blocks' scores."""
+    damage: float | None
+    """The sum of its blocks' scores; None if it keeps other experts than those that were scored."""
     measured: float | None
     """The damage of the whole assembly; None if it was not run."""
     parameters: int
