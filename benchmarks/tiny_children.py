@@ -27,7 +27,7 @@ def calibration_rows(directory: Path, rows: Iterable[int]) -> DataSets:
 
 
 def ask_pruned(bench: Workbench, name: str, ranking: Path, architecture: Path) -> dict[str, Verdicts]:
-    """By effort, which of 200 validation problems a task the candidate ``puzzle`` solves before any training."""
+    """By effort, which validation problems the candidate ``puzzle`` solves before any training."""
     child = bench.run(
         STAGES["prune_model"],
         tiny_cpu().prune_model,
@@ -36,9 +36,14 @@ def ask_pruned(bench: Workbench, name: str, ranking: Path, architecture: Path) -
         ranking=ranking,
         architecture=architecture,
     )
+    return ask(bench, name, child)
+
+
+def ask(bench: Workbench, name: str, child: Path, problems_per_task: int = 200) -> dict[str, Verdicts]:
+    """By effort, which validation problems a checkpoint solves."""
     evaluation = bench.run(
         STAGES["evaluate"],
-        tiny_cpu().evaluate.but(problems_per_task=200, split="validation"),
+        tiny_cpu().evaluate.but(problems_per_task=problems_per_task, split="validation"),
         f"evaluation-{name}",
         model=child,
         tests=example() / "data" / "validation.jsonl",

@@ -46,16 +46,14 @@ def comparison_table(summary: Mapping[str, Any], hidden: Sequence[str] = ()) -> 
 def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
     """The search against its baselines at equal budget: predicted damage and measured accuracy."""
     efforts = list(rivals[0]["accuracy"])
-    accuracies = (f"accuracy {effort}" for effort in efforts)
-    table = Table("", "damage", "experts", "per token", "width", *accuracies, "child ahead by")
+    table = Table("", "damage", "experts", "per token", "width", *(f"accuracy {effort}" for effort in efforts))
     table.title = "The search and its baselines, at equal cost and before any training"
     for rival in rivals:
         accuracies = (rival["accuracy"][effort] for effort in efforts)
         shown = ["not measured" if accuracy is None else percent(accuracy["mean"]) for accuracy in accuracies]
         damage = "not scored" if rival["damage"] is None else number(rival["damage"])
         sizes = (number(rival[size]) for size in ("experts", "experts_per_token", "expert_width"))
-        ahead = points(rival["child_minus"]) if rival["child_minus"] else ""
-        table.add_row(rival["name"], damage, *sizes, *shown, ahead)
+        table.add_row(rival["name"], damage, *sizes, *shown)
     return table
 
 

@@ -1,0 +1,329 @@
+"""Does correcting the router without training make a pruned child better?
+
+    python benchmarks/router_correction.py --runs runs/router_correction [--record FILE]
+
+A public report on gpt-oss-20b with 27 of 32 experts (100 questions) calls the router's biases stale after pruning, and
+setting them to zero a cure. What can be stale? With z the logits and p_e = exp(z_e) / sum exp(z) over all experts, a child
+with the experts K routes by p_e / sum_K p: exactly the parent's probabilities, given that the expert is one of K, and in
+the same order. So as long as the hidden states are the parent's, no bias and no scale brings the child closer to that
+(Gibbs' inequality), and what all biases have in common cancels. Three things remain:
+
+1. Behind pruned layers the states are not the parent's.
+2. A token whose expert is gone gets the next one, which the parent never mixed there, with its full share of the weight.
+3. Biases that training added for balance's sake do harm with other experts; the parent's outputs were learnt with them.
+
+Tried are, of every layer in turn, behind layers that are corrected already, on the tokens of calibration conversations:
+
+    none      the child as pruned
+    zero      no router biases
+    routing   per kept expert a scale and a bias of its logit, by the cross-entropy to the parent's probabilities given K,
+              which are those of the parent's own states: what is left of them is 1
+    chosen    the same to the weights of the parent's own top experts of which K has any, so that a substitute gets none: 2
+    states    the same by the squared distance to the parent's states behind the layer: all of them
+
+Children: 75 % and 50 % of the experts in every layer, and what the search chooses by counts and windows. Fits and searches
+are on three disjoint draws of the calibration sets; KL is measured on the other draws, accuracy on validation problems
+before any training, problem by problem against ``none``. Weights are rounded as they are stored. Finished stages are not
+repeated.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from bars import conclude
+from jaxtyping import Float
+from tiny_children import DATA, PARENT, ask, calibration_rows
+from torch import Tensor
+
+from moesaic.core.workbench import Workbench
+from moesaic.data.sets import DataSets
+from moesaic.measure.paired import Verdicts, accuracy, average, difference
+from moesaic.models import loading
+from moesaic.models.architecture import Architecture, Block
+from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
+from moesaic.models.layers import attend, expert_outputs, mix, router_logits, router_of, run_block
+from moesaic.pipelines.recipes import tiny_cpu
+from moesaic.search.probing import Probes
+from moesaic.search.prune_model.run import PRUNING
+from moesaic.search.score_blocks.damage import compare, finish
+from moesaic.search.space import SearchSpace
+from moesaic.stages import STAGES
+
+DRAWS, SEQUENCES, PROBLEMS = 3, 32, 100
+SPACE = SearchSpace(expert_counts=(16, 12, 10, 8, 6), windows=(128, 32))
+SCORES = tiny_cpu().score_blocks.but(max_sequences=SEQUENCES * DRAWS, space=SPACE)
+CHILDREN = ("75 % of experts", "50 % of experts", "searched")
+ARMS = ("none", "zero", "routing", "chosen", "states")
+FITTED_ON = 8192
+"""Tokens of each fit, at most."""
+RIDGE = 1e-4
+"""What the squares of biases, and of scales less 1, cost."""
+
+Loss = Callable[[Float[Tensor, "token expert"]], Tensor]
+"""Of a layer's logits."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer of the parent and of its child see of the same tokens."""
+
+    kept: Sequence[int]
+    parent_logits: Float[Tensor, "token expert"]
+    top_k: int
+    logits: Float[Tensor, "token kept_expert"]
+    """The child's, uncorrected."""
+    outputs: Float[Tensor, "token kept_expert hidden"]
+    """What each of the child's experts returns."""
+    missing: Float[Tensor, "token hidden"]
+    """What the child's mixture should return to end where the parent does."""
+
+
+def main() -> None:
+    """Prune and correct on each draw, measure on the others, ask them all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/router_correction"), help="what is made (%(default)s)")
+    parser.add_argument("--record", type=Path, help="where to write what was found")
+    given = parser.parse_args()
+    bench = Workbench(given.runs)
+    ranking = bench.run(
+        STAGES["rank_experts"], tiny_cpu().rank_experts, parent=PARENT, calibration_short=DATA.calibration_short
+    )
+    costing = tiny_cpu().measure_costs.but(source="model", hardware="h100", space=SPACE)
+    costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
+    damages: dict[str, list[dict[str, float]]] = {name: [] for name in CHILDREN}
+    solved: dict[str, list[dict[str, Verdicts]]] = {name: [] for name in CHILDREN}
+    moved: dict[str, list[dict[str, float]]] = {name: [] for name in CHILDREN}
+    for draw in range(DRAWS):
+        own = _rows(bench.directory / f"draw-{draw}", [draw])
+        others = _rows(bench.directory / f"others-{draw}", [other for other in range(DRAWS) if other != draw])
+        searched = _search(bench, draw, own, ranking, costs)
+        fitted_on, probes = _probes(own), _probes(others)
+        references = _states(Checkpoint.open(PARENT), probes)
+        for name in CHILDREN:
+            child = _prune(bench, draw, name, ranking, searched)
+            corrected = {arm: _correct(bench, draw, name, child, arm, fitted_on) for arm in ARMS}
+            damages[name].append({arm: _damage(path, probes, references) for arm, path in corrected.items()})
+            moved[name].append({arm: _moved(child, path) for arm, path in corrected.items() if arm != "none"})
+            solved[name].append({arm: _ask(bench, path) for arm, path in corrected.items()})
+    found = {
+        "kl_held_out": damages,
+        "largest_change_of_a_first_layers_bias": moved,
+        "accuracy": {
+            name: [{arm: accuracy(verdicts) for arm, verdicts in one.items()} for one in draws]
+            for name, draws in solved.items()
+        },
+        "corrected_minus_none": {name: _differences(draws) for name, draws in solved.items()},
+        "problems": f"validation, {PROBLEMS} a task and effort, before any training",
+    }
+    conclude(" ".join(["python benchmarks/router_correction.py", *sys.argv[1:]]), (), found, given.record)
+
+
+def _rows(directory: Path, numbers: Sequence[int]) -> DataSets:
+    """The calibration sets' rows of some draws."""
+    draws = (range(number * SEQUENCES, (number + 1) * SEQUENCES) for number in numbers)
+    return calibration_rows(directory, chain(*draws))
+
+
+def _probes(data: DataSets) -> Probes:
+    sets = data.calibration_short, data.calibration_long
+    return Probes.read(SCORES, Checkpoint.open(PARENT), *sets, SPACE.windows, SCORES.variants_per_batch)
+
+
+def _search(bench: Workbench, draw: int, data: DataSets, ranking: Path, costs: Path) -> Path:
+    """The folder with the search's choice on a draw."""
+    sets = {"calibration_short": data.calibration_short, "calibration_long": data.calibration_long}
+    scores = bench.run(STAGES["score_blocks"], SCORES, f"scores-{draw}", parent=PARENT, ranking=ranking, **sets)
+    config = tiny_cpu().search_architecture.but(
+        limits={"long": {"memory_ratio": 0.45}, "short": {"memory_ratio": 0.85}},
+        random_seeds=(),
+        baselines=(),
+        frontier_points=2,
+    )
+    tables = {"parent": PARENT, "scores": scores, "costs": costs}
+    return bench.run(STAGES["search_architecture"], config, f"architecture-{draw}", **tables)
+
+
+def _prune(bench: Workbench, draw: int, name: str, ranking: Path, searched: Path) -> Path:
+    """The child's checkpoint; uniform ones are the same for all draws."""
+    task, architecture = f"child-{draw}-searched", searched
+    if name != "searched":
+        share = int(name.split()[0]) / 100
+        parent = Checkpoint.open(PARENT).architecture
+        blocks = [replace(block, num_experts=round(share * block.num_experts)) for block in parent.blocks]
+        task, architecture = f"child-{share:.0%}", bench.directory / f"candidate-{share:.0%}"
+        architecture.mkdir(exist_ok=True)
+        entries = [block.as_config() for block in Architecture.of(blocks).blocks]
+        (architecture / "architecture.json").write_text(json.dumps({"candidates": {"puzzle": {"blocks": entries}}}))
+    return bench.run(
+        STAGES["prune_model"],
+        tiny_cpu().prune_model,
+        task,
+        parent=PARENT,
+        ranking=ranking,
+        architecture=architecture,
+    )
+
+
+def _correct(bench: Workbench, draw: int, name: str, child: Path, arm: str, fitted_on: Probes) -> Path:
+    """The child's checkpoint with its router corrected; finished ones are kept."""
+    if arm == "none":
+        return child
+    source = Checkpoint.open(child)
+    place = bench.directory / f"{child.name}-{arm}{'' if arm == 'zero' else f'-{draw}'}"
+    if not place.is_dir():
+        rewrite_checkpoint(source, place, _routers(source, arm, fitted_on), {"router": arm})
+    return place
+
+
+@torch.no_grad()
+def _routers(child: Checkpoint, arm: str, fitted_on: Probes) -> dict[str, Tensor]:
+    """The corrected tensors by name, layer by layer, each behind those before."""
+    parent, replaced = Checkpoint.open(PARENT), {}
+    kept = json.loads((child.directory / PRUNING).read_text())["kept_experts"]
+    batches = [probe.batch for probe in fitted_on.all]
+    rotary = loading.rotary(parent, max(batch.num_positions for batch in batches))
+    theirs = loading.embed(parent, [batch.token_ids for batch in batches])
+    ours = [states.clone() for states in theirs]
+    for layer, (old, new) in enumerate(zip(parent.architecture.blocks, child.architecture.blocks, strict=True)):
+        whole, cut = loading.load_block(parent, layer), loading.load_block(child, layer)
+        theirs = [attend(whole, states, rotary, old.window) for states in theirs]
+        ours = [attend(cut, states, rotary, new.window) for states in ours]
+        router = router_of(cut)
+        if arm == "zero":
+            router.bias.zero_()
+        else:
+            tokens = [torch.cat([part[batch.is_token] for part, batch in zip(states, batches, strict=True)])
+                      for states in (theirs, ours)]
+            step = -(-len(tokens[0]) // FITTED_ON)
+            seen = _see(whole, cut, *(states[::step] for states in tokens), kept[layer])
+            scale, bias = _fit(seen.logits, partial(LOSSES[arm], seen))
+            router.weight.copy_(scale.unsqueeze(1) * router.weight)
+            router.bias.copy_(scale * router.bias + bias)
+        for name, tensor in (("weight", router.weight), ("bias", router.bias)):
+            stored = tensor.to(child.tensor(f"model.layers.{layer}.mlp.router.{name}").dtype)
+            tensor.copy_(stored)
+            replaced[f"model.layers.{layer}.mlp.router.{name}"] = stored
+        theirs, ours = [mix(whole, states) for states in theirs], [mix(cut, states) for states in ours]
+    return replaced
+
+
+def _see(whole: Any, cut: Any, theirs: Tensor, ours: Tensor, kept: Sequence[int]) -> Seen:
+    """Show a layer the same tokens as its parent has them, and as the child has them."""
+    normed = cut.post_attention_layernorm(ours)
+    every = torch.arange(len(kept)).expand(len(normed), -1)
+    return Seen(
+        kept,
+        router_logits(whole, whole.post_attention_layernorm(theirs)),
+        router_of(whole).top_k,
+        router_logits(cut, normed),
+        expert_outputs(cut.mlp.experts, normed, every),
+        mix(whole, theirs) - ours,
+    )
+
+
+def _to_routing(seen: Seen, logits: Tensor) -> Tensor:
+    """Cross-entropy to the parent's probabilities, given the kept experts."""
+    wanted = torch.softmax(seen.parent_logits[:, list(seen.kept)], dim=-1)
+    return -(wanted * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def _to_chosen(seen: Seen, logits: Tensor) -> Tensor:
+    """Cross-entropy to the parent's weights of its own top experts, of those that are kept, over tokens that have any."""
+    least = seen.parent_logits.topk(seen.top_k, dim=-1).values[:, -1:]
+    weights = seen.parent_logits.exp().where(seen.parent_logits >= least, 0.0)[:, list(seen.kept)]
+    sums = weights.sum(-1, keepdim=True)
+    wanted, some = weights / sums.clamp_min(1e-30), sums.squeeze(1) > 0
+    return -(wanted * logits.log_softmax(-1))[some].sum(-1).mean()
+
+
+def _to_states(seen: Seen, logits: Tensor) -> Tensor:
+    """Squared distance to what ends where the parent does, over the square of that."""
+    values, slots = logits.topk(seen.top_k, dim=-1)
+    weights = torch.zeros_like(logits).scatter(1, slots, torch.softmax(values, dim=-1))
+    error = torch.einsum("te,teh->th", weights, seen.outputs) - seen.missing
+    return error.square().sum() / seen.missing.square().sum()
+
+
+LOSSES: Mapping[str, Callable[[Seen, Tensor], Tensor]] = {
+    "routing": _to_routing,
+    "chosen": _to_chosen,
+    "states": _to_states,
+}
+
+
+@torch.enable_grad()
+def _fit(logits: Float[Tensor, "token expert"], loss: Loss) -> tuple[Tensor, Tensor]:
+    """Per expert the scale and the bias of its logit that minimise a loss."""
+    scale, bias = torch.ones(logits.shape[1], requires_grad=True), torch.zeros(logits.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(scale * logits + bias) + RIDGE * ((scale - 1).square().sum() + bias.square().sum())
+        value.backward()
+        return value
+
+    optimizer.step(evaluate)
+    return scale.detach(), bias.detach()
+
+
+@torch.no_grad()
+def _states(checkpoint: Checkpoint, probes: Probes) -> list[Tensor]:
+    """Final hidden states at the measured tokens of every probe, [token hidden]."""
+    rotary = loading.rotary(checkpoint, max(probe.batch.num_positions for probe in probes.all))
+    states = loading.embed(checkpoint, [probe.batch.token_ids for probe in probes.all])
+    for layer, block in enumerate(checkpoint.architecture.blocks):
+        module = loading.load_block(checkpoint, layer)
+        states = [run_block(module, each, rotary, block.window) for each in states]
+    head = loading.load_head(checkpoint)
+    return [head.normed(each[probe.measured]) for each, probe in zip(states, probes.all, strict=True)]
+
+
+def _damage(child: Path, probes: Probes, references: Sequence[Tensor]) -> float:
+    """KL on short and on long conversations, as the search counts it."""
+    head = loading.load_head(Checkpoint.open(PARENT))
+    sums = [
+        compare(head, reference, states.unsqueeze(0), probe.next_ids, probe.weights)[0]
+        for probe, reference, states in zip(probes.all, references, _states(Checkpoint.open(child), probes), strict=True)
+    ]
+    short = len(probes.short)
+    return sum(finish(torch.stack(parts).sum(0))["kl"] for parts in (sums[:short], sums[short:]))
+
+
+def _moved(child: Path, corrected: Path) -> float:
+    """The largest change of a bias in the first layer, where both models have the same states."""
+    name = "model.layers.0.mlp.router.bias"
+    before, after = (Checkpoint.open(path).tensor(name).float() for path in (child, corrected))
+    return float((after - before).abs().max())
+
+
+def _ask(bench: Workbench, child: Path) -> Verdicts:
+    """Which validation problems a child solves, the mean over efforts."""
+    return average(list(ask(bench, child.name, child, PROBLEMS).values()))
+
+
+def _differences(solved: Sequence[Mapping[str, Verdicts]]) -> dict[str, Any]:
+    """Of every correction its verdicts minus those without: of each draw, and of all."""
+
+    def compared(arm: str, draws: Sequence[int]) -> dict[str, Any]:
+        corrected, plain = (average([solved[draw][each] for draw in draws]) for each in (arm, "none"))
+        return asdict(difference(corrected, plain))
+
+    every = range(len(solved))
+    return {
+        arm: {f"draw {draw}": compared(arm, [draw]) for draw in every} | {"all": compared(arm, list(every))}
+        for arm in ARMS
+        if arm != "none"
+    }
+
+
+if __name__ == "__main__":
+    main()
