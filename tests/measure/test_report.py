@@ -109,6 +109,10 @@ def test_every_rival_is_compared_with_the_child_problem_by_problem_and_by_its_co
     assert rivals["uniform_reap"]["throughput_ratio"] == {"long": 1.25}
     shown = text(**given)
     assert "uniform_reap not scored not run" in shown
+    given["architecture"]["candidates"]["greedy"]["breaks"] = ["experts <= 6 (it has 7)"]
+    given["baselines"][0] = evaluation("greedy", 0.9, 0.9)
+    assert "greedy (experts <= 6 (it has 7))" in text(**given)
+    assert summary(**given)["verdicts"]["accuracy"]["name"] == "uniform_reap", "a rival must keep the limits"
     assert "Left out: uniform (no single expert count keeps the limits)." in shown
 
 
@@ -177,7 +181,7 @@ def test_the_page_needs_nothing_beside_it() -> None:
     assert "<script" not in page
     assert "A &lt;title&gt;" in page
     assert "a &lt;fast&gt; machine" in page
-    assert "Not found: uniform" in page
+    assert "Left out: uniform" in page
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())
     assert draw_pictures(evidence) == pictures
     assert "Results of outside harnesses" in add_outside(

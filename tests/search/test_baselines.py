@@ -88,6 +88,7 @@ def test_uniform_matches_one_cost_of_the_childs_alone(seed: int, cost: str) -> N
     least = min((total(library.damages, library.choice(each)), each.blocks) for each in every if is_enough(each))
     found = match_cost(search, child, cost)
     assert (found.damage, found.architecture.blocks) == least
+    assert bool(found.breaks) == (not keeps(library, CONFIG, found.choice))
 
 
 def test_greedy_takes_the_least_damage_per_saving() -> None:

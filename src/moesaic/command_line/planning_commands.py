@@ -242,9 +242,7 @@ def read_tasks(manifest: Path, recipe: Any) -> list[PipelineTask[Config]]:
     content = yaml.load(manifest.read_text(), Loader=loader)  # noqa: S506 (both are safe)
     given = IngestConfig(parent="-", calibration_short="-", calibration_long="-", prompts="-", tests="-")
     arguments = recipe.arguments(given, "-", content["root"]["inputDefinitions"]["parameters"])
-    search = recipe.search_architecture
-    rivals = [*search.baselines, *(f"random-{seed}" for seed in search.random_seeds)]
-    reader = _Reader(content, arguments, rivals)
+    reader = _Reader(content, arguments, recipe.search_architecture.rivals)
     return _in_order(list(reader.tasks()))
 
 

@@ -269,6 +269,7 @@ def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> d
         "throughput_ratio": _ratios(
             [candidate.throughput_tokens_per_s for candidate in candidates], parent.throughput_tokens_per_s
         ),
+        "breaks": [limit for candidate in candidates for limit in candidate.breaks],
         "parameters": fmean(candidate.parameters for candidate in candidates),
         "experts": fmean(candidate.num_experts for candidate in candidates),
         "experts_per_token": fmean(candidate.architecture.experts_per_token for candidate in candidates),
@@ -303,7 +304,7 @@ def _evaluations_of(evidence: Evidence, names: Sequence[str]) -> list[Evaluation
 
 
 def _verdicts(evidence: Evidence, methods: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """The child against the best baseline by measured damage, and by accuracy before training.
+    """The child against the best baseline within its limits, by measured damage, and by accuracy before training.
 
     None where there is no baseline, or none was evaluated. Damages that differ by rounding alone are equal; accuracies
     are told apart if the interval of their difference excludes 0.
@@ -312,7 +313,7 @@ def _verdicts(evidence: Evidence, methods: Sequence[Mapping[str, Any]]) -> dict[
     baselines = [method for method in others if not method["name"].startswith("puzzle")]
     ran = [method for method in baselines if method["measured"] is not None and method["name"] != "unrefined"]
     least = min(ran, key=lambda method: method["measured"], default=None)
-    evaluated = [method for method in baselines if method["mean_accuracy"] is not None]
+    evaluated = [method for method in baselines if method["mean_accuracy"] is not None and not method["breaks"]]
     best = max(evaluated, key=lambda method: method["mean_accuracy"], default=None)
     verdicts: dict[str, dict[str, Any] | None] = {"damage": None, "accuracy": None}
     if least and child["measured"] is not None:

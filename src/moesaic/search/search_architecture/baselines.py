@@ -63,7 +63,7 @@ def baselines(search: Search, child: Solution) -> dict[str, Callable[[], Solutio
         "greedy": lambda: search.assembled(choose_greedily(search)),
         "max_parameters": lambda: keep_most_parameters(search),
     }
-    named = {name: makers[name] for name in search.config.baselines}
+    named = {name: make for name, make in makers.items() if name in search.config.baselines}
     return named | {f"random-{seed}": partial(_random, search, seed) for seed in search.config.random_seeds}
 
 
@@ -201,7 +201,8 @@ def match_cost(search: Search, child: Solution, cost: Literal["memory_mib", "thr
         raise InfeasibleError("no workload was costed")
     config = SearchArchitectureConfig(limits=limits, max_layouts=search.config.max_layouts)
     alone = Search.of(search.library, config)
-    return alone.assembled(choose_uniformly(alone))
+    solution = alone.assembled(choose_uniformly(alone))
+    return replace(solution, breaks=tuple(search.limits.broken(solution.choice)))
 
 
 def _uniform(library: BlockLibrary, axes: Sequence[str]) -> Iterator[Choice]:

@@ -124,6 +124,7 @@ def describe(solution: Solution) -> dict[str, Any]:
         "keeps": solution.keeps,
         "damage": solution.known_damage,
         **asdict(solution.cost),
+        "breaks": list(solution.breaks),
         "status": solution.status,
         "objective": solution.objective,
         "bound": solution.bound,

@@ -42,6 +42,8 @@ class Solution:
     status: str
     keeps: ExpertOrder = "order"
     """The order of which its layers keep the first experts."""
+    breaks: tuple[str, ...] = ()
+    """The limits that it exceeds, in words."""
     objective: str | None = None
     bound: float | None = None
     gap: float | None = None

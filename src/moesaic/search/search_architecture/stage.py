@@ -61,6 +61,11 @@ class SearchArchitectureConfig(Config):
     relative_gap: Annotated[float, Field(ge=0)] = 1e-6
     """Stop when proven within this of the optimum."""
 
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """The names of all baselines, the random ones included."""
+        return *self.baselines, *(f"random-{seed}" for seed in self.random_seeds)
+
 
 STAGE = Stage(
     name="search_architecture",
