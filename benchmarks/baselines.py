@@ -1,0 +1,122 @@
+"""Is the search's child better than what people know, at equal cost?
+
+    python benchmarks/baselines.py --runs runs/baselines [--record FILE]
+
+The tiny reasoner is scored and searched on three disjoint draws of its calibration sets, under the demo's limits and
+modelled costs. The child and the baselines (``search_architecture/baselines.py``) are pruned and asked the validation
+problems before any training; each baseline is compared with the child problem by problem, draw by draw and over all
+draws. Costs are over the parent's. Finished stages are not repeated.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bars import conclude
+from tiny_children import DATA, PARENT, ask_pruned, calibration_rows
+
+from moesaic.core.workbench import Workbench
+from moesaic.measure.paired import Verdicts, accuracy, average, difference
+from moesaic.models.architecture import Block
+from moesaic.pipelines.recipes import tiny_cpu
+from moesaic.stages import STAGES
+
+DRAWS, SEQUENCES = 3, 32
+SCORES = tiny_cpu().score_blocks.but(max_sequences=SEQUENCES)
+SEARCH = tiny_cpu().search_architecture.but(
+    baselines=("uniform", "uniform_reap", "uniform_width", "uniform_memory", "uniform_throughput", "greedy"),
+    random_seeds=(),
+    frontier_points=2,
+    num_solutions=1,
+)
+
+
+def main() -> None:
+    """Search each draw, prune every candidate, ask it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="what is made (%(default)s)")
+    parser.add_argument("--record", type=Path, help="where to write what was found")
+    given = parser.parse_args()
+    bench = Workbench(given.runs)
+    ranking = bench.run(
+        STAGES["rank_experts"], tiny_cpu().rank_experts, parent=PARENT, calibration_short=DATA.calibration_short
+    )
+    costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
+    costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
+    found = [_search(bench, draw, ranking, costs) for draw in range(DRAWS)]
+    solved = [
+        {name: _ask(bench, ranking, candidate) for name, candidate in one["candidates"].items()} for one in found
+    ]
+    concluded = {
+        "draws": [_described(*pair) for pair in zip(found, solved, strict=True)],
+        "child_minus": {name: _differences(found, solved, name) for name in SEARCH.baselines},
+        "problems": "validation, 200 a task and effort, before any training",
+    }
+    conclude(" ".join(["python benchmarks/baselines.py", *sys.argv[1:]]), (), concluded, given.record)
+
+
+def _search(bench: Workbench, draw: int, ranking: Path, costs: Path) -> dict[str, Any]:
+    """What the search found on a draw."""
+    rows = range(draw * SEQUENCES, (draw + 1) * SEQUENCES)
+    data = calibration_rows(bench.directory / f"draw-{draw}", rows)
+    sets = {"calibration_short": data.calibration_short, "calibration_long": data.calibration_long}
+    scores = bench.run(STAGES["score_blocks"], SCORES, f"scores-{draw}", parent=PARENT, ranking=ranking, **sets)
+    tables = {"parent": PARENT, "scores": scores, "costs": costs}
+    chosen = bench.run(STAGES["search_architecture"], SEARCH, f"architecture-{draw}", **tables)
+    content: dict[str, Any] = json.loads((chosen / "architecture.json").read_text())
+    return content
+
+
+def _ask(bench: Workbench, ranking: Path, candidate: Mapping[str, Any]) -> Verdicts:
+    """Which validation problems a candidate solves, the mean over efforts; equal ones of several draws are asked once."""
+    cut = json.dumps({"blocks": candidate["blocks"], "keeps": candidate["keeps"]})
+    name = hashlib.sha256(cut.encode()).hexdigest()[:12]
+    place = bench.directory / f"candidate-{name}"
+    place.mkdir(exist_ok=True)
+    path = place / "architecture.json"
+    if not path.is_file():
+        path.write_text(json.dumps({"candidates": {"puzzle": json.loads(cut)}}))
+    return average(list(ask_pruned(bench, name, ranking, place).values()))
+
+
+def _described(found: Mapping[str, Any], solved: Mapping[str, Verdicts]) -> dict[str, Any]:
+    parent = found["parent"]
+    rows = {
+        name: {
+            "blocks": [Block.from_config(entry).label for entry in candidate["blocks"]],
+            "damage": candidate["damage"],
+            "breaks": candidate["breaks"],
+            "parameters": candidate["parameters"] / parent["parameters"],
+            **{
+                cost: {workload: figure / parent[cost][workload] for workload, figure in candidate[cost].items()}
+                for cost in ("memory_mib", "throughput_tokens_per_s")
+            },
+            "accuracy": accuracy(solved[name]),
+        }
+        for name, candidate in found["candidates"].items()
+    }
+    return rows | {"left out": found["skipped"]}
+
+
+def _differences(found: Sequence[Mapping[str, Any]], solved: Sequence[Mapping[str, Verdicts]], name: str) -> Any:
+    """The child minus a baseline, or minus the one that it equals: of each draw that has it, and of all these."""
+    pairs = {}
+    for draw, (content, verdicts) in enumerate(zip(found, solved, strict=True)):
+        same = content["skipped"].get(name, "").removeprefix("the same assembly as ")
+        if (rival := verdicts.get(name) or verdicts.get(same)) is not None:
+            pairs[draw] = verdicts["puzzle"], rival
+    if not pairs:
+        return None
+    every = (average(list(one)) for one in zip(*pairs.values(), strict=True))
+    return {f"draw {draw}": asdict(difference(*pair)) for draw, pair in pairs.items()} | {
+        "all": asdict(difference(*every))
+    }
+
+
+if __name__ == "__main__":
+    main()
