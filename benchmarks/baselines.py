@@ -49,9 +49,7 @@ def main() -> None:
     costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
     costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
     found = [_search(bench, draw, ranking, costs) for draw in range(DRAWS)]
-    solved = [
-        {name: _ask(bench, ranking, candidate) for name, candidate in one["candidates"].items()} for one in found
-    ]
+    solved = [{name: _ask(bench, ranking, candidate) for name, candidate in one["candidates"].items()} for one in found]
     concluded = {
         "draws": [_described(*pair) for pair in zip(found, solved, strict=True)],
         "child_minus": {name: _differences(found, solved, name) for name in SEARCH.baselines},
@@ -73,7 +71,7 @@ def _search(bench: Workbench, draw: int, ranking: Path, costs: Path) -> dict[str
 
 
 def _ask(bench: Workbench, ranking: Path, candidate: Mapping[str, Any]) -> Verdicts:
-    """Which validation problems a candidate solves, the mean over efforts; equal ones of several draws are asked once."""
+    """Which validation problems a candidate solves, the mean over efforts; equal ones are asked once."""
     cut = json.dumps({"blocks": candidate["blocks"], "keeps": candidate["keeps"]})
     name = hashlib.sha256(cut.encode()).hexdigest()[:12]
     place = bench.directory / f"candidate-{name}"

@@ -3,28 +3,28 @@
     python benchmarks/router_correction.py --runs runs/router_correction [--record FILE]
 
 A public report on gpt-oss-20b with 27 of 32 experts (100 questions) calls the router's biases stale after pruning, and
-setting them to zero a cure. What can be stale? With z the logits and p_e = exp(z_e) / sum exp(z) over all experts, a child
-with the experts K routes by p_e / sum_K p: exactly the parent's probabilities, given that the expert is one of K, and in
-the same order. So as long as the hidden states are the parent's, no bias and no scale brings the child closer to that
-(Gibbs' inequality), and what all biases have in common cancels. Three things remain:
+neutralising them a cure. What can be stale? With p the softmax over the logits of all experts, a child with the experts
+K routes by p_e / sum_K p: exactly the parent's probabilities, given that the expert is one of K, and in their order. So
+as long as the hidden states are the parent's, no bias and no scale brings the child closer to that (Gibbs' inequality),
+and what all biases have in common cancels: subtracting their mean changes nothing. Three things remain:
 
 1. Behind pruned layers the states are not the parent's.
-2. A token whose expert is gone gets the next one, which the parent never mixed there, with its full share of the weight.
-3. Biases that training added for balance's sake do harm with other experts; the parent's outputs were learnt with them.
+2. A token whose expert is gone gets the next one, which the parent never mixed there, with its share of the weight.
+3. Biases may be there for balance between experts that are gone; but all that is kept was trained with them.
 
 Tried are, of every layer in turn, behind layers that are corrected already, on the tokens of calibration conversations:
 
     none      the child as pruned
     zero      no router biases
-    routing   per kept expert a scale and a bias of its logit, by the cross-entropy to the parent's probabilities given K,
-              which are those of the parent's own states: what is left of them is 1
-    chosen    the same to the weights of the parent's own top experts of which K has any, so that a substitute gets none: 2
-    states    the same by the squared distance to the parent's states behind the layer: all of them
+    routing   per kept expert a scale and a bias of its logit, by the cross-entropy to the parent's probabilities given
+              K, at the parent's own states (1)
+    chosen    the same to the parent's weights of its top experts, of those in K: a substitute should get none (2)
+    states    the same by the squared distance to the parent's states behind the layer (all)
 
-Children: 75 % and 50 % of the experts in every layer, and what the search chooses by counts and windows. Fits and searches
-are on three disjoint draws of the calibration sets; KL is measured on the other draws, accuracy on validation problems
-before any training, problem by problem against ``none``. Weights are rounded as they are stored. Finished stages are not
-repeated.
+Children: 75 % and 50 % of the experts in every layer, and what the search chooses by counts and windows. Fits and
+searches are on three disjoint draws of the calibration sets; KL is measured on the other draws, accuracy on validation
+problems before any training, problem by problem against ``none``. Weights are rounded as they are stored. Finished
+stages are not repeated.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from moesaic.core.workbench import Workbench
 from moesaic.data.sets import DataSets
 from moesaic.measure.paired import Verdicts, accuracy, average, difference
 from moesaic.models import loading
-from moesaic.models.architecture import Architecture, Block
+from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.layers import attend, expert_outputs, mix, router_logits, router_of, run_block
 from moesaic.pipelines.recipes import tiny_cpu
@@ -200,8 +200,10 @@ def _routers(child: Checkpoint, arm: str, fitted_on: Probes) -> dict[str, Tensor
         if arm == "zero":
             router.bias.zero_()
         else:
-            tokens = [torch.cat([part[batch.is_token] for part, batch in zip(states, batches, strict=True)])
-                      for states in (theirs, ours)]
+            tokens = [
+                torch.cat([part[batch.is_token] for part, batch in zip(states, batches, strict=True)])
+                for states in (theirs, ours)
+            ]
             step = -(-len(tokens[0]) // FITTED_ON)
             seen = _see(whole, cut, *(states[::step] for states in tokens), kept[layer])
             scale, bias = _fit(seen.logits, partial(LOSSES[arm], seen))
@@ -236,7 +238,7 @@ def _to_routing(seen: Seen, logits: Tensor) -> Tensor:
 
 
 def _to_chosen(seen: Seen, logits: Tensor) -> Tensor:
-    """Cross-entropy to the parent's weights of its own top experts, of those that are kept, over tokens that have any."""
+    """Cross-entropy to the parent's weights of those of its top experts that are kept, where there are any."""
     least = seen.parent_logits.topk(seen.top_k, dim=-1).values[:, -1:]
     weights = seen.parent_logits.exp().where(seen.parent_logits >= least, 0.0)[:, list(seen.kept)]
     sums = weights.sum(-1, keepdim=True)
@@ -292,7 +294,9 @@ def _damage(child: Path, probes: Probes, references: Sequence[Tensor]) -> float:
     head = loading.load_head(Checkpoint.open(PARENT))
     sums = [
         compare(head, reference, states.unsqueeze(0), probe.next_ids, probe.weights)[0]
-        for probe, reference, states in zip(probes.all, references, _states(Checkpoint.open(child), probes), strict=True)
+        for probe, reference, states in zip(
+            probes.all, references, _states(Checkpoint.open(child), probes), strict=True
+        )
     ]
     short = len(probes.short)
     return sum(finish(torch.stack(parts).sum(0))["kl"] for parts in (sums[:short], sums[short:]))

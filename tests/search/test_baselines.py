@@ -35,14 +35,12 @@ def test_no_baseline_beats_the_search(seed: int, used: tuple[int, ...]) -> None:
     search = Search.of(library, CONFIG)
     best = search.best()
     makers = baselines(search, best)
-    with pytest.raises(InfeasibleError, match=r"nothing on offer in all layers \(expert width\)"):
+    with pytest.raises(InfeasibleError, match=r"nothing on offer to all layers \(expert width\)"):
         makers.pop("uniform_width")()
     alike = {makers.pop(name)().choice for name in ("uniform_memory", "uniform_throughput")}
     assert all(len({block.num_experts for block in library.architecture(choice).blocks}) == 1 for choice in alike)
     found = {name: find() for name, find in makers.items()}
-    assert set(found) == {
-        *("greedy", "uniform", "uniform_reap", "max_parameters", "random-0", "random-1", "random-2")
-    }
+    assert set(found) == {*("greedy", "uniform", "uniform_reap", "max_parameters", "random-0", "random-1", "random-2")}
     for name, solution in found.items():
         assert keeps(library, CONFIG, solution.choice), name
         assert solution.damage >= best.damage * (1 - 1e-6), name
@@ -142,7 +140,7 @@ def test_random_takes_one_axis_at_a_time() -> None:
 def test_uniform_that_cannot_keep_the_limits_says_so() -> None:
     library = make_library(0)
     narrow = SearchArchitectureConfig(max_experts_ratio=0.4)
-    with pytest.raises(InfeasibleError, match="nothing on offer in all layers"):
+    with pytest.raises(InfeasibleError, match="nothing on offer to all layers"):
         choose_uniformly(Search.of(library, narrow))
 
 

@@ -114,7 +114,7 @@ def test_a_baseline_that_cannot_keep_the_limits_is_reported(
     (scores / "scores.json").write_text(json.dumps(content))
     found = _run(SearchArchitectureConfig(max_experts_ratio=0.6), tiny_parent, scores, costs, tmp_path)
     assert "uniform" not in found["candidates"]
-    assert found["skipped"]["uniform"].startswith("nothing on offer in all layers (experts, experts per token")
+    assert found["skipped"]["uniform"].startswith("nothing on offer to all layers (experts, experts per token")
     assert set(found["candidates"]) >= {"puzzle", "greedy", "max_parameters"}
 
 

@@ -7,6 +7,7 @@ from moesaic.core import json_text
 from moesaic.core.errors import ArtifactError
 from moesaic.models.architecture import Architecture, ExpertOrder
 
+
 def read_text(path: Path) -> str:
     """The text of a stage's output file; an ArtifactError if it cannot be read."""
     return json_text.read_text(path, f"{path} does not exist; give its stage's output")

@@ -14,7 +14,7 @@ With z the router's logits of a token, S its top-k experts, w = softmax(z[S]) an
     left, each token votes for one fewer than are left. Memory: the order of each token, one or two bytes per expert, of
     one layer at a time, less than the layer's input states take.
 ``reap``
-    score_e = mean over the tokens routed to e of w_e * ||f_e(x)|| (Lasby et al., arXiv 2510.13999, renormalised weights).
+    score_e = mean over the tokens routed to e of w_e * ||f_e(x)|| (Lasby et al., arXiv 2510.13999).
     Every ranking has this order too: a baseline of the search keeps experts by it.
 ``frequency``
     score_e = share of tokens routed to e.

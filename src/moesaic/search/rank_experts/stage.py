@@ -43,7 +43,7 @@ STAGE = Stage(
     outputs=(
         artifact(
             "ranking",
-            "`ranking.json`: per layer the order, the scores, the order by REAP; `channels.safetensors`: every expert's",
+            "`ranking.json`: per layer the order, the scores, REAP's order; `channels.safetensors`: every expert's",
         ),
     ),
 )

@@ -15,15 +15,15 @@ max_parameters  the MIP with parameters to maximise; damage is not looked at.
 
 These are as cheap as the search's choice in one respect alone, by the same costs:
 
-uniform_memory      of all uniform ones that take no more memory than the choice under any workload, that of least damage.
-uniform_throughput  the same of all that are no slower than the choice under any workload.
+uniform_memory      the uniform one of least damage, of those that take no more memory than it under any workload.
+uniform_throughput  the same, of those that are no slower than it under any workload.
 
 Greedy and random may end where no step helps although the limits can be kept; the reason is then reported.
 """
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -37,11 +37,10 @@ from moesaic.search.library import BlockLibrary, Choice, total
 from moesaic.search.limits import TOLERANCE, GroupedCache, LimitSet
 from moesaic.search.search_architecture.infeasibility import explain_infeasible
 from moesaic.search.search_architecture.search import Search, Solution
-from moesaic.search.search_architecture.stage import Baseline, Limits, SearchArchitectureConfig
+from moesaic.search.search_architecture.stage import Limits, SearchArchitectureConfig
 from moesaic.search.solver.decomposition import minimise
 from moesaic.search.solver.lagrangian import Floats, Indices, Mask, dense
 from moesaic.search.solver.mip import branch_and_bound
-
 
 _SHAPE = tuple(axis for axis in AXES if axis != "window")
 """Axes on which a uniform assembly has one value."""
@@ -54,7 +53,7 @@ def baselines(search: Search, child: Solution) -> dict[str, Callable[[], Solutio
         search: what all share.
         child: the search's choice.
     """
-    makers: dict[Baseline, Callable[[], Solution]] = {
+    makers: dict[str, Callable[[], Solution]] = {
         "uniform": lambda: search.assembled(choose_uniformly(search)),
         "uniform_reap": lambda: keep_by_reap(search),
         "uniform_width": lambda: search.assembled(choose_uniformly(search, ["expert_width"])),
@@ -184,7 +183,9 @@ def choose_uniformly(search: Search, axes: Sequence[str] = _SHAPE) -> Choice:
         if search.limits.holds(choice):
             return choice
     titles = ", ".join(AXES[axis].title for axis in axes)
-    raise InfeasibleError(f"nothing on offer in all layers ({titles}), with one window in evenly spread ones, is enough")
+    raise InfeasibleError(
+        f"nothing on offer to all layers ({titles}), with one window in evenly spread ones, is enough"
+    )
 
 
 def keep_by_reap(search: Search) -> Solution:
@@ -206,19 +207,22 @@ def match_cost(search: Search, child: Solution, cost: Literal["memory_mib", "thr
 
 
 def _uniform(library: BlockLibrary, axes: Sequence[str]) -> Iterator[Choice]:
-    """One value on each axis for all layers, with every window in any number of evenly spread full ones, if on offer."""
+    """One value on each axis for all layers, every window in any number of evenly spread full ones, if on offer."""
     places = [{block.values: index for index, block in enumerate(options)} for options in library.variants]
     offered = dict.fromkeys(block for options in library.variants for block in options)
     kinds = dict.fromkeys(tuple(getattr(block, axis) for axis in axes) for block in offered)
     windows: Sequence[int | None] = sorted({block.window for block in offered if block.window is not None})
     parent = library.parent.blocks
     full = [layer for layer, block in enumerate(parent) if block.window is None]
+
+    def find(changed: Mapping[str, int | None]) -> list[int | None]:
+        """Of every layer the variant that has these values and else the parent's; None if that is not on offer."""
+        wanted = (dict(zip(AXES, own.values, strict=True)) | changed for own in parent)
+        return [place.get(tuple(values.values())) for place, values in zip(places, wanted, strict=True)]
+
     for kind, window in product(kinds, windows or [None]):
-        alike = [dict(zip(AXES, own.values, strict=True)) | dict(zip(axes, kind, strict=True)) for own in parent]
-        whole = [place.get(tuple(values.values())) for place, values in zip(places, alike, strict=True)]
-        narrow = [
-            place.get(tuple((values | {"window": window}).values())) for place, values in zip(places, alike, strict=True)
-        ]
+        alike: dict[str, int | None] = dict(zip(axes, kind, strict=True))
+        whole, narrow = find(alike), find(alike | {"window": window})
         for turned in range(len(full) + 1):
             mixed = whole.copy()
             for layer in {full[int((index + 0.5) * len(full) / turned)] for index in range(turned)}:
