@@ -21,10 +21,10 @@ Tried are, of every layer in turn, behind layers that are corrected already, on 
     chosen    the same to the parent's weights of its top experts, of those in K: a substitute should get none (2)
     states    the same by the squared distance to the parent's states behind the layer (all)
 
-Children: 75 % and 50 % of the experts in every layer, and what the search chooses by counts and windows. Fits and
-searches are on three disjoint draws of the calibration sets; KL is measured on the other draws, accuracy on validation
-problems before any training, problem by problem against ``none``. Weights are rounded as they are stored. Finished
-stages are not repeated.
+Children: 75 % and 50 % of the experts in every layer, and those that the search chose by counts and windows on three
+disjoint draws of the calibration sets (``refinement_*``, unrefined). Fits are on the same draws; KL is measured on the
+other draws. Asked the validation problems before any training, and compared problem by problem with ``none``, are
+``zero`` and the fit of least KL. Weights are rounded as they are stored. Finished stages are not repeated.
 """
 
 import argparse
@@ -43,23 +43,23 @@ from jaxtyping import Float
 from tiny_children import DATA, PARENT, ask, calibration_rows
 from torch import Tensor
 
+from moesaic.core.progress import say
 from moesaic.core.workbench import Workbench
 from moesaic.data.sets import DataSets
 from moesaic.measure.paired import Verdicts, accuracy, average, difference
 from moesaic.models import loading
-from moesaic.models.architecture import Architecture
+from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.layers import attend, expert_outputs, mix, router_logits, router_of, run_block
 from moesaic.pipelines.recipes import tiny_cpu
 from moesaic.search.probing import Probes
 from moesaic.search.prune_model.run import PRUNING
 from moesaic.search.score_blocks.damage import compare, finish
-from moesaic.search.space import SearchSpace
 from moesaic.stages import STAGES
 
 DRAWS, SEQUENCES, PROBLEMS = 3, 32, 100
-SPACE = SearchSpace(expert_counts=(16, 12, 10, 8, 6), windows=(128, 32))
-SCORES = tiny_cpu().score_blocks.but(max_sequences=SEQUENCES * DRAWS, space=SPACE)
+DAMAGE = tiny_cpu().score_blocks.but(max_sequences=SEQUENCES * DRAWS)
+SEARCHED = Path(__file__).with_name("results") / "refinement_2-core-x86_2026-11-29.json"
 CHILDREN = ("75 % of experts", "50 % of experts", "searched")
 ARMS = ("none", "zero", "routing", "chosen", "states")
 FITTED_ON = 8192
@@ -96,31 +96,25 @@ def main() -> None:
     ranking = bench.run(
         STAGES["rank_experts"], tiny_cpu().rank_experts, parent=PARENT, calibration_short=DATA.calibration_short
     )
-    costing = tiny_cpu().measure_costs.but(source="model", hardware="h100", space=SPACE)
-    costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
+    made: dict[str, list[dict[str, Path]]] = {name: [] for name in CHILDREN}
     damages: dict[str, list[dict[str, float]]] = {name: [] for name in CHILDREN}
-    solved: dict[str, list[dict[str, Verdicts]]] = {name: [] for name in CHILDREN}
-    moved: dict[str, list[dict[str, float]]] = {name: [] for name in CHILDREN}
     for draw in range(DRAWS):
         own = _rows(bench.directory / f"draw-{draw}", [draw])
         others = _rows(bench.directory / f"others-{draw}", [other for other in range(DRAWS) if other != draw])
-        searched = _search(bench, draw, own, ranking, costs)
         fitted_on, probes = _probes(own), _probes(others)
         references = _states(Checkpoint.open(PARENT), probes)
         for name in CHILDREN:
-            child = _prune(bench, draw, name, ranking, searched)
-            corrected = {arm: _correct(bench, draw, name, child, arm, fitted_on) for arm in ARMS}
-            damages[name].append({arm: _damage(path, probes, references) for arm, path in corrected.items()})
-            moved[name].append({arm: _moved(child, path) for arm, path in corrected.items() if arm != "none"})
-            solved[name].append({arm: _ask(bench, path) for arm, path in corrected.items()})
+            child = _prune(bench, draw, name, ranking)
+            made[name].append({arm: _correct(bench, draw, child, arm, fitted_on) for arm in ARMS})
+            damages[name].append({arm: _damage(path, probes, references) for arm, path in made[name][-1].items()})
+            say(f"{name}, draw {draw}: {damages[name][-1]}")
     found = {
         "kl_held_out": damages,
-        "largest_change_of_a_first_layers_bias": moved,
-        "accuracy": {
-            name: [{arm: accuracy(verdicts) for arm, verdicts in one.items()} for one in draws]
-            for name, draws in solved.items()
+        "first_layer_largest_change_of_a_bias": {
+            name: [{arm: _moved(each["none"], path) for arm, path in each.items()} for each in draws]
+            for name, draws in made.items()
         },
-        "corrected_minus_none": {name: _differences(draws) for name, draws in solved.items()},
+        "asked": {name: _asked(bench, draws, damages[name]) for name, draws in made.items()},
         "problems": f"validation, {PROBLEMS} a task and effort, before any training",
     }
     conclude(" ".join(["python benchmarks/router_correction.py", *sys.argv[1:]]), (), found, given.record)
@@ -134,45 +128,43 @@ def _rows(directory: Path, numbers: Sequence[int]) -> DataSets:
 
 def _probes(data: DataSets) -> Probes:
     sets = data.calibration_short, data.calibration_long
-    return Probes.read(SCORES, Checkpoint.open(PARENT), *sets, SPACE.windows, SCORES.variants_per_batch)
+    return Probes.read(DAMAGE, Checkpoint.open(PARENT), *sets, DAMAGE.space.windows, DAMAGE.variants_per_batch)
 
 
-def _search(bench: Workbench, draw: int, data: DataSets, ranking: Path, costs: Path) -> Path:
-    """The folder with the search's choice on a draw."""
-    sets = {"calibration_short": data.calibration_short, "calibration_long": data.calibration_long}
-    scores = bench.run(STAGES["score_blocks"], SCORES, f"scores-{draw}", parent=PARENT, ranking=ranking, **sets)
-    config = tiny_cpu().search_architecture.but(
-        limits={"long": {"memory_ratio": 0.45}, "short": {"memory_ratio": 0.85}},
-        random_seeds=(),
-        baselines=(),
-        frontier_points=2,
-    )
-    tables = {"parent": PARENT, "scores": scores, "costs": costs}
-    return bench.run(STAGES["search_architecture"], config, f"architecture-{draw}", **tables)
-
-
-def _prune(bench: Workbench, draw: int, name: str, ranking: Path, searched: Path) -> Path:
+def _prune(bench: Workbench, draw: int, name: str, ranking: Path) -> Path:
     """The child's checkpoint; uniform ones are the same for all draws."""
-    task, architecture = f"child-{draw}-searched", searched
-    if name != "searched":
-        share = int(name.split()[0]) / 100
-        parent = Checkpoint.open(PARENT).architecture
-        blocks = [replace(block, num_experts=round(share * block.num_experts)) for block in parent.blocks]
-        task, architecture = f"child-{share:.0%}", bench.directory / f"candidate-{share:.0%}"
-        architecture.mkdir(exist_ok=True)
-        entries = [block.as_config() for block in Architecture.of(blocks).blocks]
-        (architecture / "architecture.json").write_text(json.dumps({"candidates": {"puzzle": {"blocks": entries}}}))
+    whole = Checkpoint.open(PARENT).architecture.blocks
+    if name == "searched":
+        task = f"searched-{draw}"
+        labels = json.loads(SEARCHED.read_text())["blocks"][draw]["unrefined"]
+        blocks = [_block(own, label) for own, label in zip(whole, labels, strict=True)]
+    else:
+        task = name.split()[0]
+        blocks = [replace(own, num_experts=int(task) * own.num_experts // 100) for own in whole]
+    architecture = bench.directory / f"candidate-{task}"
+    architecture.mkdir(exist_ok=True)
+    path = architecture / "architecture.json"
+    if not path.is_file():
+        entries = [block.as_config() for block in blocks]
+        path.write_text(json.dumps({"candidates": {"puzzle": {"blocks": entries}}}))
     return bench.run(
         STAGES["prune_model"],
         tiny_cpu().prune_model,
-        task,
+        f"child-{task}",
         parent=PARENT,
         ranking=ranking,
         architecture=architecture,
     )
 
 
-def _correct(bench: Workbench, draw: int, name: str, child: Path, arm: str, fitted_on: Probes) -> Path:
+def _block(own: Block, label: str) -> Block:
+    """The parent's block with the experts and the window of a label."""
+    parts = label.split("/")
+    window = None if parts[-1] == "full" else int(parts[-1])
+    return replace(own, num_experts=int(parts[0].removesuffix("e")), window=window)
+
+
+def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Probes) -> Path:
     """The child's checkpoint with its router corrected; finished ones are kept."""
     if arm == "none":
         return child
@@ -309,24 +301,28 @@ def _moved(child: Path, corrected: Path) -> float:
     return float((after - before).abs().max())
 
 
+def _asked(bench: Workbench, made: Sequence[Mapping[str, Path]], damages: Sequence[Mapping[str, float]]) -> Any:
+    """How a child answers without a correction, without biases, and with the fit of least KL over all draws."""
+    best = min(LOSSES, key=lambda arm: sum(each[arm] for each in damages))
+    solved = {arm: [_ask(bench, each[arm]) for each in made] for arm in ("none", "zero", best)}
+
+    def compared(arm: str, draws: Sequence[int]) -> dict[str, Any]:
+        corrected, plain = (average([solved[each][draw] for draw in draws]) for each in (arm, "none"))
+        return asdict(difference(corrected, plain))
+
+    every = range(len(made))
+    return {
+        "accuracy": {arm: [accuracy(verdicts) for verdicts in draws] for arm, draws in solved.items()},
+        "minus_none": {
+            arm: {f"draw {draw}": compared(arm, [draw]) for draw in every} | {"all": compared(arm, list(every))}
+            for arm in ("zero", best)
+        },
+    }
+
+
 def _ask(bench: Workbench, child: Path) -> Verdicts:
     """Which validation problems a child solves, the mean over efforts."""
     return average(list(ask(bench, child.name, child, PROBLEMS).values()))
-
-
-def _differences(solved: Sequence[Mapping[str, Verdicts]]) -> dict[str, Any]:
-    """Of every correction its verdicts minus those without: of each draw, and of all."""
-
-    def compared(arm: str, draws: Sequence[int]) -> dict[str, Any]:
-        corrected, plain = (average([solved[draw][each] for draw in draws]) for each in (arm, "none"))
-        return asdict(difference(corrected, plain))
-
-    every = range(len(solved))
-    return {
-        arm: {f"draw {draw}": compared(arm, [draw]) for draw in every} | {"all": compared(arm, list(every))}
-        for arm in ARMS
-        if arm != "none"
-    }
 
 
 if __name__ == "__main__":

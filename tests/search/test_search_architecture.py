@@ -71,8 +71,7 @@ def _run(config: SearchArchitectureConfig, parent: Path, scores: Path, costs: Pa
 def test_the_payload(tiny_parent: Path, tiny_checkpoint: Checkpoint, scores: Path, costs: Path, tmp_path: Path) -> None:
     found = _run(CONFIG, tiny_parent, scores, costs, tmp_path)
     assert list(found["candidates"]) == [
-        "puzzle", "puzzle-2", "uniform", "uniform_reap", "uniform_memory", "uniform_throughput",
-        "greedy", "max_parameters", "random-0", "random-1", "random-2",
+        "puzzle", "puzzle-2", "uniform", "uniform_reap", "greedy", "max_parameters", "random-0", "random-1", "random-2",
     ]  # fmt: skip
     best, metrics = found["candidates"]["puzzle"], found["metrics"]
     child = Architecture.of(Block.from_config(entry) for entry in best["blocks"])
@@ -81,7 +80,9 @@ def test_the_payload(tiny_parent: Path, tiny_checkpoint: Checkpoint, scores: Pat
     assert sum(block.window is None for block in child.blocks) <= 1
     assert best["status"] == "optimal" and best["gap"] <= 1e-6 and best["bound"] <= best["damage"]
     assert found["parent"]["damage"] == 0 and found["parent"]["status"] == "parent"
-    assert found["skipped"].keys() == {"uniform_width"}
+    same = "the same assembly as uniform"
+    assert found["skipped"].pop("uniform_width").startswith("nothing on offer to all layers (expert width)")
+    assert found["skipped"] == {"uniform_memory": same, "uniform_throughput": same}
     reap = found["candidates"]["uniform_reap"]
     assert (reap["keeps"], reap["damage"]) == ("reap", None) and best["keeps"] == "order"
     assert found["limits"]["experts"] == {"at_most": 24, "unit": ""}
@@ -90,19 +91,8 @@ def test_the_payload(tiny_parent: Path, tiny_checkpoint: Checkpoint, scores: Pat
     assert metrics["damage"] == best["damage"]
     assert metrics["experts_ratio"] == best["num_experts"] / 32
     assert metrics["memory_ratio_long"] <= 0.8 and metrics["throughput_ratio_long"] >= 1.01
-    alone = {"uniform_reap", "uniform_memory", "uniform_throughput"}
-    for name in found["candidates"].keys() - alone - {"puzzle"}:
+    for name in found["candidates"].keys() - {"puzzle", "uniform_reap"}:
         assert metrics[f"damage_{name}"] >= best["damage"], name
-
-
-def test_a_baseline_that_equals_another_is_named_after_it(
-    tiny_parent: Path, scores: Path, costs: Path, tmp_path: Path
-) -> None:
-    """With half of the experts gone and no windows asked for, memory and speed are those of four experts everywhere."""
-    config = SearchArchitectureConfig(max_experts_ratio=0.5, frontier_points=2, random_seeds=())
-    found = _run(config, tiny_parent, scores, costs, tmp_path)
-    print(found["skipped"])
-    assert 0
 
 
 def test_a_baseline_that_cannot_keep_the_limits_is_reported(

@@ -79,7 +79,7 @@ def find_candidates(search: Search) -> tuple[dict[str, Solution], dict[str, str]
             skipped[name] = str(reason)
             continue
         twins = [other for other, known in compared.items() if known.assembly == solution.assembly]
-        if twins:
+        if twins and name in search.config.baselines:  # Of random ones each seed counts.
             skipped[name] = f"the same assembly as {twins[0]}"
         else:
             compared[name] = solution
