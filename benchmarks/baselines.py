@@ -1,6 +1,6 @@
 """Is the search's child better than what people know, at equal cost?
 
-    python benchmarks/baselines.py --runs runs/baselines [--record FILE]
+    python benchmarks/baselines.py --runs runs/baselines [--draws COUNT] [--record FILE]
 
 The tiny reasoner is scored and searched on three disjoint draws of its calibration sets, under the demo's limits and
 modelled costs. The child and the baselines (``search_architecture/baselines.py``) are pruned and asked the validation
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of the calibration sets (%(default)s)")
     given = parser.parse_args()
     bench = Workbench(given.runs)
     ranking = bench.run(
@@ -48,7 +49,7 @@ def main() -> None:
     )
     costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
     costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
-    found = [_search(bench, draw, ranking, costs) for draw in range(DRAWS)]
+    found = [_search(bench, draw, ranking, costs) for draw in range(given.draws)]
     solved = [{name: _ask(bench, ranking, candidate) for name, candidate in one["candidates"].items()} for one in found]
     concluded = {
         "draws": [_described(*pair) for pair in zip(found, solved, strict=True)],

@@ -23,7 +23,7 @@ Greedy and random may end where no step helps although the limits can be kept; t
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -215,7 +215,7 @@ def _uniform(library: BlockLibrary, axes: Sequence[str]) -> Iterator[Choice]:
     parent = library.parent.blocks
     full = [layer for layer, block in enumerate(parent) if block.window is None]
 
-    def find(changed: Mapping[str, int | None]) -> list[int | None]:
+    def find(changed: dict[str, int | None]) -> list[int | None]:
         """Of every layer the variant that has these values and else the parent's; None if that is not on offer."""
         wanted = (dict(zip(AXES, own.values, strict=True)) | changed for own in parent)
         return [place.get(tuple(values.values())) for place, values in zip(places, wanted, strict=True)]
