@@ -1,11 +1,12 @@
 """Is the search's child better than what people know, at equal cost?
 
-    python benchmarks/baselines.py --runs runs/baselines [--draws COUNT] [--record FILE]
+    python benchmarks/baselines.py --runs runs/baselines [--demo SCORES COSTS] [--record FILE]
 
 The tiny reasoner is scored and searched on three disjoint draws of its calibration sets, under the demo's limits and
-modelled costs. The child and the baselines (``search_architecture/baselines.py``) are pruned and asked the validation
-problems before any training; each baseline is compared with the child problem by problem, draw by draw and over all
-draws. Costs are over the parent's. Finished stages are not repeated.
+modelled costs; or once, from what a run of the demo scored and timed. The child and the baselines
+(``search_architecture/baselines.py``) are pruned and asked the validation problems before any training; each baseline is
+compared with the child problem by problem, draw by draw and over all draws. Costs are over the parent's. Finished stages
+are not repeated.
 """
 
 import argparse
@@ -41,15 +42,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="of the calibration sets (%(default)s)")
+    parser.add_argument("--demo", type=Path, nargs=2, help="folders with a demo's scores and costs, in place of draws")
     given = parser.parse_args()
     bench = Workbench(given.runs)
     ranking = bench.run(
         STAGES["rank_experts"], tiny_cpu().rank_experts, parent=PARENT, calibration_short=DATA.calibration_short
     )
-    costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
-    costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
-    found = [_search(bench, draw, ranking, costs) for draw in range(given.draws)]
+    if given.demo:
+        found = [_search(bench, "demo", *given.demo)]
+    else:
+        costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
+        costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
+        found = [_search(bench, str(draw), _score(bench, draw, ranking), costs) for draw in range(DRAWS)]
     solved = [{name: _ask(bench, ranking, candidate) for name, candidate in one["candidates"].items()} for one in found]
     concluded = {
         "draws": [_described(*pair) for pair in zip(found, solved, strict=True)],
@@ -59,14 +63,18 @@ def main() -> None:
     conclude(" ".join(["python benchmarks/baselines.py", *sys.argv[1:]]), (), concluded, given.record)
 
 
-def _search(bench: Workbench, draw: int, ranking: Path, costs: Path) -> dict[str, Any]:
-    """What the search found on a draw."""
+def _score(bench: Workbench, draw: int, ranking: Path) -> Path:
+    """The scores on a draw."""
     rows = range(draw * SEQUENCES, (draw + 1) * SEQUENCES)
     data = calibration_rows(bench.directory / f"draw-{draw}", rows)
     sets = {"calibration_short": data.calibration_short, "calibration_long": data.calibration_long}
-    scores = bench.run(STAGES["score_blocks"], SCORES, f"scores-{draw}", parent=PARENT, ranking=ranking, **sets)
+    return bench.run(STAGES["score_blocks"], SCORES, f"scores-{draw}", parent=PARENT, ranking=ranking, **sets)
+
+
+def _search(bench: Workbench, name: str, scores: Path, costs: Path) -> dict[str, Any]:
+    """What the search found."""
     tables = {"parent": PARENT, "scores": scores, "costs": costs}
-    chosen = bench.run(STAGES["search_architecture"], SEARCH, f"architecture-{draw}", **tables)
+    chosen = bench.run(STAGES["search_architecture"], SEARCH, f"architecture-{name}", **tables)
     content: dict[str, Any] = json.loads((chosen / "architecture.json").read_text())
     return content
 

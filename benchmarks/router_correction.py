@@ -23,7 +23,7 @@ Tried are, of every layer in turn, behind layers that are corrected already, on 
 
 Children: 75 % and 50 % of the experts in every layer, and those that the search chose by counts and windows on three
 disjoint draws of the calibration sets (``refinement_*``, unrefined). Fits are on the same draws; KL is measured on the
-other draws. Asked the validation problems before any training, and compared problem by problem with ``none``, are
+next draw. Asked the validation problems before any training, and compared problem by problem with ``none``, are
 ``zero`` and the fit of least KL. Weights are rounded as they are stored. Finished stages are not repeated.
 """
 
@@ -33,7 +33,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,12 @@ from torch import Tensor
 
 from moesaic.core.progress import say
 from moesaic.core.workbench import Workbench
-from moesaic.data.sets import DataSets
+from moesaic.data.batches import Batch
 from moesaic.measure.paired import Verdicts, accuracy, average, difference
 from moesaic.models import loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
-from moesaic.models.layers import attend, expert_outputs, mix, router_logits, router_of, run_block
+from moesaic.models.layers import Rotary, attend, expert_outputs, mix, router_logits, router_of, run_block
 from moesaic.pipelines.recipes import tiny_cpu
 from moesaic.search.probing import Probes
 from moesaic.search.prune_model.run import PRUNING
@@ -58,17 +57,32 @@ from moesaic.search.score_blocks.damage import compare, finish
 from moesaic.stages import STAGES
 
 DRAWS, SEQUENCES, PROBLEMS = 3, 32, 100
-DAMAGE = tiny_cpu().score_blocks.but(max_sequences=SEQUENCES * DRAWS)
+DAMAGE = tiny_cpu().score_blocks.but(max_long_tokens=512)
 SEARCHED = Path(__file__).with_name("results") / "refinement_2-core-x86_2026-11-29.json"
 CHILDREN = ("75 % of experts", "50 % of experts", "searched")
 ARMS = ("none", "zero", "routing", "chosen", "states")
-FITTED_ON = 8192
+FITTED_ON = 4096
 """Tokens of each fit, at most."""
 RIDGE = 1e-4
 """What the squares of biases, and of scales less 1, cost."""
 
 Loss = Callable[[Float[Tensor, "token expert"]], Tensor]
 """Of a layer's logits."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The tokens of a draw, and the parent's states at every so many of them."""
+
+    batches: Sequence[Batch]
+    rotary: Rotary
+    attended: Sequence[Float[Tensor, "token hidden"]]
+    """Of every layer, behind its attention."""
+
+    def some(self, states: Sequence[Float[Tensor, "batch time hidden"]]) -> Float[Tensor, "token hidden"]:
+        """The states at the tokens that fits are on."""
+        every = torch.cat([each[batch.is_token] for each, batch in zip(states, self.batches, strict=True)])
+        return every[:: -(-len(every) // FITTED_ON)]
 
 
 @dataclass(frozen=True)
@@ -99,9 +113,8 @@ def main() -> None:
     made: dict[str, list[dict[str, Path]]] = {name: [] for name in CHILDREN}
     damages: dict[str, list[dict[str, float]]] = {name: [] for name in CHILDREN}
     for draw in range(DRAWS):
-        own = _rows(bench.directory / f"draw-{draw}", [draw])
-        others = _rows(bench.directory / f"others-{draw}", [other for other in range(DRAWS) if other != draw])
-        fitted_on, probes = _probes(own), _probes(others)
+        own, probes = (_probes(bench, number % DRAWS) for number in (draw, draw + 1))
+        fitted_on = _show_parent(own)
         references = _states(Checkpoint.open(PARENT), probes)
         for name in CHILDREN:
             child = _prune(bench, draw, name, ranking)
@@ -120,13 +133,9 @@ def main() -> None:
     conclude(" ".join(["python benchmarks/router_correction.py", *sys.argv[1:]]), (), found, given.record)
 
 
-def _rows(directory: Path, numbers: Sequence[int]) -> DataSets:
-    """The calibration sets' rows of some draws."""
-    draws = (range(number * SEQUENCES, (number + 1) * SEQUENCES) for number in numbers)
-    return calibration_rows(directory, chain(*draws))
-
-
-def _probes(data: DataSets) -> Probes:
+def _probes(bench: Workbench, draw: int) -> Probes:
+    """The calibration sets' tokens of a draw."""
+    data = calibration_rows(bench.directory / f"draw-{draw}", range(draw * SEQUENCES, (draw + 1) * SEQUENCES))
     sets = data.calibration_short, data.calibration_long
     return Probes.read(DAMAGE, Checkpoint.open(PARENT), *sets, DAMAGE.space.windows, DAMAGE.variants_per_batch)
 
@@ -164,7 +173,7 @@ def _block(own: Block, label: str) -> Block:
     return replace(own, num_experts=int(parts[0].removesuffix("e")), window=window)
 
 
-def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Probes) -> Path:
+def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Shown) -> Path:
     """The child's checkpoint with its router corrected; finished ones are kept."""
     if arm == "none":
         return child
@@ -176,28 +185,34 @@ def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Prob
 
 
 @torch.no_grad()
-def _routers(child: Checkpoint, arm: str, fitted_on: Probes) -> dict[str, Tensor]:
+def _show_parent(probes: Probes) -> Shown:
+    """Run the parent on a draw."""
+    parent, batches = Checkpoint.open(PARENT), [probe.batch for probe in probes.all]
+    rotary = loading.rotary(parent, max(batch.num_positions for batch in batches))
+    shown, attended = Shown(batches, rotary, ()), []
+    states = loading.embed(parent, [batch.token_ids for batch in batches])
+    for layer, block in enumerate(parent.architecture.blocks):
+        module = loading.load_block(parent, layer)
+        states = [attend(module, each, rotary, block.window) for each in states]
+        attended.append(shown.some(states))
+        states = [mix(module, each) for each in states]
+    return replace(shown, attended=attended)
+
+
+@torch.no_grad()
+def _routers(child: Checkpoint, arm: str, fitted_on: Shown) -> dict[str, Tensor]:
     """The corrected tensors by name, layer by layer, each behind those before."""
     parent, replaced = Checkpoint.open(PARENT), {}
     kept = json.loads((child.directory / PRUNING).read_text())["kept_experts"]
-    batches = [probe.batch for probe in fitted_on.all]
-    rotary = loading.rotary(parent, max(batch.num_positions for batch in batches))
-    theirs = loading.embed(parent, [batch.token_ids for batch in batches])
-    ours = [states.clone() for states in theirs]
-    for layer, (old, new) in enumerate(zip(parent.architecture.blocks, child.architecture.blocks, strict=True)):
+    states = loading.embed(parent, [batch.token_ids for batch in fitted_on.batches])
+    for layer, block in enumerate(child.architecture.blocks):
         whole, cut = loading.load_block(parent, layer), loading.load_block(child, layer)
-        theirs = [attend(whole, states, rotary, old.window) for states in theirs]
-        ours = [attend(cut, states, rotary, new.window) for states in ours]
+        states = [attend(cut, each, fitted_on.rotary, block.window) for each in states]
         router = router_of(cut)
         if arm == "zero":
             router.bias.zero_()
         else:
-            tokens = [
-                torch.cat([part[batch.is_token] for part, batch in zip(states, batches, strict=True)])
-                for states in (theirs, ours)
-            ]
-            step = -(-len(tokens[0]) // FITTED_ON)
-            seen = _see(whole, cut, *(states[::step] for states in tokens), kept[layer])
+            seen = _see(whole, cut, fitted_on.attended[layer], fitted_on.some(states), kept[layer])
             scale, bias = _fit(seen.logits, partial(LOSSES[arm], seen))
             router.weight.copy_(scale.unsqueeze(1) * router.weight)
             router.bias.copy_(scale * router.bias + bias)
@@ -205,7 +220,7 @@ def _routers(child: Checkpoint, arm: str, fitted_on: Probes) -> dict[str, Tensor
             stored = tensor.to(child.tensor(f"model.layers.{layer}.mlp.router.{name}").dtype)
             tensor.copy_(stored)
             replaced[f"model.layers.{layer}.mlp.router.{name}"] = stored
-        theirs, ours = [mix(whole, states) for states in theirs], [mix(cut, states) for states in ours]
+        states = [mix(cut, each) for each in states]
     return replaced
 
 
