@@ -3,10 +3,10 @@
     python benchmarks/baselines.py --runs runs/baselines [--demo SCORES COSTS] [--record FILE]
 
 The tiny reasoner is scored and searched on three disjoint draws of its calibration sets, under the demo's limits and
-modelled costs; or once, from what a run of the demo scored and timed. The child and the baselines
-(``search_architecture/baselines.py``) are pruned and asked the validation problems before any training; each baseline is
-compared with the child problem by problem, draw by draw and over all draws. Costs are over the parent's. Finished stages
-are not repeated.
+modelled costs; or once, from what a run of the demo scored and timed. The child and the baselines, see
+``search_architecture/baselines.py``, are pruned and asked the validation problems before any training. Each baseline
+is compared with the child problem by problem, draw by draw and over all draws. Costs are over the parent's. Finished
+stages are not repeated.
 """
 
 import argparse
