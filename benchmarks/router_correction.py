@@ -1,6 +1,6 @@
 """Does correcting the router without training make a pruned child better?
 
-    python benchmarks/router_correction.py --runs runs/router_correction [--record FILE]
+    python benchmarks/router_correction.py --runs runs/router_correction [--problems COUNT] [--record FILE]
 
 A public report on gpt-oss-20b with 27 of 32 experts (100 questions) calls the router's biases stale after pruning, and
 neutralising them a cure. What can be stale? With p the softmax over the logits of all experts, a child with the experts
@@ -56,7 +56,7 @@ from moesaic.search.prune_model.run import PRUNING
 from moesaic.search.score_blocks.damage import compare, finish
 from moesaic.stages import STAGES
 
-DRAWS, SEQUENCES, PROBLEMS = 3, 32, 100
+DRAWS, SEQUENCES = 3, 32
 DAMAGE = tiny_cpu().score_blocks.but(max_long_tokens=512)
 SEARCHED = Path(__file__).with_name("results") / "refinement_2-core-x86_2026-11-29.json"
 CHILDREN = ("75 % of experts", "50 % of experts", "searched")
@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/router_correction"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
+    parser.add_argument("--problems", type=int, default=200, help="asked of each task at each effort (%(default)s)")
     given = parser.parse_args()
     bench = Workbench(given.runs)
     ranking = bench.run(
@@ -127,8 +128,8 @@ def main() -> None:
             name: [{arm: _moved(each["none"], path) for arm, path in each.items()} for each in draws]
             for name, draws in made.items()
         },
-        "asked": {name: _asked(bench, draws, damages[name]) for name, draws in made.items()},
-        "problems": f"validation, {PROBLEMS} a task and effort, before any training",
+        "asked": {name: _asked(bench, draws, damages[name], given.problems) for name, draws in made.items()},
+        "problems": f"validation, {given.problems} a task and effort, before any training",
     }
     conclude(" ".join(["python benchmarks/router_correction.py", *sys.argv[1:]]), (), found, given.record)
 
@@ -316,10 +317,12 @@ def _moved(child: Path, corrected: Path) -> float:
     return float((after - before).abs().max())
 
 
-def _asked(bench: Workbench, made: Sequence[Mapping[str, Path]], damages: Sequence[Mapping[str, float]]) -> Any:
+def _asked(
+    bench: Workbench, made: Sequence[Mapping[str, Path]], damages: Sequence[Mapping[str, float]], problems: int
+) -> Any:
     """How a child answers without a correction, without biases, and with the fit of least KL over all draws."""
     best = min(LOSSES, key=lambda arm: sum(each[arm] for each in damages))
-    solved = {arm: [_ask(bench, each[arm]) for each in made] for arm in ("none", "zero", best)}
+    solved = {arm: [_ask(bench, each[arm], problems) for each in made] for arm in ("none", "zero", best)}
 
     def compared(arm: str, draws: Sequence[int]) -> dict[str, Any]:
         corrected, plain = (average([solved[each][draw] for draw in draws]) for each in (arm, "none"))
@@ -335,9 +338,9 @@ def _asked(bench: Workbench, made: Sequence[Mapping[str, Path]], damages: Sequen
     }
 
 
-def _ask(bench: Workbench, child: Path) -> Verdicts:
+def _ask(bench: Workbench, child: Path, problems: int) -> Verdicts:
     """Which validation problems a child solves, the mean over efforts."""
-    return average(list(ask(bench, child.name, child, PROBLEMS).values()))
+    return average(list(ask(bench, child.name, child, problems).values()))
 
 
 if __name__ == "__main__":
