@@ -1,6 +1,6 @@
 """Is the search's child better than what people know, at equal cost?
 
-    python benchmarks/baselines.py --runs runs/baselines [--demo SCORES COSTS] [--record FILE]
+    python benchmarks/baselines.py --runs runs/baselines [--demo SCORES COSTS] [--problems COUNT] [--record FILE]
 
 The tiny reasoner is scored and searched on three disjoint draws of its calibration sets, under the demo's limits and
 modelled costs; or once, from what a run of the demo scored and timed. The child and the baselines, see
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
     parser.add_argument("--demo", type=Path, nargs=2, help="folders with a demo's scores and costs, in place of draws")
+    parser.add_argument("--problems", type=int, default=200, help="asked of each task at each effort (%(default)s)")
     given = parser.parse_args()
     bench = Workbench(given.runs)
     ranking = bench.run(
@@ -54,11 +55,13 @@ def main() -> None:
         costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
         costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
         found = [_search(bench, str(draw), _score(bench, draw, ranking), costs) for draw in range(DRAWS)]
-    solved = [{name: _ask(bench, ranking, candidate) for name, candidate in one["candidates"].items()} for one in found]
+    solved = [
+        {name: _ask(bench, ranking, each, given.problems) for name, each in one["candidates"].items()} for one in found
+    ]
     concluded = {
         "draws": [_described(*pair) for pair in zip(found, solved, strict=True)],
         "child_minus": {name: _differences(found, solved, name) for name in SEARCH.baselines},
-        "problems": "validation, 200 a task and effort, before any training",
+        "problems": f"validation, {given.problems} a task and effort, before any training",
     }
     conclude(" ".join(["python benchmarks/baselines.py", *sys.argv[1:]]), (), concluded, given.record)
 
@@ -79,7 +82,7 @@ def _search(bench: Workbench, name: str, scores: Path, costs: Path) -> dict[str,
     return content
 
 
-def _ask(bench: Workbench, ranking: Path, candidate: Mapping[str, Any]) -> Verdicts:
+def _ask(bench: Workbench, ranking: Path, candidate: Mapping[str, Any], problems: int) -> Verdicts:
     """Which validation problems a candidate solves, the mean over efforts; equal ones are asked once."""
     cut = json.dumps({"blocks": candidate["blocks"], "keeps": candidate["keeps"]})
     name = hashlib.sha256(cut.encode()).hexdigest()[:12]
@@ -88,7 +91,7 @@ def _ask(bench: Workbench, ranking: Path, candidate: Mapping[str, Any]) -> Verdi
     path = place / "architecture.json"
     if not path.is_file():
         path.write_text(json.dumps({"candidates": {"puzzle": json.loads(cut)}}))
-    return average(list(ask_pruned(bench, name, ranking, place).values()))
+    return average(list(ask_pruned(bench, name, ranking, place, problems).values()))
 
 
 def _described(found: Mapping[str, Any], solved: Mapping[str, Verdicts]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def calibration_rows(directory: Path, rows: Iterable[int]) -> DataSets:
     return DataSets.at(directory)
 
 
-def ask_pruned(bench: Workbench, name: str, ranking: Path, architecture: Path) -> dict[str, Verdicts]:
+def ask_pruned(
+    bench: Workbench, name: str, ranking: Path, architecture: Path, problems_per_task: int = 200
+) -> dict[str, Verdicts]:
     """By effort, which validation problems the candidate ``puzzle`` solves before any training."""
     child = bench.run(
         STAGES["prune_model"],
@@ -36,7 +38,7 @@ def ask_pruned(bench: Workbench, name: str, ranking: Path, architecture: Path) -
         ranking=ranking,
         architecture=architecture,
     )
-    return ask(bench, name, child)
+    return ask(bench, name, child, problems_per_task)
 
 
 def ask(bench: Workbench, name: str, child: Path, problems_per_task: int = 200) -> dict[str, Verdicts]:
