@@ -31,8 +31,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -111,27 +113,44 @@ def main() -> None:
     ranking = bench.run(
         STAGES["rank_experts"], tiny_cpu().rank_experts, parent=PARENT, calibration_short=DATA.calibration_short
     )
-    made: dict[str, list[dict[str, Path]]] = {name: [] for name in CHILDREN}
-    damages: dict[str, list[dict[str, float]]] = {name: [] for name in CHILDREN}
-    for draw in range(DRAWS):
-        own, probes = (_probes(bench, number % DRAWS) for number in (draw, draw + 1))
-        fitted_on = _show_parent(own)
-        references = _states(Checkpoint.open(PARENT), probes)
-        for name in CHILDREN:
-            child = _prune(bench, draw, name, ranking)
-            made[name].append({arm: _correct(bench, draw, child, arm, fitted_on) for arm in ARMS})
-            damages[name].append({arm: _damage(path, probes, references) for arm, path in made[name][-1].items()})
-            say(f"{name}, draw {draw}: {damages[name][-1]}")
+    children = {name: [_prune(bench, draw, name, ranking) for draw in range(DRAWS)] for name in CHILDREN}
+    for child in {path for paths in children.values() for path in paths}:
+        _correct(bench, 0, child, "zero", None)
+    with ProcessPoolExecutor(DRAWS, get_context("spawn")) as pool:
+        results = list(pool.map(partial(_measure, bench.directory, children), range(DRAWS)))
+        made = {name: [paths[name] for paths, _ in results] for name in CHILDREN}
+        damages = {name: [measured[name] for _, measured in results] for name in CHILDREN}
+        best = {name: min(LOSSES, key=lambda arm: sum(each[arm] for each in damages[name])) for name in CHILDREN}
+        asked = {each[arm] for name in CHILDREN for each in made[name] for arm in ("none", "zero", best[name])}
+        solved = dict(zip(asked, pool.map(partial(_ask, bench.directory, given.problems), asked), strict=True))
     found = {
         "kl_held_out": damages,
         "first_layer_largest_change_of_a_bias": {
             name: [{arm: _moved(each["none"], path) for arm, path in each.items()} for each in draws]
             for name, draws in made.items()
         },
-        "asked": {name: _asked(bench, draws, damages[name], given.problems) for name, draws in made.items()},
+        "asked": {
+            name: _compare({arm: [solved[each[arm]] for each in draws] for arm in ("none", "zero", best[name])})
+            for name, draws in made.items()
+        },
         "problems": f"validation, {given.problems} a task and effort, before any training",
     }
     conclude(" ".join(["python benchmarks/router_correction.py", *sys.argv[1:]]), (), found, given.record)
+
+
+def _measure(
+    directory: Path, children: Mapping[str, Sequence[Path]], draw: int
+) -> tuple[dict[str, dict[str, Path]], dict[str, dict[str, float]]]:
+    """Of one draw by child and arm the checkpoint, and its KL on the next draw."""
+    bench = Workbench(directory)
+    own, probes = (_probes(bench, number % DRAWS) for number in (draw, draw + 1))
+    shown, references = _show_parent(own), _states(Checkpoint.open(PARENT), probes)
+    made, damages = {}, {}
+    for name in CHILDREN:
+        made[name] = {arm: _correct(bench, draw, children[name][draw], arm, shown) for arm in ARMS}
+        damages[name] = {arm: _damage(path, probes, references) for arm, path in made[name].items()}
+        say(f"{name}, draw {draw}: {damages[name]}")
+    return made, damages
 
 
 def _probes(bench: Workbench, draw: int) -> Probes:
@@ -174,15 +193,21 @@ def _block(own: Block, label: str) -> Block:
     return replace(own, num_experts=int(parts[0].removesuffix("e")), window=window)
 
 
-def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Shown) -> Path:
+def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Shown | None) -> Path:
     """The child's checkpoint with its router corrected; finished ones are kept."""
     if arm == "none":
         return child
     source = Checkpoint.open(child)
     place = bench.directory / f"{child.name}-{arm}{'' if arm == 'zero' else f'-{draw}'}"
     if not place.is_dir():
-        rewrite_checkpoint(source, place, _routers(source, arm, fitted_on), {"router": arm})
+        routers = _routers(source, arm, fitted_on) if fitted_on else _without_biases(source)
+        rewrite_checkpoint(source, place, routers, {"router": arm})
     return place
+
+
+def _without_biases(child: Checkpoint) -> dict[str, Tensor]:
+    names = [f"model.layers.{layer}.mlp.router.bias" for layer in range(child.num_layers)]
+    return {name: torch.zeros_like(child.tensor(name)) for name in names}
 
 
 @torch.no_grad()
@@ -210,13 +235,10 @@ def _routers(child: Checkpoint, arm: str, fitted_on: Shown) -> dict[str, Tensor]
         whole, cut = loading.load_block(parent, layer), loading.load_block(child, layer)
         states = [attend(cut, each, fitted_on.rotary, block.window) for each in states]
         router = router_of(cut)
-        if arm == "zero":
-            router.bias.zero_()
-        else:
-            seen = _see(whole, cut, fitted_on.attended[layer], fitted_on.some(states), kept[layer])
-            scale, bias = _fit(seen.logits, partial(LOSSES[arm], seen))
-            router.weight.copy_(scale.unsqueeze(1) * router.weight)
-            router.bias.copy_(scale * router.bias + bias)
+        seen = _see(whole, cut, fitted_on.attended[layer], fitted_on.some(states), kept[layer])
+        scale, bias = _fit(seen.logits, partial(LOSSES[arm], seen))
+        router.weight.copy_(scale.unsqueeze(1) * router.weight)
+        router.bias.copy_(scale * router.bias + bias)
         for name, tensor in (("weight", router.weight), ("bias", router.bias)):
             stored = tensor.to(child.tensor(f"model.layers.{layer}.mlp.router.{name}").dtype)
             tensor.copy_(stored)
@@ -317,30 +339,27 @@ def _moved(child: Path, corrected: Path) -> float:
     return float((after - before).abs().max())
 
 
-def _asked(
-    bench: Workbench, made: Sequence[Mapping[str, Path]], damages: Sequence[Mapping[str, float]], problems: int
-) -> Any:
-    """How a child answers without a correction, without biases, and with the fit of least KL over all draws."""
-    best = min(LOSSES, key=lambda arm: sum(each[arm] for each in damages))
-    solved = {arm: [_ask(bench, each[arm], problems) for each in made] for arm in ("none", "zero", best)}
+def _ask(directory: Path, problems: int, child: Path) -> Verdicts:
+    """Which validation problems a child solves, the mean over efforts."""
+    return average(list(ask(Workbench(directory), child.name, child, problems).values()))
+
+
+def _compare(solved: Mapping[str, Sequence[Verdicts]]) -> dict[str, Any]:
+    """By arm and draw how a child answers, and what each correction is ahead of none: of each draw, and of all."""
 
     def compared(arm: str, draws: Sequence[int]) -> dict[str, Any]:
         corrected, plain = (average([solved[each][draw] for draw in draws]) for each in (arm, "none"))
         return asdict(difference(corrected, plain))
 
-    every = range(len(made))
+    every = range(DRAWS)
     return {
         "accuracy": {arm: [accuracy(verdicts) for verdicts in draws] for arm, draws in solved.items()},
         "minus_none": {
             arm: {f"draw {draw}": compared(arm, [draw]) for draw in every} | {"all": compared(arm, list(every))}
-            for arm in ("zero", best)
+            for arm in solved
+            if arm != "none"
         },
     }
-
-
-def _ask(bench: Workbench, child: Path, problems: int) -> Verdicts:
-    """Which validation problems a child solves, the mean over efforts."""
-    return average(list(ask(bench, child.name, child, problems).values()))
 
 
 if __name__ == "__main__":
