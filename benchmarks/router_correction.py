@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/router_correction"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
-    parser.add_argument("--problems", type=int, default=200, help="asked of each task at each effort (%(default)s)")
+    parser.add_argument("--problems", type=int, default=200, help="asked per task and effort; 0: none (%(default)s)")
     given = parser.parse_args()
     bench = Workbench(given.runs)
     ranking = bench.run(
@@ -122,6 +122,7 @@ def main() -> None:
         damages = {name: [measured[name] for _, measured in results] for name in CHILDREN}
         best = {name: min(LOSSES, key=lambda arm: sum(each[arm] for each in damages[name])) for name in CHILDREN}
         asked = {each[arm] for name in CHILDREN for each in made[name] for arm in ("none", "zero", best[name])}
+        asked = asked if given.problems else set()
         solved = dict(zip(asked, pool.map(partial(_ask, bench.directory, given.problems), asked), strict=True))
     found = {
         "kl_held_out": damages,
@@ -132,6 +133,7 @@ def main() -> None:
         "asked": {
             name: _compare({arm: [solved[each[arm]] for each in draws] for arm in ("none", "zero", best[name])})
             for name, draws in made.items()
+            if given.problems
         },
         "problems": f"validation, {given.problems} a task and effort, before any training",
     }
@@ -148,7 +150,11 @@ def _measure(
     made, damages = {}, {}
     for name in CHILDREN:
         made[name] = {arm: _correct(bench, draw, children[name][draw], arm, shown) for arm in ARMS}
-        damages[name] = {arm: _damage(path, probes, references) for arm, path in made[name].items()}
+        kept = directory / f"kl-{children[name][draw].name}-{draw}.json"
+        if not kept.is_file():
+            found = {arm: _damage(path, probes, references) for arm, path in made[name].items()}
+            kept.write_text(json.dumps(found))
+        damages[name] = json.loads(kept.read_text())
         say(f"{name}, draw {draw}: {damages[name]}")
     return made, damages
 
