@@ -4,9 +4,9 @@
 
 The tiny reasoner is scored and searched on three disjoint draws of its calibration sets, under the demo's limits and
 modelled costs; or once, from what a run of the demo scored and timed. The child and the baselines, see
-``search_architecture/baselines.py``, are pruned and asked the validation problems before any training. Each baseline
-is compared with the child problem by problem, draw by draw and over all draws. Costs are over the parent's. Finished
-stages are not repeated.
+``search_architecture/baselines.py``, are pruned and measured before any training: KL on a draw that no score has seen,
+and validation problems, on which each baseline is compared with the child problem by problem, draw by draw and over all
+draws. Costs are over the parent's. Finished stages are not repeated.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bars import conclude
-from tiny_children import DATA, PARENT, ask_pruned, calibration_rows
+from tiny_children import DATA, PARENT, SEQUENCES, ask, draw_probes, draw_rows, final_states, kl, prune
 
 from moesaic.core.workbench import Workbench
 from moesaic.measure.paired import Verdicts, accuracy, average, difference
@@ -27,7 +27,7 @@ from moesaic.models.architecture import Block
 from moesaic.pipelines.recipes import tiny_cpu
 from moesaic.stages import STAGES
 
-DRAWS, SEQUENCES = 3, 32
+DRAWS = 3
 SCORES = tiny_cpu().score_blocks.but(max_sequences=SEQUENCES)
 SEARCH = tiny_cpu().search_architecture.but(
     baselines=("uniform", "uniform_reap", "uniform_width", "uniform_memory", "uniform_throughput", "greedy"),
@@ -43,24 +43,27 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
     parser.add_argument("--demo", type=Path, nargs=2, help="folders with a demo's scores and costs, in place of draws")
-    parser.add_argument("--problems", type=int, default=200, help="asked of each task at each effort (%(default)s)")
+    parser.add_argument("--problems", type=int, default=200, help="asked per task and effort; 0: none (%(default)s)")
     given = parser.parse_args()
     bench = Workbench(given.runs)
     ranking = bench.run(
         STAGES["rank_experts"], tiny_cpu().rank_experts, parent=PARENT, calibration_short=DATA.calibration_short
     )
     if given.demo:
-        found = [_search(bench, "demo", *given.demo)]
+        found, unseen = [_search(bench, "demo", *given.demo)], [DRAWS - 1]  # it scored the first 48
     else:
         costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
         costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
         found = [_search(bench, str(draw), _score(bench, draw, ranking), costs) for draw in range(DRAWS)]
-    solved = [
-        {name: _ask(bench, ranking, each, given.problems) for name, each in one["candidates"].items()} for one in found
-    ]
+        unseen = [(draw + 1) % DRAWS for draw in range(DRAWS)]
+    pruned = [{name: _prune(bench, ranking, each) for name, each in one["candidates"].items()} for one in found]
+    damages = [_measure(bench.directory, *pair) for pair in zip(unseen, pruned, strict=True)]
+    asked = pruned if given.problems else []
+    solved = [{name: _ask(bench, path, given.problems) for name, path in one.items()} for one in asked]
     concluded = {
-        "draws": [_described(*pair) for pair in zip(found, solved, strict=True)],
-        "child_minus": {name: _differences(found, solved, name) for name in SEARCH.baselines},
+        "draws": [_described(*pair) for pair in zip(found, damages, strict=True)],
+        "accuracy": [{name: accuracy(verdicts) for name, verdicts in one.items()} for one in solved],
+        "child_minus": {name: _differences(found, solved, name) for name in SEARCH.baselines if solved},
         "problems": f"validation, {given.problems} a task and effort, before any training",
     }
     conclude(" ".join(["python benchmarks/baselines.py", *sys.argv[1:]]), (), concluded, given.record)
@@ -68,8 +71,7 @@ def main() -> None:
 
 def _score(bench: Workbench, draw: int, ranking: Path) -> Path:
     """The scores on a draw."""
-    rows = range(draw * SEQUENCES, (draw + 1) * SEQUENCES)
-    data = calibration_rows(bench.directory / f"draw-{draw}", rows)
+    data = draw_rows(bench.directory, draw)
     sets = {"calibration_short": data.calibration_short, "calibration_long": data.calibration_long}
     return bench.run(STAGES["score_blocks"], SCORES, f"scores-{draw}", parent=PARENT, ranking=ranking, **sets)
 
@@ -82,8 +84,8 @@ def _search(bench: Workbench, name: str, scores: Path, costs: Path) -> dict[str,
     return content
 
 
-def _ask(bench: Workbench, ranking: Path, candidate: Mapping[str, Any], problems: int) -> Verdicts:
-    """Which validation problems a candidate solves, the mean over efforts; equal ones are asked once."""
+def _prune(bench: Workbench, ranking: Path, candidate: Mapping[str, Any]) -> Path:
+    """A candidate's checkpoint; equal ones of several draws are one."""
     cut = json.dumps({"blocks": candidate["blocks"], "keeps": candidate["keeps"]})
     name = hashlib.sha256(cut.encode()).hexdigest()[:12]
     place = bench.directory / f"candidate-{name}"
@@ -91,10 +93,23 @@ def _ask(bench: Workbench, ranking: Path, candidate: Mapping[str, Any], problems
     path = place / "architecture.json"
     if not path.is_file():
         path.write_text(json.dumps({"candidates": {"puzzle": json.loads(cut)}}))
-    return average(list(ask_pruned(bench, name, ranking, place, problems).values()))
+    return prune(bench, name, ranking, place)
 
 
-def _described(found: Mapping[str, Any], solved: Mapping[str, Verdicts]) -> dict[str, Any]:
+def _measure(directory: Path, draw: int, pruned: Mapping[str, Path]) -> dict[str, float]:
+    """By name the KL on a draw."""
+    probes = draw_probes(directory, draw)
+    references = final_states(PARENT, probes)
+    return {name: kl(child, probes, references) for name, child in pruned.items()}
+
+
+def _ask(bench: Workbench, child: Path, problems: int) -> Verdicts:
+    """Which validation problems a child solves, the mean over efforts."""
+    return average(list(ask(bench, child.name, child, problems).values()))
+
+
+def _described(found: Mapping[str, Any], damages: Mapping[str, float]) -> dict[str, Any]:
+    """By name what a candidate is, what it costs, and its KL."""
     parent = found["parent"]
     rows = {
         name: {
@@ -106,7 +121,7 @@ def _described(found: Mapping[str, Any], solved: Mapping[str, Verdicts]) -> dict
                 cost: {workload: figure / parent[cost][workload] for workload, figure in candidate[cost].items()}
                 for cost in ("memory_mib", "throughput_tokens_per_s")
             },
-            "accuracy": accuracy(solved[name]),
+            "kl_held_out": damages[name],
         }
         for name, candidate in found["candidates"].items()
     }

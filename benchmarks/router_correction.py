@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from bars import conclude
 from jaxtyping import Float
-from tiny_children import DATA, PARENT, ask, calibration_rows
+from tiny_children import DATA, PARENT, ask, draw_probes, final_states, kl
 from torch import Tensor
 
 from moesaic.core.progress import say
@@ -51,15 +51,13 @@ from moesaic.measure.paired import Verdicts, accuracy, average, difference
 from moesaic.models import loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
-from moesaic.models.layers import Rotary, attend, expert_outputs, mix, router_logits, router_of, run_block
+from moesaic.models.layers import Rotary, attend, expert_outputs, mix, router_logits, router_of
 from moesaic.pipelines.recipes import tiny_cpu
 from moesaic.search.probing import Probes
 from moesaic.search.prune_model.run import PRUNING
-from moesaic.search.score_blocks.damage import compare, finish
 from moesaic.stages import STAGES
 
-DRAWS, SEQUENCES = 3, 32
-DAMAGE = tiny_cpu().score_blocks.but(max_long_tokens=512)
+DRAWS = 3
 SEARCHED = Path(__file__).with_name("results") / "refinement_2-core-x86_2026-11-29.json"
 CHILDREN = ("75 % of experts", "50 % of experts", "searched")
 ARMS = ("none", "zero", "routing", "chosen", "states")
@@ -145,25 +143,18 @@ def _measure(
 ) -> tuple[dict[str, dict[str, Path]], dict[str, dict[str, float]]]:
     """Of one draw by child and arm the checkpoint, and its KL on the next draw."""
     bench = Workbench(directory)
-    own, probes = (_probes(bench, number % DRAWS) for number in (draw, draw + 1))
-    shown, references = _show_parent(own), _states(Checkpoint.open(PARENT), probes)
+    own, probes = (draw_probes(directory, number % DRAWS) for number in (draw, draw + 1))
+    shown, references = _show_parent(own), final_states(PARENT, probes)
     made, damages = {}, {}
     for name in CHILDREN:
         made[name] = {arm: _correct(bench, draw, children[name][draw], arm, shown) for arm in ARMS}
         kept = directory / f"kl-{children[name][draw].name}-{draw}.json"
         if not kept.is_file():
-            found = {arm: _damage(path, probes, references) for arm, path in made[name].items()}
+            found = {arm: kl(path, probes, references) for arm, path in made[name].items()}
             kept.write_text(json.dumps(found))
         damages[name] = json.loads(kept.read_text())
         say(f"{name}, draw {draw}: {damages[name]}")
     return made, damages
-
-
-def _probes(bench: Workbench, draw: int) -> Probes:
-    """The calibration sets' tokens of a draw."""
-    data = calibration_rows(bench.directory / f"draw-{draw}", range(draw * SEQUENCES, (draw + 1) * SEQUENCES))
-    sets = data.calibration_short, data.calibration_long
-    return Probes.read(DAMAGE, Checkpoint.open(PARENT), *sets, DAMAGE.space.windows, DAMAGE.variants_per_batch)
 
 
 def _prune(bench: Workbench, draw: int, name: str, ranking: Path) -> Path:
@@ -311,31 +302,6 @@ def _fit(logits: Float[Tensor, "token expert"], loss: Loss) -> tuple[Tensor, Ten
 
     optimizer.step(evaluate)
     return scale.detach(), bias.detach()
-
-
-@torch.no_grad()
-def _states(checkpoint: Checkpoint, probes: Probes) -> list[Tensor]:
-    """Final hidden states at the measured tokens of every probe, [token hidden]."""
-    rotary = loading.rotary(checkpoint, max(probe.batch.num_positions for probe in probes.all))
-    states = loading.embed(checkpoint, [probe.batch.token_ids for probe in probes.all])
-    for layer, block in enumerate(checkpoint.architecture.blocks):
-        module = loading.load_block(checkpoint, layer)
-        states = [run_block(module, each, rotary, block.window) for each in states]
-    head = loading.load_head(checkpoint)
-    return [head.normed(each[probe.measured]) for each, probe in zip(states, probes.all, strict=True)]
-
-
-def _damage(child: Path, probes: Probes, references: Sequence[Tensor]) -> float:
-    """KL on short and on long conversations, as the search counts it."""
-    head = loading.load_head(Checkpoint.open(PARENT))
-    sums = [
-        compare(head, reference, states.unsqueeze(0), probe.next_ids, probe.weights)[0]
-        for probe, reference, states in zip(
-            probes.all, references, _states(Checkpoint.open(child), probes), strict=True
-        )
-    ]
-    short = len(probes.short)
-    return sum(finish(torch.stack(parts).sum(0))["kl"] for parts in (sums[:short], sums[short:]))
 
 
 def _moved(child: Path, corrected: Path) -> float:
