@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from bars import conclude
 from jaxtyping import Float
-from tiny_children import DATA, PARENT, ask, draw_probes, final_states, kl
+from tiny_children import DATA, PARENT, ask, draw_probes, final_states, kl, prune
 from torch import Tensor
 
 from moesaic.core.progress import say
@@ -173,14 +173,7 @@ def _prune(bench: Workbench, draw: int, name: str, ranking: Path) -> Path:
     if not path.is_file():
         entries = [block.as_config() for block in blocks]
         path.write_text(json.dumps({"candidates": {"puzzle": {"blocks": entries}}}))
-    return bench.run(
-        STAGES["prune_model"],
-        tiny_cpu().prune_model,
-        f"child-{task}",
-        parent=PARENT,
-        ranking=ranking,
-        architecture=architecture,
-    )
+    return prune(bench, task, ranking, architecture)
 
 
 def _block(own: Block, label: str) -> Block:
