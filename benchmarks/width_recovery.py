@@ -58,7 +58,7 @@ def main() -> None:
         children = {arm: _children(bench, number, arm, ranking, path, traces) for arm, path in architectures.items()}
         for state in STATES:
             solved[state].append(
-                {arm: ask(bench, f"{_slug(arm)}-{number}-{state}", children[arm][state], fresh) for arm in ARMS}
+                {arm: ask(bench, f"{_slug(arm)}-{number}-{state}", children[arm][state], tests=fresh) for arm in ARMS}
             )
         chosen.append({arm: _described(path) for arm, path in architectures.items()})
     compared = {state: _compared(draws) for state, draws in solved.items()}

@@ -30,6 +30,7 @@ def solution(
 ) -> dict[str, Any]:
     return {
         "measured": measured,
+        "breaks": [],
         "blocks": [block(entry) for entry in blocks],
         "damage": damage,
         "parameters": 100 + sum(COSTS[entry][0] for entry in blocks),

@@ -8,7 +8,7 @@ from moesaic.core.errors import ArtifactError
 from moesaic.measure.report.evidence import read_evidence
 from moesaic.measure.report.findings import summarize
 from moesaic.measure.report.page import add_outside, draw_pictures, render_page
-from tests.measure.report_inputs import evaluation, inputs, page_text
+from tests.measure.report_inputs import CHILD, evaluation, inputs, page_text, solution
 
 OTHER_PROBLEMS = {"split": "validation", "count": 40, "digest": "0f"}
 
@@ -94,6 +94,28 @@ def test_seeds_of_random_are_one_rival_with_a_spread() -> None:
     assert rivals["random"]["mean_accuracy"] == pytest.approx(0.4)
 
 
+def test_every_rival_is_compared_with_the_child_problem_by_problem_and_by_its_cost() -> None:
+    """Child 45 and 81 %, greedy 40 and 80 %, random 30 and 50 %; the child's mean is 63 %. One has no known damage."""
+    given = inputs()
+    given["architecture"]["candidates"]["uniform_reap"] = solution(CHILD, 0.2, 625.0) | {"damage": None}
+    given["baselines"].append(evaluation("uniform_reap", 0.45, 0.81))
+    rivals = {rival["name"]: rival for rival in summary(**given)["rivals"]}
+    assert rivals["puzzle"]["child_minus"] is None
+    points = {name: rival["child_minus"]["points"] for name, rival in rivals.items() if name != "puzzle"}
+    assert points == pytest.approx({"greedy": 3.0, "random": 23.0, "uniform_reap": 0.0})
+    assert rivals["greedy"]["child_minus"]["low_points"] < 3 < rivals["greedy"]["child_minus"]["high_points"]
+    assert rivals["uniform_reap"]["damage"] is None
+    assert rivals["uniform_reap"]["memory_ratio"] == {"long": 1.0}
+    assert rivals["uniform_reap"]["throughput_ratio"] == {"long": 1.25}
+    shown = text(**given)
+    assert "uniform_reapnot scorednot run" in shown
+    given["architecture"]["candidates"]["greedy"]["breaks"] = ["experts <= 6 (it has 7)"]
+    given["baselines"][0] = evaluation("greedy", 0.9, 0.9)
+    assert "greedy (experts <= 6 (it has 7))" in text(**given)
+    assert summary(**given)["verdicts"]["accuracy"]["name"] == "uniform_reap", "a rival must keep the limits"
+    assert "Left out: uniform (no single expert count keeps the limits)." in shown
+
+
 def test_the_headline_is_computed() -> None:
     shown = text()
     for part in (
@@ -159,7 +181,7 @@ def test_the_page_needs_nothing_beside_it() -> None:
     assert "<script" not in page
     assert "A &lt;title&gt;" in page
     assert "a &lt;fast&gt; machine" in page
-    assert "Not found: uniform" in page
+    assert "Left out: uniform" in page
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())
     assert draw_pictures(evidence) == pictures
     assert "Results of outside harnesses" in add_outside(

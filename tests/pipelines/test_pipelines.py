@@ -100,3 +100,8 @@ def test_the_tiny_recipe_asks_for_a_child_worth_having() -> None:
     assert search.max_parameters_ratio is not None
     assert search.max_parameters_ratio <= 0.75
     assert search.min_windowed_share >= 1 / 3
+
+
+def test_the_control_is_a_baseline_that_the_search_makes() -> None:
+    with pytest.raises(ValueError, match=r"candidate is 'greedy', search_architecture makes uniform, random-0"):
+        RECIPES["tiny_cpu"]().but(baseline={"candidate": "greedy"}, search_architecture={"baselines": ("uniform",)})

@@ -24,6 +24,7 @@ from tests.closeness import assert_near, assert_same_replies
 
 MIXED = Architecture.of([Block(8, 2, 32, 8), Block(5, 1, 64, 16), Block(2, 2, 32, 8), Block(8, 1, 64)])
 ORDER = [3, 1, 7, 0, 2, 6, 5, 4]
+REAP = [4, 5, 6, 2, 0, 7, 1, 3]
 CHANNELS = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(expert)) for expert in range(8)])
 """Of every layer the channels of each expert, the best first."""
 EXACT = 1e-6
@@ -41,11 +42,16 @@ def _prune(
     inputs = {name: directory / name for name in ("ranking", "architecture", "child", "scratch")}
     for path in inputs.values():
         path.mkdir(parents=True)
-    (inputs["ranking"] / "ranking.json").write_text(json.dumps({"layers": [{"order": order}] * 4}))
+    (inputs["ranking"] / "ranking.json").write_text(json.dumps({"layers": [{"order": order, "reap": REAP}] * 4}))
     save_file({str(layer): CHANNELS.clone() for layer in range(4)}, inputs["ranking"] / "channels.safetensors")
     blocks = [block.as_config() for block in architecture.blocks]
     (inputs["architecture"] / "architecture.json").write_text(
-        json.dumps({"candidates": {"puzzle": {"blocks": blocks}}, "skipped": {"uniform": "no uniform fits"}})
+        json.dumps(
+            {
+                "candidates": {"puzzle": {"blocks": blocks}, "uniform_reap": {"blocks": blocks, "keeps": "reap"}},
+                "skipped": {"uniform": "no uniform fits"},
+            }
+        )
     )
     prune_model.run(
         PruneModelConfig(candidate=candidate, yarn_factor=yarn_factor),
@@ -123,6 +129,12 @@ def test_child_has_the_layout_it_was_asked_for(child: Path, tiny_checkpoint: Che
     assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "yarn"
     total = sum(tensor.num_bytes for tensor in layout.tensor_specs(written.shape, MIXED).values())
     assert json.loads((child / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == total
+
+
+def test_a_candidate_that_keeps_by_reap_is_cut_by_that_order(child: Path, tiny_parent: Path, tmp_path: Path) -> None:
+    pruned = _prune(tiny_parent, MIXED, tmp_path, candidate="uniform_reap")
+    kept = [json.loads((each / "pruning.json").read_text())["kept_experts"][1:3] for each in (child, pruned)]
+    assert kept == [[[0, 1, 2, 3, 7], [1, 3]], [[0, 2, 4, 5, 6], [4, 5]]]
 
 
 def test_every_tensor_is_its_parents_without_the_other_experts(child: Path, tiny_checkpoint: Checkpoint) -> None:

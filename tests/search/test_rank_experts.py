@@ -91,11 +91,18 @@ def test_later_layers_see_what_the_parent_computes(
     assert ranking["num_tokens"] == int(batch.is_token.sum())
 
 
-def test_random_reads_no_weights(tiny_parent: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loading, "load_block", None)
-    first = rank(tiny_parent, calibration, tmp_path / "a", criterion="random", seed=1)
-    other = rank(tiny_parent, calibration, tmp_path / "b", criterion="random", seed=2)
-    assert first["layers"] != other["layers"]
+def test_every_ranking_has_reaps_order_too(tiny_parent: Path, calibration: Path, tmp_path: Path):
+    own = [layer["order"] for layer in rank(tiny_parent, calibration, tmp_path / "reap", criterion="reap")["layers"]]
+    ranking = rank(tiny_parent, calibration, tmp_path / "a")
+    assert [layer["reap"] for layer in ranking["layers"]] == own != [layer["order"] for layer in ranking["layers"]]
+
+
+def test_random_depends_on_the_seed_and_the_layer(tiny_parent: Path, calibration: Path, tmp_path: Path):
+    shuffled = {"criterion": "random", "channel_criterion": "random"}
+    first = rank(tiny_parent, calibration, tmp_path / "a", **shuffled, seed=1)
+    other = rank(tiny_parent, calibration, tmp_path / "b", **shuffled, seed=2)
+    assert [layer["order"] for layer in first["layers"]] != [layer["order"] for layer in other["layers"]]
+    assert [layer["reap"] for layer in first["layers"]] == [layer["reap"] for layer in other["layers"]]
     assert first["layers"][0]["order"] != first["layers"][1]["order"]
     assert (tmp_path / "a" / CHANNELS).read_bytes() != (tmp_path / "b" / CHANNELS).read_bytes()
 
@@ -158,7 +165,7 @@ class Threads(BatchShare):
 def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The first process's clock decides, the second one's says never; other numbers of processes begin anew."""
     offloader = streaming.StateOffloader(2**20, tmp_path / "states", torch.device("cpu"))
-    layers = [LayerRanking((1, 0), (0.25, 0.5)), LayerRanking((0, 1), (1 / 3, 0.0))]
+    layers = [LayerRanking((1, 0), (0.25, 0.5), (0, 1)), LayerRanking((0, 1), (1 / 3, 0.0), (1, 0))]
 
     def work(rank: int) -> None:
         progress = RankingProgress(tmp_path, Threads(rank, 2))
@@ -173,7 +180,7 @@ def test_processes_keep_their_own_states_and_agree_when(tmp_path: Path, monkeypa
         list(pool.map(work, (0, 1)))
     for rank in (0, 1):
         again = RankingProgress(tmp_path, Threads(rank, 2))
-        assert [(*one.order, *one.scores) for one in again.layers()] == [(1, 0, 0.25, 0.5), (0, 1, 1 / 3, 0.0)]
+        assert again.layers() == layers
         assert [state.tolist() for state in again.states(2)] == [[10.0 * rank + 2, 0.0], [10.0 * rank + 2, 1.0]]
     assert sorted(path.name for path in tmp_path.glob("ranked-*")) == ["ranked-0-002", "ranked-1-002"]
     assert RankingProgress(tmp_path, BatchShare()).layers() == []

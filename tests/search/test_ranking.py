@@ -7,7 +7,15 @@ from torch import Tensor
 from moesaic.models import layers, loading
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.layers import RouterScores, Routing
-from moesaic.search.rank_experts.ranking import eliminate, order_experts, rank_layer, rank_randomly, removal_differences
+from moesaic.search.rank_experts.ranking import (
+    eliminate,
+    order_experts,
+    rank_layer,
+    rank_randomly,
+    rank_tallies,
+    removal_differences,
+    tally,
+)
 
 
 def routing(logits: list[list[float]], outputs: list[list[list[float]]], top_k: int) -> Routing:
@@ -62,6 +70,8 @@ def test_reap_is_a_mean_over_the_experts_own_tokens():
     frequency = rank_layer("frequency", [batch])
     assert frequency.scores == pytest.approx((2 / 3, 1 / 3))
     assert frequency.order == (0, 1)
+    for criterion in ("frequency", "ranked_choice", "random"):
+        assert rank_tallies("reap", [tally(criterion, batch)]) == reap, "it is counted beside every criterion"
 
 
 def test_reap_weighs_by_the_renormalised_gate():

@@ -120,6 +120,7 @@ def test_the_searchs_own_choice_and_its_rivals_are_measured_first(
     assert [row["blocks"] for row in refined["refinement"]["evaluations"][: len(distinct)]] == distinct
     for name in ("greedy", "uniform"):
         assert refined["candidates"][name]["measured"] > 0
+    assert refined["candidates"]["uniform_reap"]["measured"] is None, "what was run kept other experts"
     if refined["candidates"]["puzzle"]["blocks"] != before["puzzle"]["blocks"]:
         assert refined["candidates"]["unrefined"]["blocks"] == before["puzzle"]["blocks"]
 

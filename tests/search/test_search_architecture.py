@@ -71,7 +71,7 @@ def _run(config: SearchArchitectureConfig, parent: Path, scores: Path, costs: Pa
 def test_the_payload(tiny_parent: Path, tiny_checkpoint: Checkpoint, scores: Path, costs: Path, tmp_path: Path) -> None:
     found = _run(CONFIG, tiny_parent, scores, costs, tmp_path)
     assert list(found["candidates"]) == [
-        "puzzle", "puzzle-2", "greedy", "uniform", "max_parameters", "random-0", "random-1", "random-2",
+        "puzzle", "puzzle-2", "uniform", "uniform_reap", "greedy", "max_parameters", "random-0", "random-1", "random-2",
     ]  # fmt: skip
     best, metrics = found["candidates"]["puzzle"], found["metrics"]
     child = Architecture.of(Block.from_config(entry) for entry in best["blocks"])
@@ -80,14 +80,19 @@ def test_the_payload(tiny_parent: Path, tiny_checkpoint: Checkpoint, scores: Pat
     assert sum(block.window is None for block in child.blocks) <= 1
     assert best["status"] == "optimal" and best["gap"] <= 1e-6 and best["bound"] <= best["damage"]
     assert found["parent"]["damage"] == 0 and found["parent"]["status"] == "parent"
-    assert found["skipped"] == {}
+    same = "the same assembly as uniform"
+    assert found["skipped"].pop("uniform_width").startswith("nothing on offer to all layers (expert width)")
+    assert found["skipped"] == {"uniform_memory": same, "uniform_throughput": same}
+    reap = found["candidates"]["uniform_reap"]
+    assert (reap["keeps"], reap["damage"]) == ("reap", None) and best["keeps"] == "order"
     assert found["limits"]["experts"] == {"at_most": 24, "unit": ""}
     assert found["limits"]["throughput of long"]["at_least"] > found["parent"]["throughput_tokens_per_s"]["long"]
     assert found["swept"] == "throughput of long" and not found["is_sorting"]
     assert metrics["damage"] == best["damage"]
     assert metrics["experts_ratio"] == best["num_experts"] / 32
     assert metrics["memory_ratio_long"] <= 0.8 and metrics["throughput_ratio_long"] >= 1.01
-    assert all(metrics[f"damage_{name}"] >= best["damage"] for name in found["candidates"] if name != "puzzle")
+    for name in found["candidates"].keys() - {"puzzle", "uniform_reap"}:
+        assert metrics[f"damage_{name}"] >= best["damage"], name
 
 
 def test_a_baseline_that_cannot_keep_the_limits_is_reported(
@@ -99,7 +104,7 @@ def test_a_baseline_that_cannot_keep_the_limits_is_reported(
     (scores / "scores.json").write_text(json.dumps(content))
     found = _run(SearchArchitectureConfig(max_experts_ratio=0.6), tiny_parent, scores, costs, tmp_path)
     assert "uniform" not in found["candidates"]
-    assert found["skipped"]["uniform"].startswith("uniform: no block for all layers")
+    assert found["skipped"]["uniform"].startswith("nothing on offer to all layers (experts, experts per token")
     assert set(found["candidates"]) >= {"puzzle", "greedy", "max_parameters"}
 
 

@@ -33,8 +33,6 @@ from moesaic.search.prune_model.stage import PruneModelConfig
 from moesaic.stages import STAGES
 
 MIB, GIB = 2**20, 2**30
-_RIVALS = ("greedy", "uniform", "max_parameters")
-"""Baselines that are pruned and evaluated beside the random ones."""
 _MODEL_INPUTS = ("parent", "model", "child", "policies", "bundle")
 """Inputs of stages that are models, whose files a stage reads unless it takes their manifests only."""
 _POLICIES = "reinforce_configs"
@@ -243,8 +241,7 @@ def read_tasks(manifest: Path, recipe: Any) -> list[PipelineTask[Config]]:
     content = yaml.load(manifest.read_text(), Loader=loader)  # noqa: S506 (both are safe)
     given = IngestConfig(parent="-", calibration_short="-", calibration_long="-", prompts="-", tests="-")
     arguments = recipe.arguments(given, "-", content["root"]["inputDefinitions"]["parameters"])
-    rivals = [*_RIVALS, *(f"random-{seed}" for seed in recipe.search_architecture.random_seeds)]
-    reader = _Reader(content, arguments, rivals)
+    reader = _Reader(content, arguments, recipe.search_architecture.rivals)
     return _in_order(list(reader.tasks()))
 
 

@@ -13,9 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from moesaic.core.errors import ArtifactError, ConfigError
+
+ExpertOrder = Literal["order", "reap"]
+"""What a layer of ``ranking.json`` calls the order by the search's own criterion, and that by REAP."""
 
 
 @dataclass(frozen=True)

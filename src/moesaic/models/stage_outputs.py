@@ -5,7 +5,7 @@ from typing import Any
 
 from moesaic.core import json_text
 from moesaic.core.errors import ArtifactError
-from moesaic.models.architecture import Architecture
+from moesaic.models.architecture import Architecture, ExpertOrder
 
 
 def read_text(path: Path) -> str:
@@ -18,8 +18,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_text.read_json_object(path, f"{path} does not exist; give its stage's output")
 
 
-def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
+def read_orders(path: Path, parent: Architecture, by: ExpertOrder = "order") -> list[list[int]]:
     """Every layer's experts, most important first, out of a ``ranking.json``.
+
+    Args:
+        path: the file.
+        parent: whose experts they must be.
+        by: which of its orders.
 
     Raises:
         ArtifactError: if it is no ranking, or not one of all the parent's experts.
@@ -28,7 +33,7 @@ def read_orders(path: Path, parent: Architecture) -> list[list[int]]:
         path, f"{path} is not a ranking: it does not exist; give the output of rank_experts"
     )
     try:
-        orders = [list(layer["order"]) for layer in content["layers"]]
+        orders = [list(layer[by]) for layer in content["layers"]]
         whole = [sorted(order) == list(range(len(order))) for order in orders]
     except (KeyError, TypeError) as broken:
         raise ArtifactError(f"{path} is not a ranking ({broken!r}); give the output of rank_experts") from broken

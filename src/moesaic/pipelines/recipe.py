@@ -76,6 +76,16 @@ class Recipe(Config):
                 raise ValueError(f"score_blocks.{name} is {scored!r}, refine_architecture.{name} {refined!r}; use one")
         return self
 
+    @model_validator(mode="after")
+    def _search_makes_the_control(self) -> Self:
+        made = self.search_architecture.rivals
+        if self.baseline and self.baseline.candidate not in made:
+            raise ValueError(
+                f"baseline.candidate is {self.baseline.candidate!r}, search_architecture makes {', '.join(made)}; "
+                "choose one of these, or add it to search_architecture.baselines"
+            )
+        return self
+
     def seeded(self, seed: int) -> Self:
         """The same with other random draws in all that learns: 0 changes nothing."""
         shift = _SEED_STEP * seed

@@ -38,6 +38,9 @@ tokens that no choice had seen the damage was less in one draw, equal in one and
 not refine.
 """
 
+_FEW_BASELINES = ("uniform", "uniform_reap", "greedy")
+"""Where every evaluation counts."""
+
 
 def tiny_cpu() -> Recipe:
     """The tiny reasoner of ``examples/`` on two CPU cores, search and recovery, in minutes."""
@@ -156,7 +159,7 @@ def tiny_cpu_fast() -> Recipe:
         earlier_distill={"steps": 6, "optimizer": {"warmup_steps": 2}},
         policies=tuple(one.but(steps=2, prompts_per_step=24, replies_per_forward=192) for one in demo.policies),
         evaluate={"problems_per_task": 5},
-        search_architecture={"random_seeds": ()},
+        search_architecture={"baselines": _FEW_BASELINES, "random_seeds": ()},
         benchmark={"batch_sizes": (4,), "workloads": (), "repeats": 1},
         benchmark_serving={"requests_per_user": 2, "workloads": (long_contexts.but(concurrencies=(4,)),)},
     )
@@ -180,6 +183,7 @@ def on_a_budget(recipe: Callable[[], Recipe], distill_steps: int, num_prompts: i
         whole = recipe()
         return whole.but(
             baseline=None,
+            search_architecture={"baselines": _FEW_BASELINES},
             policies=(whole.policies[0].but(steps=100, max_new_tokens=32_768),),
             generate_traces={"max_prompts": num_prompts},
             distill={

@@ -18,6 +18,10 @@ RIVALS = {
     "unrefined": "#56b4e9",
     "greedy": "#d55e00",
     "uniform": "#009e73",
+    "uniform_reap": "#984ea3",
+    "uniform_width": "#66c2a5",
+    "uniform_memory": "#a6d854",
+    "uniform_throughput": "#1b6e52",
     "random": "#cc79a7",
     "max_parameters": "#e69f00",
 }

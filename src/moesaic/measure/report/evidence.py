@@ -24,14 +24,16 @@ class Candidate:
 
     name: str
     architecture: Architecture
-    damage: float
-    """The sum of its blocks' scores."""
+    damage: float | None
+    """The sum of its blocks' scores; None if it keeps other experts than those that were scored."""
     measured: float | None
     """The damage of the whole assembly; None if it was not run."""
     parameters: int
     num_experts: int
     memory_mib: Mapping[str, float]
     throughput_tokens_per_s: Mapping[str, float]
+    breaks: Sequence[str]
+    """The limits of the search that it exceeds, in words."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,11 @@ def _read_candidate(name: str, entry: Mapping[str, Any]) -> Candidate:
     architecture = Architecture.of(Block.from_config(block) for block in entry["blocks"])
     figures = ("damage", "parameters", "num_experts", "memory_mib", "throughput_tokens_per_s")
     return Candidate(
-        name, architecture, measured=entry.get("measured"), **{figure: entry[figure] for figure in figures}
+        name,
+        architecture,
+        measured=entry.get("measured"),
+        breaks=entry["breaks"],
+        **{figure: entry[figure] for figure in figures},
     )
 
 

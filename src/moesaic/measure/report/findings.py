@@ -19,7 +19,7 @@ from moesaic.measure.efficiency import (
     pareto_frontier,
     retention,
 )
-from moesaic.measure.paired import Verdicts, average, difference
+from moesaic.measure.paired import Difference, Verdicts, average, difference
 from moesaic.measure.report.evidence import Candidate, EffortResult, Evaluation, Evidence, Pair, Setting, TaskResult
 
 
@@ -255,16 +255,21 @@ def _selection_methods(evidence: Evidence) -> list[dict[str, Any]]:
 
 def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> dict[str, Any]:
     """What the assemblies of one method cost, and how they answer before any training."""
-    candidates = [evidence.candidates[name] for name in names]
-    measured = [candidate.measured for candidate in candidates]
+    candidates, parent = [evidence.candidates[name] for name in names], evidence.parent
     evaluations = _evaluations_of(evidence, names)
     results = [(effort, run.efforts[effort].accuracy) for run in evaluations for effort in evidence.efforts]
+    verdicts = mean_verdicts(evaluations, evidence.efforts) if evaluations and group != evidence.child.name else None
     accuracies = {effort: [value for at, value in results if at == effort] for effort in evidence.efforts}
     return {
         "name": group,
         "models": list(names),
-        "damage": fmean(candidate.damage for candidate in candidates),
-        "measured": None if None in measured else fmean(damage for damage in measured if damage is not None),
+        "damage": _mean([candidate.damage for candidate in candidates]),
+        "measured": _mean([candidate.measured for candidate in candidates]),
+        "memory_ratio": _ratios([candidate.memory_mib for candidate in candidates], parent.memory_mib),
+        "throughput_ratio": _ratios(
+            [candidate.throughput_tokens_per_s for candidate in candidates], parent.throughput_tokens_per_s
+        ),
+        "breaks": [limit for candidate in candidates for limit in candidate.breaks],
         "parameters": fmean(candidate.parameters for candidate in candidates),
         "experts": fmean(candidate.num_experts for candidate in candidates),
         "experts_per_token": fmean(candidate.architecture.experts_per_token for candidate in candidates),
@@ -274,7 +279,23 @@ def _selection_method(evidence: Evidence, group: str, names: Sequence[str]) -> d
             for effort, values in accuracies.items()
         },
         "mean_accuracy": fmean(value for _, value in results) if results else None,
+        "child_minus": verdicts and asdict(difference(_verdicts_of_child(evidence), verdicts)),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None if one of them is not known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+def _ratios(costs: Sequence[Mapping[str, float]], parent: Mapping[str, float]) -> dict[str, float]:
+    """The mean of a cost under every workload, over the parent's."""
+    return {workload: fmean(cost[workload] for cost in costs) / whole for workload, whole in parent.items()}
+
+
+def _verdicts_of_child(evidence: Evidence) -> Verdicts:
+    return mean_verdicts([evidence.evaluation_child], evidence.efforts)
 
 
 def _evaluations_of(evidence: Evidence, names: Sequence[str]) -> list[Evaluation]:
@@ -283,7 +304,7 @@ def _evaluations_of(evidence: Evidence, names: Sequence[str]) -> list[Evaluation
 
 
 def _verdicts(evidence: Evidence, methods: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """The child against the best baseline by measured damage, and by accuracy before training.
+    """The child against the best baseline within its limits, by measured damage, and by accuracy before training.
 
     None where there is no baseline, or none was evaluated. Damages that differ by rounding alone are equal; accuracies
     are told apart if the interval of their difference excludes 0.
@@ -292,17 +313,14 @@ def _verdicts(evidence: Evidence, methods: Sequence[Mapping[str, Any]]) -> dict[
     baselines = [method for method in others if not method["name"].startswith("puzzle")]
     ran = [method for method in baselines if method["measured"] is not None and method["name"] != "unrefined"]
     least = min(ran, key=lambda method: method["measured"], default=None)
-    evaluated = [method for method in baselines if method["mean_accuracy"] is not None]
+    evaluated = [method for method in baselines if method["mean_accuracy"] is not None and not method["breaks"]]
     best = max(evaluated, key=lambda method: method["mean_accuracy"], default=None)
     verdicts: dict[str, dict[str, Any] | None] = {"damage": None, "accuracy": None}
     if least and child["measured"] is not None:
         tie = math.isclose(child["measured"], least["measured"], rel_tol=1e-9)
         verdicts["damage"] = _verdict("measured", child, least, 0 if tie else least["measured"] - child["measured"])
     if best and child["mean_accuracy"] is not None:
-        solved = [
-            mean_verdicts(_evaluations_of(evidence, method["models"]), evidence.efforts) for method in (child, best)
-        ]
-        ahead = difference(*solved)
+        ahead = Difference(**best["child_minus"])
         verdict = _verdict("mean_accuracy", child, best, ahead.sign)
         verdicts["accuracy"] = verdict | {"difference": asdict(ahead)}
     return verdicts

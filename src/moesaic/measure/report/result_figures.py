@@ -24,17 +24,28 @@ from moesaic.measure.report.evidence import Candidate, Evidence
 from moesaic.measure.report.findings import context_pairs, contexts, predictions, request_frontier
 from moesaic.measure.report.serving import MODELS, ServingEvidence, served_frontier
 
-_BASELINE_MARKERS = {"unrefined": "*", "greedy": "D", "uniform": "s", "random": "X", "max_parameters": "P"}
+_BASELINE_MARKERS = {
+    "unrefined": "*",
+    "greedy": "D",
+    "uniform": "s",
+    "uniform_width": "h",
+    "uniform_memory": "v",
+    "uniform_throughput": ">",
+    "random": "X",
+    "max_parameters": "P",
+}
 
 
 def draw_search(evidence: Evidence) -> Figure:
-    """Damage against what the frontier sweeps, with every candidate."""
+    """Damage against what the frontier sweeps, with every candidate whose damage is known."""
     figure = new_figure(8.0, 4.4)
     axes = figure.subplots()
     line = sorted((_swept_ratio(evidence, candidate), candidate.damage) for candidate in evidence.frontier)
     axes.plot(*zip(*line, strict=True), "o-", color=CHILD, markersize=4, linewidth=1.2, label="frontier of the search")
     seen: set[str] = set()
     for name, candidate in evidence.candidates.items():
+        if candidate.damage is None:
+            continue
         group = "random" if name.startswith("random") else name
         position = _swept_ratio(evidence, candidate), candidate.damage
         if name == evidence.child.name:

@@ -47,12 +47,13 @@ def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
     """The search against its baselines at equal budget: predicted damage and measured accuracy."""
     efforts = list(rivals[0]["accuracy"])
     table = Table("", "damage", "experts", "per token", "width", *(f"accuracy {effort}" for effort in efforts))
-    table.title = "The search and its baselines, under the same limits and before any training"
+    table.title = "The search and its baselines, at equal cost and before any training"
     for rival in rivals:
         accuracies = (rival["accuracy"][effort] for effort in efforts)
         shown = ["not measured" if accuracy is None else percent(accuracy["mean"]) for accuracy in accuracies]
-        sizes = (number(rival[size]) for size in ("damage", "experts", "experts_per_token", "expert_width"))
-        table.add_row(rival["name"], *sizes, *shown)
+        damage = "not scored" if rival["damage"] is None else number(rival["damage"])
+        sizes = (number(rival[size]) for size in ("experts", "experts_per_token", "expert_width"))
+        table.add_row(rival["name"], damage, *sizes, *shown)
     return table
 
 

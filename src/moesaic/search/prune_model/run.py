@@ -13,7 +13,7 @@ from torch import Tensor
 from moesaic.core.errors import ConfigError
 from moesaic.core.progress import track
 from moesaic.models import layout
-from moesaic.models.architecture import Architecture, Block
+from moesaic.models.architecture import Architecture, Block, ExpertOrder
 from moesaic.models.channel_orders import read_channels
 from moesaic.models.checkpoint import Checkpoint, layer_shards, modelling_files, write_checkpoint
 from moesaic.models.checkpoint_layout import companions
@@ -41,9 +41,9 @@ def run(
     """Write the child checkpoint into ``output``; nothing of it is visible before it is whole."""
     whole = Checkpoint.open(parent)
     whole.check_prunable()
-    child = _read_candidate(architecture / "architecture.json", config.candidate)
+    child, keeps = _read_candidate(architecture / "architecture.json", config.candidate)
     child.check_child_of(whole.architecture)
-    orders = read_orders(ranking / "ranking.json", whole.architecture)
+    orders = read_orders(ranking / "ranking.json", whole.architecture, keeps)
     kept = [kept_experts(order, block.num_experts) for order, block in zip(orders, child.blocks, strict=True)]
     pruning = scratch / PRUNING
     pruning.write_text(json.dumps({"candidate": config.candidate, "kept_experts": kept}) + "\n")
@@ -68,7 +68,8 @@ def run(
     }
 
 
-def _read_candidate(path: Path, name: str) -> Architecture:
+def _read_candidate(path: Path, name: str) -> tuple[Architecture, ExpertOrder]:
+    """The blocks of a candidate, and the order of experts that it is cut by."""
     content = read_json(path)
     if name not in content["candidates"]:
         reason = content.get("skipped", {}).get(name)
@@ -76,7 +77,8 @@ def _read_candidate(path: Path, name: str) -> Architecture:
         raise ConfigError(
             f"candidate {name!r} is not in {path.name} ({reason or 'unknown name'}); choose one of {allowed}"
         )
-    return Architecture.of(Block.from_config(entry) for entry in content["candidates"][name]["blocks"])
+    candidate = content["candidates"][name]
+    return Architecture.of(Block.from_config(entry) for entry in candidate["blocks"]), candidate.get("keeps", "order")
 
 
 def _channels(

@@ -16,7 +16,7 @@ class PruneModelConfig(Config):
     """Which of the search's candidates becomes a checkpoint."""
 
     candidate: str = "puzzle"
-    """``puzzle`` is the search's best; baselines have their names, see ``moesaic.search``."""
+    """``puzzle`` is the search's best; baselines have their names, see ``search_architecture/baselines.py``."""
     yarn_factor: Annotated[float, Field(ge=1)] | None = None
     """How far YaRN stretches the child's positions (paper A's child: 56, of a parent with 32). None: as in the parent.
 

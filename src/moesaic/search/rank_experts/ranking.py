@@ -15,7 +15,8 @@ With S a token's top-k experts, w their weights (both as its family chooses and 
     left, each token votes for one fewer than are left. Memory: the order of each token, one or two bytes per expert, of
     one layer at a time, less than the layer's input states take.
 ``reap``
-    score_e = mean over the tokens routed to e of w_e * ||f_e(x)||.
+    score_e = mean over the tokens routed to e of w_e * ||f_e(x)|| (Lasby et al., arXiv 2510.13999).
+    Every ranking has this order too: a baseline of the search keeps experts by it.
 ``frequency``
     score_e = share of tokens routed to e.
 ``random``
@@ -37,6 +38,8 @@ from torch import Tensor
 from moesaic.models.layers import Routing
 from moesaic.search.rank_experts.stage import Criterion
 
+_SUMMED: tuple[Criterion, ...] = ("removal_difference", "reap", "frequency")
+"""Criteria that are sums over tokens."""
 _TOKENS = 1024
 """Tokens whose removal differences are computed at once."""
 
@@ -49,19 +52,21 @@ class LayerRanking:
     """Expert ids, most important first."""
     scores: tuple[float, ...]
     """By expert id."""
+    reap: tuple[int, ...] = ()
+    """Expert ids in the order of ``reap``, whatever the criterion."""
     channels: Int[Tensor, "expert channel"] | None = field(default=None, compare=False)
     """By expert id, its channels in order of importance, see ``channels.py``."""
 
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
         channels = None if self.channels is None else self.channels.tolist()
-        return {"order": self.order, "scores": self.scores, "channels": channels}
+        return {"order": self.order, "scores": self.scores, "reap": self.reap, "channels": channels}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "LayerRanking":
         """Read what :meth:`as_json` wrote."""
         channels = None if entry["channels"] is None else torch.tensor(entry["channels"], dtype=torch.int32)
-        return cls(tuple(entry["order"]), tuple(entry["scores"]), channels)
+        return cls(tuple(entry["order"]), tuple(entry["scores"]), tuple(entry["reap"]), channels)
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,8 @@ class Tally:
     top_k: int
     counts: Float[Tensor, " expert"]
     """Tokens that were routed to each expert."""
-    sums: Float[Tensor, " expert"]
-    """Of the criterion, over those tokens."""
+    sums: Mapping[Criterion, Float[Tensor, " expert"]]
+    """Over those tokens, of ``reap`` and of the criterion, if that is a sum."""
     energies: Float[Tensor, "expert channel"]
     """Of every channel, over those tokens, see :class:`~moesaic.models.layers.Routing`."""
     ballots: Integer[Tensor, "token expert"] | None = None
@@ -101,11 +106,15 @@ def tally(criterion: Criterion, batch: Routing) -> Tally:
     num_tokens, num_experts = batch.scores.choice.shape
     chosen = batch.expert_ids[:, : batch.top_k].flatten().cpu()
     counts = chosen.bincount(minlength=num_experts).double()
-    if criterion == "ranked_choice":
-        return Tally(num_tokens, batch.top_k, counts, counts, batch.energies.cpu(), _ballots(batch))
-    sums = torch.zeros(num_experts, dtype=torch.float64)
-    sums.index_add_(0, chosen, _contributions(criterion, batch).flatten().double().cpu())
-    return Tally(num_tokens, batch.top_k, counts, sums, batch.energies.cpu())
+    sums = {
+        name: torch.zeros(num_experts, dtype=torch.float64).index_add_(
+            0, chosen, _contributions(name, batch).flatten().double().cpu()
+        )
+        for name in _SUMMED
+        if name in (criterion, "reap")
+    }
+    ballots = _ballots(batch) if criterion == "ranked_choice" else None
+    return Tally(num_tokens, batch.top_k, counts, sums, batch.energies.cpu(), ballots)
 
 
 def rank_tallies(criterion: Criterion, tallies: Sequence[Tally]) -> LayerRanking:
@@ -113,7 +122,8 @@ def rank_tallies(criterion: Criterion, tallies: Sequence[Tally]) -> LayerRanking
     if criterion == "ranked_choice":
         ballots = [each.ballots for each in tallies if each.ballots is not None]
         return _rank_by_votes(ballots, len(tallies[0].counts), tallies[0].top_k)
-    sums, counts = (torch.stack(parts).sum(0) for parts in zip(*((t.sums, t.counts) for t in tallies), strict=True))
+    parts = zip(*((each.sums[criterion], each.counts) for each in tallies), strict=True)
+    sums, counts = (torch.stack(part).sum(0) for part in parts)
     num_tokens = sum(each.num_tokens for each in tallies)
     totals = counts if criterion == "reap" else torch.full_like(counts, num_tokens)
     return order_experts((sums / totals.clamp_min(1)).tolist(), counts.tolist())

@@ -18,12 +18,11 @@ from moesaic.core.progress import track
 from moesaic.data.batches import Batch
 from moesaic.data.calibration import load_batches
 from moesaic.models import layers, loading
-from moesaic.models.architecture import Block
 from moesaic.models.channel_orders import CHANNELS
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.layers import DecoderLayer, down_norms, is_dense
 from moesaic.models.streaming import LayerReader, OffloadedTensor, StateOffloader, state_memory_bytes
-from moesaic.search.rank_experts.channels import order_channels, shuffle_channels
+from moesaic.search.rank_experts.channels import order_channels
 from moesaic.search.rank_experts.ranking import LayerRanking, Tally, rank_randomly, rank_tallies, tally
 from moesaic.search.rank_experts.saved_progress import RankingProgress
 from moesaic.search.rank_experts.stage import NUM_SPARE, Criterion, RankExpertsConfig
@@ -35,14 +34,14 @@ _SHARED = "layers.json"
 def run(
     config: RankExpertsConfig, *, parent: Path, calibration_short: Path, output: Path, scratch: Path
 ) -> dict[str, float]:
-    """Write ``ranking.json``, per layer the experts in order of importance and their scores by id, and the channels."""
+    """Write ``ranking.json``, per layer the experts in order of importance and their scores by id, and the channels.
+
+    Beside its own order a layer has that of the criterion ``reap``.
+    """
     checkpoint = Checkpoint.open(parent)
     batches = _load_batches(config, checkpoint, calibration_short)
     num_tokens = sum(int(batch.is_token.sum()) for batch in batches)
-    if config.criterion == "random":
-        blocks = checkpoint.architecture.blocks
-        layers = [_shuffled(block, config.seed + layer) for layer, block in enumerate(blocks)]
-    elif share(config, {"parent": parent, "calibration_short": calibration_short}, scratch, len(batches)):
+    if share(config, {"parent": parent, "calibration_short": calibration_short}, scratch, len(batches)):
         layers = [LayerRanking.from_json(layer) for layer in json.loads((scratch / _SHARED).read_text())]
     else:
         layers = list(_rank(config, checkpoint, batches, scratch, BatchShare()))
@@ -50,7 +49,7 @@ def run(
         "criterion": config.criterion,
         "channel_criterion": config.channel_criterion,
         "num_tokens": num_tokens,
-        "layers": [{"order": layer.order, "scores": layer.scores} for layer in layers],
+        "layers": [{"order": layer.order, "scores": layer.scores, "reap": layer.reap} for layer in layers],
     }
     (output / "ranking.json").write_text(json.dumps(content, indent=1) + "\n")
     channels = {str(index): layer.channels for index, layer in enumerate(layers) if layer.channels is not None}
@@ -66,11 +65,6 @@ def work(
     layers = list(_rank(config, checkpoint, _load_batches(config, checkpoint, calibration_short), scratch, batch_share))
     if batch_share.rank == 0:
         (scratch / _SHARED).write_text(json.dumps([layer.as_json() for layer in layers]) + "\n")
-
-
-def _shuffled(block: Block, seed: int) -> LayerRanking:
-    channels = shuffle_channels(block.num_experts, block.expert_width, seed)
-    return replace(rank_randomly(block.num_experts, seed), channels=channels)
 
 
 def _load_batches(config: RankExpertsConfig, checkpoint: Checkpoint, data: Path) -> list[Batch]:
@@ -123,8 +117,11 @@ def _finish(
     if not len(norms):
         return LayerRanking((), (), torch.zeros(0, 0, dtype=torch.int32))
     energies = torch.stack([each.energies for each in tallies]).sum(0)
-    channels = order_channels(config.channel_criterion, energies, norms, config.seed + layer)
-    return replace(rank_tallies(config.criterion, tallies), channels=channels)
+    seed = config.seed + layer
+    channels = order_channels(config.channel_criterion, energies, norms, seed)
+    is_random = config.criterion == "random"
+    ranking = rank_randomly(len(norms), seed) if is_random else rank_tallies(config.criterion, tallies)
+    return replace(ranking, channels=channels, reap=rank_tallies("reap", tallies).order)
 
 
 def _pass(

@@ -17,7 +17,7 @@ class RankExpertsConfig(Config):
     """The order in which a layer's experts matter, and an expert's channels."""
 
     criterion: Criterion = "removal_difference"
-    """The importance formula of experts, see ``ranking.py``; ``random`` runs no data and shuffles channels too."""
+    """The importance formula of experts, see ``ranking.py``; experts are ordered by ``reap`` as well."""
     channel_criterion: ChannelCriterion = "output_energy"
     """The importance formula of channels, see ``channels.py``; narrower experts keep the best."""
     max_sequences: Positive = 128
@@ -42,7 +42,8 @@ STAGE = Stage(
     ),
     outputs=(
         artifact(
-            "ranking", "`ranking.json`: per layer the order and the scores; `channels.safetensors`: every expert's"
+            "ranking",
+            "`ranking.json`: per layer the order, the scores, REAP's order; `channels.safetensors`: every expert's",
         ),
     ),
 )

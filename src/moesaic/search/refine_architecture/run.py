@@ -186,10 +186,9 @@ def _refined(
         candidates = {"puzzle": refined} | others
     rows = _rows(job, measured)
     damages = {json.dumps(row["blocks"]): row["measured"] for row in rows}
-    candidates = {
-        name: candidate | {"measured": damages.get(json.dumps(candidate["blocks"]))}
-        for name, candidate in candidates.items()
-    }
+    for name, candidate in candidates.items():
+        known = damages.get(json.dumps(candidate["blocks"])) if candidate["keeps"] == "order" else None
+        candidates = candidates | {name: candidate | {"measured": known}}
     return content | {"candidates": candidates, "refinement": {"metric": job.config.metric, "evaluations": rows}}
 
 

@@ -1,12 +1,22 @@
-"""What the search is compared with, under the same limits (paper B, section on the effectiveness of its MIP).
+"""What the search is compared with, at equal cost (paper B, section on the effectiveness of its MIP).
 
+These keep the search's limits:
+
+uniform         one value for all layers on every axis but the window, and one window for evenly spread full layers: of
+                all that keep the limits, the one of least damage, so that the comparison is with the best of its kind.
+uniform_reap    equally many experts in all layers, kept by REAP (Lasby et al., arXiv 2510.13999), whole; windows as in
+                uniform. Scores are of the search's own order, so its damage is not known.
+uniform_width   equally narrow experts in all layers, all of them, used as the parent does; windows as in uniform.
 greedy          from the parent, take again and again the replacement of one layer with the least added damage per
                 excess it removes, excess being the sum over limits of the share by which each is exceeded, until all
                 limits hold. Paper B describes its greedy search only in words; this reading is ours.
-uniform         one value for all layers on every axis but the window, and one window for evenly spread full layers: of
-                all that keep the limits, the one of least damage, so that the comparison is with the best of its kind.
 random          one notch at a time (the next smaller value on one axis) in a random layer until all limits hold.
 max_parameters  the MIP with parameters to maximise; damage is not looked at.
+
+These are as cheap as the search's choice in one respect alone, by the same costs:
+
+uniform_memory      the uniform one of least damage, of those that take no more memory than it under any workload.
+uniform_throughput  the same, of those that are no slower than it under any workload.
 
 Greedy and random may end where no step helps although the limits can be kept; the reason is then reported.
 """
@@ -17,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
+from typing import Literal
 
 import numpy as np
 
@@ -26,19 +37,33 @@ from moesaic.search.library import BlockLibrary, Choice, total
 from moesaic.search.limits import TOLERANCE, GroupedCache, LimitSet
 from moesaic.search.search_architecture.infeasibility import explain_infeasible
 from moesaic.search.search_architecture.search import Search, Solution
+from moesaic.search.search_architecture.stage import Limits, SearchArchitectureConfig
 from moesaic.search.solver.decomposition import minimise
 from moesaic.search.solver.lagrangian import Floats, Indices, Mask, dense
 from moesaic.search.solver.mip import branch_and_bound
 
+_SHAPE = tuple(axis for axis in AXES if axis != "window")
+"""Axes on which a uniform assembly has one value."""
 
-def baselines(search: Search) -> dict[str, Callable[[], Solution]]:
-    """Every baseline by name, to be called; an InfeasibleError says why one cannot keep the limits."""
-    seeds = search.config.random_seeds
-    return {
-        "greedy": lambda: search.assembled(choose_greedily(search)),
+
+def baselines(search: Search, child: Solution) -> dict[str, Callable[[], Solution]]:
+    """The config's baselines by name, to be called; an InfeasibleError says why one cannot be had.
+
+    Args:
+        search: what all share.
+        child: the search's choice.
+    """
+    makers: dict[str, Callable[[], Solution]] = {
         "uniform": lambda: search.assembled(choose_uniformly(search)),
+        "uniform_reap": lambda: keep_by_reap(search),
+        "uniform_width": lambda: search.assembled(choose_uniformly(search, ["expert_width"])),
+        "uniform_memory": lambda: match_cost(search, child, "memory_mib"),
+        "uniform_throughput": lambda: match_cost(search, child, "throughput_tokens_per_s"),
+        "greedy": lambda: search.assembled(choose_greedily(search)),
         "max_parameters": lambda: keep_most_parameters(search),
-    } | {f"random-{seed}": partial(_random, search, seed) for seed in seeds}
+    }
+    named = {name: make for name, make in makers.items() if name in search.config.baselines}
+    return named | {f"random-{seed}": partial(_random, search, seed) for seed in search.config.random_seeds}
 
 
 def _random(search: Search, seed: int) -> Solution:
@@ -143,30 +168,65 @@ class _Excesses:
         return np.array([[added(old, new) for new in self.names] for old in self.names])
 
 
-def choose_uniformly(search: Search) -> Choice:
-    """The uniform baseline's choice."""
-    choices = dict.fromkeys(_uniform(search.library))
+def choose_uniformly(search: Search, axes: Sequence[str] = _SHAPE) -> Choice:
+    """The uniform assembly of least damage within the limits.
+
+    Args:
+        search: its library and limits.
+        axes: what has one value in all layers; else, windows aside, every layer is as in the parent.
+
+    Raises:
+        InfeasibleError: if there is none.
+    """
+    choices = dict.fromkeys(_uniform(search.library, axes))
     for _, choice in sorted((total(search.library.damages, choice), choice) for choice in choices):
         if search.limits.holds(choice):
             return choice
-    raise InfeasibleError("uniform: no block for all layers, with one window in evenly spread ones, is enough")
+    titles = ", ".join(AXES[axis].title for axis in axes)
+    raise InfeasibleError(
+        f"nothing on offer to all layers ({titles}), with one window in evenly spread ones, is enough"
+    )
 
 
-def _uniform(library: BlockLibrary) -> Iterator[Choice]:
-    """Every block in all layers, with every window in any number of evenly spread full layers, if on offer.
+def keep_by_reap(search: Search) -> Solution:
+    """The baseline of equally many experts in all layers, kept by REAP where some go."""
+    solution = search.assembled(choose_uniformly(search, ["num_experts"]))
+    is_whole = solution.architecture.num_experts == search.library.parent.num_experts
+    return solution if is_whole else replace(solution, keeps="reap")
+
+
+def match_cost(search: Search, child: Solution, cost: Literal["memory_mib", "throughput_tokens_per_s"]) -> Solution:
+    """The baseline that is uniform and, by one cost alone, at least as cheap as the child under every workload."""
+    limits = {name: Limits.model_validate({cost: figure}) for name, figure in getattr(child.cost, cost).items()}
+    if not limits:
+        raise InfeasibleError("no workload was costed")
+    config = SearchArchitectureConfig(limits=limits, max_layouts=search.config.max_layouts)
+    alone = Search.of(search.library, config)
+    solution = alone.assembled(choose_uniformly(alone))
+    return replace(solution, breaks=tuple(search.limits.broken(solution.choice)))
+
+
+def _uniform(library: BlockLibrary, axes: Sequence[str]) -> Iterator[Choice]:
+    """One value on each axis for all layers, every window in any number of evenly spread full ones, if on offer.
 
     Dense layers have no other block than their own, with that window.
     """
-    places = [{block: index for index, block in enumerate(options)} for options in library.variants]
+    places = [{block.values: index for index, block in enumerate(options)} for options in library.variants]
     offered = dict.fromkeys(block for options in library.variants for block in options)
-    kinds = dict.fromkeys(replace(block, window=None) for block in offered if not block.is_dense)
+    kinds = dict.fromkeys(tuple(getattr(block, axis) for axis in axes) for block in offered if not block.is_dense)
     windows: Sequence[int | None] = sorted({block.window for block in offered if block.window is not None})
     parent = library.parent.blocks
     full = [layer for layer, block in enumerate(parent) if block.window is None]
+
+    def find(changed: dict[str, int | None]) -> list[int | None]:
+        """Of every layer the variant that has these values and else the parent's; None if that is not on offer."""
+        window = {axis: value for axis, value in changed.items() if axis == "window"}
+        wanted = (dict(zip(AXES, own.values, strict=True)) | (window if own.is_dense else changed) for own in parent)
+        return [place.get(tuple(values.values())) for place, values in zip(places, wanted, strict=True)]
+
     for kind, window in product(kinds, windows or [None]):
-        alike = [block if block.is_dense else replace(kind, window=block.window) for block in parent]
-        whole = [place.get(block) for place, block in zip(places, alike, strict=True)]
-        narrow = [place.get(replace(block, window=window)) for place, block in zip(places, alike, strict=True)]
+        alike: dict[str, int | None] = dict(zip(axes, kind, strict=True))
+        whole, narrow = find(alike), find(alike | {"window": window})
         for turned in range(len(full) + 1):
             mixed = whole.copy()
             for layer in {full[int((index + 0.5) * len(full) / turned)] for index in range(turned)}:

@@ -15,8 +15,8 @@ from moesaic.models.architecture import Architecture, Block
 from moesaic.models.families.family import ModelShape
 from moesaic.models.resolved_config import read_config_file
 from moesaic.models.stage_outputs import read_json, read_text
-from moesaic.search.library import BlockLibrary
-from moesaic.search.search_architecture.baselines import baselines
+from moesaic.search.library import BlockLibrary, Choice
+from moesaic.search.search_architecture.baselines import baselines, choose_greedily
 from moesaic.search.search_architecture.search import Search, Solution
 from moesaic.search.search_architecture.stage import SearchArchitectureConfig
 
@@ -28,8 +28,7 @@ def run(
 ) -> dict[str, float]:
     """Write ``architecture.json``: the parent, the candidates by name, the frontier, and what was left out and why.
 
-    Candidates are ``puzzle``, the diverse ``puzzle-2``, ``puzzle-3``, ..., and the baselines ``greedy``, ``uniform``,
-    ``max_parameters`` and ``random-<seed>``.
+    Candidates are ``puzzle``, the diverse ``puzzle-2``, ``puzzle-3``, ..., and the baselines, see ``baselines.py``.
     """
     search = read_search(config, parent, scores, costs)
     candidates, skipped = find_candidates(search)
@@ -67,20 +66,32 @@ def find_candidates(search: Search) -> tuple[dict[str, Solution], dict[str, str]
     Raises:
         InfeasibleError: if nothing keeps the limits.
     """
-    compared: dict[str, Solution] = {}
-    skipped: dict[str, str] = {}
-    rivals = baselines(search)
-    for name, find in track(rivals.items(), len(rivals), "baselines"):
-        try:
-            compared[name] = find()
-        except InfeasibleError as reason:
-            skipped[name] = str(reason)
-    start = compared["greedy"].choice if "greedy" in compared else None
-    diverse = search.diverse(search.best(start))
+    diverse = search.diverse(search.best(_start(search)))
     names = ["puzzle", *(f"puzzle-{rank}" for rank in range(2, search.config.num_solutions + 1))]
     why = f"no further assembly within the limits shares at most {search.most_in_common} blocks with each earlier one"
-    skipped |= dict.fromkeys(names[len(diverse) :], why)
+    compared: dict[str, Solution] = {}
+    skipped = dict.fromkeys(names[len(diverse) :], why)
+    rivals = baselines(search, diverse[0])
+    for name, find in track(rivals.items(), len(rivals), "baselines"):
+        try:
+            solution = find()
+        except InfeasibleError as reason:
+            skipped[name] = str(reason)
+            continue
+        twins = [other for other, known in compared.items() if known.assembly == solution.assembly]
+        if twins and name in search.config.baselines:  # Of random ones each seed counts.
+            skipped[name] = f"the same assembly as {twins[0]}"
+        else:
+            compared[name] = solution
     return dict(zip(names, diverse, strict=False)) | compared, skipped
+
+
+def _start(search: Search) -> Choice | None:
+    """The greedy choice, from which the solver begins; None if greedy ends outside the limits."""
+    try:
+        return choose_greedily(search)
+    except InfeasibleError:
+        return None
 
 
 def _check_parent(table: CostTable, shape: ModelShape, blocks: Architecture) -> None:
@@ -110,8 +121,10 @@ def describe(solution: Solution) -> dict[str, Any]:
     """A candidate's entry in ``architecture.json``."""
     return {
         "blocks": [block.as_config() for block in solution.architecture.blocks],
-        "damage": solution.damage,
+        "keeps": solution.keeps,
+        "damage": solution.known_damage,
         **asdict(solution.cost),
+        "breaks": list(solution.breaks),
         "status": solution.status,
         "objective": solution.objective,
         "bound": solution.bound,
@@ -143,4 +156,5 @@ def _metrics(parent: Solution, candidates: Mapping[str, Solution]) -> dict[str, 
         metrics[f"memory_ratio_{workload}"] = memory / parent.cost.memory_mib[workload]
         metrics[f"throughput_ratio_{workload}"] = speed / parent.cost.throughput_tokens_per_s[workload]
         metrics[f"latency_ratio_{workload}"] = best.cost.latency_ms[workload] / parent.cost.latency_ms[workload]
-    return metrics | {f"damage_{name}": solution.damage for name, solution in candidates.items() if name != "puzzle"}
+    damages = {f"damage_{name}": each.known_damage for name, each in candidates.items() if name != "puzzle"}
+    return metrics | {name: damage for name, damage in damages.items() if damage is not None}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from moesaic.core.errors import InfeasibleError
 from moesaic.costs.block_costs import AssemblyCost
-from moesaic.models.architecture import Architecture
+from moesaic.models.architecture import Architecture, ExpertOrder
 from moesaic.search.library import BlockLibrary, Choice, Table, total
 from moesaic.search.limits import Limit, LimitSet, check_assembly, limits_of, sweep_limit
 from moesaic.search.search_architecture.infeasibility import explain_infeasible
@@ -37,12 +37,27 @@ class Solution:
     choice: Choice
     architecture: Architecture
     damage: float
+    """By scores, which are of the search's own order of experts."""
     cost: AssemblyCost
     status: str
+    keeps: ExpertOrder = "order"
+    """The order of which its layers keep the first experts."""
+    breaks: tuple[str, ...] = ()
+    """The limits that it exceeds, in words."""
     objective: str | None = None
     bound: float | None = None
     gap: float | None = None
     seconds: float | None = None
+
+    @property
+    def assembly(self) -> tuple[Choice, ExpertOrder]:
+        """What makes its checkpoint."""
+        return self.choice, self.keeps
+
+    @property
+    def known_damage(self) -> float | None:
+        """Its damage; None if it keeps other experts than those that were scored."""
+        return self.damage if self.keeps == "order" else None
 
 
 @dataclass(frozen=True)

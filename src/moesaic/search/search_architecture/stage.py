@@ -2,12 +2,16 @@
 baselines of equal budget.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from moesaic.core.config import Amount, Config, Positive
 from moesaic.core.stage import Stage, artifact, model
+
+Baseline = Literal[
+    "uniform", "uniform_reap", "uniform_width", "uniform_memory", "uniform_throughput", "greedy", "max_parameters"
+]
 
 
 class Limits(Config):
@@ -48,12 +52,19 @@ class SearchArchitectureConfig(Config):
     """Share of blocks that a further solution may have in common with each earlier one, at most."""
     frontier_points: Positive = 12
     """Points of the damage-against-speed frontier."""
+    baselines: tuple[Baseline, ...] = get_args(Baseline)
+    """What the search is compared with, see ``baselines.py``; each is pruned and evaluated."""
     random_seeds: tuple[int, ...] = (0, 1, 2)
     """One random baseline per seed."""
     time_limit_s: Amount = 60.0
     """For each solve; status, bound and gap are always reported."""
     relative_gap: Annotated[float, Field(ge=0)] = 1e-6
     """Stop when proven within this of the optimum."""
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """The names of all baselines, the random ones included."""
+        return *self.baselines, *(f"random-{seed}" for seed in self.random_seeds)
 
 
 STAGE = Stage(
