@@ -114,8 +114,8 @@ def put_inputs(store: Store) -> IngestConfig:
 def remove(overlay: Path) -> None:
     """Remove an overlay, and wait until its namespace has gone."""
     volumes = [claim["spec"].get("volumeName") for claim in get("pvc")["items"]]
-    kubectl("delete", "trainjobs,rayjobs,jobs,pods", "--all", "--wait", "--timeout=60s", check=False)
-    kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--wait", "--timeout=120s")
+    kubectl("delete", "trainjobs,rayjobs,jobs,pods", "--all", "--wait", "--timeout=300s", check=False)
+    kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--wait", "--timeout=400s")
     wait_until(lambda: NAMESPACE not in kubectl("get", "ns", "-o", "name"), "the namespace has gone")
     give_back([name for name in volumes if name])
 
