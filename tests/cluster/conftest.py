@@ -22,8 +22,8 @@ OVERLAY = MANIFESTS / "overlays" / "small-cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that apply and remove overlays come before those that share one for the rest of the session."""
-    items.sort(key=lambda item: "small" in getattr(item, "fixturenames", ()))
+    """Tests that apply and remove overlays come before those that share one; images that one test alone pulls, last."""
+    items.sort(key=lambda item: ("small" in getattr(item, "fixturenames", ()), item.path.name == "test_images.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)

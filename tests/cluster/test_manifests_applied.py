@@ -127,7 +127,7 @@ def test_a_pod_that_is_not_restricted_is_refused(small: None) -> None:
 @pytest.mark.parametrize(
     ("stage", "template", "change", "why"),
     [
-        ("distill", "trainjob", {"runtimeRef": {"name": "none"}}, "must be created before"),
+        ("distill", "trainjob", {"runtimeRef": {"name": "none"}}, "not found"),
         ("reinforce", "rayjob", {"shutdownAfterJobFinishes": False}, "should delete the cluster after finishing"),
     ],
 )
