@@ -13,7 +13,7 @@ from moesaic.data.sets import DataSets
 from moesaic.pipelines import example
 from moesaic.platform.cluster import ClusterProfile, read_profile
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.runs.records import describe_hardware
+from moesaic.platform.runs.records import describe_hardware, installed_versions
 from moesaic.platform.store import Store
 from tests.cluster.pods import KUBECTL, NAMESPACE, STORE, Reader, get, give_back, kubectl, volume_here, wait_until
 
@@ -44,13 +44,20 @@ def record() -> Iterator[dict[str, Any]]:
     if path := os.environ.get("MOESAIC_CLUSTER_RECORD"):
         whole = {
             "command": "make test-cluster",
-            "versions": {"kubernetes": json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]},
+            "versions": versions(),
             "hardware": describe_hardware(),
             "images": sorted({image for node in get("nodes")["items"] for image in our_images(node)}),
             "outcomes": OUTCOMES,
             "measured": measured | {"total_s": round(time.monotonic() - begun)},
         }
         Path(path).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Kubernetes and of what runs here; of controllers those of MOESAIC_CLUSTER_VERSIONS, as they tell none."""
+    kubernetes = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
+    told = dict(one.split("=", 1) for one in os.environ.get("MOESAIC_CLUSTER_VERSIONS", "").split())
+    return {"kubernetes": kubernetes, **told, **installed_versions()}
 
 
 OUTCOMES: dict[str, dict[str, Any]] = {}
