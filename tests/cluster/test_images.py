@@ -25,7 +25,9 @@ def test_an_image_says_what_is_usable_and_writes_nowhere_else(
     pod = restricted_pod(container, profile)
     apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"look-{name}"}, "spec": pod})
     ended = ("Succeeded", "Failed")
-    phase = wait_until(lambda: (p := get("pod", f"look-{name}")["status"]["phase"]) in ended and p, "the pod ends", 1000)
+    phase = wait_until(
+        lambda: (p := get("pod", f"look-{name}")["status"]["phase"]) in ended and p, "the pod ends", 1000
+    )
     said = kubectl("logs", f"look-{name}")
     assert phase == "Succeeded", said
     lines = said.splitlines()

@@ -77,10 +77,10 @@ DISTILL = tiny().distill.but(
 _SAME_STEPS, _SAME, _ALIKE = 3, 1e-5, 1e-2
 """Two processes against one, as parts of a step's loss: the same mathematics, summed in another order.
 
-As long as every router chooses the same experts, losses differ by rounding: 1e-6 was seen in the first three steps. Then
-a token that is near a tie gets other experts, which is no longer rounding: 5e-4 was seen up to the seventh step, 4e-3 at
-the eighth. So the second bound is judged, not derived. Rows that both processes saw, or none, would change the loss of the
-first step, and by far more than either bound.
+As long as every router chooses the same experts, losses differ by rounding: 1e-6 was seen in the first three steps.
+Then a token that is near a tie gets other experts, which is no longer rounding: 5e-4 was seen up to the seventh step,
+4e-3 at the eighth. So the second bound is judged, not derived. Rows that both processes saw, or none, would change the
+loss of the first step, and by far more than either bound.
 """
 _KILLED_AT_ROW = 7
 """Of the training curve: the held-out loss before and after step 4, and the losses of 5 steps."""
