@@ -42,6 +42,7 @@ def tiny() -> Recipe:
     return find_recipe("tiny_cpu_fast").but(
         measure_costs=costs,
         search_architecture={"limits": limits},
+        rank_experts={"max_sequences": 8},
         evaluate={"problems_per_task": 2},
         benchmark={"input_tokens": (128,)},
     )
