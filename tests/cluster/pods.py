@@ -310,7 +310,7 @@ class Reader:
         account = {"serviceAccountName": profile.service_account, "terminationGracePeriodSeconds": 1}
         pod = restricted_pod(container, profile, **account)
         apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": self.name}, "spec": pod})
-        wait_until(lambda: get("pod", self.name)["status"]["phase"] == "Running", "the store's reader runs", 600)
+        wait_until(lambda: get("pod", self.name)["status"]["phase"] == "Running", "the store's reader runs", 1200)
 
     def run(self, *command: str) -> str:
         return kubectl("exec", self.name, "--", *command)

@@ -15,7 +15,7 @@ from tests.cluster.pods import NAMESPACE, PipelineDriver, Reader, apply, kubectl
 from tests.cluster.test_faults import job, run
 from tests.site_servers import write_certificates
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200), needs_images("cpu")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400), needs_images("cpu")]
 NAME, PORT = "site", 5443
 ADDRESS = f"https://{NAME}:{PORT}"
 _SERVE = (
