@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UP, DOWN = "MOESAIC_CLUSTER_UP", "MOESAIC_CLUSTER_DOWN"
@@ -52,7 +52,8 @@ def cluster() -> Iterator[str]:
             raise NoClusterError(f"{UP} printed no path of a kubeconfig")
         yield said.splitlines()[-1]
     finally:
-        subprocess.run(shlex.split(down), stdout=subprocess.DEVNULL, check=False)
+        with suppress(OSError):
+            subprocess.run(shlex.split(down), stdout=subprocess.DEVNULL, check=False)
 
 
 def check(kubeconfig: str) -> None:
