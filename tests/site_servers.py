@@ -40,7 +40,7 @@ class Site:
 def site_servers(folder: Path, handler: type[BaseHTTPRequestHandler] | None = None) -> Iterator[Site]:
     """The server and the proxy, while the block runs; with a handler of its own the server asks for no certificate."""
     site = Site(folder / "authorities.pem", folder / "client.pem")
-    _write_certificates(folder)
+    write_certificates(folder)
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -106,13 +106,14 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_WR)
 
 
-def _write_certificates(folder: Path) -> None:
+def write_certificates(folder: Path, host: str = HOST) -> None:
+    """An authority, and what it has signed: the server's certificate and a client's, each with its key."""
     key, name = ec.generate_private_key(ec.SECP256R1()), _name("authority")
     root = _certificate(name, key.public_key(), name, key, is_authority=True)
     (folder / "authorities.pem").write_bytes(root.public_bytes(serialization.Encoding.PEM))
-    for file, subject in (("server.pem", HOST), ("client.pem", "a client of the site")):
+    for file, subject in (("server.pem", host), ("client.pem", "a client of the site")):
         own = ec.generate_private_key(ec.SECP256R1())
-        certificate = _certificate(_name(subject), own.public_key(), name, key, is_authority=False)
+        certificate = _certificate(_name(subject), own.public_key(), name, key, is_authority=False, host=host)
         secret = own.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -123,7 +124,9 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
 
-def _certificate(subject: x509.Name, public: Any, issuer: x509.Name, key: Any, is_authority: bool) -> x509.Certificate:
+def _certificate(
+    subject: x509.Name, public: Any, issuer: x509.Name, key: Any, is_authority: bool, host: str = HOST
+) -> x509.Certificate:
     now = datetime.datetime.now(datetime.UTC)
     hour = datetime.timedelta(hours=1)
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public)
@@ -138,5 +141,5 @@ def _certificate(subject: x509.Name, public: Any, issuer: x509.Name, key: Any, i
     usage = x509.KeyUsage(True, False, False, False, False, is_authority, is_authority, False, False)
     builder = builder.add_extension(usage, critical=True)
     if not is_authority:
-        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(HOST)]), critical=False)
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
     return builder.sign(key, hashes.SHA256())

@@ -13,7 +13,7 @@ from moesaic.data.sets import DataSets
 from moesaic.pipelines import example
 from moesaic.platform.cluster import ClusterProfile, read_profile
 from moesaic.platform.ingest.stage import IngestConfig
-from moesaic.platform.runs.records import describe_hardware
+from moesaic.platform.runs.records import describe_hardware, installed_versions
 from moesaic.platform.store import Store
 from tests.cluster.pods import KUBECTL, NAMESPACE, STORE, Reader, get, give_back, kubectl, volume_here, wait_until
 
@@ -22,8 +22,8 @@ OVERLAY = MANIFESTS / "overlays" / "small-cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that apply and remove overlays come before those that share one for the rest of the session."""
-    items.sort(key=lambda item: "small" in getattr(item, "fixturenames", ()))
+    """Tests that apply and remove overlays come before those that share one; images that one test alone pulls, last."""
+    items.sort(key=lambda item: ("small" in getattr(item, "fixturenames", ()), item.path.name == "test_images.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,13 +44,20 @@ def record() -> Iterator[dict[str, Any]]:
     if path := os.environ.get("MOESAIC_CLUSTER_RECORD"):
         whole = {
             "command": "make test-cluster",
-            "versions": {"kubernetes": json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]},
+            "versions": versions(),
             "hardware": describe_hardware(),
             "images": sorted({image for node in get("nodes")["items"] for image in our_images(node)}),
             "outcomes": OUTCOMES,
             "measured": measured | {"total_s": round(time.monotonic() - begun)},
         }
         Path(path).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Kubernetes and of what runs here; of controllers those of MOESAIC_CLUSTER_VERSIONS, as they tell none."""
+    kubernetes = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
+    told = dict(one.split("=", 1) for one in os.environ.get("MOESAIC_CLUSTER_VERSIONS", "").split())
+    return {"kubernetes": kubernetes, **told, **installed_versions()}
 
 
 OUTCOMES: dict[str, dict[str, Any]] = {}
@@ -114,8 +121,8 @@ def put_inputs(store: Store) -> IngestConfig:
 def remove(overlay: Path) -> None:
     """Remove an overlay, and wait until its namespace has gone."""
     volumes = [claim["spec"].get("volumeName") for claim in get("pvc")["items"]]
-    kubectl("delete", "trainjobs,rayjobs,jobs,pods", "--all", "--wait", "--timeout=60s", check=False)
-    kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--wait", "--timeout=120s")
+    kubectl("delete", "trainjobs,rayjobs,jobs,pods", "--all", "--wait", "--timeout=300s", check=False)
+    kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--wait", "--timeout=400s")
     wait_until(lambda: NAMESPACE not in kubectl("get", "ns", "-o", "name"), "the namespace has gone")
     give_back([name for name in volumes if name])
 

@@ -58,8 +58,8 @@ def apply(*objects: Object) -> None:
     kubectl("apply", "--server-side", "-f", "-", given=yaml.safe_dump_all(objects))
 
 
-def wait_until(holds: Any, what: str, seconds: float = 180) -> Any:
-    """Wait until a function returns something true, and return that."""
+def wait_until(holds: Any, what: str, seconds: float = 400) -> Any:
+    """Wait until a function returns something true, and return that; other people may load the machine."""
     until = time.monotonic() + seconds
     while not (found := holds()):
         assert time.monotonic() < until, f"{what}: not within {seconds:.0f} s"
@@ -116,7 +116,7 @@ class PipelineDriver:
         self._platform = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
         self._profile, self._arguments, self._reader = profile, arguments, reader
 
-    def run(self, seconds: float = 900) -> dict[str, Finished]:
+    def run(self, seconds: float = 1800) -> dict[str, Finished]:
         """Run all tasks; by name, those of loops with their index."""
         done: dict[str, Finished] = {}
         inputs = {"parameters": dict(self._arguments), "artifacts": {}}
@@ -127,10 +127,7 @@ class PipelineDriver:
         """Run one task with these inputs."""
         component = self._components[f"comp-{task}"]
         self._start(task, component, {"config": config, "version": self._arguments["version"]}, artifacts)
-        until = time.monotonic() + 600
-        while (finished := self._finished(task, component)) is None:
-            assert time.monotonic() < until, task
-            time.sleep(1)
+        finished: Finished = wait_until(lambda: self._finished(task, component), f"{task} ends", 1200)
         return finished
 
     def _run_dag(self, prefix: str, dag: Object, given: Object, done: dict[str, Finished], until: float) -> None:
@@ -233,6 +230,7 @@ class PipelineDriver:
             self._profile,
             serviceAccountName=self._profile.service_account,
         )
+        mount_files(pod, wanted)
         template = {"metadata": {"labels": {STAGE: wanted["podMetadata"]["labels"][STAGE]}}, "spec": pod}
         labels = {QUEUE: wanted["podMetadata"]["labels"][QUEUE]}
         metadata = {"name": name, "labels": labels}
@@ -249,7 +247,7 @@ class PipelineDriver:
         job = get("job", name)
         conditions = {one["type"]: one for one in job["status"].get("conditions", []) if one["status"] == "True"}
         if "Failed" in conditions:
-            log = kubectl("logs", f"job/{name}", "--tail=60", check=False)
+            log = kubectl("logs", f"job/{name}", check=False)
             raise AssertionError(f"{name} failed: {conditions['Failed'].get('message')}\n{log}")
         if "Complete" not in conditions:
             return None
@@ -281,6 +279,16 @@ def secrets_of(wanted: Object) -> list[Object]:
     ]
 
 
+def mount_files(pod: Object, wanted: Object) -> None:
+    """Mount the secrets and config maps that Kubeflow mounts, its way: a volume is called as the object is."""
+    for kind, names in (("secret", "secretName"), ("configMap", "configMapName")):
+        for one in wanted.get(f"{kind}AsVolume", []):
+            name = one[names]
+            source = {"secretName": name} if kind == "secret" else {"name": name}
+            pod["volumes"].append({"name": name, kind: source})
+            pod["containers"][0]["volumeMounts"].append({"name": name, "mountPath": one["mountPath"], "readOnly": True})
+
+
 def seconds_of(stamp: str) -> float:
     return time.mktime(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ"))
 
@@ -302,7 +310,7 @@ class Reader:
         account = {"serviceAccountName": profile.service_account, "terminationGracePeriodSeconds": 1}
         pod = restricted_pod(container, profile, **account)
         apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": self.name}, "spec": pod})
-        wait_until(lambda: get("pod", self.name)["status"]["phase"] == "Running", "the store's reader runs", 300)
+        wait_until(lambda: get("pod", self.name)["status"]["phase"] == "Running", "the store's reader runs", 1200)
 
     def run(self, *command: str) -> str:
         return kubectl("exec", self.name, "--", *command)

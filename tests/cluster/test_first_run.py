@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.pods import get, kubectl, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 JOB = Path(__file__).parents[2] / "examples" / "small_cluster" / "first-run.yaml"
 
 
@@ -21,7 +21,7 @@ def test_the_first_run_ends_and_says_what_was_found(small: None, record: dict[st
         conditions = get("job", "first-run")["status"].get("conditions", [])
         return next((one["type"] for one in conditions if one["type"] in ended and one["status"] == "True"), None)
 
-    how = wait_until(end, "the job ends", 1400)
+    how = wait_until(end, "the job ends", 2000)
     log = kubectl("logs", "job/first-run", "--tail=60")
     assert how == "Complete", log
     assert "Child:  /store/first-run/child" in log

@@ -8,7 +8,7 @@ from images.requirements import RUNTIMES
 from moesaic.platform.cluster import ClusterProfile
 from tests.cluster.pods import apply, get, image_of, kubectl, needs_images, restricted_pod, wait_until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 WRITABLE = {"/scratch", "/tmp", "/dev/shm", "/dev/mqueue", "/store"}
 _LOOK = (
     "moesaic doctor && find / -xdev -type d -writable -not -path '/proc/*' -prune 2>/dev/null | sed 's/^/writable /'"
@@ -25,7 +25,9 @@ def test_an_image_says_what_is_usable_and_writes_nowhere_else(
     pod = restricted_pod(container, profile)
     apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"look-{name}"}, "spec": pod})
     ended = ("Succeeded", "Failed")
-    phase = wait_until(lambda: (p := get("pod", f"look-{name}")["status"]["phase"]) in ended and p, "the pod ends", 280)
+    phase = wait_until(
+        lambda: (p := get("pod", f"look-{name}")["status"]["phase"]) in ended and p, "the pod ends", 1000
+    )
     said = kubectl("logs", f"look-{name}")
     assert phase == "Succeeded", said
     lines = said.splitlines()

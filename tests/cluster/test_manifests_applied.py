@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from moesaic.platform.cluster import ClusterProfile
+from moesaic.platform.cluster.jobs.job_template import job_settings, render_job
 from tests.cluster.conftest import KUBECTL, MANIFESTS, remove
 from tests.cluster.pods import NAMESPACE, kubectl, wait_until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ALLOWED = [
     "create trainjobs.trainer.kubeflow.org",
@@ -118,9 +120,36 @@ def test_a_pod_that_is_not_restricted_is_refused(small: None) -> None:
         "metadata": {"name": "root"},
         "spec": {"containers": [{"name": "main", "image": "localhost:5000/moesaic/cpu:0.1.0"}]},
     }
-    command = [KUBECTL, "-n", NAMESPACE, "apply", "-f", "-"]
-    refused = subprocess.run(command, input=yaml.safe_dump(pod), capture_output=True, text=True, check=False)
+    refused = given(pod)
     assert refused.returncode and 'violates PodSecurity "restricted' in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "template", "change", "why"),
+    [
+        ("distill", "trainjob", {"runtimeRef": {"name": "none"}}, "not found"),
+        ("reinforce", "rayjob", {"shutdownAfterJobFinishes": False}, "should delete the cluster after finishing"),
+    ],
+)
+def test_a_stages_job_is_taken_and_a_wrong_one_refused(
+    stage: str, template: str, change: dict[str, Any], why: str, small: None, profile: ClusterProfile
+) -> None:
+    content = yaml.safe_load((MANIFESTS / "jobs" / f"{template}.yaml").read_text())
+    jobs = {stage: {"template": content, "node": "cpu", "num_nodes": 2}}
+    mine = ClusterProfile.model_validate(profile.model_dump() | {"jobs": jobs})
+    settings = job_settings(mine, stage, mine.image_for(stage, ""))
+    job = render_job(settings, f"moesaic-{stage}-0-1", "0", ["python3"], {}, Path("/store/log"))
+    taken = given(job, "--dry-run=server")
+    assert taken.returncode == 0, taken.stderr
+    job["spec"] |= change
+    refused = given(job, "--dry-run=server")
+    assert refused.returncode and "denied the request" in refused.stderr and why in refused.stderr
+
+
+def given(content: dict[str, Any], *options: str) -> "subprocess.CompletedProcess[str]":
+    """An object given to the API server, which may refuse it."""
+    command = [KUBECTL, "-n", NAMESPACE, "apply", *options, "-f", "-"]
+    return subprocess.run(command, input=yaml.safe_dump(content), capture_output=True, text=True, check=False)
 
 
 def test_the_queue_is_active(small: None) -> None:

@@ -29,17 +29,23 @@ from moesaic.search.search_architecture.stage import Limits
 from tests.cluster.conftest import MANIFESTS, put_inputs
 from tests.cluster.pods import STORE, Finished, PipelineDriver, Reader, get, image_of, kubectl, needs_images, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
 TIMED = {"measurements", "architecture"}
 """Inputs that hold times: how fast models are, how long the solver took. The child's digest stands for the latter."""
 
 
 def tiny() -> Recipe:
-    """The short recipe with modelled costs: nothing but `benchmark` depends on how fast a machine is."""
+    """The short recipe with modelled costs: nothing but `benchmark` depends on how fast a machine is. Few replies."""
     limits = {"long": Limits(memory_ratio=0.45), "short": Limits(memory_ratio=0.85)}  # on a GPU it is launch-bound
     costs = {"source": "model", "hardware": "h100"}
-    return find_recipe("tiny_cpu_fast").but(measure_costs=costs, search_architecture={"limits": limits})
+    return find_recipe("tiny_cpu_fast").but(
+        measure_costs=costs,
+        search_architecture={"limits": limits},
+        rank_experts={"max_sequences": 8},
+        evaluate={"problems_per_task": 2},
+        benchmark={"input_tokens": (128,)},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +57,7 @@ def searched(
     names = yaml.safe_load(manifest.read_text())["root"]["inputDefinitions"]["parameters"]
     driver = PipelineDriver(manifest, profile, tiny().arguments(ingest, code_version(), names), reader)
     begun = time.monotonic()
-    done = driver.run(1200)
+    done = driver.run()
     record["search_s"] = round(time.monotonic() - begun, 1)
     return driver, done
 
@@ -69,8 +75,14 @@ def traces(searched: tuple[PipelineDriver, dict[str, Finished]], profile: Cluste
 DISTILL = tiny().distill.but(
     steps=8, rows_per_step=4, rows_per_forward=2, evaluate_every_steps=4, checkpoint_every_steps=3
 )
-_SAME_STEPS = 3
-"""Two processes sum in another order than one: at some step a router chooses otherwise, and losses differ by more."""
+_SAME_STEPS, _SAME, _ALIKE = 3, 1e-5, 1e-2
+"""Two processes against one, as parts of a step's loss: the same mathematics, summed in another order.
+
+As long as every router chooses the same experts, losses differ by rounding: 1e-6 was seen in the first three steps.
+Then a token that is near a tie gets other experts, which is no longer rounding: 5e-4 was seen up to the seventh step,
+4e-3 at the eighth. So the second bound is judged, not derived. Rows that both processes saw, or none, would change the
+loss of the first step, and by far more than either bound.
+"""
 _KILLED_AT_ROW = 7
 """Of the training curve: the held-out loss before and after step 4, and the losses of 5 steps."""
 
@@ -185,15 +197,15 @@ def test_distillation_over_two_pods_ends_like_one_process(
     record["distill_two_pods_s"] = round(time.monotonic() - begun, 1)
     (job,) = get("trainjobs")["items"]
     assert job["spec"]["trainer"]["numNodes"] == 2
-    assert losses[:_SAME_STEPS] == pytest.approx(undisturbed[:_SAME_STEPS], rel=1e-5)
-    assert losses == pytest.approx(undisturbed, rel=1e-2)
+    assert losses[:_SAME_STEPS] == pytest.approx(undisturbed[:_SAME_STEPS], rel=_SAME)
+    assert losses == pytest.approx(undisturbed, rel=_ALIKE)
     assert losses[-1] < losses[0]
 
 
 _KILLER = """
 import os, signal, sys, time
 from pathlib import Path
-store, wanted, until = Path(sys.argv[1]), int(sys.argv[2]), time.monotonic() + 300
+store, wanted, until = Path(sys.argv[1]), int(sys.argv[2]), time.monotonic() + 600
 while not any(len(one.read_text().splitlines()) >= wanted for one in store.rglob("training.jsonl")):
     assert time.monotonic() < until
     time.sleep(0.01)
@@ -213,10 +225,10 @@ def test_training_that_is_killed_goes_on_from_its_checkpoint(
     begun = time.monotonic()
     task = threading.Thread(target=distillation.start, args=(config,), kwargs={"num_nodes": 1}, daemon=True)
     task.start()
-    pod = wait_until(training_pod, "the node runs", 300)
+    pod = wait_until(training_pod, "the node runs")
     said = kubectl("exec", pod, "--", "python3", "-c", _KILLER, f"{STORE}/scratch", str(_KILLED_AT_ROW))
     assert said.split() == ["killed"]
-    task.join(120)
+    task.join(400)
     (job,) = get("trainjobs")["items"]
     wait_until(lambda: failed(get("job", "distill")), "the task has failed with its job")
     losses = distillation.run(config, num_nodes=1)

@@ -25,7 +25,7 @@ from tests.cluster.pods import KUBECTL, NAMESPACE, PipelineDriver, Reader, apply
 from tests.platform.test_promote import CONFIG, Given, prepare
 
 HERE = Path(__file__).parent
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), needs_images("servers", "postgres")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800), needs_images("servers", "postgres")]
 ADMIN, TASKS, STRANGER = "admin", "tasks", "stranger"
 _AUTH = """[mlflow]
 default_permission = NO_PERMISSIONS
@@ -100,7 +100,7 @@ def server(small: None, reader: Reader, record: dict[str, Any]) -> Server:
     make_secret("moesaic-store", AWS_ACCESS_KEY_ID="someone", AWS_SECRET_ACCESS_KEY="something")
     make_secret("mlflow-user", username=TASKS, password=passwords[TASKS])
     kubectl("apply", "--server-side", "-k", str(HERE / "servers"))
-    kubectl("rollout", "status", "deployment/s3", "--timeout=120s")
+    kubectl("rollout", "status", "deployment/s3", "--timeout=600s")
     reader.run("python3", "-c", _BUCKET)
     wait_ready()
     record["servers_ready_s"] = round(time.monotonic() - begun, 1)
@@ -123,8 +123,8 @@ def make_secret(name: str, **values: str) -> None:
 
 
 def wait_ready() -> None:
-    kubectl("rollout", "status", "statefulset/postgres", "--timeout=180s")
-    kubectl("rollout", "status", "deployment/mlflow", "--timeout=300s")
+    kubectl("rollout", "status", "statefulset/postgres", "--timeout=600s")
+    kubectl("rollout", "status", "deployment/mlflow", "--timeout=600s")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,10 @@ def test_a_task_logs_its_run_and_strangers_do_not_see_it(server: Server, logged:
     (run,) = logged
     assert run["info"]["status"] == "FINISHED"
     assert "ingest" in run["info"]["run_name"]
-    assert server.status(f"runs/get?run_id={run['info']['run_id']}", STRANGER) == 403
+    run_id = run["info"]["run_id"]
+    for call in (f"runs/get?run_id={run_id}", f"artifacts/list?run_id={run_id}"):
+        assert server.status(call, STRANGER) == 403
+    assert server.status("runs/set-tag", STRANGER, {"run_id": run_id, "key": "mine", "value": "yes"}) == 403
 
 
 def test_a_promotion_and_the_runs_outlive_restarts_of_both(
@@ -165,6 +168,7 @@ def test_a_promotion_and_the_runs_outlive_restarts_of_both(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", server.passwords[TASKS])
     given = prepare(tmp_path, "puzzle")
     assert promoted(server, given, tmp_path / "first") == (1, "promoted")
+    assert server.status(f"registered-models/get?name={CONFIG.model}", STRANGER) == 403
     begun = time.monotonic()
     for one in ("statefulset/postgres", "deployment/mlflow"):
         kubectl("rollout", "restart", one)

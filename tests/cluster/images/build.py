@@ -8,7 +8,7 @@ In the order in which they build on one another:
 - ``postgres``: Debian's PostgreSQL behind what the manifests use of the official image;
 - ``nemo-rl``: ``cpu`` with Ray, NeMo-RL's own source and the versions that it pins;
 - ``gpu-base``: the Debian root with what NVIDIA's bases bring, PyTorch's CPU build among it;
-- ``search``, ``train``, ``rl``, ``serve``, ``kv``: those images on that base.
+- ``search``, ``train``, ``rl``, ``serve``, ``kv``: those images on that base, or ``runtimes`` for all five at once.
 
 Wheels are fetched here; builds download nothing. Needs root and Debian's buildah, crun and mmdebstrap.
 """
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tests.recover import nemo_rl_environment
 HERE = Path(__file__).parent
 REGISTRY, VERSION = "localhost:5000", "0.1.0"
 PLAIN = ("--quiet", "--tls-verify=false")
+PUSH = (*PLAIN, "--compression-level=1")
 DEBIAN, PYTHON = "bookworm", "3.11"
 BASE, GPU_BASE = (f"localhost/moesaic/{name}:{DEBIAN}" for name in ("debian-python", "debian-torch"))
 PACKAGES = {
@@ -60,11 +62,11 @@ def build_base(context: Path) -> None:
     make_root("base", context)
     (context / "Containerfile").write_text("FROM scratch\nADD root.tar /\n")
     call("buildah", "build", "--quiet", "--tag", BASE, context)
-    call("buildah", "push", *PLAIN, BASE, f"docker://{REGISTRY}/moesaic/base:{VERSION}")
+    call("buildah", "push", *PUSH, BASE, f"docker://{REGISTRY}/moesaic/base:{VERSION}")
 
 
 def build_gpu_base(context: Path) -> None:
-    """It stays here, and nowhere else."""
+    """It stays here too; pushed once, its layers are packed once."""
     brought = {name for runtime in RUNTIMES.values() for name in runtime.base_brings}
     pins, needed = constraints(), closure(map(Requirement, sorted(brought)), PYTHON)
     wheels = [f"{name}=={pins[name]}" for name in sorted(needed & pins.keys())]
@@ -77,15 +79,17 @@ def build_gpu_base(context: Path) -> None:
         f" && ln -s /usr/bin/python3 /opt/ray_venvs/{WORKER}/bin/python\n"
     )
     call("buildah", "build", "--quiet", "--tag", GPU_BASE, context)
+    call("buildah", "push", *PUSH, GPU_BASE, f"docker://{REGISTRY}/moesaic/gpu-base:{VERSION}")
 
 
-def build_runtime(name: str, _: Path) -> None:
-    """One of the project's own images, as `make build-images` makes it."""
-    base = BASE if name == "cpu" else GPU_BASE
-    where = ["--engine", "buildah", "--registry", REGISTRY, "--version", VERSION]
-    if build_images([*where, "--only", name, "--base", f"{name}={base}", "--python", PYTHON]):
+def build_runtimes(names: Sequence[str], context: Path) -> None:
+    """The project's own images, as `make build-images` makes them."""
+    os.environ.setdefault("BUILDAH_ISOLATION", "chroot")
+    where = ["--engine", "buildah", "--registry", REGISTRY, "--version", VERSION, "--context", str(context)]
+    bases = [part for one in names for part in ("--base", f"{one}={BASE if one == 'cpu' else GPU_BASE}")]
+    if build_images([*where, *(part for one in names for part in ("--only", one)), *bases, "--python", PYTHON]):
         raise SystemExit(1)
-    call("buildah", "rmi", f"{REGISTRY}/moesaic/{name}:{VERSION}")
+    call("buildah", "rmi", *(f"{REGISTRY}/moesaic/{one}:{VERSION}" for one in names))
 
 
 def build_servers(context: Path) -> None:
@@ -117,7 +121,8 @@ BUILDERS = {
     "postgres": build_postgres,
     "nemo-rl": build_nemo_rl,
     "gpu-base": build_gpu_base,
-    **{name: partial(build_runtime, name) for name in RUNTIMES},
+    **{name: partial(build_runtimes, [name]) for name in RUNTIMES},
+    "runtimes": partial(build_runtimes, [name for name in RUNTIMES if name != "cpu"]),
 }
 
 
@@ -135,7 +140,7 @@ def build(name: str, context: Path) -> None:
     image = f"{REGISTRY}/moesaic/{name}:{VERSION}"
     file = HERE / f"{name}.Containerfile"
     call("buildah", "build", *PLAIN, "--file", file, "--tag", image, context)
-    call("buildah", "push", *PLAIN, image)
+    call("buildah", "push", *PUSH, image)
     call("buildah", "rmi", image)
 
 
