@@ -276,10 +276,10 @@ def summary(trainer: Trainer, results: Sequence[Result], tokens_per_s: float) ->
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often things beside training happen, in steps."""
+    """How often things beside training happen: in steps, and checkpoints in seconds."""
 
     log: int = 20
-    save: int = 50
+    save_s: float = 240.0
     probe: int = 300
     probe_count: int = 64
 
@@ -287,7 +287,8 @@ class Cadence:
 def train(trainer: Trainer, cadence: Cadence, stop_at: int | None = None) -> None:
     """Run to the end of the recipe, or to `stop_at` steps."""
     results: list[Result] = []
-    began, began_tokens = time.monotonic(), trainer.num_tokens
+    began = saved = time.monotonic()
+    began_tokens = trainer.num_tokens
     log = trainer.out / "log.jsonl"
     while trainer.num_steps < min(trainer.recipe.steps, stop_at or trainer.recipe.steps):
         start = time.monotonic()
@@ -299,8 +300,9 @@ def train(trainer: Trainer, cadence: Cadence, stop_at: int | None = None) -> Non
             if is_first:
                 log_line(log, summary(trainer, results, rate))
             results, began, began_tokens = [], time.monotonic(), trainer.num_tokens
-        if step % cadence.save == 0:
+        if time.monotonic() - saved > cadence.save_s:
             trainer.save()
+            saved = time.monotonic()
         if step % cadence.probe == 0 and is_first:
             log_line(log, {"step": step, "probe": probe(trainer, cadence.probe_count)})
     trainer.save()
@@ -337,7 +339,7 @@ def parse_arguments(suite: Suite, recipe: Recipe) -> Run:
     cadence = Cadence()
     if arguments.smoke:
         chosen = replace(chosen, steps=6, tokens_per_step=2048 * chosen.shards)
-        cadence = Cadence(log=1, save=3, probe=6, probe_count=4)
+        cadence = Cadence(log=1, probe=6, probe_count=4)
     return Run(chosen, suite, arguments.out, arguments.device, cadence, arguments.stop_at, arguments.processes)
 
 

@@ -383,7 +383,7 @@ def small(suite: Suite) -> Suite:
 def small_run(suite: Suite, out: Path, stop_at: int | None = None, processes: int = 1) -> train.Run:
     recipe = train.Recipe(steps=4, tokens_per_step=2048, shards=2, quantize_from=0.7)
     out.mkdir(exist_ok=True)
-    return train.Run(recipe, suite, out, "cpu", train.Cadence(log=1, save=2, probe=100), stop_at, processes)
+    return train.Run(recipe, suite, out, "cpu", train.Cadence(log=1, probe=100), stop_at, processes)
 
 
 def logged_losses(out: Path) -> list[dict[str, float]]:
