@@ -242,6 +242,6 @@ SUITE = Suite(
     make_context=far_context,
     make_question=far_question,
     num_facts=(16, 24),
-    loss_share={"low": 0.09, "medium": 0.21, "high": 0.70},
+    loss_share={"low": 0.11, "medium": 0.22, "high": 0.67},
     config=reasoner_config,
 )

@@ -345,7 +345,7 @@ def test_far_facts_lie_far() -> None:
 def test_splits_are_disjoint(family: str) -> None:
     rng = random.Random(5)
     seen = {
-        split: {SUITE.draw_problem(rng, family, split).identity for _ in range(80)}
+        split: {SUITE.draw_problem(rng, family, split).identity for _ in range(40)}
         for split in ("train", "calibration", "test")
     }
     assert all(not seen[one] & seen[other] for one, other in combinations(seen, 2))
@@ -380,8 +380,8 @@ def small(suite: Suite) -> Suite:
     return replace(suite, config=lambda: reasoner_config(num_layers=2, hidden=64, num_experts=4, top_k=2))
 
 
-def small_run(suite: Suite, out: Path, stop_at: int | None = None, processes: int = 1) -> train.Run:
-    recipe = train.Recipe(steps=4, tokens_per_step=2048, shards=2, quantize_from=0.7)
+def small_run(suite: Suite, out: Path, stop_at: int | None = None, shards: int = 1, processes: int = 1) -> train.Run:
+    recipe = train.Recipe(steps=4, tokens_per_step=1024 * shards, shards=shards, quantize_from=0.7)
     out.mkdir(exist_ok=True)
     return train.Run(recipe, suite, out, "cpu", train.Cadence(log=1, probe=100), stop_at, processes)
 
@@ -402,7 +402,7 @@ def test_resumed_run_repeats_the_losses(suite: Suite, tmp_path: Path) -> None:
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     weights = []
     for processes in (1, 2):
-        run = small_run(small(SUITE), tmp_path / str(processes), stop_at=2, processes=processes)
+        run = small_run(small(SUITE), tmp_path / str(processes), stop_at=2, shards=2, processes=processes)
         start_processes(train.work, (run,), nprocs=processes, start_method="fork")
         weights.append(torch.load(run.out / "checkpoint.pt", weights_only=True)["model"])
     for name, value in weights[0].items():
@@ -417,9 +417,10 @@ def test_committed_data_is_what_the_code_writes(tmp_path: Path) -> None:
 
 
 def test_published_problems_are_no_validation_problems() -> None:
-    taken = {(problem.family, problem.identity) for problem in datasets.validation_problems(PLAN)}
-    published = datasets.published_problems(PLAN, 100)
-    assert len(published) == 100 * len(SUITE.families)
+    plan = replace(PLAN, num_test=3, num_validation=12)
+    taken = {(problem.family, problem.identity) for problem in datasets.validation_problems(plan)}
+    published = datasets.published_problems(plan, 12)
+    assert len(published) == 12 * len(SUITE.families)
     assert not taken & {(problem.family, problem.identity) for problem in published}
 
 
