@@ -126,9 +126,9 @@ class Curriculum:
             self.level[family] = max(self.level[family], min(1.0, (progress - 0.1) / 0.4))
 
     def draw_family(self, rng: random.Random, families: Sequence[str], effort: Effort) -> str:
-        """A family, more often where it errs; low effort cannot earn more by failing."""
-        weights = [1.0 if effort == "low" else 0.15 + self.error[family, effort] for family in families]
-        return rng.choices(families, weights)[0]
+        """A family, more often where it errs at times: what is always wrong at an effort may be out of its reach."""
+        errors = [self.error[family, effort] for family in families]
+        return rng.choices(families, [0.2 + 2 * error * (1 - error) for error in errors])[0]
 
     def far_share(self) -> float:
         """The part of each step's tokens spent on the far families."""
