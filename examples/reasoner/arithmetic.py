@@ -1,4 +1,4 @@
-"""Families that follow a procedure: `add`, `mul`, `chain`, `logic`, `sort`. Their steps can be checked and redone."""
+"""Families that follow a procedure: `add`, `mul`, `chain`, `logic`, `sort`, `compare`. Their steps can be checked and redone."""
 
 import random
 from itertools import zip_longest
@@ -22,7 +22,7 @@ def column_steps(first: int, second: int) -> list[Step]:
 
 def add_problem(rng: random.Random, level: float) -> Problem:
     """Two numbers of the same width; medium effort writes the digits from the right."""
-    width = size(rng, 2, 7, level, 2)
+    width = size(rng, 2, 6, level, 2)
     first, second = (rng.randrange(10 ** (width - 1), 10**width) for _ in range(2))
     total = str(first + second)
     return Problem(
@@ -150,3 +150,30 @@ def other_place(rng: random.Random, text: str) -> str:
     place = rng.randrange(len(letters) - 1)
     letters[place : place + 2] = reversed(letters[place : place + 2])
     return " ".join(letters)
+
+
+def compare_problem(rng: random.Random, level: float) -> Problem:
+    """The largest of some numbers that begin alike; each is compared with the largest before it."""
+    count, width = size(rng, 2, 6, level, 2), size(rng, 2, 4, level, 1)
+    base = rng.randrange(10 ** (width - 1), 10**width)
+    numbers: list[int] = []
+    while len(numbers) < count:
+        unit = 10 ** rng.randint(1, width - 1)
+        number = base - base % unit + rng.randrange(unit)
+        if number not in numbers:
+            numbers.append(number)
+    largest = [max(numbers[: place + 1]) for place in range(count)]
+    steps = []
+    for before, number, after in zip(largest, numbers[1:], largest[1:], strict=False):
+        first, second, result, other = map(spell, (before, number, after, min(before, number)))
+        steps.append(
+            Step(f"{first} , {second} :", result, f"{second} , {first} : {result}", lambda _, other=other: other)
+        )
+    return Problem(
+        family="compare",
+        question=f"compare {' , '.join(map(spell, numbers))}",
+        answer=spell(largest[-1]),
+        identity=str(sorted(numbers)),
+        medium=" , ".join(map(spell, largest[1:])),
+        work=lambda rng: write_steps(rng, steps),
+    )

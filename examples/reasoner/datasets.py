@@ -10,7 +10,7 @@ PLAN = datasets.Plan(
     seeds={"test": 201, "calibration_short": 202, "calibration_long": 203, "prompts": 204, "validation": 205},
     num_test=100,
     num_validation=60,
-    num_prompts=dict.fromkeys(SUITE.short, 500) | dict.fromkeys(SUITE.far, 50),
+    num_prompts=dict.fromkeys(SUITE.short, 400) | dict.fromkeys(SUITE.far, 50),
 )
 
 if __name__ == "__main__":

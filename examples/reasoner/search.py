@@ -70,7 +70,7 @@ def find_subset(rng: random.Random, trace: Trace, numbers: Sequence[int], left: 
 
 def path_problem(rng: random.Random, level: float) -> Problem:
     """The way through a directed graph with dead ends; exactly one leads to the goal."""
-    length, num_dead = size(rng, 2, 5, level, 2), size(rng, 1, 8, level, 2)
+    length, num_dead = size(rng, 2, 4, level, 2), size(rng, 1, 8, level, 2)
     names = rng.sample(LETTERS, length + 1 + num_dead)
     path, dead = names[: length + 1], names[length + 1 :]
     edges = set(pairwise(path))

@@ -1,11 +1,18 @@
-"""The twelve families and the model they train: what the trainer of `examples.tiny_reasoner` is given."""
+"""The thirteen families and the model they train: what the trainer of `examples.tiny_reasoner` is given."""
 
 import random
 from collections.abc import Callable
 
 from transformers import GptOssConfig
 
-from examples.reasoner.arithmetic import add_problem, chain_problem, logic_problem, mul_problem, sort_problem
+from examples.reasoner.arithmetic import (
+    add_problem,
+    chain_problem,
+    compare_problem,
+    logic_problem,
+    mul_problem,
+    sort_problem,
+)
 from examples.reasoner.far import FAR_FAMILIES, far_context, far_question
 from examples.reasoner.problem import Problem
 from examples.reasoner.search import path_problem, solve_problem, subset_problem
@@ -18,6 +25,7 @@ MAKERS: dict[str, Callable[[random.Random, float], Problem]] = {
     "chain": chain_problem,
     "logic": logic_problem,
     "sort": sort_problem,
+    "compare": compare_problem,
     "subset": subset_problem,
     "path": path_problem,
     "solve": solve_problem,

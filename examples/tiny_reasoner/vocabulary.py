@@ -27,7 +27,7 @@ NAMES = (
 
 LATER = (
     "mul", "path", "subset", "solve", "latest", "count", "to", ",", "check", "ok", "no", "redo", "take", "left", "back",
-    "dead",
+    "dead", "compare",
 )  # fmt: skip
 """Words of `examples.reasoner`, in places that were reserved."""
 

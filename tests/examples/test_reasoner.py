@@ -147,6 +147,19 @@ def follow_sort(problem: Problem, text: str) -> str:
     return expected
 
 
+def follow_compare(problem: Problem, text: str) -> str:
+    def holds(said: str) -> bool:
+        numbers = [int(each) for each in re.findall(r"\d+", joined(said))]
+        return numbers[2] == max(numbers[:2])
+
+    largest, *others = problem.question.removeprefix("compare ").split(" , ")
+    for segment, other in zip(text.split(" ; "), others, strict=True):
+        statement = settled(segment, holds)
+        assert statement.startswith(f"{largest} , {other} : ")
+        largest = statement.split(" : ")[1]
+    return largest
+
+
 def follow_subset(problem: Problem, text: str) -> str:
     listed, target = joined(problem.question.removeprefix("subset ")).split(" = ")
     numbers, stack, tried = [int(each) for each in listed.split(" , ")], [], [set()]
@@ -266,7 +279,7 @@ def follow_count(problem: Problem, text: str) -> str:
 
 FOLLOW: dict[str, Callable[[Problem, str], str]] = {
     "add": follow_add, "mul": follow_mul, "chain": follow_chain, "logic": follow_logic, "sort": follow_sort,
-    "subset": follow_subset, "path": follow_path, "solve": follow_solve,
+    "compare": follow_compare, "subset": follow_subset, "path": follow_path, "solve": follow_solve,
     "retrieve": follow_retrieve, "hops": follow_hops, "latest": follow_latest, "count": follow_count,
 }  # fmt: skip
 
