@@ -1,4 +1,4 @@
-"""Families that follow a procedure: `add`, `mul`, `chain`, `logic`, `sort`, `compare`. Their steps can be checked and redone."""
+"""Families that follow a procedure, whose steps can be checked: `add`, `mul`, `chain`, `logic`, `sort`, `compare`."""
 
 import random
 from itertools import zip_longest
