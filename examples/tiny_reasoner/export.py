@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GptOssConfig
 
 from examples.tiny_reasoner.model import reasoner_config
 from examples.tiny_reasoner.quantized import is_expert_matrix
@@ -34,9 +35,9 @@ def stored_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def config_values() -> dict[str, object]:
+def config_values(config: GptOssConfig) -> dict[str, object]:
     """config.json, readable by transformers of either rope convention."""
-    values = {key: value for key, value in reasoner_config().to_dict().items() if key not in UNUSED}
+    values = {key: value for key, value in config.to_dict().items() if key not in UNUSED}
     rope = dict(values["rope_parameters"])
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return values | {
@@ -65,10 +66,10 @@ def shards(tensors: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
     return [(f"model-{number:05d}-of-{NUM_SHARDS:05d}", part) for number, part in enumerate(parts, 1)]
 
 
-def write_parent(out: Path, state: dict[str, Tensor]) -> None:
+def write_parent(out: Path, config: GptOssConfig, state: dict[str, Tensor]) -> None:
     """The whole checkpoint directory, in place of an earlier one."""
     shutil.rmtree(out, ignore_errors=True)
-    write_checkpoint(out, config_values(), shards(stored_tensors(state)))
+    write_checkpoint(out, config_values(config), shards(stored_tensors(state)))
     generation = {"bos_token_id": PAD_ID, "eos_token_id": RETURN_ID, "pad_token_id": PAD_ID, "do_sample": False}
     write_json(out / "generation_config.json", generation)
     write_tokenizer(out)
@@ -88,13 +89,13 @@ def checkpoint_weights(run: Path) -> dict[str, Tensor]:
     return weights
 
 
-def main() -> None:
+def main(config: GptOssConfig | None = None, out: Path = Path(__file__).parent / "parent") -> None:
     """Export a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="the training run's --out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "parent")
+    parser.add_argument("--out", type=Path, default=out)
     arguments = parser.parse_args()
-    write_parent(arguments.out, checkpoint_weights(arguments.run))
+    write_parent(arguments.out, config or reasoner_config(), checkpoint_weights(arguments.run))
 
 
 if __name__ == "__main__":

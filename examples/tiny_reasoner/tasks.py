@@ -9,21 +9,17 @@ for `add`, the letters in sorted order for `sort`, the whole context for the far
 another.
 """
 
-import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
+from examples.tiny_reasoner.model import reasoner_config
+from examples.tiny_reasoner.suite import Effort, Suite
+from examples.tiny_reasoner.trace import Trace
 from examples.tiny_reasoner.vocabulary import FILLER, LETTERS, NAMES, STEPS
 
-Effort = Literal["low", "medium", "high"]
-Split = Literal["train", "calibration", "test"]
-EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
 SHORT_FAMILIES = ("add", "chain", "sort", "logic")
 FAR_FAMILIES = ("retrieve", "hops")
-FAMILIES = (*SHORT_FAMILIES, *FAR_FAMILIES)
-FAR_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,13 @@ class Problem:
         """The analysis written at this effort; empty at low effort."""
         return {"low": "", "medium": self.medium, "high": self.high}[effort]
 
+    def trace(self, effort: Effort, _rng: random.Random) -> Trace:
+        """The analysis: here a function of the problem."""
+        return Trace().write(self.thinking(effort))
 
-def split_of(family: str, identity: str) -> Split:
-    """The split a problem belongs to: 80 % train, 8 % calibration, 12 % test."""
-    digest = hashlib.blake2b(f"{family}|{identity}".encode(), digest_size=4).digest()
-    percent = int.from_bytes(digest, "big") % 100
-    if percent < 80:
-        return "train"
-    return "calibration" if percent < 88 else "test"
+    def after(self, context: str) -> "Problem":
+        """The same problem with the context in front of its question."""
+        return replace(self, question=f"{context} ; {self.question}")
 
 
 def between(rng: random.Random, low: int, high: int, level: float) -> int:
@@ -142,28 +137,37 @@ class FarContext:
     length: int
 
 
-def scatter(rng: random.Random, links: dict[str, str], length: int) -> tuple[str, dict[str, int]]:
-    """Place the facts in random order at random places among filler words, `length` tokens in all."""
-    order = list(links)
+def scatter(
+    rng: random.Random, facts: Sequence[tuple[str, str]], length: int
+) -> tuple[str, list[tuple[int, str, str]]]:
+    """Place the facts (key, value) in random order at random places among filler words, `length` tokens in all.
+
+    Returns the text and (token offset, key, value) of every fact in the order of the text.
+    """
+    order = list(facts)
     rng.shuffle(order)
     gaps = sorted(rng.randint(0, max(0, length - 3 * len(order))) for _ in order)
     tokens: list[str] = []
-    offsets = {}
-    for index, key in enumerate(order):
+    placed = []
+    for index, (key, value) in enumerate(order):
         fill = gaps[index] - (gaps[index - 1] if index else 0)
         tokens += rng.choices(FILLER, k=fill)
-        offsets[key] = len(tokens)
-        tokens += [">", key, links[key]]
+        placed.append((len(tokens), key, value))
+        tokens += [">", key, value]
     tokens += rng.choices(FILLER, k=max(0, length - len(tokens)))
-    return " ".join(tokens), offsets
+    return " ".join(tokens), placed
+
+
+def context_of(rng: random.Random, family: str, links: dict[str, str], length: int) -> FarContext:
+    """The facts scattered over a text."""
+    text, placed = scatter(rng, list(links.items()), length)
+    return FarContext(family, text, links, {key: offset for offset, key, _ in placed}, len(text.split()))
 
 
 def retrieve_context(rng: random.Random, length: int, num_facts: int) -> FarContext:
     """Independent facts: no name is both a key and a value."""
     names = rng.sample(NAMES, 2 * num_facts)
-    links = dict(zip(names[:num_facts], names[num_facts:], strict=True))
-    text, offsets = scatter(rng, links, length)
-    return FarContext("retrieve", text, links, offsets, len(text.split()))
+    return context_of(rng, "retrieve", dict(zip(names[:num_facts], names[num_facts:], strict=True)), length)
 
 
 def hops_context(rng: random.Random, length: int, num_facts: int) -> FarContext:
@@ -171,8 +175,7 @@ def hops_context(rng: random.Random, length: int, num_facts: int) -> FarContext:
     num_paths = max(1, num_facts // 4)
     names = rng.sample(NAMES, 5 * num_paths)
     links = {names[5 * path + i]: names[5 * path + i + 1] for path in range(num_paths) for i in range(4)}
-    text, offsets = scatter(rng, links, length)
-    return FarContext("hops", text, links, offsets, len(text.split()))
+    return context_of(rng, "hops", links, length)
 
 
 def far_context(rng: random.Random, family: str, length: int, num_facts: int) -> FarContext:
@@ -206,14 +209,13 @@ def hops_question(context: FarContext, path: Sequence[str]) -> Problem:
     return Problem("hops", f"from {path[0]} hops {hops}", path[-1], medium, high, context.text)
 
 
-def far_question(
-    rng: random.Random, context: FarContext, before: int, num_keys: int = 1, max_hops: int = 4
-) -> Problem | None:
-    """A question whose facts all start before this token offset, or None when the draw finds none."""
+def far_question(rng: random.Random, context: FarContext, before: int, practice: bool) -> Problem | None:
+    """A question whose facts all start before this token offset, or None; the test asks for one key at a time."""
+    num_keys = rng.choice((1, 1, 2, 4)) if practice else 1
     early = [key for key, offset in context.offsets.items() if offset < before]
     if context.family == "retrieve":
         return retrieve_question(context, rng.sample(early, min(num_keys, len(early)))) if early else None
-    path = path_from(context, rng.choice(early), rng.randint(2, max_hops)) if early else None
+    path = path_from(context, rng.choice(early), rng.randint(2, 4)) if early else None
     if path is None or any(context.offsets[key] >= before for key in path[:-1]):
         return None
     return hops_question(context, path)
@@ -227,37 +229,19 @@ MAKERS: dict[str, Callable[[random.Random, float], Problem]] = {
 }
 
 
-def short_problem(rng: random.Random, family: str, split: Split, level: float = 1.0) -> Problem:
-    """Draw until the problem falls into the split."""
-    while True:
-        problem = MAKERS[family](rng, level)
-        if split_of(family, problem.identity) == split:
-            return problem
+def short_problem(rng: random.Random, family: str, level: float) -> Problem:
+    """A problem of one of the short families."""
+    return MAKERS[family](rng, level)
 
 
-def split_context(rng: random.Random, family: str, split: Split, length: int, num_facts: int) -> FarContext:
-    """Draw until the context falls into the split."""
-    while True:
-        context = far_context(rng, family, length, num_facts)
-        if split_of(family, context.text) == split:
-            return context
-
-
-def far_problem(rng: random.Random, family: str, split: Split) -> Problem:
-    """A far problem as the test asks it: 250 to 400 tokens, its facts more than 128 tokens before the question."""
-    while True:
-        context = split_context(rng, family, split, rng.randint(250, 400), rng.randint(16, 24))
-        problem = far_question(rng, context, context.length - FAR_TOKENS)
-        if problem is not None:
-            return with_context(context, problem)
-
-
-def with_context(context: FarContext, problem: Problem) -> Problem:
-    """The same problem with the context in front of its question."""
-    text = f"{context.text} ; {problem.question}"
-    return Problem(problem.family, text, problem.answer, problem.medium, problem.high, problem.identity)
-
-
-def draw_problem(rng: random.Random, family: str, split: Split) -> Problem:
-    """One problem as the test asks it."""
-    return far_problem(rng, family, split) if family in FAR_FAMILIES else short_problem(rng, family, split)
+SUITE = Suite(
+    name="tiny_reasoner",
+    short=SHORT_FAMILIES,
+    far=FAR_FAMILIES,
+    make_short=short_problem,
+    make_context=far_context,
+    make_question=far_question,
+    num_facts=(16, 24),
+    loss_share={"low": 0.11, "medium": 0.22, "high": 0.67},
+    config=reasoner_config,
+)

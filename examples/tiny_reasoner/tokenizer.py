@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from examples.tiny_reasoner.tasks import Effort, Problem
+from examples.tiny_reasoner.suite import Effort, Problem
+from examples.tiny_reasoner.trace import Kind, Trace
 from examples.tiny_reasoner.vocabulary import SPECIAL, words
 
 CHAT_TEMPLATE = """\
@@ -57,43 +58,44 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids, and which of them the assistant wrote (the ones that carry loss)."""
+    """Token ids, and the kind of each that the assistant wrote; None where it did not."""
 
     ids: tuple[int, ...]
-    written: tuple[bool, ...]
+    kinds: tuple[Kind | None, ...]
 
     def __add__(self, other: "Rendered") -> "Rendered":
-        return Rendered(self.ids + other.ids, self.written + other.written)
+        return Rendered(self.ids + other.ids, self.kinds + other.kinds)
 
 
-def encode(text: str, written: bool) -> Rendered:
+def encode(text: str, kind: Kind | None) -> Rendered:
     """Words to ids."""
     ids = tuple(IDS[word] for word in text.split())
-    return Rendered(ids, (written,) * len(ids))
+    return Rendered(ids, (kind,) * len(ids))
 
 
 def render_system(effort: Effort) -> Rendered:
     """The system message that sets the effort."""
-    return encode(f"<|start|> system <|message|> Reasoning: {effort} <|end|>", False)
+    return encode(f"<|start|> system <|message|> Reasoning: {effort} <|end|>", None)
 
 
 def render_question(content: str) -> Rendered:
     """A user message and the start of the answer: what a generation begins from."""
-    return encode(f"<|start|> user <|message|> {content} <|end|> <|start|> assistant", False)
+    return encode(f"<|start|> user <|message|> {content} <|end|> <|start|> assistant", None)
 
 
-def render_answer(problem: Problem, effort: Effort) -> Rendered:
+def render_answer(answer: str, trace: Trace) -> Rendered:
     """What the assistant writes after `<|start|>assistant`."""
-    thinking = problem.thinking(effort)
-    final = f"<|channel|> final <|message|> {problem.answer} <|return|>"
-    if not thinking:
-        return encode(final, True)
-    return encode(f"<|channel|> analysis <|message|> {thinking} <|end|> <|start|> assistant {final}", True)
+    final = encode(f"<|channel|> final <|message|> {answer} <|return|>", "sure")
+    if not trace.words:
+        return final
+    analysis = Rendered(tuple(IDS[word] for word, _ in trace.words), tuple(kind for _, kind in trace.words))
+    opening = encode("<|channel|> analysis <|message|>", "sure")
+    return opening + analysis + encode("<|end|> <|start|> assistant", "sure") + final
 
 
-def render_turns(problems: Sequence[Problem], effort: Effort) -> Rendered:
+def render_turns(turns: Sequence[tuple[Problem, Trace]], effort: Effort) -> Rendered:
     """A whole conversation at one effort."""
     rendered = render_system(effort)
-    for problem in problems:
-        rendered += render_question(problem.question) + render_answer(problem, effort)
+    for problem, trace in turns:
+        rendered += render_question(problem.question) + render_answer(problem.answer, trace)
     return rendered

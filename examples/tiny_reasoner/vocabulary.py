@@ -25,10 +25,16 @@ NAMES = (
     "salmon", "silver", "spruce", "sulfur", "tiger", "topaz", "tulip", "velvet", "walnut", "willow",
 )  # fmt: skip
 
+LATER = (
+    "mul", "path", "subset", "solve", "latest", "count", "to", ",", "check", "ok", "no", "redo", "take", "left", "back",
+    "dead", "compare",
+)  # fmt: skip
+"""Words of `examples.reasoner`, in places that were reserved."""
+
 
 def words() -> tuple[str, ...]:
     """All words in token order, filled up with reserved words to 256 without repeats."""
     plain = dict.fromkeys(
-        (*SPECIAL, *ROLES, *EFFORT_WORDS, *DIGITS, *SIGNS, *LETTERS, *STEPS, *LOGIC, *VERBS, *FILLER, *NAMES)
+        (*SPECIAL, *ROLES, *EFFORT_WORDS, *DIGITS, *SIGNS, *LETTERS, *STEPS, *LOGIC, *VERBS, *FILLER, *NAMES, *LATER)
     )
     return (*plain, *(f"<|reserved_{number}|>" for number in range(256 - len(plain))))

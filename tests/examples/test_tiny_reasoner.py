@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from safetensors import safe_open
 from transformers import GptOssForCausalLM
 
-from examples.tiny_reasoner import datasets, export, fast_layers, record, tasks, train
-from examples.tiny_reasoner.model import build_model, use_fast_layers, use_reference_layers
+from examples.tiny_reasoner import datasets, export, fast_layers, record, suite, tasks, train
+from examples.tiny_reasoner.model import build_model, reasoner_config, use_fast_layers, use_reference_layers
 from examples.tiny_reasoner.optimizer import orthogonalize
 from examples.tiny_reasoner.quantized import stored_value, stored_weights
 from examples.tiny_reasoner.rows import Curriculum, echo_rows, far_rows, short_rows
-from examples.tiny_reasoner.tasks import EFFORTS, FAMILIES, Problem
+from examples.tiny_reasoner.suite import EFFORTS
+from examples.tiny_reasoner.tasks import SUITE, Problem
 from examples.tiny_reasoner.tokenizer import (
     IDS,
     build_tokenizer,
@@ -44,7 +46,7 @@ def one_thread() -> Iterator[None]:
 
 def problems(family: str, count: int = 40) -> list[Problem]:
     rng = random.Random(7)
-    return [tasks.draw_problem(rng, family, "train") for _ in range(count)]
+    return [SUITE.draw_problem(rng, family, "train") for _ in range(count)]
 
 
 def solve_add(question: str) -> str:
@@ -92,13 +94,13 @@ SOLVERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUITE.families)
 def test_answers_follow_from_the_question(family: str) -> None:
     for problem in problems(family):
         assert SOLVERS[family](problem.question) == problem.answer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUITE.families)
 def test_traces_end_in_the_answer_and_grow_with_effort(family: str) -> None:
     for problem in problems(family):
         assert problem.thinking("low") == ""
@@ -136,14 +138,14 @@ def test_far_facts_lie_far() -> None:
             path = re.findall(r"> (\w+) \w+", problem.high)
             keys = {tokens[place + 1]: place for place, token in enumerate(tokens) if token == ">"}
             assert path and 250 <= len(tokens) <= 400
-            assert all(len(tokens) - keys[name] > tasks.FAR_TOKENS for name in path)
+            assert all(len(tokens) - keys[name] > suite.FAR_TOKENS for name in path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUITE.families)
 def test_splits_are_disjoint(family: str) -> None:
     rng = random.Random(3)
     seen = {
-        split: {tasks.draw_problem(rng, family, split).identity for _ in range(150)}
+        split: {SUITE.draw_problem(rng, family, split).identity for _ in range(150)}
         for split in ("train", "calibration", "test")
     }
     assert (
@@ -161,15 +163,16 @@ def test_same_sum_in_other_order_stays_in_its_split() -> None:
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
-def test_template_equals_the_training_renderer(effort: tasks.Effort) -> None:
+def test_template_equals_the_training_renderer(effort: suite.Effort) -> None:
     tokenizer = build_tokenizer()
-    turns = [tasks.draw_problem(random.Random(seed), family, "train") for seed, family in enumerate(FAMILIES)]
+    turns = [SUITE.draw_problem(random.Random(seed), family, "train") for seed, family in enumerate(SUITE.families)]
     messages = [message for problem in turns for message in (
         {"role": "user", "content": problem.question},
         {"role": "assistant", "thinking": problem.thinking(effort), "content": problem.answer},
     )]  # fmt: skip
     ids = tokenizer.apply_chat_template(messages, reasoning_effort=effort, return_dict=False)
-    assert ids == list(render_turns(turns, effort).ids)
+    rng = random.Random(0)
+    assert ids == list(render_turns([(problem, problem.trace(effort, rng)) for problem in turns], effort).ids)
     prompt = tokenizer.apply_chat_template(
         messages[:1], reasoning_effort=effort, add_generation_prompt=True, return_dict=False
     )
@@ -198,7 +201,7 @@ def test_vocabulary_is_256_distinct_words() -> None:
 @pytest.fixture(scope="module")
 def lively_model() -> GptOssForCausalLM:
     """Weights large enough that sinks, windows and the gate's clamps all matter."""
-    model = build_model(0, "cpu")
+    model = build_model(reasoner_config(), 0, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -248,13 +251,17 @@ def test_window_attention_needs_whole_blocks() -> None:
 
 
 def test_packed_conversations_do_not_see_each_other(lively_model: GptOssForCausalLM) -> None:
-    rows = short_rows(random.Random(0), Curriculum(), 1)
+    rows = short_rows(random.Random(0), Curriculum(SUITE), 256)
     use_fast_layers(lively_model)
-    packed, _ = train.written_loss(lively_model, rows)
+    packed, _ = train.learnt_loss(lively_model, rows)
     use_reference_layers(lively_model)
     alone = 0.0
-    for number in range(int(rows.documents.max()) + 1):
-        ids, labels = (tensor[rows.documents == number] for tensor in (rows.ids, rows.labels))
+    num_rows, most = len(rows.ids), int(rows.documents.max()) + 1
+    for row, number in product(range(num_rows), range(most)):
+        own = rows.documents[row] == number
+        ids, labels = rows.ids[row, own], rows.labels[row, own]
+        if not len(ids):
+            continue
         logits = lively_model(input_ids=ids.unsqueeze(0)).logits[0]
         alone += (
             float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").detach())
@@ -280,8 +287,8 @@ def test_stored_weights_are_temporary(lively_model: GptOssForCausalLM) -> None:
 
 
 def test_rows_carry_loss_on_answers_only() -> None:
-    rng, curriculum = random.Random(4), Curriculum()
-    for rows in (short_rows(rng, curriculum, 2), far_rows(rng, curriculum, 512), echo_rows(rng, 256)):
+    rng, curriculum = random.Random(4), Curriculum(SUITE)
+    for rows in (short_rows(rng, curriculum, 512), far_rows(rng, curriculum, 512), echo_rows(rng, 256)):
         predicted = torch.where(rows.labels[:, :-1] == -100, rows.labels[:, :-1], rows.ids[:, 1:])
         assert torch.equal(predicted, rows.labels[:, :-1])
         assert torch.equal(rows.turn >= 0, rows.labels != -100)
@@ -290,24 +297,9 @@ def test_rows_carry_loss_on_answers_only() -> None:
             assert rows.ids[turn.row, turn.stop - 1] == IDS["<|return|>"]
 
 
-def test_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
-    recipe = train.Recipe(steps=4, tokens_per_step=1024, quantize_from=0.7)
-    cadence = train.Cadence(log=1, save=2, probe=100)
-    logs = []
-    for stops in ((None,), (2, None)):
-        out = tmp_path / str(len(stops))
-        out.mkdir()
-        for stop in stops:
-            trainer = train.Trainer(recipe, "cpu", out)
-            trainer.resume()
-            train.train(trainer, cadence, stop)
-        logs.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
-    assert len(logs[0]) == 4 and logs[0] == logs[1]
-
-
 def test_committed_data_is_what_the_code_writes(tmp_path: Path) -> None:
-    datasets.write_datasets(tmp_path)
-    for name in datasets.SEEDS:
+    datasets.write_datasets(datasets.PLAN, tmp_path)
+    for name in datasets.PLAN.seeds:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes()
 
 
@@ -325,7 +317,7 @@ def test_validation_and_test_share_no_problem() -> None:
         return family, *(sorted(parts) if family in ("add", "sort") else parts)
 
     validation, test = asked("validation"), asked("test")
-    assert len(validation) == datasets.VALIDATION_PER_FAMILY * len(FAMILIES)
+    assert len(validation) == datasets.PLAN.num_validation * len(SUITE.families)
     assert not set(validation) & {*test, *asked("prompts")}
 
 
@@ -337,7 +329,7 @@ def test_committed_rows_fit_their_lengths() -> None:
             ids = tokenizer.apply_chat_template(row["messages"], reasoning_effort=row["effort"], return_dict=False)
             assert shortest <= len(ids) <= longest, row["id"]
     test_tasks = [json.loads(line)["task"] for line in (DATA / "test.jsonl").read_text().splitlines()]
-    assert all(test_tasks.count(family) == datasets.TEST_PER_FAMILY for family in FAMILIES)
+    assert all(test_tasks.count(family) == datasets.PLAN.num_test for family in SUITE.families)
 
 
 def test_parent_is_stored_as_gpt_oss_is() -> None:
@@ -357,7 +349,7 @@ def test_parent_is_stored_as_gpt_oss_is() -> None:
 
 
 def test_export_loads_with_the_stored_values(tmp_path: Path, lively_model: GptOssForCausalLM) -> None:
-    export.write_parent(tmp_path, lively_model.state_dict())
+    export.write_parent(tmp_path, reasoner_config(), lively_model.state_dict())
     loaded = load_model(tmp_path).state_dict()
     for name, value in lively_model.state_dict().items():
         assert torch.equal(loaded[name], stored_value(name, value)), name

@@ -1,0 +1,1 @@
+"""A small reasoning model with room above and below."""
