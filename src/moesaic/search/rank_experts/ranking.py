@@ -88,7 +88,7 @@ class Tally:
     def of_none(cls, num_tokens: int) -> "Tally":
         """Of a layer without experts."""
         none = torch.zeros(0, dtype=torch.float64)
-        return cls(num_tokens, 0, none, none, none.view(0, 0))
+        return cls(num_tokens, 0, none, {}, none.view(0, 0))
 
 
 def rank_layer(criterion: Criterion, batches: Iterable[Routing]) -> LayerRanking:

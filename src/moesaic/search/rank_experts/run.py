@@ -115,7 +115,7 @@ def _finish(
 ) -> LayerRanking:
     """The ranking of a layer, from the tallies of all batches; empty if it has no experts."""
     if not len(norms):
-        return LayerRanking((), (), torch.zeros(0, 0, dtype=torch.int32))
+        return LayerRanking((), (), (), torch.zeros(0, 0, dtype=torch.int32))
     energies = torch.stack([each.energies for each in tallies]).sum(0)
     seed = config.seed + layer
     channels = order_channels(config.channel_criterion, energies, norms, seed)
