@@ -264,7 +264,7 @@ def test_a_profile_that_is_not_there_or_no_yaml_is_explained(tmp_path: Path) -> 
         ("? [1, 2]\n: 3\n", "unhashable key|holds what is no text"),
         ("default: cpu\n--- \nnodes: {}\n", "is no YAML: expected a single document"),
         ("default: !!python/name:os.system\n", "is no YAML: could not determine a constructor"),
-        ("[" * 3000, "is no YAML|holds what is no text"),
+        ("[" * 1000, "is no YAML|holds what is no text"),
         ("default: \tcpu\n\t- a\n", "is no YAML"),
     ],
 )
