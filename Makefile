@@ -28,7 +28,7 @@ test: $(STAMP) ## all tests that need neither a GPU nor an engine nor a cluster
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu and not engine and not cluster"
 
 test-engine: $(STAMP) ## vLLM, AIPerf and clients of the API, in environments of their own that are made once (3 GB)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/costs tests/deploy tests/measure tests/pipelines tests/recover tests/search
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/costs tests/deploy tests/measure tests/recover tests/search
 
 test-cluster: $(STAMP) ## overlays, rights, pipelines as pods, jobs and faults on the cluster that KUBECONFIG names (docs/cluster.md)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster
