@@ -101,7 +101,7 @@ class Seen:
 
 
 def main() -> None:
-    """Prune and correct on each draw, measure on the others, ask them all."""
+    """Prune and correct on each draw, measure on the next, ask them all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/router_correction"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
