@@ -97,8 +97,8 @@ def test_recipes_say_what_and_never_where(name: str) -> None:
 
 def test_the_tiny_recipe_asks_for_a_child_worth_having() -> None:
     search = RECIPES["tiny_cpu"]().search_architecture
-    assert search.max_parameters_ratio is not None
-    assert search.max_parameters_ratio <= 0.75
+    assert search.max_experts_ratio is not None
+    assert search.max_experts_ratio <= 0.75
     assert search.min_windowed_share >= 1 / 3
 
 

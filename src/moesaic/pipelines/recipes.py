@@ -44,17 +44,17 @@ _FEW_BASELINES = ("uniform", "uniform_reap", "greedy")
 
 def tiny_cpu() -> Recipe:
     """The tiny reasoner of ``examples/`` on two CPU cores, search and recovery, in minutes."""
-    space = SearchSpace(expert_counts=(16, 12, 10, 8, 6), expert_widths=(32,), windows=(128, 32))
+    space = SearchSpace(expert_counts=(16, 14, 12, 10, 8, 6, 4), windows=(256, 128, 64, 32))
     long = Workload(name="long", input_tokens=2048, output_tokens=64, concurrency=4)
     short = Workload(name="short", input_tokens=128, output_tokens=128, concurrency=4)
     search = SearchArchitectureConfig(
         limits={"long": Limits(memory_ratio=0.45, throughput_ratio=1.1), "short": Limits(memory_ratio=0.85)},
-        max_parameters_ratio=0.69,
+        max_experts_ratio=0.65,
         min_windowed_share=1 / 3,
         random_seeds=(0,),
     )
     gentler = {"long": Limits(memory_ratio=0.7), "short": Limits(memory_ratio=0.95)}
-    scores = ScoreBlocksConfig(space=space, metric="kl", max_sequences=32, max_tokens=1024, batch_tokens=8192)
+    scores = ScoreBlocksConfig(space=space, metric="kl", max_sequences=48, max_tokens=1024, batch_tokens=8192)
     distill = _tiny_distill()
     margins: dict[Effort, float] = {"low": 5.0, "medium": 4.0, "high": 3.0}
     return Recipe(
@@ -62,7 +62,7 @@ def tiny_cpu() -> Recipe:
         score_blocks=scores,
         measure_costs=MeasureCostsConfig(space=space, workloads=(long, short), repeats=3),
         search_architecture=search,
-        earlier_search_architecture=search.but(limits=gentler, max_parameters_ratio=0.86, min_windowed_share=0.0),
+        earlier_search_architecture=search.but(limits=gentler, max_experts_ratio=0.85, min_windowed_share=0.0),
         refine_architecture=RefineArchitectureConfig.like(scores, evaluations=_MEASURED),
         generate_traces=GenerateTracesConfig(max_prompts=1200, max_new_tokens=128),
         distill_blocks=DistillBlocksConfig(),
@@ -121,7 +121,7 @@ def _tiny_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
         name="mixed",
         efforts=("low", "low", "medium", "high"),
         min_parent_accuracy=0.85,
-        prompts_per_step=96,
+        prompts_per_step=144,
         rewards=RewardConfig(length=0.2),
         optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=5, final_learning_rate_ratio=0.3),
         seed=1,
