@@ -30,12 +30,12 @@ def test_with_recovery_every_stage_has_a_row() -> None:
     search = read_evidence(**inputs())
     summary = summarize(search) | {"recovery": summarize_recovery(read_recovery(search, **recovery_inputs()))}
     rows = shown(summary)
-    assert ["parent", "50.0   90.0", "10.0  100.0", "1.00x  1.00x"] in rows
-    assert ["pruned", "40.0   80.0", "10.0  100.0", "1.50x  1.50x"] in rows
-    assert ["averaged", "51.0   90.0", "9.0  75.0", "1.67x  2.00x"] in rows
-    assert ["FP8, unit scales", "41.0   86.0", "9.0  75.0", ""] in rows
-    assert ["FP8, calibrated", "50.0   90.0", "9.0  75.0", "1.67x  2.00x"] in rows
-    assert ["greedy, averaged", "46.0   80.0", "9.0  75.0", "1.78x  2.13x"] in rows
+    assert ["parent", "50.0  90.0", "10.0 100.0", "1.00x 1.00x"] in rows
+    assert ["pruned", "40.0  80.0", "10.0 100.0", "1.50x 1.50x"] in rows
+    assert ["averaged", "51.0  90.0", "9.0 75.0", "1.67x 2.00x"] in rows
+    assert ["FP8, unit scales", "41.0  86.0", "9.0 75.0", ""] in rows
+    assert ["FP8, calibrated", "50.0  90.0", "9.0 75.0", "1.67x 2.00x"] in rows
+    assert ["greedy, averaged", "46.0  80.0", "9.0 75.0", "1.78x 2.13x"] in rows
     assert not any("accuracy" in row[0] for row in rows)
     assert ["experts", "8", "6", "0.75x"] in rows
     assert ["experts per token, all layers", "4", "3", "0.75x"] in rows

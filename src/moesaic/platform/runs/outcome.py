@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moesaic.measure.report.tables import comparison_rows, number, outside_rows, percent, stage_rows
+from moesaic.measure.report.tables import comparison_rows, number, outside_rows, stage_rows, tenths
 
 _QUANTITIES = {
     "parameters": "parameters",
@@ -44,16 +44,18 @@ def comparison_table(summary: Mapping[str, Any], hidden: Sequence[str] = ()) -> 
 
 
 def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
-    """The search against its baselines at equal budget: predicted damage and measured accuracy."""
+    """The search against its baselines at equal budget: predicted damage, sizes, measured accuracy."""
     efforts = list(rivals[0]["accuracy"])
-    table = Table("", "damage", "experts", "per token", "width", *(f"accuracy {effort}" for effort in efforts))
-    table.title = "The search and its baselines, at equal cost and before any training"
+    table = Table(title=f"Search and baselines before any training, at {', '.join(efforts)} effort")
+    table.add_column(no_wrap=True)
+    for column in ("damage", "experts", "top-k", "width", "accuracy [%]"):
+        table.add_column(column, justify="right", no_wrap=True)
     for rival in rivals:
-        accuracies = (rival["accuracy"][effort] for effort in efforts)
-        shown = ["not measured" if accuracy is None else percent(accuracy["mean"]) for accuracy in accuracies]
-        damage = "not scored" if rival["damage"] is None else number(rival["damage"])
+        means = [accuracy and accuracy["mean"] for accuracy in rival["accuracy"].values()]
+        shown = "not measured" if None in means else " ".join(tenths(mean).rjust(5) for mean in means)
+        damage = "n/a" if rival["damage"] is None else number(rival["damage"])
         sizes = (number(rival[size]) for size in ("experts", "experts_per_token", "expert_width"))
-        table.add_row(rival["name"], damage, *sizes, *shown)
+        table.add_row(rival["name"], damage, *sizes, shown)
     return table
 
 
@@ -77,5 +79,5 @@ def recovery_table(recovery: Mapping[str, Any]) -> Table:
     for row in stage_rows(recovery):
         accuracies = (accuracy.rjust(5) for accuracy in row.accuracy)
         rates = (rate for rate in row.request_rate if rate)
-        table.add_row(row.name, *("  ".join(cells) for cells in (accuracies, row.tokens, rates)))
+        table.add_row(row.name, *(" ".join(cells) for cells in (accuracies, row.tokens, rates)))
     return table
