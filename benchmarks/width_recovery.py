@@ -3,10 +3,10 @@
     python benchmarks/width_recovery.py --runs runs/width_recovery [--costs DIRECTORY] [--record FILE]
 
 On each of three disjoint draws of its calibration sets the tiny reasoner is scored and searched twice, under the demo's
-limits of memory and throughput (by measured costs) and 69 % of the parameters: with fewer experts and windows on offer, and with half
-the width as well. Both children are assembled, distilled alike on the same traces, and asked problems that were drawn
-for this alone, before and after; they are compared problem by problem, draw by draw and over all draws. Finished stages
-are not repeated. Costs are measured here, or are those of an earlier run that measured this space.
+limits of memory and throughput (by measured costs) and 69 % of the parameters: with fewer experts and windows on offer,
+and with half the width as well. Both children are assembled, distilled alike on the same traces, and asked problems
+that were drawn for this alone, before and after; they are compared problem by problem, draw by draw and over all draws.
+Finished stages are not repeated. Costs are measured here, or are those of an earlier run that measured this space.
 """
 
 import argparse
