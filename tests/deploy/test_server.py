@@ -139,13 +139,13 @@ def test_greedy_completions_are_the_models_own(server: Running) -> None:
 def test_a_chat_reply_is_what_the_model_says_to_the_rendered_prompt(server: Running, effort: str) -> None:
     messages = [{"role": "user", "content": "w3 w1"}, {"role": "assistant", "content": "w4"}]
     messages += [{"role": "user", "content": "w1 w5"}]
-    body = {"messages": messages, "max_tokens": 100, "temperature": 0}
+    body = {"messages": messages, "max_tokens": 60, "temperature": 0}
     reply = server.post(CHAT, reasoning_effort=effort, **body).json()
     assert (
         server.post(CHAT, chat_template_kwargs={"reasoning_effort": effort}, **body).json()["usage"] == reply["usage"]
     )
     prompt = render_conversation(messages, server.served.tokenizer, effort)
-    (alone,) = generate(server.served.model, [prompt], Sampling(100, server.served.stop_ids), 1)
+    (alone,) = generate(server.served.model, [prompt], Sampling(60, server.served.stop_ids), 1)
     assert_decided(server.served.model, prompt, alone.token_ids)
     assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (len(prompt), alone.num_tokens)
     message = reply["choices"][0]["message"]

@@ -71,7 +71,7 @@ def test_contexts_beyond_the_models_positions_are_refused_first(tiny_parent: Pat
 
 def test_by_block_a_model_is_the_sum_of_its_parts(tiny_parent: Path, tmp_path: Path) -> None:
     """The same model twice: whatever its blocks take, both take the same, and total = prefill + (new - 1) decode."""
-    config = CONFIG.model_copy(update={"by_block": True, "workloads": ()})
+    config = CONFIG.model_copy(update={"by_block": True, "workloads": (), "repeats": 6})
     metrics = benchmark.run(config, parent=tiny_parent, child=tiny_parent, output=tmp_path, scratch=tmp_path)
     content = json.loads((tmp_path / "measurements.json").read_text())
     assert content["hardware"]["by_block"] is True

@@ -56,8 +56,8 @@ def test_identity_child_is_its_parent_in_plain_transformers(tiny_qwen3: Path, tm
     parent = AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(same, dtype=torch.float32, trust_remote_code=True)
     assert type(plain).__name__ == "Qwen3MoePuzzleForCausalLM"
-    assert torch.equal(plain(ids).logits, parent(ids).logits)
-    assert torch.equal(load_model(same)(ids).logits, load_model(tiny_qwen3)(ids).logits)
+    assert_near(plain(ids).logits, parent(ids).logits)
+    assert_near(load_model(same)(ids).logits, load_model(tiny_qwen3)(ids).logits)
 
 
 @torch.no_grad()
