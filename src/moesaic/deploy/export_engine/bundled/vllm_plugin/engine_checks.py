@@ -1,7 +1,10 @@
 """What the plugins of all families ask of vLLM; it lies in the package of each, and imports no more than metadata."""
 
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+Shape = tuple[int, ...]
 
 VERSIONS = ((0, 29), (0, 34))
 """The oldest vLLM that plugins are written to, and the first that they are not."""
@@ -33,3 +36,36 @@ def check_expert_ranks(config: Any, parallel: Any) -> None:
     counts = {block["num_local_experts"] for block in config.block_configs}
     if uneven := sorted(count for count in counts if count % num_ranks):
         raise ValueError(f"{num_ranks} expert-parallel ranks do not divide the {uneven[0]} experts of some layers")
+
+
+def load_whole(
+    load: Callable[[Iterable[tuple[str, Any]]], set[str]],
+    weights: Iterable[tuple[str, Any]],
+    shapes: dict[str, Shape],
+    load_format: str,
+) -> set[str]:
+    """Load a model's weights; ValueError unless they are those, each and every one.
+
+    A model made of dummies gets its weights from a trainer, in parts: then a part may be all there is.
+
+    Args:
+        load: the engine's own loader; it returns the names of what it filled.
+        weights: names and tensors.
+        shapes: of every tensor of the checkpoint, by name.
+        load_format: the engine's.
+    """
+    missing = dict(shapes)
+    loaded = load(_of_right_shape(weights, missing))
+    if missing and load_format != "dummy":
+        raise ValueError(f"the checkpoint has no weights for {min(missing)}")
+    return loaded
+
+
+def _of_right_shape(weights: Iterable[tuple[str, Any]], missing: dict[str, Shape]) -> Iterator[tuple[str, Any]]:
+    """The same, taken out of ``missing``."""
+    for name, weight in weights:
+        shape = missing.pop(name, None)
+        if shape != tuple(weight.shape):
+            asked = f"the config asks for {shape}" if shape else "this model has no such weight"
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}; {asked}")
+        yield name, weight

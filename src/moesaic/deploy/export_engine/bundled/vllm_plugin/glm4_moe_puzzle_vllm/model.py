@@ -18,9 +18,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models import glm4_moe
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .engine_checks import check_expert_ranks
-
-Shape = tuple[int, ...]
+from .engine_checks import Shape, check_expert_ranks, load_whole
 
 
 class Glm4MoePuzzleMLP(glm4_moe.Glm4MoeMLP):
@@ -57,14 +55,9 @@ class Glm4MoePuzzleForCausalLM(glm4_moe.Glm4MoeForCausalLM):
             super().extract_moe_parameters(example_moe)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load them; ValueError unless they are this model's, each and every one.
-
-        A model made of dummies gets its weights from a trainer, in parts: then a part may be all there is.
-        """
-        missing = dict(_shapes(self.config))
-        loaded: set[str] = super().load_weights(_of_right_shape(weights, missing))
-        if missing and self.vllm_config.load_config.load_format != "dummy":
-            raise ValueError(f"the checkpoint has no weights for {min(missing)}")
+        """Load them; see ``load_whole``."""
+        load_format = self.vllm_config.load_config.load_format
+        loaded: set[str] = load_whole(super().load_weights, weights, dict(_shapes(self.config)), load_format)
         return loaded
 
 
@@ -105,13 +98,3 @@ def _gated_shapes(name: str, width: int, hidden: int) -> dict[str, Shape]:
     """Of a feed-forward network with a gate."""
     into: dict[str, Shape] = {f"{name}.{part}_proj.weight": (width, hidden) for part in ("gate", "up")}
     return into | {f"{name}.down_proj.weight": (hidden, width)}
-
-
-def _of_right_shape(weights: Iterable[tuple[str, Tensor]], missing: dict[str, Shape]) -> Iterator[tuple[str, Tensor]]:
-    """The same, taken out of ``missing``."""
-    for name, weight in weights:
-        shape = missing.pop(name, None)
-        if shape != tuple(weight.shape):
-            asked = f"the config asks for {shape}" if shape else "this model has no such weight"
-            raise ValueError(f"{name} has shape {tuple(weight.shape)}; {asked}")
-        yield name, weight

@@ -18,9 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM, Qwen3MoeModel
 from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
 
-from .engine_checks import check_expert_ranks
-
-Shape = tuple[int, ...]
+from .engine_checks import Shape, check_expert_ranks, load_whole
 
 
 class Qwen3MoePuzzleLayer(Qwen3MoeDecoderLayer):
@@ -53,14 +51,9 @@ class Qwen3MoePuzzleForCausalLM(Qwen3MoeForCausalLM):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load them; ValueError unless they are this model's, each and every one.
-
-        A model made of dummies gets its weights from a trainer, in parts: then a part may be all there is.
-        """
-        missing = dict(_shapes(self.config))
-        loaded: set[str] = super().load_weights(_of_right_shape(weights, missing))
-        if missing and self.vllm_config.load_config.load_format != "dummy":
-            raise ValueError(f"the checkpoint has no weights for {min(missing)}")
+        """Load them; see ``load_whole``."""
+        load_format = self.vllm_config.load_config.load_format
+        loaded: set[str] = load_whole(super().load_weights, weights, dict(_shapes(self.config)), load_format)
         return loaded
 
 
@@ -91,13 +84,3 @@ def _shapes(config: Any) -> Iterator[tuple[str, Shape]]:
                 shapes[f"mlp.experts.{expert}.{part}_proj"] = (inner, hidden)
             shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, inner)
         yield from ((f"model.layers.{layer}.{name}.weight", shape) for name, shape in shapes.items())
-
-
-def _of_right_shape(weights: Iterable[tuple[str, Tensor]], missing: dict[str, Shape]) -> Iterator[tuple[str, Tensor]]:
-    """The same, taken out of ``missing``."""
-    for name, weight in weights:
-        shape = missing.pop(name, None)
-        if shape != tuple(weight.shape):
-            asked = f"the config asks for {shape}" if shape else "this model has no such weight"
-            raise ValueError(f"{name} has shape {tuple(weight.shape)}; {asked}")
-        yield name, weight
