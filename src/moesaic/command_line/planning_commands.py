@@ -13,6 +13,7 @@ from rich.table import Table
 from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.core.config import Config
 from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.yaml_text import read_yaml
 from moesaic.costs.facts import Assumed, Facts, PipelineTask, room_bytes
 from moesaic.models.families import PUBLISHED
 from moesaic.pipelines import find_pipeline
@@ -235,10 +236,7 @@ def read_tasks(manifest: Path, recipe: Any) -> list[PipelineTask[Config]]:
 
     Loops are unrolled: over the recipe's policies, and over the search's baselines.
     """
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(manifest.read_text(), Loader=loader)  # noqa: S506 (both are safe)
+    content = read_yaml(manifest)
     given = IngestConfig(parent="-", calibration_short="-", calibration_long="-", prompts="-", tests="-")
     arguments = recipe.arguments(given, "-", content["root"]["inputDefinitions"]["parameters"])
     reader = _Reader(content, arguments, recipe.search_architecture.rivals)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import ArtifactError
+from moesaic.core.yaml_text import read_yaml
 from moesaic.platform.cluster.jobs.job_template import job_settings
 from moesaic.platform.cluster.jobs.settings import JOB_VARIABLE
 from moesaic.platform.cluster.profile import (
@@ -37,7 +38,7 @@ def placed_text(compiled: Path, profile: ClusterProfile, stages: Collection[str]
     """
     import yaml
 
-    pipeline = yaml.load(compiled.read_text(), Loader=yaml.CSafeLoader)  # ten times as fast as safe_load
+    pipeline = read_yaml(compiled)
     return yaml.safe_dump_all(place(pipeline, profile, stages), sort_keys=True)
 
 
