@@ -112,7 +112,7 @@ def test_blocks_and_the_rest_are_timed(parent: Path, tmp_path: Path) -> None:
     """In process: every block of the space in both phases, and the model without its layers."""
     load = Workload(name="short", concurrency=2, input_tokens=16, output_tokens=4)
     space = SearchSpace(expert_counts=(4,), expert_widths=(16,))
-    config = MeasureCostsConfig(workloads=(load,), space=space, engine="moesaic", repeats=1)
+    config = MeasureCostsConfig(workloads=(load,), space=space, engine="moesaic", repeats=5)
     measure_costs.run(config, parent=parent, output=tmp_path, scratch=tmp_path)
     costs, checkpoint = CostTable.from_json((tmp_path / "costs.json").read_text()), Checkpoint.open(parent)
     dense = [block for block in costs.blocks if block.is_dense]
