@@ -63,6 +63,17 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Generator[None]:
+    """For tests that time blocks: threads that wait for one another on a busy machine are slower by any factor."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed ``gpt_oss`` checkpoint of random weights, with tokenizer and chat template. Read only."""

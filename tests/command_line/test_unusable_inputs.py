@@ -166,8 +166,9 @@ def test_a_path_that_is_no_model_is_told_in_a_line(
 
 
 def test_tensors_and_keys_nothing_uses_are_told(
-    tiny_parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_parent: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """By ``inspect``, and by a run, which here ends at the recipe's windows."""
     parent = Path(shutil.copytree(tiny_parent, tmp_path / "parent"))
     (parent / INDEX).unlink()
     save_file({"model.rotary_emb.inv_freq": torch.ones(3)}, parent / "extra.safetensors")
@@ -180,8 +181,16 @@ def test_tensors_and_keys_nothing_uses_are_told(
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 tensors, the first is model.rotary_emb.inv_freq" in shown
     assert "not read of config.json: auto_map, num_nextn_predict_layers; transformers" in shown
+    given = ["--recipe", "tiny_cpu", "--data", str(data), "--output", str(tmp_path / "run"), "--parent"]
+    assert main(["run", "search", *given, str(parent)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        said[0] == f"{parent}: not used: 1 tensors, the first is model.rotary_emb.inv_freq; a child does not have them"
+    )
+    assert said[1].startswith(f"{parent}: not read: of config.json: auto_map, num_nextn_predict_layers; transformers")
+    assert main(["run", "search", *given, str(tiny_parent)]) == 2
     assert main(["inspect", str(tiny_parent)]) == 0
-    assert "not read" not in capsys.readouterr().out
+    assert "not read" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -213,16 +222,16 @@ def test_a_file_that_is_no_recipe_or_config_is_named(
 @pytest.mark.parametrize("address", ["gs://bucket/x", "hdfs://x", "file:///tmp/x", "S3://bucket/x", ""])
 def test_an_address_that_is_no_store_is_told(
     address: str,
-    tiny_parent: Path,
-    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MOESAIC_STORE", raising=False)
-    given = ["--recipe", "tiny_cpu", "--parent", str(tiny_parent), "--data", str(data), "--store", address]
-    for command in (["run", "search", "--engine", "moesaic", *given], ["store", "ls", "--store", address]):
+    for command in (
+        ["run", "search", "--engine", "moesaic", "--recipe", "tiny_cpu", "--store", address],
+        ["store", "ls", "--store", address],
+    ):
         assert main(command) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert f"{address!r} is no address of a store" in said or "no store is named" in said

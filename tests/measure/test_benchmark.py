@@ -11,6 +11,8 @@ from moesaic.measure.benchmark import run as benchmark
 from moesaic.measure.benchmark.run import Point, Timing, describe, list_points
 from moesaic.measure.benchmark.stage import BenchmarkConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = BenchmarkConfig(
     batch_sizes=(1, 2),
     input_tokens=(5, 9),

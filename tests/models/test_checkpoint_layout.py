@@ -397,6 +397,14 @@ def test_a_link_without_its_file_is_named(tmp_path: Path, file: str) -> None:
         Checkpoint.open(directory)
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_folder_in_a_files_place_is_named(tmp_path: Path, file: str) -> None:
+    folder = Folder().write(tmp_path / "model")
+    (folder / file).mkdir()
+    with pytest.raises(ArtifactError, match=rf"{file} is no file, and by its name it must be one; download it again"):
+        Checkpoint.open(folder)
+
+
 def test_a_cache_of_links_is_read_like_files(tmp_path: Path) -> None:
     directory = Folder().write(tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()

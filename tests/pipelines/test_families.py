@@ -108,6 +108,7 @@ def test_what_has_no_code_for_the_family_says_so(
         export_engine.run(config, child=parent, output=tmp_path / "bundle", scratch=tmp_path)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_blocks_and_the_rest_are_timed(parent: Path, tmp_path: Path) -> None:
     """In process: every block of the space in both phases, and the model without its layers."""
     load = Workload(name="short", concurrency=2, input_tokens=16, output_tokens=4)

@@ -22,6 +22,8 @@ from moesaic.search.measure_costs.block_timing import Bench, Job, _sized, layer_
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.space import SearchSpace
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPACE = SearchSpace(expert_counts=(8, 4), windows=(16,))
 LONG = Workload(name="long", input_tokens=256, output_tokens=32, concurrency=4)
 SHORT = Workload(name="short", input_tokens=8, output_tokens=8, concurrency=2)

@@ -17,7 +17,7 @@ from moesaic.command_line.config_option import read_config
 from moesaic.command_line.export_commands import add_export_commands
 from moesaic.command_line.model_option import MODEL, add_revision, find_named
 from moesaic.command_line.outside_option import add_outside_options, read_outside, show_outside
-from moesaic.command_line.planning_commands import add_planning_commands
+from moesaic.command_line.planning_commands import add_planning_commands, read_tasks
 from moesaic.command_line.prepare_command import add_prepare_command
 from moesaic.command_line.registry_commands import ARTIFACTS, add_registry_commands, say_promotion
 from moesaic.command_line.serve_command import add_serve_command
@@ -30,6 +30,7 @@ from moesaic.core.redaction import redact
 from moesaic.core.version import __version__
 from moesaic.data.sets import FILES, DataSets
 from moesaic.pipelines import example, find_pipeline
+from moesaic.platform.planning.inputs import check_inputs
 from moesaic.platform.store import Address, parse_address
 
 
@@ -180,6 +181,7 @@ def _choose(options: argparse.Namespace) -> tuple[Path, Any, str]:
     options.source = find_named(options, "parent")
     _check_parent(options.parent)
     data.check_template(options.parent)
+    check_inputs(read_tasks(manifest, recipe), options.parent, data)
     labelled = recipe.labelled(manifest.stem, Path(wanted).stem)
     return manifest, labelled, f"{manifest.stem} ({wanted}, seed {options.seed})"
 
@@ -195,10 +197,13 @@ def _prepare(options: argparse.Namespace, manifest: Path, recipe: Any, store: Ad
 
 
 def _check_parent(parent: Path) -> None:
-    """Raise an error for an unusable parent before anything is copied or started."""
+    """Raise an error for an unusable parent before anything is copied or started; name what of it nothing uses."""
+    from moesaic.models.checkpoint import Checkpoint
     from moesaic.platform.ingest.run import check_model
 
     check_model(parent)
+    for what, which in Checkpoint.open(parent).left_out.items():
+        print(f"{parent}: {what}: {which}", file=sys.stderr)
 
 
 def _add_inputs(store: Address, parent: Path, data: Path, source: str | None = None) -> Any:
@@ -304,7 +309,6 @@ def _inspect(options: argparse.Namespace) -> None:
     from moesaic.models import layout
     from moesaic.models.architecture import AXES
     from moesaic.models.checkpoint import Checkpoint
-    from moesaic.models.resolved_config import unread_keys
 
     find_named(options)
     checkpoint = Checkpoint.open(options.model)
@@ -324,10 +328,8 @@ def _inspect(options: argparse.Namespace) -> None:
     )
     sizes.add_row("KV cache", f"{', '.join(caches)}, of one request of {tokens:,} tokens")
     sizes.add_row("layouts", ", ".join(f"{n} x {window or 'full'}" for window, n in architecture.layouts.items()))
-    if unused := checkpoint.unused:
-        sizes.add_row("not used", f"{len(unused)} tensors, the first is {unused[0]}; a child does not have them")
-    if unread := unread_keys(checkpoint.config):
-        sizes.add_row("not read", f"of config.json: {', '.join(unread)}; transformers computes without them")
+    for what, which in checkpoint.left_out.items():
+        sizes.add_row(what, which)
     console.print(sizes)
     layers = Table("layer", *(axis.title for axis in AXES.values()), box=None)
     for layer, block in enumerate(architecture.blocks):

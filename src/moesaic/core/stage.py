@@ -119,6 +119,7 @@ class Stage:
 
         ``needs``: what a run of it takes, :class:`moesaic.costs.facts.Needs`; without one it takes small files only.
         ``check_placement``: whether it runs where a cluster puts it, :class:`moesaic.costs.facts.Placement`.
+        ``check_inputs``: whether a run's parent and data sets are ones that its config can work on.
         ``simulate``: what it holds on a device at its peak, found by running it on tensors without values.
         ``check_memory``: whether a device has room for so many bytes, for a stage that knows best what would fit.
         """

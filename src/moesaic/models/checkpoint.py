@@ -29,7 +29,7 @@ from moesaic.models import layout
 from moesaic.models.architecture import Architecture
 from moesaic.models.checkpoint_layout import EXPONENTS, INDEX, check_tensors, companions, is_packed, locate_tensors
 from moesaic.models.families.family import Family, ModelShape
-from moesaic.models.resolved_config import CONFIG, read_config_file
+from moesaic.models.resolved_config import CONFIG, read_config_file, unread_keys
 from moesaic.models.safetensors_files import StoredTensor, num_data_bytes, write_shard
 
 Stored = TypeVar("Stored", bound=Tensor | StoredTensor)
@@ -89,6 +89,16 @@ class Checkpoint:
         """Tensors that neither the model nor its KV cache uses; a child does not have them."""
         used = {*layout.tensor_specs(self.shape, self.architecture, self.packed), *self.kv_scales}
         return sorted(set(self.tensors) - used)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What it has and nothing goes by, for people."""
+        notes = {}
+        if self.unused:
+            notes["not used"] = f"{len(self.unused)} tensors, the first is {self.unused[0]}; a child does not have them"
+        if unread := unread_keys(self.config):
+            notes["not read"] = f"of {CONFIG}: {', '.join(unread)}; transformers computes without them"
+        return notes
 
     @cached_property
     def kv_scales(self) -> list[str]:

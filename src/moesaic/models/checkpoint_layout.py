@@ -77,7 +77,7 @@ def _beside(directory: Path) -> list[Path]:
 
 
 def _check_folder(directory: Path) -> None:
-    """Refuse links without a file, adapters, and names that are no text."""
+    """Refuse links without a file, folders in a file's place, adapters, and names that are no text."""
     for path in sorted(directory.iterdir()):
         if path.is_symlink() and not path.exists():
             raise ArtifactError(
@@ -85,6 +85,8 @@ def _check_folder(directory: Path) -> None:
             )
         if any(path.match(pattern) for pattern in _ADAPTERS):
             raise ArtifactError(f"{path} is of an adapter, which would be left out; merge it into the weights first")
+        if path.suffix in _COMPANIONS[1:] and not path.is_file():
+            raise ArtifactError(f"{path} is no file, and by its name it must be one; download it again or remove it")
         if path.suffix in (*_COMPANIONS, ".safetensors") and not _is_text(path.name):
             raise ArtifactError(f"{directory} holds a file whose name is not UTF-8, {path.name!a}; rename it")
 

@@ -1,10 +1,14 @@
 """What ``export_engine`` needs."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moesaic.costs.block_costs import outer_bytes
 from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of, new_bytes, resident, retrained
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
+
+if TYPE_CHECKING:
+    from moesaic.data.inputs import Inputs
 
 
 def needs(task: PipelineTask[ExportEngineConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
@@ -27,3 +31,10 @@ def needs(task: PipelineTask[ExportEngineConfig], facts: Facts, inputs: Sequence
         host_bytes=2 * resident(facts, model, "float32") if config.compare_outputs else outer_bytes(facts.shape),
         made=made,
     )
+
+
+def check_inputs(config: ExportEngineConfig, inputs: "Inputs") -> None:
+    """Raise ConfigError if the parent, which is exported as the child is, cannot be served so."""
+    from moesaic.deploy.export_engine.bundle import check_servable  # it loads torch
+
+    check_servable(inputs.parent, config)

@@ -1,9 +1,13 @@
 """What ``validate_bundle`` needs."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, model_of, resident
 from moesaic.deploy.validate_bundle.stage import ValidateBundleConfig
+
+if TYPE_CHECKING:
+    from moesaic.data.inputs import Inputs
 
 
 def needs(task: PipelineTask[ValidateBundleConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
@@ -22,3 +26,12 @@ def needs(task: PipelineTask[ValidateBundleConfig], facts: Facts, inputs: Sequen
         host_bytes=reference if target else 0,
         instead="compare_replies false: the reference is the whole model, unpacked, on one device",
     )
+
+
+def check_inputs(config: ValidateBundleConfig, inputs: "Inputs") -> None:
+    """Raise ConfigError if a prompt with its reply is longer than what the bundle serves."""
+    from moesaic.data.problems import spread_over_tasks  # it loads transformers
+
+    if config.ask_engine:
+        asked = spread_over_tasks(inputs.prompts, config.prompts_per_effort)
+        inputs.check_lengths(asked, config.efforts, config.max_new_tokens, inputs.max_seq_len)

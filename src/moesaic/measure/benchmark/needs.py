@@ -1,11 +1,15 @@
 """What ``benchmark`` needs."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moesaic.costs.block_costs import outer_bytes
 from moesaic.costs.facts import Facts, Needs, PipelineTask, ShardSizes, resident, streamed_layers
 from moesaic.costs.workload import Workload
 from moesaic.measure.benchmark.stage import BenchmarkConfig
+
+if TYPE_CHECKING:
+    from moesaic.data.inputs import Inputs
 
 
 def needs(task: PipelineTask[BenchmarkConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
@@ -36,3 +40,10 @@ def needs(task: PipelineTask[BenchmarkConfig], facts: Facts, inputs: Sequence[Sh
         counts={"points": len(loads)},
         instead="by_block true: a layer at a time",
     )
+
+
+def check_inputs(config: BenchmarkConfig, inputs: "Inputs") -> None:
+    """Raise ConfigError if a point is longer than the parent's positions."""
+    from moesaic.measure.benchmark.run import check_positions, list_points  # they load torch
+
+    check_positions(inputs.parent, list_points(config))

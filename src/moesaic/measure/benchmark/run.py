@@ -61,7 +61,7 @@ def run(config: BenchmarkConfig, *, parent: Path, child: Path, output: Path, scr
     """Write ``measurements.json``."""
     points = list_points(config)
     for model in (parent, child):
-        _check_positions(Checkpoint.open(model), points, model)
+        check_positions(Checkpoint.open(model), points)
     device = choose_device()
     paths = {"parent": parent, "child": child}
     steps = _time_by_block(config, paths, points, device) if config.by_block else _time(config, paths, points, device)
@@ -80,12 +80,13 @@ def list_points(config: BenchmarkConfig) -> list[Point]:
     return list(dict.fromkeys(sweep + workloads))
 
 
-def _check_positions(checkpoint: Checkpoint, points: Sequence[Point], path: Path) -> None:
+def check_positions(checkpoint: Checkpoint, points: Sequence[Point]) -> None:
+    """Raise ConfigError if a point is longer than a model's positions."""
     longest = max(points, key=lambda point: point.input_tokens + point.output_tokens)
     if longest.input_tokens + longest.output_tokens > checkpoint.shape.max_positions:
         raise ConfigError(
             f"{longest.input_tokens} input and {longest.output_tokens} output tokens do not fit the "
-            f"{checkpoint.shape.max_positions} positions of {path}; shorten them"
+            f"{checkpoint.shape.max_positions} positions of {checkpoint.directory}; shorten them"
         )
 
 

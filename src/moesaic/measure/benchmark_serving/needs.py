@@ -1,6 +1,7 @@
 """What ``benchmark_serving`` needs."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moesaic.core.config import EmulatedCache
 from moesaic.costs.facts import Facts, Needs, PipelineTask, Placement, ShardSizes, model_of
@@ -8,6 +9,9 @@ from moesaic.costs.generation import Requests, generation
 from moesaic.costs.workload import Workload
 from moesaic.deploy.engines.needs import check_engine
 from moesaic.measure.benchmark_serving.stage import BenchmarkServingConfig
+
+if TYPE_CHECKING:
+    from moesaic.data.inputs import Inputs
 
 
 def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
@@ -46,6 +50,13 @@ def needs(task: PipelineTask[BenchmarkServingConfig], facts: Facts, inputs: Sequ
             "requests": 2 * config.repeats * rounds * sum(each.concurrency for each in loads),
         },
     )
+
+
+def check_inputs(config: BenchmarkServingConfig, inputs: "Inputs") -> None:
+    """Raise ConfigError if a request is longer than the parent's positions."""
+    from moesaic.measure.benchmark_serving.run import check_positions, list_points  # they load torch
+
+    check_positions(inputs.parent, list_points(config))
 
 
 def check_placement(config: BenchmarkServingConfig, placement: Placement) -> None:

@@ -74,7 +74,10 @@ def run(config: BenchmarkServingConfig, *, parent: Path, child: Path, output: Pa
     """Write ``measurements.json``."""
     points = list_points(config)
     specs = [_spec(config, points, *model) for model in zip(ROLES, (parent, child), strict=True)]
-    vocab_size = min(_check_model(spec.directory, points) for spec in specs)
+    models = [Checkpoint.open(spec.directory) for spec in specs]
+    for model in models:
+        check_positions(model, points)
+    vocab_size = min(model.shape.vocab_size for model in models)
     for spec in specs:
         check_available(config.engine, spec)
         if config.engine == "running":
@@ -130,16 +133,14 @@ def _spec(config: BenchmarkServingConfig, points: Sequence[LoadPoint], role: str
     )
 
 
-def _check_model(directory: Path, points: Sequence[LoadPoint]) -> int:
-    """Return the size of the vocabulary; ConfigError if a request does not fit the positions."""
-    shape = Checkpoint.open(directory).shape
+def check_positions(checkpoint: Checkpoint, points: Sequence[LoadPoint]) -> None:
+    """Raise ConfigError if a request is longer than a model's positions."""
     longest = max(points, key=lambda point: point.input_tokens + point.output_tokens)
-    if longest.input_tokens + longest.output_tokens > shape.max_positions:
+    if longest.input_tokens + longest.output_tokens > checkpoint.shape.max_positions:
         raise ConfigError(
             f"{longest.input_tokens} input and {longest.output_tokens} output tokens of workload {longest.workload!r} "
-            f"do not fit the {shape.max_positions} positions of {directory}; shorten them"
+            f"do not fit the {checkpoint.shape.max_positions} positions of {checkpoint.directory}; shorten them"
         )
-    return shape.vocab_size
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What ``generate_traces`` needs."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moesaic.costs.facts import (
     TRACE_BYTES_PER_TOKEN,
@@ -17,6 +18,9 @@ from moesaic.costs.times import generate_ms
 from moesaic.deploy.engines.needs import check_engine, requests_of
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
 
+if TYPE_CHECKING:
+    from moesaic.data.inputs import Inputs
+
 
 def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
     """Replies = prompts * efforts * samples, each ``reply_share`` of the longest."""
@@ -32,6 +36,14 @@ def needs(task: PipelineTask[GenerateTracesConfig], facts: Facts, inputs: Sequen
         gpu_ms=generate_ms(facts, model, replies, mean),
         counts={"replies": replies, "tokens": replies * mean},
     )
+
+
+def check_inputs(config: GenerateTracesConfig, inputs: "Inputs") -> None:
+    """Raise ConfigError if a prompt with its reply is longer than the parent's positions."""
+    from moesaic.data.problems import spread_over_tasks  # it loads transformers
+
+    asked = spread_over_tasks(inputs.prompts, config.max_prompts)
+    inputs.check_lengths(asked, config.efforts, config.max_new_tokens)
 
 
 def check_placement(config: GenerateTracesConfig, placement: Placement) -> None:

@@ -1,7 +1,7 @@
 """What ``reinforce`` needs."""
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from moesaic.costs.facts import (
     TRAINED_BYTES,
@@ -21,6 +21,9 @@ from moesaic.costs.times import generate_ms, learn_ms
 from moesaic.recover.reinforce import stage
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.recover.training import Trainable
+
+if TYPE_CHECKING:
+    from moesaic.data.inputs import Inputs
 
 
 def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
@@ -51,6 +54,16 @@ def needs(task: PipelineTask[ReinforceConfig], facts: Facts, inputs: Sequence[Sh
         smaller=("max_new_tokens",),
         on_more_nodes=True,
     )
+
+
+def check_inputs(config: ReinforceConfig, inputs: "Inputs") -> None:
+    """Raise ConfigError if a step cannot be learnt, or a prompt with its reply does not fit the parent's positions."""
+    from moesaic.data.problems import spread_over_tasks  # it loads transformers
+
+    if config.steps:
+        stage.check_step(config)
+        asked = spread_over_tasks(inputs.prompts, config.max_prompts)
+        inputs.check_lengths(asked, config.efforts, config.max_new_tokens)
 
 
 def check_placement(config: ReinforceConfig, placement: Placement) -> None:

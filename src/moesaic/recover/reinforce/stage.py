@@ -114,6 +114,16 @@ class ReinforceConfig(Config):
     """How NeMo-RL shares the policy out; the other engine does not read it."""
 
 
+def check_step(config: ReinforceConfig) -> None:
+    """Raise ConfigError if TRL cannot learn from the replies of a step in equal parts."""
+    replies = config.prompts_per_step * config.generations_per_prompt
+    if config.engine == "trl" and replies % config.replies_per_forward:
+        raise ConfigError(
+            f"replies_per_forward = {config.replies_per_forward} does not divide the {replies} replies of a step "
+            "(prompts_per_step * generations_per_prompt)"
+        )
+
+
 def check_placement(config: ReinforceConfig, num_gpus: int, on_job: bool) -> None:
     """The engine must be able to train where it is put, and a step's replies be the same number on every GPU.
 

@@ -40,10 +40,8 @@ def run(config: MeasureCostsConfig, *, parent: Path, output: Path, scratch: Path
 
     Timings are taken in one go and never resumed: blocks are compared with each other, so they share one machine state.
     """
-    _check_config(config)
     checkpoint = Checkpoint.open(parent)
-    _check_lengths(config, checkpoint)
-    check_storable(config.space, checkpoint.packed)
+    check_costed(config, checkpoint)
     if config.source == "model":
         costs = model_costs(config, checkpoint.shape, checkpoint.architecture, checkpoint.packed)
     elif config.engine == "vllm":
@@ -64,6 +62,8 @@ def _time_in_process(config: MeasureCostsConfig, checkpoint: Checkpoint) -> Cost
 
 
 def _time_in_engine(config: MeasureCostsConfig, checkpoint: Checkpoint, scratch: Path) -> CostTable:
+    if config.kv_cache == "fp8" and (why := why_unsupported(fp8_cache=True)):
+        raise ConfigError(f"vLLM cannot time an FP8 KV cache here: {why}; choose kv_cache 'bf16' or source 'model'")
     distinct = distinct_blocks(checkpoint.architecture, config.space)
     times = time_in_engine(checkpoint, distinct, config, scratch)
     hardware = {
@@ -101,31 +101,30 @@ def model_costs(config: MeasureCostsConfig, shape: ModelShape, parent: Architect
     )
 
 
-def _check_config(config: MeasureCostsConfig) -> None:
-    """Refuse what cannot be costed."""
+def check_costed(config: MeasureCostsConfig, checkpoint: Checkpoint) -> None:
+    """Refuse what cannot be costed.
+
+    Raises:
+        ConfigError: that says what can.
+    """
     names = [workload.name for workload in config.workloads]
     if len(set(names)) < len(names):
         raise ConfigError(f"two workloads have the same name: {names}; limits refer to them by name")
     if config.source == "model":
         read_table(config.hardware).check_num_gpus(config.num_gpus, config.expert_parallel)
-    elif config.engine == "vllm":
-        if config.kv_cache == "fp8" and (why := why_unsupported(fp8_cache=True)):
-            raise ConfigError(f"vLLM cannot time an FP8 KV cache here: {why}; choose kv_cache 'bf16' or source 'model'")
-    elif config.engine != "moesaic":
+    elif config.engine not in ("vllm", "moesaic"):
         raise ConfigError(f"blocks are timed in engine 'vllm' or 'moesaic', not {config.engine!r}; use source 'model'")
-    elif config.num_gpus != 1:
+    elif config.engine == "moesaic" and config.num_gpus != 1:
         raise ConfigError(
             f"engine 'moesaic' times one device, not num_gpus={config.num_gpus}; use engine 'vllm' or source 'model'"
         )
-
-
-def _check_lengths(config: MeasureCostsConfig, checkpoint: Checkpoint) -> None:
     for workload in config.workloads:
         if full_length(workload) > checkpoint.shape.max_positions:
             raise ConfigError(
                 f"workload {workload.name!r} needs {full_length(workload)} positions, the model has "
                 f"{checkpoint.shape.max_positions}; shorten its input or output"
             )
+    check_storable(config.space, checkpoint.packed)
 
 
 def _table(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moesaic.costs.block_costs import block_bytes, outer_bytes
 from moesaic.costs.facts import (
@@ -21,6 +22,9 @@ from moesaic.models.peak import Peak
 from moesaic.search.damage_needs import MeasuredTokens, damage_memory
 from moesaic.search.library import variants_of
 from moesaic.search.score_blocks.stage import ScoreBlocksConfig
+
+if TYPE_CHECKING:
+    from moesaic.data.inputs import Inputs
 
 
 def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[ShardSizes]) -> Needs:
@@ -77,6 +81,13 @@ def needs(task: PipelineTask[ScoreBlocksConfig], facts: Facts, inputs: Sequence[
         },
         smaller=("variants_per_batch", "batch_tokens", "max_long_tokens"),
     )
+
+
+def check_inputs(config: ScoreBlocksConfig, inputs: "Inputs") -> None:
+    """Raise ConfigError if what is on offer does not fit the parent."""
+    from moesaic.search.score_blocks.run import offers_of  # it loads torch
+
+    offers_of(config.space, inputs.parent)
 
 
 def simulate(task: PipelineTask[ScoreBlocksConfig], facts: Facts, model: Architecture) -> Peak:

@@ -129,7 +129,12 @@ def choose_variants(offers: Sequence[Sequence[Block]], checkpoint: Checkpoint, r
     ]
 
 
-def _offers(space: SearchSpace, checkpoint: Checkpoint) -> list[tuple[Block, ...]]:
+def offers_of(space: SearchSpace, checkpoint: Checkpoint) -> list[tuple[Block, ...]]:
+    """What each layer of the parent may be replaced by.
+
+    Raises:
+        ConfigError: if the space does not fit the parent.
+    """
     for window in space.windows:
         if window >= checkpoint.shape.max_positions:
             raise ConfigError(
@@ -145,7 +150,7 @@ def _prepare(
 ) -> _Job:
     """Read and check everything but weights."""
     checkpoint = Checkpoint.open(parent)
-    variants = choose_variants(_offers(config.space, checkpoint), checkpoint, ranking)
+    variants = choose_variants(offers_of(config.space, checkpoint), checkpoint, ranking)
     windows = config.space.windows if any(block.window is None for block in checkpoint.architecture.blocks) else ()
     probes = Probes.read(
         config, checkpoint, calibration_short, calibration_long, windows, at_once=config.variants_per_batch

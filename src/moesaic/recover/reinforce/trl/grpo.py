@@ -35,7 +35,7 @@ from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.generation import Sampling, check_lengths, stop_ids
 from moesaic.models.whole_model import load_model
 from moesaic.recover.reinforce.rewards import ReferenceTokens, grade_reply
-from moesaic.recover.reinforce.stage import ReinforceConfig
+from moesaic.recover.reinforce.stage import ReinforceConfig, check_step
 from moesaic.recover.reinforce.trl.curve import Curve, LiveCurve
 from moesaic.recover.reinforce.trl.policy_trainer import WEIGHTS, PolicyTrainer, Rollouts
 
@@ -120,12 +120,7 @@ def reward_function(
 
 def _check(config: ReinforceConfig, rows: Sequence[Mapping[str, Any]], max_positions: int) -> None:
     """Refuse before the first step what would fail in it or later."""
-    replies = config.prompts_per_step * config.generations_per_prompt
-    if replies % config.replies_per_forward:
-        raise ConfigError(
-            f"replies_per_forward = {config.replies_per_forward} does not divide the {replies} replies of a step "
-            "(prompts_per_step * generations_per_prompt)"
-        )
+    check_step(config)
     check_lengths([row["prompt"] for row in rows], config.max_new_tokens, max_positions)
     if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
