@@ -91,11 +91,11 @@ def profile(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def submit(api: KubeflowApi, tiny_parent: Path, profile: Path, tmp_path: Path) -> list[str]:
-    """A command line; the store's volume is mounted here."""
+def submit(api: KubeflowApi, profile: Path, tmp_path: Path) -> list[str]:
+    """A command line, with the example's parent; the store's volume is mounted here."""
     data = write_sets(tmp_path / "data")
     (tmp_path / "store").mkdir()
-    given = ["--recipe", "tiny_cpu", "--parent", str(tiny_parent), "--data", str(data), "--host", api.url]
+    given = ["--recipe", "tiny_cpu", "--data", str(data), "--host", api.url]
     return ["submit", "search", *given, "--profile", str(profile), "--store", str(tmp_path / "store")]
 
 
