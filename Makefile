@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TOOLS := build/tools
 
 .DEFAULT_GOAL := help
-.PHONY: setup check test test-engine test-cluster demo parent compile build-images test-images sbom audit pins check-pins help
+.PHONY: setup check test test-engine test-cluster demo parent records compile build-images test-images sbom audit pins check-pins help
 
 setup: $(STAMP) ## make .venv with the pinned packages, once; PYTHON=python3.12, TORCH=cpu|cuda choose
 
@@ -41,6 +41,9 @@ parent: $(STAMP) ## train the tiny reasoner anew (about 80 minutes on one core; 
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.tiny_reasoner.train --out runs/parent
 	$(BIN)/python -m examples.tiny_reasoner.export --run runs/parent
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.tiny_reasoner.record --run runs/parent
+
+records: $(STAMP) ## run the small benchmarks again and say which published number no longer holds (NAMES="h100_search ...")
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/again.py $(NAMES)
 
 compile: $(STAMP) ## write the components from the stages' declarations, compile the pipelines into the package
 	$(BIN)/python -m components.generate

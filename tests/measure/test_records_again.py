@@ -1,0 +1,37 @@
+"""A published number that no longer holds is named (``benchmarks/again.py``)."""
+
+from pathlib import Path
+
+from benchmarks.again import RESULTS, SMALL, compare, newest
+
+BAR = {"what": "ours over theirs", "value": 2.0, "least": 1.5, "most": None, "met": True}
+
+
+def test_a_bar_that_was_met_must_be_met_again() -> None:
+    missed = BAR | {"what": "memory", "met": False}
+    published = {"bars": [BAR, missed, BAR | {"what": "gone"}]}
+    now = {"bars": [BAR | {"value": 1.4, "met": False}, missed]}
+    assert list(compare(published, now)) == [
+        ("ours over theirs", 2.0, 1.4, False),
+        ("memory", 2.0, 2.0, True),
+        ("gone", 2.0, None, False),
+    ]
+
+
+def test_what_was_computed_must_be_the_same() -> None:
+    published = {"date": "2026-11-01", "rows": [{"ratio": 1.63, "date": "a"}, {"ratio": 1.22}]}
+    same = {"date": "2026-12-01", "rows": [{"ratio": 1.63, "date": "a"}, {"ratio": 1.22}]}
+    assert list(compare(published, same)) == [("3 numbers and names", "", "the same", True)]
+    other = {"date": "2026-12-01", "rows": [{"ratio": 1.63, "date": "b"}, {"ratio": 1.04, "new": 1}]}
+    assert list(compare(published, other)) == [
+        ("rows.0.date", "a", "b", False),
+        ("rows.1.new", None, 1, False),
+        ("rows.1.ratio", 1.22, 1.04, False),
+    ]
+
+
+def test_the_newest_record_counts(tmp_path: Path) -> None:
+    for day in ("2026-11-29", "2026-12-01", "2026-11-30"):
+        (tmp_path / f"speed_2-core-x86_{day}.json").touch()
+    assert newest("speed", tmp_path).name == "speed_2-core-x86_2026-12-01.json"
+    assert all(newest(name, RESULTS).is_file() for name in SMALL)
