@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := build/tools
 
+# What one process of many has compiled, the next one finds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: setup check test test-engine test-cluster demo parent records compile build-images test-images sbom audit pins check-pins help
 
@@ -23,9 +26,8 @@ check: $(STAMP) ## style, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --quiet tests/core/test_imports.py
 
-# What one process of many has compiled, the next one finds.
 test: $(STAMP) ## all tests that need neither a GPU nor an engine nor a cluster
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu and not engine and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu and not engine and not cluster"
 
 test-engine: $(STAMP) ## vLLM, AIPerf and clients of the API, in environments of their own that are made once (3 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m engine tests/costs tests/deploy tests/measure tests/recover tests/search

@@ -1,4 +1,4 @@
-"""Runs small benchmarks again, by the commands of their newest records, and says which published number no longer holds.
+"""Runs small benchmarks again by the commands of their newest records, and says which number no longer holds.
 
 What was measured holds if every bar that was met is met again. What was computed, of which a record has no bars, holds
 if every number is the same. Benchmarks that need a run of the demo or hours are not here; their records name their
@@ -60,7 +60,9 @@ def run_again(command: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         _, *arguments = shlex.split(command)
-        subprocess.run([sys.executable, *arguments, "--record", record], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [sys.executable, *arguments, "--record", record], cwd=ROOT, stdout=subprocess.DEVNULL, check=True
+        )
         content: dict[str, Any] = json.loads(record.read_text())
         return content
 

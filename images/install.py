@@ -27,7 +27,7 @@ def install(pins: Path, target: str, *more: str) -> None:
     wheels = ["--no-index", "--find-links", str(CONTEXT / "wheels"), "--no-deps", "--target", target]
     environment = {**os.environ, "PIP_CONSTRAINT": "", "PIP_ROOT_USER_ACTION": "ignore"}
     if tool[0] == "uv":
-        wheels += ["--python", sys.executable]
+        wheels += ["--compile-bytecode", "--python", sys.executable]  # as pip does: no task could keep it
     subprocess.run([*tool, "install", *wheels, "--requirement", str(pins), *more], env=environment, check=True)
 
 

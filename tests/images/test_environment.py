@@ -96,7 +96,7 @@ def test_the_check_sees_nothing_of_this_machines_own() -> None:
     }
 
 
-def test_a_half_made_environment_is_made_anew_and_a_whole_one_is_kept(tmp_path: Path) -> None:
+def test_a_half_made_environment_is_made_anew_and_a_whole_one_is_kept_and_compiled(tmp_path: Path) -> None:
     folder = tmp_path / "venv"
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to("/nonexistent/python")
@@ -107,6 +107,11 @@ def test_a_half_made_environment_is_made_anew_and_a_whole_one_is_kept(tmp_path: 
     kept.touch()
     made.make()
     assert kept.exists()
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "ours.py").write_text("x = 1")
+    (packages / "template.py").write_text("x = {{ name }} here")
+    made.compile()
+    assert [path.name.split(".")[0] for path in (packages / "__pycache__").iterdir()] == ["ours"]
 
 
 def failing(program: Path, said: str) -> None:

@@ -77,6 +77,7 @@ class OwnEnvironment:
                     raise StageError(f"it needs PyTorch's {self.torch} build, and only the {build} build could be had")
             say(f"{len(pins)} packages into {home}; this takes minutes")
             environment.install_pins(self.pins)
+            environment.compile()
         except StageError as failure:
             raise StageError(
                 f"{self.title}'s environment cannot be made: {failure}\nIt needs a package index, once; without one, "

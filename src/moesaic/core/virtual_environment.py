@@ -162,6 +162,14 @@ class VirtualEnvironment:
                 f"the environment is not as pinned: {'; '.join(wrong)}. Remove {self.folder} and run it again."
             )
 
+    def compile(self) -> None:
+        """Keep the bytecode of every module, for programs that start often and whose processes may not write it.
+
+        Files that no Python of this version reads, such as templates, are left as they are.
+        """
+        (packages,) = self.folder.glob("lib/python*/site-packages")
+        _run([self.python, "-m", "compileall", "-q", "-j", "0", packages])
+
     def differences(self, pins: list[str]) -> list[str]:
         """Which installed versions are not the pinned ones."""
         compared = subprocess.run(
