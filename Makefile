@@ -11,7 +11,7 @@ TOOLS := build/tools
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: setup check test test-engine test-cluster demo parent records compile build-images test-images sbom audit pins check-pins help
+.PHONY: setup check test test-engine test-cluster demo parent records compile build-images sbom audit pins check-pins help
 
 setup: $(STAMP) ## make .venv with the pinned packages, once; PYTHON=python3.12, TORCH=cpu|cuda choose
 
@@ -54,9 +54,6 @@ compile: $(STAMP) ## write the components from the stages' declarations, compile
 build-images: $(STAMP) ## build all images; ENGINE=docker|podman|buildah, REGISTRY=host/path pushes and writes the lock, VERSION=, ONLY=name
 	$(BIN)/python -m images.build $(if $(ENGINE),--engine $(ENGINE)) $(if $(REGISTRY),--registry $(REGISTRY)) \
 		$(if $(VERSION),--version $(VERSION)) $(if $(ONLY),--only $(ONLY))
-
-test-images: $(STAMP) ## build one image for real and run components in it (root; Debian's buildah, crun, mmdebstrap)
-	$(BIN)/python benchmarks/image_build.py
 
 sbom: $(STAMP) $(TOOLS)/.installed ## bills of materials (CycloneDX) of the environment and of each image, in build/sbom
 	$(BIN)/python -m images.inventory sbom --tools $(TOOLS)/bin

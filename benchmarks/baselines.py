@@ -3,7 +3,7 @@
     python benchmarks/baselines.py --runs runs/baselines [--demo SCORES COSTS] [--problems COUNT] [--record FILE]
 
 The tiny reasoner is scored and searched on three disjoint draws of its calibration sets, under the demo's limits and
-modelled costs; or once, from what a run of the demo scored and timed. The child and the baselines, see
+by costs that are measured here; or once, from what a run of the demo scored and timed. The child and the baselines, see
 ``search_architecture/baselines.py``, are pruned and measured before any training: KL on a draw that no score has seen,
 and validation problems, on which each baseline is compared with the child problem by problem, draw by draw and over all
 draws. Costs are over the parent's. Finished stages are not repeated.
@@ -52,8 +52,7 @@ def main() -> None:
     if given.demo:
         found, unseen = [_search(bench, "demo", *given.demo)], [DRAWS - 1]  # it scored the first 48
     else:
-        costing = tiny_cpu().measure_costs.but(source="model", hardware="h100")
-        costs = bench.run(STAGES["measure_costs"], costing, parent=PARENT)
+        costs = bench.run(STAGES["measure_costs"], tiny_cpu().measure_costs, parent=PARENT)
         found = [_search(bench, str(draw), _score(bench, draw, ranking), costs) for draw in range(DRAWS)]
         unseen = [(draw + 1) % DRAWS for draw in range(DRAWS)]
     pruned = [{name: _prune(bench, ranking, each) for name, each in one["candidates"].items()} for one in found]

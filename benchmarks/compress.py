@@ -82,7 +82,7 @@ def main() -> None:
     given = parser.parse_args()
     summaries = {seed: compress(given.recipe, seed, given.runs / f"seed-{seed}") for seed in given.seeds}
     reached = {seed: measure_bars(summary["recovery"]) for seed, summary in summaries.items()}
-    bars = {
+    bars: dict[str, dict[str, Any]] = {
         bar: {
             "asked": asked,
             "reached": {str(seed): found[bar] for seed, found in reached.items()},

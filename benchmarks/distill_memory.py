@@ -93,7 +93,8 @@ def simulate_point(child: str, nodes: int, tokens: int, worst_routing: bool = Fa
 
 def two_layers() -> dict[str, float]:
     """Simulated and measured peaks of the small real run, in MiB."""
-    job = Job(*[Path(os.devnull)] * 4, 2, True, None, expert_parallel_size=2)
+    nowhere = Path(os.devnull)
+    job = Job(nowhere, nowhere, nowhere, nowhere, 2, True, None, expert_parallel_size=2)
     with TemporaryDirectory() as scratch:
         if (other := os.fork()) == 0:
             os._exit(_succeeds(lambda: _measure(1, Path(scratch), job)))
@@ -122,7 +123,8 @@ def _measure(rank: int, scratch: Path, job: Job) -> None:
     step.materialize()
     for model in (step.teacher_model, *step.model_parts):
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter.detach().to_local(), std=0.02)
+            shard: Any = parameter.detach()
+            torch.nn.init.normal_(shard.to_local(), std=0.02)
     batch = simulation.full_batch(SMALL)
     batch["input_ids"] = torch.randint(0, TRUE_WIDTH.vocab_size, batch["input_ids"].shape)
     batch["position_ids"] = torch.arange(SMALL.sequence_tokens).unsqueeze(0)

@@ -21,6 +21,7 @@ from typing import Any
 
 from bars import Bar, conclude
 
+from moesaic.core.config import CacheDtype, Precision
 from moesaic.deploy.engines.vllm.environment import why_unsupported
 from moesaic.deploy.export_engine.bundle import write_bundle
 from moesaic.deploy.export_engine.stage import ExportEngineConfig
@@ -42,7 +43,9 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, Any] = {}
     bars: list[Bar] = []
-    settings = product(("parent", "child"), ("bf16", "fp8"), ("float32", "bfloat16"))
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    caches: tuple[CacheDtype, ...] = ("bf16", "fp8")
+    settings = product(("parent", "child"), caches, precisions)
     for name, cache, precision in settings:
         if cache == "fp8" and (why := why_unsupported(fp8_cache=True)):
             print(f"no FP8 here: {why}", file=sys.stderr)

@@ -34,7 +34,8 @@ def measured(config: MeasureCostsConfig) -> CostTable:
     """The tiny reasoner's cost table."""
     with TemporaryDirectory() as place:
         output, scratch = Path(place) / "output", Path(place) / "scratch"
-        output.mkdir(), scratch.mkdir()
+        output.mkdir()
+        scratch.mkdir()
         measure_costs.run(config, parent=example() / "parent", output=output, scratch=scratch)
         return CostTable.from_json((output / "costs.json").read_text())
 

@@ -219,7 +219,8 @@ def _best_groups(scores: Tensor) -> Tensor:
     """Half of every expert's groups of 32 channels."""
     groups = scores.unflatten(1, (-1, mxfp4.BLOCK))
     best = groups.sum(-1).topk(groups.shape[1] // 2, dim=-1).indices.sort(-1).values
-    return (best.unsqueeze(-1) * mxfp4.BLOCK + torch.arange(mxfp4.BLOCK)).flatten(1)
+    channels: Tensor = best.unsqueeze(-1) * mxfp4.BLOCK + torch.arange(mxfp4.BLOCK)
+    return channels.flatten(1)
 
 
 def _score(
@@ -250,11 +251,11 @@ def _score(
 
 
 def _load_repacked(
-    parent: Parent, replaced: int, channels: Tensor, layer: int, then: int | None = None
+    parent: Parent, replaced: int, channels: Tensor | None, layer: int, then: int | None = None
 ) -> GptOssDecoderLayer:
     """Load a layer; the replaced one has its kept channels packed anew."""
     module = parent.load(layer, then=then)
-    if layer == replaced:
+    if layer == replaced and channels is not None:
         each = torch.arange(len(channels)).unsqueeze(1)
         kept = module.mlp.experts.down_proj[each, channels].transpose(1, 2).contiguous()
         down = module.mlp.experts.down_proj.clone()

@@ -29,11 +29,11 @@ from bars import Bar, conclude
 from pydantic import TypeAdapter
 from tiny_chain import Step, put_inputs, steps, wanted_steps
 
+from moesaic.core.files import file_digest
 from moesaic.platform.runs import records
 from moesaic.platform.runs.records import RECORD, Record
 from moesaic.platform.store import Manifest, Store
 from moesaic.platform.store.manifest import MANIFEST
-from moesaic.platform.store.root import file_digest
 from moesaic.platform.store.upkeep import verify
 from moesaic.stages import STAGES
 

@@ -95,18 +95,18 @@ def main() -> None:
             own, other = (sum(seconds[name][way + side] for name in EXPERT) for side in ("", "_modelopt"))
             if dtype == torch.bfloat16:
                 bars.append(Bar(f"CPU seconds of ModelOpt to {way} one expert, over ours, {kind}", other / own, BAR))
-            for name, found in seconds.items():
+            for name, taken in seconds.items():
                 rows.append(
                     {
                         "dtype": kind,
                         "tensor": name,
                         "way": way,
-                        "ns_per_value": round(found[way] / weights[name].numel() * 1e9, 3),
-                        "modelopt_ns_per_value": round(found[f"{way}_modelopt"] / weights[name].numel() * 1e9, 3),
-                        "modelopt_over_ours": round(found[f"{way}_modelopt"] / found[way], 1),
+                        "ns_per_value": round(taken[way] / weights[name].numel() * 1e9, 3),
+                        "modelopt_ns_per_value": round(taken[f"{way}_modelopt"] / weights[name].numel() * 1e9, 3),
+                        "modelopt_over_ours": round(taken[f"{way}_modelopt"] / taken[way], 1),
                     }
                 )
-    found = {"rounds": given.rounds, "rows": rows, "difference_from_modelopt": differences}
+    found: dict[str, Any] = {"rounds": given.rounds, "rows": rows, "difference_from_modelopt": differences}
     conclude(f"python benchmarks/mxfp4_speed.py --rounds {given.rounds}", bars, found, given.record)
 
 

@@ -51,7 +51,7 @@ from moesaic.measure.paired import Verdicts, accuracy, average, difference
 from moesaic.models import loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
-from moesaic.models.layers import Rotary, attend, expert_outputs, mix, router_logits, router_of
+from moesaic.models.layers import Rotary, attend, expert_outputs, mix, router_of, router_scores
 from moesaic.pipelines.recipes import tiny_cpu
 from moesaic.search.probing import Probes
 from moesaic.search.prune_model.run import PRUNING
@@ -243,9 +243,9 @@ def _see(whole: Any, cut: Any, theirs: Tensor, ours: Tensor, kept: Sequence[int]
     every = torch.arange(len(kept)).expand(len(normed), -1)
     return Seen(
         kept,
-        router_logits(whole, whole.post_attention_layernorm(theirs)),
+        router_scores(whole, whole.post_attention_layernorm(theirs)).choice,
         router_of(whole).top_k,
-        router_logits(cut, normed),
+        router_scores(cut, normed).choice,
         expert_outputs(cut.mlp.experts, normed, every),
         mix(whole, theirs) - ours,
     )

@@ -80,7 +80,15 @@ def serve(weed: Path, directory: Path) -> Iterator[str]:
     options += [f"-{name}.localSocket={directory / name}.sock" for name in ("s3", "filer")]
     options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-master.volumeSizeLimitMB=1024"]
     options += ["-volume.max=100", "-volume.preStopSeconds=0", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    command = [weed, "server", f"-dir={directory}", "-filer", "-s3", f"-s3.config={directory / 's3.json'}", *options]
+    command: list[str | Path] = [
+        weed,
+        "server",
+        f"-dir={directory}",
+        "-filer",
+        "-s3",
+        f"-s3.config={directory / 's3.json'}",
+        *options,
+    ]
     server = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         endpoint = f"http://127.0.0.1:{ports[0]}"
@@ -134,12 +142,12 @@ def run_round(aws: Path, endpoint: str, source: Path, place: Path, store_first: 
         "MOESAIC_CACHE": str(place / "cache"),
     }
     store, plain = f"s3://{BUCKET}/store", f"s3://{BUCKET}/plain"
-    copy = [aws, "s3", "cp", "--recursive", "--only-show-errors"]
+    copy: list[str | Path] = [aws, "s3", "cp", "--recursive", "--only-show-errors"]
     added = ""
     found = {}
     for way in ("up", "down"):
         for name in ("store", "aws") if store_first else ("aws", "store"):
-            commands = {
+            commands: dict[str, list[str | Path]] = {
                 "store up": [sys.executable, "-c", STORE_UP, store, source],
                 "store down": [sys.executable, "-c", STORE_DOWN, store, added],
                 "aws up": [*copy, source, plain],
@@ -193,7 +201,7 @@ def summarize(rounds: list[dict[str, tuple[float, float]]], mib: float) -> tuple
 def tool_versions(aws: Path, weed: Path) -> dict[str, str]:
     """As the programs name them."""
     found = {"boto3": version("boto3"), "urllib3": version("urllib3")}
-    for name, command in (("awscli", [aws, "--version"]), ("seaweedfs", [weed, "version"])):
+    for name, command in (("awscli", (aws, "--version")), ("seaweedfs", (weed, "version"))):
         found[name] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
     return found
 
@@ -220,9 +228,8 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=given.directory) as place,
         tempfile.TemporaryDirectory(dir=given.server_directory) as server_place,
     ):
-        tools = None if given.aws and given.weed else install_tools(Path(place) / "tools")
-        aws = given.aws.absolute() if given.aws else tools / "aws"
-        weed = given.weed.absolute() if given.weed else tools / "weed"
+        tools = Path() if given.aws and given.weed else install_tools(Path(place) / "tools")
+        aws, weed = (own.absolute() for own in (given.aws or tools / "aws", given.weed or tools / "weed"))
         mib = write_checkpoint(Path(place) / "source", given.files, given.mib)
         rounds = []
         for index in range(given.rounds):

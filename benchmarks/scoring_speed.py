@@ -128,8 +128,9 @@ class Straightforward:
     def score(self, layer: int, variant: Variant) -> damage.Metrics:
         """One variant."""
         sums = [
-            damage.compare(self.head, reference, self.forward(probe, layer, variant).unsqueeze(0), probe.next_ids)[0]
+            damage.compare(self.head, reference, states.unsqueeze(0), probe.next_ids, probe.weights)[0]
             for probe, reference in zip(self.probes, self.references, strict=True)
+            for states in [self.forward(probe, layer, variant)]
         ]
         return scoring.total(sums)
 
@@ -266,8 +267,8 @@ def unpack_speed() -> dict[str, float]:
     blocks_, scales = torch.randint(0, 256, (4, 1024, 32, 16)).byte(), torch.randint(110, 130, (4, 1024, 32)).byte()
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        seconds = cpu_seconds(lambda dtype=dtype: mxfp4.dequantize(blocks_, scales, dtype), 9)
-        found[str(dtype).removeprefix("torch.")] = round(blocks_.numel() * 2 / seconds / 1e6)
+        seconds = cpu_seconds(partial(mxfp4.dequantize, blocks_, scales, dtype), 9)
+        found[str(dtype).removeprefix("torch.")] = float(round(blocks_.numel() * 2 / seconds / 1e6))
     return found
 
 

@@ -54,7 +54,7 @@ def full_size(name: str) -> list[dict[str, Any]]:
     facts, rows = Facts(GPT_OSS_120B, parent, True, parent, target), []
     for stage, simulate in SIMULATED.items():
         config: Any = getattr(recipe, stage)
-        needs = find_stage(stage).needs
+        needs = find_stage(stage).planned_by("needs")
         assert needs is not None
         computed = needs(PipelineTask(stage, stage, config, ()), facts, [{"parent": 0}])
         rows.append(

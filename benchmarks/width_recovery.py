@@ -23,7 +23,6 @@ from expert_width import ARMS, SPACE, of_full_width
 from tiny_children import DATA, PARENT, ask, calibration_rows
 
 from examples.tiny_reasoner import datasets
-from examples.tiny_reasoner.tasks import FAMILIES
 from moesaic.core.workbench import Workbench
 from moesaic.measure.paired import Difference, Verdicts, accuracy, average, difference
 from moesaic.models.architecture import Block
@@ -74,10 +73,10 @@ def main() -> None:
 def _fresh_problems(directory: Path) -> Path:
     """Problems that neither the test nor the validation set has."""
     directory.mkdir(parents=True, exist_ok=True)
-    count, taken = dict.fromkeys(FAMILIES, PER_FAMILY), set[tuple[str, str]]()
-    for seed in (datasets.SEEDS["test"], datasets.SEEDS["validation"], SEED):
-        drawn = datasets.draw_problems(random.Random(seed), "test", count, taken)
-        taken |= {(problem.family, problem.identity) for problem in drawn}
+    plan = datasets.PLAN
+    others = (*datasets.test_problems(plan), *datasets.validation_problems(plan))
+    taken, count = {(one.family, one.identity) for one in others}, dict.fromkeys(plan.suite.families, PER_FAMILY)
+    drawn = datasets.draw_problems(random.Random(SEED), plan.suite, "test", count, taken)
     path = directory / "fresh.jsonl"
     datasets.write_rows(path, datasets.problem_rows(drawn, "fresh-"))
     return path

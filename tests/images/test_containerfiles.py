@@ -1,4 +1,4 @@
-"""What every image promises, read off its Containerfile; `make test-images` builds one for real."""
+"""What every image promises, read off its Containerfile; `make test-cluster` runs them."""
 
 import re
 from pathlib import Path
