@@ -84,18 +84,21 @@ def _pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 def _calibrate(checkpoint: Checkpoint, batches: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Iterator[Amax]:
     """Take the states of all batches through the layers, one layer after the other."""
-    quantize = _import_quantize()
-    device = loading.choose_device()
+    quantize, device = _import_quantize(), loading.choose_device()
     states = loading.embed(checkpoint, [token_ids for token_ids, _ in batches], dtype)
     is_token = [mask for _, mask in batches]
     rotary = loading.rotary(checkpoint, max(batch.shape[1] for batch in states), dtype, device)
-    for layer in track(range(checkpoint.num_layers), checkpoint.num_layers, "calibrating layers"):
+
+    def calibrate(layer: int) -> Amax:
+        """Nothing of the layer is left when the next one is read."""
         block = loading.load_block(checkpoint, layer, dtype, device)
         window = checkpoint.architecture.blocks[layer].window
         run = partial(_run_batches, block=block, states=states, is_token=is_token, rotary=rotary, window=window)
         with contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():  # modelopt prints for every layer
             quantize(_Attention(block), _KV_QUANTIZERS, run)
-        yield float(block.self_attn.k_bmm_quantizer.amax), float(block.self_attn.v_bmm_quantizer.amax)
+        return float(block.self_attn.k_bmm_quantizer.amax), float(block.self_attn.v_bmm_quantizer.amax)
+
+    yield from map(calibrate, track(range(checkpoint.num_layers), checkpoint.num_layers, "calibrating layers"))
 
 
 def _run_batches(
