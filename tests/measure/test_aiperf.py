@@ -219,15 +219,16 @@ def test_the_environment_is_filled_once_and_one_that_is_not_as_pinned_is_refused
 
     monkeypatch.setattr(VirtualEnvironment, "make", make)
     monkeypatch.setattr(VirtualEnvironment, "install", lambda self, *what: done.append(what))
-    monkeypatch.setattr(VirtualEnvironment, "differences", lambda self, pins: ["aiperf is missing"] * len(done[2:]))
+    monkeypatch.setattr(VirtualEnvironment, "compile", lambda self: done.append(("compiled",)))
+    monkeypatch.setattr(VirtualEnvironment, "differences", lambda self, pins: ["aiperf is missing"] * len(done[3:]))
     home = AIPERF.directory
     for _ in range(2):
         assert AIPERF.find_program() == home / "bin" / "aiperf"
-        assert done == [("made", home), ("--requirement", AIPERF.pins)]
+        assert done == [("made", home), ("--requirement", AIPERF.pins), ("compiled",)]
     (home / ".complete").unlink()
     with pytest.raises(StageError, match=r"not as pinned: aiperf is missing(.|\n)*let MOESAIC_AIPERF name aiperf"):
         AIPERF.find_program()
-    assert done[2] == ("made", home)
+    assert done[3:] == [("made", home), ("--requirement", AIPERF.pins)]
 
 
 def test_other_pins_have_an_environment_of_their_own(tmp_path: Path) -> None:
