@@ -22,6 +22,8 @@ from moesaic.models.resolved_config import CONFIG
 
 _ROPE_KEYS = ("rope_theta", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 """What engines read."""
+_ROUNDING = 1e-4
+"""Of the largest logit: what float32 leaves of sums that are added in another order."""
 _COMPARED_TOKENS = 64
 
 
@@ -101,18 +103,22 @@ def _check_scales(checkpoint: Checkpoint, manifest: BundleManifest) -> None:
 
 
 def compare_logits(child: Path, bundle: Path, tokens: int = _COMPARED_TOKENS) -> None:
-    """Load both whole in transformers, in float32, and compare the logits of random tokens bit for bit.
+    """Load both whole in transformers, in float32, and compare the logits of random tokens.
+
+    Threads add in another order from run to run, so equal weights may differ by the rounding of sums.
 
     Raises:
-        ArtifactError: if they differ.
+        ArtifactError: if they differ by more.
     """
     shape = Checkpoint.open(child).shape
     count = min(tokens, shape.max_positions)
     token_ids = torch.randint(shape.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
     before, after = _logits(child, token_ids), _logits(bundle, token_ids)
-    if not torch.equal(before, after):
-        largest = float((before - after).abs().max())
-        raise ArtifactError(f"{bundle} is not the model in {child}: their logits differ by up to {largest:.3g}")
+    largest, most = float((before - after).abs().max()), _ROUNDING * float(before.abs().max())
+    if not largest <= most:
+        raise ArtifactError(
+            f"{bundle} is not the model in {child}: their logits differ by up to {largest:.3g}, rounding by {most:.3g}"
+        )
 
 
 def _logits(directory: Path, token_ids: torch.Tensor) -> torch.Tensor:
