@@ -55,13 +55,13 @@ def report(directory: str, names: list[str]) -> str:
 
 
 @dsl.pipeline(name="side-by-side")
-def pipeline(directory: str, third: str) -> None:
-    """Two that need each other, one that must be alone, one that follows a loop."""
+def pipeline(directory: str) -> None:
+    """Two that need each other and so both cores, one that must be alone, one that follows a loop."""
     benchmark(directory=directory)
     first = evaluate(directory=directory, name="first", other="second")
     evaluate(directory=directory, name="second", other="first")
     with dsl.ParallelFor(["third"]) as name:
-        looped = evaluate(directory=directory, name=name, other=third)
+        looped = evaluate(directory=directory, name=name, other=name)
     report(directory=directory, names=dsl.Collected(looped.output)).after(first)
 
 
@@ -72,13 +72,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _run(manifest: Path, directory: Path, third: str) -> None:
+def _run(manifest: Path, directory: Path) -> None:
     context = RunContext(store=directory / "store", run_directory=directory)
-    run_compiled(manifest, {"directory": str(directory), "third": third}, context, Console(quiet=True))
+    run_compiled(manifest, {"directory": str(directory)}, context, Console(quiet=True))
 
 
 def test_what_is_ready_runs_at_once_and_what_takes_times_alone(manifest: Path, tmp_path: Path) -> None:
-    _run(manifest, tmp_path, "first")
+    _run(manifest, tmp_path)
     spans = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert sorted(spans) == ["benchmark", "first", "second", "third"]
     alone = spans.pop("benchmark")
@@ -89,7 +89,7 @@ def test_what_is_ready_runs_at_once_and_what_takes_times_alone(manifest: Path, t
 def test_after_a_failure_what_runs_is_finished_and_nothing_is_begun(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "third.json").mkdir()  # where that task wants to write a file
     with pytest.raises(StageError, match="a task was lost"):
-        _run(manifest, tmp_path, "first")
+        _run(manifest, tmp_path)
     assert not (tmp_path / "report").exists()
 
 
