@@ -19,12 +19,13 @@ Tried are, of every layer in turn, behind layers that are corrected already, on 
     routing   per kept expert a scale and a bias of its logit, by the cross-entropy to the parent's probabilities given
               K, at the parent's own states (1)
     chosen    the same to the parent's weights of its top experts, of those in K: a substitute should get none (2)
-    states    the same by the squared distance to the parent's states behind the layer (all)
+    states    the stage ``fit_routers``: the same by the squared distance to the parent's states behind the layer (all)
 
 Children: 75 % and 50 % of the experts in every layer, and those that the search chose by counts and windows on three
-disjoint draws of the calibration sets (``refinement_*``, unrefined). Fits are on the same draws; KL is measured on the
-next draw. Asked the validation problems before any training, and compared problem by problem with ``none``, are
-``zero`` and the fit of least KL. Weights are rounded as they are stored. Finished stages are not repeated.
+disjoint draws of the calibration sets (``refinement_*``, unrefined). Fits are on the same draws, the stage's on short
+conversations alone; KL is measured on the next draw. Asked the validation problems before any training, and compared
+problem by problem with ``none``, are ``zero`` and ``states``; the latter and ``none`` also after distillation. Weights
+are rounded as they are stored. Finished stages are not repeated.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from typing import Any
 import torch
 from bars import conclude
 from jaxtyping import Float
-from tiny_children import DATA, PARENT, ask, draw_probes, final_states, kl, prune
+from tiny_children import DATA, PARENT, ask, draw_probes, draw_rows, final_states, kl, prune
 from torch import Tensor
 
 from moesaic.core.progress import say
@@ -51,8 +52,9 @@ from moesaic.measure.paired import Verdicts, accuracy, average, difference
 from moesaic.models import loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
-from moesaic.models.layers import Rotary, attend, expert_outputs, mix, router_of, router_scores
+from moesaic.models.layers import Rotary, attend, mix, router_of, router_scores
 from moesaic.pipelines.recipes import tiny_cpu
+from moesaic.recover.fit_routers.stage import FitRoutersConfig
 from moesaic.search.probing import Probes
 from moesaic.search.prune_model.run import PRUNING
 from moesaic.stages import STAGES
@@ -61,6 +63,11 @@ DRAWS = 3
 SEARCHED = Path(__file__).with_name("results") / "refinement_2-core-x86_2026-11-29.json"
 CHILDREN = ("75 % of experts", "50 % of experts", "searched")
 ARMS = ("none", "zero", "routing", "chosen", "states")
+ASKED = {
+    "pruned": (CHILDREN, ("none", "zero", "states")),
+    "distilled": (CHILDREN[1:], ("none", "states")),
+}
+"""Which children are asked, and with which corrections."""
 FITTED_ON = 4096
 """Tokens of each fit, at most."""
 RIDGE = 1e-4
@@ -94,10 +101,6 @@ class Seen:
     top_k: int
     logits: Float[Tensor, "token kept_expert"]
     """The child's, uncorrected."""
-    outputs: Float[Tensor, "token kept_expert hidden"]
-    """What each of the child's experts returns."""
-    missing: Float[Tensor, "token hidden"]
-    """What the child's mixture should return to end where the parent does."""
 
 
 def main() -> None:
@@ -105,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/router_correction"), help="what is made (%(default)s)")
     parser.add_argument("--record", type=Path, help="where to write what was found")
-    parser.add_argument("--problems", type=int, default=200, help="asked per task and effort; 0: none (%(default)s)")
+    parser.add_argument("--problems", type=int, default=200, help="asked per task and effort (%(default)s)")
     given = parser.parse_args()
     bench = Workbench(given.runs)
     ranking = bench.run(
@@ -118,9 +121,16 @@ def main() -> None:
         results = list(pool.map(partial(_measure, bench.directory, children), range(DRAWS)))
         made = {name: [paths[name] for paths, _ in results] for name in CHILDREN}
         damages = {name: [measured[name] for _, measured in results] for name in CHILDREN}
-        best = {name: min(LOSSES, key=lambda arm: sum(each[arm] for each in damages[name])) for name in CHILDREN}
-        asked = {each[arm] for name in CHILDREN for each in made[name] for arm in ("none", "zero", best[name])}
-        asked = asked if given.problems else set()
+        models = {
+            state: {
+                name: [{arm: _trained(bench, state, draw[arm]) for arm in arms} for draw in made[name]]
+                for name in names
+            }
+            for state, (names, arms) in ASKED.items()
+        }
+        asked = {
+            path for names in models.values() for draws in names.values() for draw in draws for path in draw.values()
+        }
         solved = dict(zip(asked, pool.map(partial(_ask, bench.directory, given.problems), asked), strict=True))
     found = {
         "kl_held_out": damages,
@@ -129,11 +139,13 @@ def main() -> None:
             for name, draws in made.items()
         },
         "asked": {
-            name: _compare({arm: [solved[each[arm]] for each in draws] for arm in ("none", "zero", best[name])})
-            for name, draws in made.items()
-            if given.problems
+            state: {
+                name: _compare({arm: [solved[draw[arm]] for draw in draws] for arm in draws[0]})
+                for name, draws in names.items()
+            }
+            for state, names in models.items()
         },
-        "problems": f"validation, {given.problems} a task and effort, before any training",
+        "problems": f"validation, {given.problems} a task and effort",
     }
     conclude(" ".join(["python benchmarks/router_correction.py", *sys.argv[1:]]), (), found, given.record)
 
@@ -187,12 +199,27 @@ def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Show
     """The child's checkpoint with its router corrected; finished ones are kept."""
     if arm == "none":
         return child
-    source = Checkpoint.open(child)
-    place = bench.directory / f"{child.name}-{arm}{'' if arm == 'zero' else f'-{draw}'}"
+    source, name = Checkpoint.open(child), f"{child.name}-{arm}{'' if arm == 'zero' else f'-{draw}'}"
+    if arm == "states":
+        config = FitRoutersConfig(tokens=FITTED_ON, max_tokens=1024, batch_tokens=8192)
+        calibration = draw_rows(bench.directory, draw).calibration_short
+        return bench.run(STAGES["fit_routers"], config, name, child=child, parent=PARENT, calibration=calibration)
+    place = bench.directory / name
     if not place.is_dir():
         routers = _routers(source, arm, fitted_on) if fitted_on else _without_biases(source)
         rewrite_checkpoint(source, place, routers, {"router": arm})
     return place
+
+
+def _trained(bench: Workbench, state: str, child: Path) -> Path:
+    """A child as it is, or distilled as the demo does."""
+    if state == "pruned":
+        return child
+    recipe = tiny_cpu()
+    traces = bench.run(STAGES["generate_traces"], recipe.generate_traces, model=PARENT, prompts=DATA.prompts)
+    return bench.run(
+        STAGES["distill"], recipe.distill, f"{child.name}-distilled", child=child, parent=PARENT, traces=traces
+    )
 
 
 def _without_biases(child: Checkpoint) -> dict[str, Tensor]:
@@ -239,15 +266,11 @@ def _routers(child: Checkpoint, arm: str, fitted_on: Shown) -> dict[str, Tensor]
 
 def _see(whole: Any, cut: Any, theirs: Tensor, ours: Tensor, kept: Sequence[int]) -> Seen:
     """Show a layer the same tokens as its parent has them, and as the child has them."""
-    normed = cut.post_attention_layernorm(ours)
-    every = torch.arange(len(kept)).expand(len(normed), -1)
     return Seen(
         kept,
         router_scores(whole, whole.post_attention_layernorm(theirs)).choice,
         router_of(whole).top_k,
-        router_scores(cut, normed).choice,
-        expert_outputs(cut.mlp.experts, normed, every),
-        mix(whole, theirs) - ours,
+        router_scores(cut, cut.post_attention_layernorm(ours)).choice,
     )
 
 
@@ -266,18 +289,9 @@ def _to_chosen(seen: Seen, logits: Tensor) -> Tensor:
     return -(wanted * logits.log_softmax(-1))[some].sum(-1).mean()
 
 
-def _to_states(seen: Seen, logits: Tensor) -> Tensor:
-    """Squared distance to what ends where the parent does, over the square of that."""
-    values, slots = logits.topk(seen.top_k, dim=-1)
-    weights = torch.zeros_like(logits).scatter(1, slots, torch.softmax(values, dim=-1))
-    error = torch.einsum("te,teh->th", weights, seen.outputs) - seen.missing
-    return error.square().sum() / seen.missing.square().sum()
-
-
 LOSSES: Mapping[str, Callable[[Seen, Tensor], Tensor]] = {
     "routing": _to_routing,
     "chosen": _to_chosen,
-    "states": _to_states,
 }
 
 

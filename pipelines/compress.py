@@ -24,7 +24,7 @@ from components.report.component import report
 from moesaic.pipelines import pipeline_name
 from pipelines.assembly import Assembly, AssemblyConfigs, assemble, evaluate_rivals, prune
 from pipelines.deployment import DeploymentConfigs, deploy, put_forward
-from pipelines.recovery import Material, RecoveryConfigs, learn, recover
+from pipelines.recovery import LearningConfigs, Material, RecoveryConfigs, learn, recover
 
 VERSION = "0.6.0"
 ROUNDS = (1, 2)
@@ -60,6 +60,7 @@ def compress(rounds: int, control: bool = True) -> Any:
         search_architecture_config: str,
         refine_architecture_config: str,
         prune_model_config: str,
+        fit_routers_config: str,
         distill_blocks_config: str,
         distill_config: str,
         reinforce_configs: list[str],
@@ -97,9 +98,7 @@ class _Tasks:
         model = self._parent
         for _ in range(self._rounds - 1):
             earlier = self._assemble(model, given.earlier_search_architecture_config)
-            model = learn(
-                self._version, given.distill_blocks_config, given.earlier_distill_config, earlier.child, material
-            )
+            model = learn(self._version, self._learning(given.earlier_distill_config), earlier.child, material)
         found = self._assemble(model, given.search_architecture_config)
         evaluation_child = self._evaluate(found.child)
         child = recover(self._recovery(), material, found.child, evaluation_child)
@@ -169,12 +168,14 @@ class _Tasks:
         measured = benchmark(config=config, version=self._version, parent=self._parent, child=child)
         return measured.outputs["measurements"]
 
+    def _learning(self, distill_config: Any) -> LearningConfigs:
+        return LearningConfigs(self._given.fit_routers_config, self._given.distill_blocks_config, distill_config)
+
     def _recovery(self) -> RecoveryConfigs:
         given = self._given
         return RecoveryConfigs(
             version=self._version,
-            distill_blocks=given.distill_blocks_config,
-            distill=given.distill_config,
+            learning=self._learning(given.distill_config),
             policies=given.reinforce_configs,
             average_checkpoints=given.average_checkpoints_config,
             calibrate_kv=given.calibrate_kv_config,

@@ -1,7 +1,7 @@
 """The recovery of one pruned child, measured after every stage.
 
-    distill_blocks -> distill -> reinforce[policy 1] -+-> average_checkpoints -> calibrate_kv
-                              -> reinforce[policy 2] -+
+    fit_routers -> distill_blocks -> distill -> reinforce[policy 1] -+-> average_checkpoints -> calibrate_kv
+                                             -> reinforce[policy 2] -+
 
 The paper trains two policies; any number is a list of configs here, trained in parallel.
 """
@@ -16,8 +16,18 @@ from components.calibrate_kv.component import calibrate_kv
 from components.distill.component import distill
 from components.distill_blocks.component import distill_blocks
 from components.evaluate.component import evaluate
+from components.fit_routers.component import fit_routers
 from components.gather_recovery.component import gather_recovery
 from components.reinforce.component import reinforce
+
+
+@dataclass(frozen=True)
+class LearningConfigs:
+    """Of what learns from the parent: layer by layer, then the whole child."""
+
+    fit_routers: Any
+    distill_blocks: Any
+    distill: Any
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,7 @@ class RecoveryConfigs:
     """Pipeline parameters: one config, as JSON, for each of the stages; ``version`` is the code's."""
 
     version: Any
-    distill_blocks: Any
-    distill: Any
+    learning: LearningConfigs
     policies: Any
     """A list of configs of ``reinforce``."""
     average_checkpoints: Any
@@ -63,7 +72,7 @@ def recover(configs: RecoveryConfigs, material: Material, pruned: Any, evaluatio
     def measure(model: Any, config: Any = configs.evaluate) -> Any:
         return evaluate(config=config, version=version, model=model, tests=material.tests).outputs["evaluation"]
 
-    distilled = learn(version, configs.distill_blocks, configs.distill, pruned, material)
+    distilled = learn(version, configs.learning, pruned, material)
     evaluation_distilled = measure(distilled)
     with dsl.ParallelFor(configs.policies) as policy_config:
         policy = reinforce(
@@ -91,13 +100,13 @@ def recover(configs: RecoveryConfigs, material: Material, pruned: Any, evaluatio
     return Recovered(child=calibrated, recovery=gathered.outputs["recovery"])
 
 
-def learn(version: Any, blocks_config: Any, config: Any, child: Any, material: Material) -> Any:
-    """Add the tasks of local and global distillation; the distilled checkpoint."""
-    local = distill_blocks(
-        config=blocks_config, version=version, child=child, parent=material.parent, calibration=material.calibration
-    )
+def learn(version: Any, configs: LearningConfigs, child: Any, material: Material) -> Any:
+    """Add the tasks of the routers' fit, and of local and global distillation; the distilled checkpoint."""
+    given = {"version": version, "parent": material.parent, "calibration": material.calibration}
+    routed = fit_routers(config=configs.fit_routers, child=child, **given)
+    local = distill_blocks(config=configs.distill_blocks, child=routed.outputs["fitted"], **given)
     return distill(
-        config=config,
+        config=configs.distill,
         version=version,
         child=local.outputs["trained"],
         parent=material.parent,

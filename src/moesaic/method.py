@@ -68,14 +68,11 @@ def compress(parent: Path, data: DataSets, recipe: Recipe, directory: Path) -> C
 
     def distill(child: Path, prefix: str = "") -> Path:
         config = recipe.earlier_distill if prefix else recipe.distill
-        local = bench.run(
-            STAGES["distill_blocks"],
-            recipe.distill_blocks,
-            f"{prefix}distill_blocks",
-            child=child,
-            parent=parent,
-            calibration=data.calibration_short,
-        )
+        local = child
+        for stage, own in (("fit_routers", recipe.fit_routers), ("distill_blocks", recipe.distill_blocks)):
+            local = bench.run(
+                STAGES[stage], own, prefix + stage, child=local, parent=parent, calibration=data.calibration_short
+            )
         return bench.run(STAGES["distill"], config, f"{prefix}distill", child=local, parent=parent, traces=traces)
 
     def evaluate(model: Path, name: str) -> Path:

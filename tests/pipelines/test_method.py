@@ -104,6 +104,7 @@ def test_plain_python_makes_the_pipelines_child_and_recovers_it(
     sizes = {name: one["parameters"] for name, one in evaluated.items()}
     assert sizes["pruned"] == sizes["distilled"] == sizes["child"] < sizes["parent"]
     assert [step["stage"] for step in evaluated["child"]["steps"]] == [
+        "fit_routers",
         "distill_blocks",
         "distill",
         "reinforce",

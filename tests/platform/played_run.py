@@ -121,7 +121,8 @@ def play(store: Store, recipe: Recipe, scratch: Path, name: str = "puzzle") -> P
         return player.run("prune_model", config, config.candidate, parent=model, **given)
 
     def learn(child: Made, config: Config) -> Made:
-        local = player.run("distill_blocks", recipe.distill_blocks, child=child, parent=parent, calibration=short)
+        routed = player.run("fit_routers", recipe.fit_routers, child=child, parent=parent, calibration=short)
+        local = player.run("distill_blocks", recipe.distill_blocks, child=routed, parent=parent, calibration=short)
         return player.run("distill", config, child=local, parent=parent, traces=traces)
 
     def measure(model: Made, kv_cache: str | None = None) -> Made:

@@ -38,7 +38,15 @@ def test_from_the_child_back_to_the_parent_and_the_calibration_data(store: Store
     assert stages == {
         *("ingest", "generate_traces", "rank_experts", "score_blocks", "measure_costs", "search_architecture"),
         "refine_architecture",
-        *("prune_model", "distill_blocks", "distill", "reinforce", "average_checkpoints", "calibrate_kv"),
+        *(
+            "prune_model",
+            "fit_routers",
+            "distill_blocks",
+            "distill",
+            "reinforce",
+            "average_checkpoints",
+            "calibrate_kv",
+        ),
     }
     assert sources(child) == {
         name: getattr(run.inputs, name) for name in ("calibration_long", "calibration_short", "parent", "prompts")

@@ -5,14 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from moesaic.models.architecture import Architecture, Block
-from moesaic.recover.distill_blocks.loss import (
-    batch_order,
-    block_loss,
-    changed_layers,
-    error_and_energy,
-    split_held_out,
-)
+from moesaic.recover.distill_blocks.loss import batch_order, block_loss, error_and_energy
 
 
 def test_loss_by_hand():
@@ -45,20 +38,6 @@ def test_the_gradient_is_of_the_child_alone_and_skips_padding():
     child = torch.tensor([[[4.0], [9.0]]], requires_grad=True)
     block_loss(child, parent, torch.tensor([[True, False]])).backward()
     assert child.grad is not None and child.grad.flatten().tolist() == [6.0, 0.0]
-
-
-def test_changed_layers_are_those_with_another_count_or_window():
-    parent = Architecture.of([Block(8, 2, 64, 32), Block(8, 2, 64), Block(8, 2, 64, 32), Block(8, 2, 64)])
-    child = Architecture.of([Block(8, 2, 64, 32), Block(4, 1, 64), Block(8, 2, 64, 32), Block(8, 2, 64, 64)])
-    assert changed_layers(parent, child) == [1, 3]
-    assert changed_layers(parent, parent) == []
-
-
-def test_every_tenth_sequence_is_held_out():
-    learned, held_out = split_held_out(range(21))
-    assert held_out == [0, 10, 20]
-    assert sorted(learned + held_out) == list(range(21))
-    assert split_held_out("ab") == (["b"], ["a"])
 
 
 def test_each_pass_sees_every_batch_once_in_its_own_order():

@@ -25,9 +25,10 @@ from moesaic.models import layers, layout, loading
 from moesaic.models.architecture import Block
 from moesaic.models.checkpoint import Checkpoint, read_recovery
 from moesaic.recover.distill_blocks import run as distill_blocks
-from moesaic.recover.distill_blocks.loss import batch_order, block_loss, split_held_out
+from moesaic.recover.distill_blocks.loss import batch_order, block_loss
 from moesaic.recover.distill_blocks.nemo import workers
 from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
+from moesaic.recover.layerwise import split_held_out
 from moesaic.search.prune_model import run as prune_model
 from moesaic.search.prune_model.stage import PruneModelConfig
 

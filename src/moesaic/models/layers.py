@@ -213,14 +213,29 @@ def router_scores(
     block: DecoderLayer, states: Float[Tensor, "token hidden"], rows: Int[Tensor, " expert"] | None = None
 ) -> RouterScores:
     """What the layer's experts, or those of some rows of its router, are chosen and weighted by."""
+    return scores_of_logits(block, router_logits(block, states, rows), rows)
+
+
+def router_logits(
+    block: DecoderLayer, states: Float[Tensor, "token hidden"], rows: Int[Tensor, " expert"] | None = None
+) -> Float[Tensor, "token expert"]:
+    """``z`` of the layer's experts, or of those of some rows of its router."""
     router = router_of(block)
     taken: Any = slice(None) if rows is None else rows
+    if _family_of(block).scores == "sigmoid":
+        return F.linear(states.float(), router.weight[taken].float())
+    bias = getattr(router, "bias", None)
+    return F.linear(states, router.weight[taken], None if bias is None else bias[taken])
+
+
+def scores_of_logits(
+    block: DecoderLayer, logits: Float[Tensor, "token expert"], rows: Int[Tensor, " expert"] | None = None
+) -> RouterScores:
+    """What experts with these ``z`` are chosen and weighted by."""
     if _family_of(block).scores == "softmax":
-        bias = getattr(router, "bias", None)
-        logits = F.linear(states, router.weight[taken], None if bias is None else bias[taken])
         return RouterScores(logits, logits, 1.0)
-    logits = F.linear(states.float(), router.weight[taken].float())
-    choice = logits.sigmoid() + router.e_score_correction_bias[taken]
+    router = router_of(block)
+    choice = logits.sigmoid() + router.e_score_correction_bias[slice(None) if rows is None else rows]
     return RouterScores(choice, F.logsigmoid(logits), router.routed_scaling_factor)
 
 

@@ -19,6 +19,7 @@ from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 from moesaic.recover.distill.stage import DistillConfig
 from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
+from moesaic.recover.fit_routers.stage import FitRoutersConfig
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
 from moesaic.recover.reinforce.stage import ReinforceConfig
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
@@ -57,6 +58,7 @@ class Recipe(Config):
     benchmark_serving: BenchmarkServingConfig
     report: ReportConfig
     prune_model: PruneModelConfig = PruneModelConfig()
+    fit_routers: FitRoutersConfig = FitRoutersConfig()
     baseline: PruneModelConfig | None = PruneModelConfig(candidate="uniform")
     """The control: a candidate that gets the same recovery, for comparison. None saves half of all training."""
     average_checkpoints: AverageCheckpointsConfig = AverageCheckpointsConfig()

@@ -19,6 +19,7 @@ from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 from moesaic.recover.calibrate_kv.stage import CalibrateKvConfig
 from moesaic.recover.distill.stage import DistillConfig
 from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
+from moesaic.recover.fit_routers.stage import FitRoutersConfig
 from moesaic.recover.generate_traces.stage import GenerateTracesConfig
 from moesaic.recover.reinforce.stage import NemoRlConfig, ReinforceConfig, RewardConfig
 from moesaic.recover.training import OptimizerConfig
@@ -317,6 +318,7 @@ def _gpt_oss_h100(
         earlier_search_architecture=earlier_search,
         refine_architecture=RefineArchitectureConfig.like(scores, evaluations=_MEASURED).but(assemblies_per_round=2),
         generate_traces=_gpt_oss_traces(export),
+        fit_routers=FitRoutersConfig(precision="bfloat16"),
         distill_blocks=DistillBlocksConfig(precision="bfloat16"),
         distill=distill,
         earlier_distill=distill.but(steps=distill_steps // 10),

@@ -63,8 +63,9 @@ def _of_rounds(pruned: Origin) -> Values:
     rounds, earlier, before = 1, search, _one(pruned.given("parent"), "the parent")
     while before.stage == "distill":
         values["earlier_distill"] = before.record.config
-        blocks = _one(before.given("child"), "an earlier child")
-        pruned = _one(blocks.given("child"), "an earlier child") if blocks.stage == "distill_blocks" else blocks
+        pruned = _one(before.given("child"), "an earlier child")
+        while pruned.stage != "prune_model":
+            pruned = _one(pruned.given("child"), "an earlier child")
         earlier, _ = _searched(pruned)
         before = _one(pruned.given("parent"), "the parent")
         rounds += 1

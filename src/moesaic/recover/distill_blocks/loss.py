@@ -14,30 +14,10 @@ Departure from paper B: experts do not learn, as in all of paper A's recovery; w
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator
 
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-from moesaic.models.architecture import Architecture
-
-HELD_OUT_EVERY = 10
-"""Of this many sequences one is never learned from."""
-
-Item = TypeVar("Item")
-
-
-def changed_layers(parent: Architecture, child: Architecture) -> list[int]:
-    """The layers whose block is not the parent's: fewer experts or a shorter view."""
-    pairs = zip(parent.blocks, child.blocks, strict=True)
-    return [layer for layer, (whole, own) in enumerate(pairs) if own != whole]
-
-
-def split_held_out(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """What is learned from, and what is held out: every tenth item, from the first on."""
-    learned = [item for index, item in enumerate(items) if index % HELD_OUT_EVERY]
-    return learned, list(items[::HELD_OUT_EVERY])
 
 
 def batch_order(num_batches: int, seed: int, steps: range) -> Iterator[int]:

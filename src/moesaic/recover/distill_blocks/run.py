@@ -13,19 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moesaic.core.errors import ArtifactError, ConfigError
+from moesaic.core.errors import ConfigError
 from moesaic.core.progress import track
 from moesaic.core.training_curve import CURVE
-from moesaic.data.batches import Batch, make_batches
-from moesaic.data.calibration import read_conversations, tokenize
-from moesaic.data.chat import load_tokenizer
+from moesaic.data.batches import Batch
 from moesaic.models import layout, loading
 from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
 from moesaic.models.layers import run_block
-from moesaic.recover.distill_blocks.loss import HELD_OUT_EVERY, changed_layers, split_held_out
 from moesaic.recover.distill_blocks.nemo import BlockJob, BlockResult, check_installed, train_blocks
 from moesaic.recover.distill_blocks.nemo.jobs import HELD_OUT, LEARNED, MASKS, batch_name, boundary_file, save_tensors
 from moesaic.recover.distill_blocks.stage import DistillBlocksConfig
+from moesaic.recover.layerwise import changed_layers, read_batches
 
 Batches = dict[str, Batch]
 """By name; the name says whether a batch is learned from or held out."""
@@ -39,7 +37,7 @@ def run(
     ``scratch`` holds two sets of hidden states for every run of changed layers, and one more for each layer of it.
     """
     student, teacher = Checkpoint.open(child), Checkpoint.open(parent)
-    layers = _layers_to_train(student, teacher) if config.steps else []
+    layers = changed_layers(student, teacher) if config.steps else []
     jobs = [_make_job(config, student, layer, scratch) for layer in layers]
     if jobs:
         check_installed()
@@ -60,13 +58,6 @@ def run(
     return _metrics(results)
 
 
-def _layers_to_train(student: Checkpoint, teacher: Checkpoint) -> list[int]:
-    if student.shape != teacher.shape:
-        raise ArtifactError(f"{student.directory} is no child of {teacher.directory}: their sizes differ")
-    student.architecture.check_child_of(teacher.architecture)
-    return changed_layers(teacher.architecture, student.architecture)
-
-
 def _make_job(config: DistillBlocksConfig, student: Checkpoint, layer: int, scratch: Path) -> BlockJob:
     names = layout.trainable_names(student.shape, student.architecture, config.trainable)
     learned = [name for name in names if name.startswith(layout.layer_prefix(layer))]
@@ -81,18 +72,11 @@ def _make_job(config: DistillBlocksConfig, student: Checkpoint, layer: int, scra
 
 def _read_batches(config: DistillBlocksConfig, teacher: Checkpoint, calibration: Path) -> Batches:
     """Batches to learn from, and batches of the sequences that are held out."""
-    tokenizer = load_tokenizer(teacher.directory)
-    max_tokens = min(config.max_tokens, teacher.shape.max_positions)
-    rows = read_conversations(calibration)[: config.max_sequences]
-    if len(rows) < 2:
-        raise ArtifactError(
-            f"{calibration}: only 1 sequence to use; give 2 or more, of which one in {HELD_OUT_EVERY} is held out"
-        )
-    learned, held_out = split_held_out([tokenize(tokenizer, row, max_tokens) for row in rows])
+    learned, held_out = read_batches(calibration, teacher, config.max_sequences, config.max_tokens, config.batch_tokens)
     return {
         batch_name(part, index): batch
-        for part, sequences in ((LEARNED, learned), (HELD_OUT, held_out))
-        for index, batch in enumerate(make_batches(sequences, config.batch_tokens))
+        for part, batches in ((LEARNED, learned), (HELD_OUT, held_out))
+        for index, batch in enumerate(batches)
     }
 
 
