@@ -4,7 +4,7 @@ Both are timed at the same lengths and concurrency on the same machine: in vLLM 
 KV cache and scheduler), in process by ``moesaic``'s (bfloat16 too). Absolute times differ, since the engines do; the
 search needs ratios between blocks, so each block's share of the dearest one is compared as well.
 
-Run: python benchmarks/engine_costs.py [--record FILE]; 10 minutes on two cores. vLLM's environment is made once.
+Run: python benchmarks/engine_costs.py [--record FILE]; 5 minutes on two cores. vLLM's environment is made once.
 """
 
 import argparse

@@ -63,11 +63,10 @@ DRAWS = 3
 SEARCHED = Path(__file__).with_name("results") / "refinement_2-core-x86_2026-11-29.json"
 CHILDREN = ("75 % of experts", "50 % of experts", "searched")
 ARMS = ("none", "zero", "routing", "chosen", "states")
-ASKED = {
-    "pruned": (CHILDREN, ("none", "zero", "states")),
-    "distilled": (CHILDREN[1:], ("none", "states")),
-}
-"""Which children are asked, and with which corrections."""
+ASKED = {"pruned": ("none", "zero", "states"), "distilled": ("none", "states")}
+"""With which corrections."""
+MUCH_CUT = CHILDREN[1:]
+"""The children that are asked: of the first all corrections are within a point of none."""
 FITTED_ON = 4096
 """Tokens of each fit, at most."""
 RIDGE = 1e-4
@@ -121,12 +120,15 @@ def main() -> None:
         results = list(pool.map(partial(_measure, bench.directory, children), range(DRAWS)))
         made = {name: [paths[name] for paths, _ in results] for name in CHILDREN}
         damages = {name: [measured[name] for _, measured in results] for name in CHILDREN}
+        bench.run(STAGES["generate_traces"], tiny_cpu().generate_traces, model=PARENT, prompts=DATA.prompts)
+        pruned = {draw[arm] for name in MUCH_CUT for draw in made[name] for arm in ASKED["distilled"]}
+        distilled = dict(zip(pruned, pool.map(partial(_distil, bench.directory), pruned), strict=True))
         models = {
-            state: {
-                name: [{arm: _trained(bench, state, draw[arm]) for arm in arms} for draw in made[name]]
-                for name in names
-            }
-            for state, (names, arms) in ASKED.items()
+            "pruned": {name: [{arm: draw[arm] for arm in ASKED["pruned"]} for draw in made[name]] for name in MUCH_CUT},
+            "distilled": {
+                name: [{arm: distilled[draw[arm]] for arm in ASKED["distilled"]} for draw in made[name]]
+                for name in MUCH_CUT
+            },
         }
         asked = {
             path for names in models.values() for draws in names.values() for draw in draws for path in draw.values()
@@ -211,15 +213,12 @@ def _correct(bench: Workbench, draw: int, child: Path, arm: str, fitted_on: Show
     return place
 
 
-def _trained(bench: Workbench, state: str, child: Path) -> Path:
-    """A child as it is, or distilled as the demo does."""
-    if state == "pruned":
-        return child
-    recipe = tiny_cpu()
+def _distil(directory: Path, child: Path) -> Path:
+    """A child, distilled as the demo does."""
+    bench, recipe = Workbench(directory), tiny_cpu()
     traces = bench.run(STAGES["generate_traces"], recipe.generate_traces, model=PARENT, prompts=DATA.prompts)
-    return bench.run(
-        STAGES["distill"], recipe.distill, f"{child.name}-distilled", child=child, parent=PARENT, traces=traces
-    )
+    name = f"{child.name}-distilled"
+    return bench.run(STAGES["distill"], recipe.distill, name, child=child, parent=PARENT, traces=traces)
 
 
 def _without_biases(child: Checkpoint) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def test_rows_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tup
     assert values_of(content.encode("utf-8", "surrogatepass"), path) == [row for row, _ in rows]
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.lists(OBJECTS, min_size=1, max_size=3), st.integers(0, 60), st.binary(max_size=2), st.integers(0, 2))
 def test_any_bytes_are_rows_or_refused(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], place: int, put: bytes, cut: int

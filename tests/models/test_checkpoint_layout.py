@@ -486,7 +486,7 @@ WHERE = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(CHANGES), max_size=3), st.none() | WHERE)
 def test_any_layout_is_the_reference_or_refused(
     changes: list[Callable[[Folder], object]], damage: tuple[str, int, bytes] | None

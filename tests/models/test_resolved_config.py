@@ -234,7 +234,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(SANE | CONFIGS)
 def test_any_config_is_resolved_as_its_class_does_or_refused(config: Mapping[str, Any]) -> None:
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.core.errors import ArtifactError
+from moesaic.core.errors import ArtifactError, StageError
 from moesaic.costs.facts import Facts, PipelineTask, pruned_shards
 from moesaic.models import layers, loading
 from moesaic.models.architecture import Architecture, Block
@@ -171,6 +171,15 @@ def test_memory_is_what_is_planned(tiny_parent: Path, calibration: Path, tmp_pat
     facts = Facts(whole.shape, whole.architecture, whole.packed, cut_blocks.architecture, target=None)
     needed = needs(PipelineTask("fit_routers", "fit_routers", config, ()), facts, [pruned_shards(facts, "puzzle")] * 2)
     assert 0.5 < peak / (needed.device_bytes + needed.host_bytes + needed.state_bytes) < 1.05
+
+
+def test_states_that_are_not_finite_are_refused(tiny_parent: Path, calibration: Path, tmp_path: Path):
+    child = Checkpoint.open(cut(tiny_parent, tmp_path, halved(tiny_parent, 1)))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    huge = torch.full_like(child.tensor(name), 1e38)
+    rewrite_checkpoint(child, tmp_path / "huge", {name: huge}, {"stage": "test"})
+    with pytest.raises(StageError, match="layer 2: the child's states are not finite"):
+        run(tmp_path / "huge", tiny_parent, calibration, tmp_path / "run")
 
 
 def test_another_model_is_no_child(tiny_parent: Path, tiny_qwen3: Path, calibration: Path, tmp_path: Path):

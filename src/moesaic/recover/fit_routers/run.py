@@ -149,9 +149,9 @@ class _Fitting:
     def _correct(self, layer: int, block: DecoderLayer) -> tuple[LayerFit, dict[str, Tensor]]:
         """Fit the router in place, where that is better on held-out tokens."""
         own = self._router(layer)
-        held_out = self._see(block, self._tokens.held_out)
+        held_out = self._see(layer, block, self._tokens.held_out)
         before = held_out.error(block)
-        correction = fit(block, self._see(block, self._tokens.fitted), self._config.ridge)
+        correction = fit(block, self._see(layer, block, self._tokens.fitted), self._config.ridge)
         corrected = _apply(own, correction)
         _set_router(block, corrected)
         found = LayerFit(layer, before, held_out.error(block))
@@ -166,11 +166,13 @@ class _Fitting:
         names = [name for name in ("weight", "bias") if prefix + name in self._student.files]
         return {name: self._student.tensor(prefix + name) for name in names}
 
-    def _see(self, block: DecoderLayer, places: Sequence[Places]) -> Seen:
+    def _see(self, layer: int, block: DecoderLayer, places: Sequence[Places]) -> Seen:
         attended, ended = (
             torch.cat([_at(states, rows, self._device) for states, rows in zip(kept, places, strict=True) if len(rows)])
             for kept in (self._ours, self._theirs)
         )
+        layers.check_finite(layer, "the child's states", attended)
+        layers.check_finite(layer, "the parent's states", ended)
         return see(block, attended, ended)
 
     def _load(self, model: int, layer: int) -> DecoderLayer:
