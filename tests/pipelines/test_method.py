@@ -38,6 +38,7 @@ def recipe() -> Recipe:
         generate_traces={"max_prompts": 24, "max_new_tokens": 8, "keep_truncated": True},
         distill={"steps": 0},
         policies=(find_recipe("tiny_cpu_fast").policies[0].but(steps=0),),
+        average_checkpoints={"weights": None},
         calibrate_kv={"max_sequences": 4, "max_tokens": 256},
         evaluate={"problems_per_task": 1, "efforts": ("low",), "max_new_tokens": 8},
     )

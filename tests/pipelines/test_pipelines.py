@@ -105,3 +105,11 @@ def test_the_tiny_recipe_asks_for_a_child_worth_having() -> None:
 def test_the_control_is_a_baseline_that_the_search_makes() -> None:
     with pytest.raises(ValueError, match=r"candidate is 'greedy', search_architecture makes uniform, random-0"):
         RECIPES["tiny_cpu"]().but(baseline={"candidate": "greedy"}, search_architecture={"baselines": ("uniform",)})
+
+
+def test_a_recipe_has_a_weight_for_every_policy() -> None:
+    recipe = RECIPES["tiny_cpu"]()
+    with pytest.raises(ValueError, match="weights has 2 numbers for 1 policies; give one each, or none"):
+        recipe.but(policies=recipe.policies[:1])
+    with pytest.raises(ValueError, match="policies is empty; give one config of reinforce or more"):
+        recipe.but(policies=())

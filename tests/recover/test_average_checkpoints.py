@@ -66,6 +66,14 @@ def test_order_does_not_matter_when_weights_move_along(policy: Callable[..., Pat
     assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in first.files)
 
 
+def test_a_single_policy_is_handed_on_as_it_is(policy: Callable[..., Path], tmp_path: Path) -> None:
+    """As in recipes for a budget, which train one policy."""
+    high = policy("high", 1.0)
+    metrics, _ = average([high], tmp_path / "mean")
+    assert metrics == {"num_policies": 1, "num_tensors_averaged": 0}
+    assert all(shard.read_bytes() == (tmp_path / "mean" / shard.name).read_bytes() for shard in high.glob("model*"))
+
+
 def test_the_average_of_a_policy_with_its_copy_is_the_policy(policy: Callable[..., Path], tmp_path: Path) -> None:
     high = policy("high", 1.0)
     copy = Path(shutil.copytree(high, tmp_path / "copy"))
@@ -116,7 +124,5 @@ def test_the_first_difference_is_named(policy: Callable[..., Path], tmp_path: Pa
 
 def test_weights_and_policies_must_match(policy: Callable[..., Path], tmp_path: Path) -> None:
     high, mixed = policy("high", 1.0), policy("mixed", 2.0)
-    with pytest.raises(ConfigError, match="at least two policies, 1 given"):
-        average([high], tmp_path / "a")
     with pytest.raises(ConfigError, match=r"weights = \[1.0, 1.0, 1.0\] are 3 for 2 policies"):
         average([high, mixed], tmp_path / "b", AverageCheckpointsConfig(weights=(1, 1, 1)))

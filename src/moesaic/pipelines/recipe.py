@@ -79,6 +79,18 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _averages_all_policies(self) -> Self:
+        weights = self.average_checkpoints.weights
+        if not self.policies:
+            raise ValueError("policies is empty; give one config of reinforce or more, with steps 0 to train nothing")
+        if weights is not None and len(weights) != len(self.policies):
+            raise ValueError(
+                f"average_checkpoints.weights has {len(weights)} numbers for {len(self.policies)} policies; give one "
+                "each, or none for equal ones"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _search_makes_the_control(self) -> Self:
         made = self.search_architecture.rivals
         if self.baseline and self.baseline.candidate not in made:

@@ -16,7 +16,10 @@ from moesaic.recover.average_checkpoints.stage import AverageCheckpointsConfig
 
 
 def run(config: AverageCheckpointsConfig, *, policies: list[Path], output: Path, scratch: Path) -> dict[str, float]:
-    """Write the first policy's checkpoint with every tensor that the policies do not share replaced by its mean."""
+    """Write the first policy's checkpoint with every tensor that the policies do not share replaced by its mean.
+
+    A single policy is handed on as it is.
+    """
     weights = _weights(config, len(policies))
     opened = [Checkpoint.open(policy) for policy in policies]
     for other in opened[1:]:
@@ -33,8 +36,6 @@ def run(config: AverageCheckpointsConfig, *, policies: list[Path], output: Path,
 
 
 def _weights(config: AverageCheckpointsConfig, num_policies: int) -> tuple[float, ...]:
-    if num_policies < 2:
-        raise ConfigError(f"an average needs at least two policies, {num_policies} given")
     weights = config.weights or (1.0,) * num_policies
     if len(weights) != num_policies:
         raise ConfigError(f"weights = {list(weights)} are {len(weights)} for {num_policies} policies; give one each")
