@@ -105,7 +105,7 @@ def finished(child: Path, tiny_parent: Path, calibration: Path, tmp_path_factory
     group = stage.pid
     assert group is not None
     checkpoints = scratch / "layer-001" / "checkpoints"
-    _wait_until(lambda: any(checkpoints.glob("*-last.ckpt")) or not stage.is_alive())
+    _wait_until(lambda: _has_finished(checkpoints) or not stage.is_alive())
     os.killpg(group, signal.SIGSTOP)  # or the worker might finish its block before it learns of the kill
     stage.kill()
     os.killpg(group, signal.SIGCONT)
@@ -137,6 +137,11 @@ def _wait_until(condition: Callable[[], bool], limit_s: float = 240) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def _has_finished(checkpoints: Path) -> bool:
+    """Whether a checkpoint is whole: NeMo forgets one that a kill left with its mark, and starts over."""
+    return any(checkpoints.glob("*-last.ckpt")) and not any(checkpoints.glob("*-unfinished"))
 
 
 def _alive(group: int) -> bool:
