@@ -157,14 +157,13 @@ class _Fitting:
         found = LayerFit(layer, before, held_out.error(block))
         if not found.is_better:
             _set_router(block, own)
-        prefix = f"{layout.layer_prefix(layer)}{self._student.shape.family.router}."
-        return found, {prefix + name: tensor for name, tensor in corrected.items()} if found.is_better else {}
+        return found, corrected if found.is_better else {}
 
     def _router(self, layer: int) -> dict[str, Tensor]:
-        """The layer's router as stored: its weight, and its bias if it has one."""
-        prefix = f"{layout.layer_prefix(layer)}{self._student.shape.family.router}."
-        names = [name for name in ("weight", "bias") if prefix + name in self._student.files]
-        return {name: self._student.tensor(prefix + name) for name in names}
+        """The layer's router as stored, by name: its weight, and its bias if it has one."""
+        module = f"{layout.layer_prefix(layer)}{self._student.shape.family.router}"
+        names = [name for name in (f"{module}.weight", f"{module}.bias") if name in self._student.files]
+        return {name: self._student.tensor(name) for name in names}
 
     def _see(self, layer: int, block: DecoderLayer, places: Sequence[Places]) -> Seen:
         attended, ended = (
@@ -194,15 +193,16 @@ def _at(states: OffloadedTensor, places: Places, device: torch.device) -> Float[
 def _apply(router: Mapping[str, Tensor], correction: Correction) -> dict[str, Tensor]:
     """A router's tensors with the correction in them, in the dtypes that they are stored in."""
     scale, bias = correction.scale.cpu(), correction.bias.cpu()
-    changed = {"weight": scale.unsqueeze(1) * router["weight"].double()}
-    if "bias" in router:
-        changed["bias"] = scale * router["bias"].double() + bias
-    return {name: tensor.to(router[name].dtype) for name, tensor in changed.items()}
+
+    def changed(name: str, own: Tensor) -> Tensor:
+        return scale * own + bias if name.endswith(".bias") else scale.unsqueeze(1) * own
+
+    return {name: changed(name, tensor.double()).to(tensor.dtype) for name, tensor in router.items()}
 
 
 def _set_router(block: DecoderLayer, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        getattr(layers.router_of(block), name).copy_(tensor)
+        getattr(layers.router_of(block), name.rpartition(".")[2]).copy_(tensor)
 
 
 def _metrics(fits: Sequence[LayerFit]) -> dict[str, float]:
