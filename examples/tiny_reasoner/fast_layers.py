@@ -1,7 +1,8 @@
 """Attention and experts for training gpt-oss on packed rows, fast on one CPU core, through transformers' interfaces.
 
 The model class stays `GptOssForCausalLM`: only the two replaceable functions change. Both compute what the eager
-functions compute (a test compares outputs and gradients).
+functions compute (a test compares outputs and gradients). Under `torch.autocast` the experts' products run in its type,
+attention and the gate in float32.
 
 Sink attention. With logits s_j, sink logit c and L = log(sum_j exp(s_j) + exp(c)), the output is
 o = sum_j exp(s_j - L) v_j. The CPU flash kernel gives o_0 and L_0 without the sink, so o = o_0 * exp(L_0 - L). Its
@@ -12,6 +13,7 @@ the sink's value is zero. The sink's own gradient is -exp(c - L) * D, summed ove
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface
 from transformers.integrations.moe import ExpertsInterface
@@ -19,12 +21,14 @@ from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "tiny_reasoner_fast"
 QUERY_BLOCK = 64
+ROW_BLOCK = 64
 
 
 class SinkAttention(torch.autograd.Function):
     """Softmax attention with one learned sink logit per head, over the CPU flash kernel."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
@@ -39,6 +43,7 @@ class SinkAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and sinks, from the kernel fed with the sink's output and normaliser."""
         query, key, value, sinks, output, lse = ctx.saved_tensors
@@ -141,6 +146,7 @@ class GroupedLinear(torch.autograd.Function):
     """rows sorted by expert times each expert's matrix: x[rows of e] @ weight[e] + bias[e]."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
         """rows [assignment, in], weight [expert, in, out], bias [expert, out]; counts: rows of each expert."""
         output = rows.new_empty(rows.shape[0], weight.shape[2])
@@ -151,6 +157,7 @@ class GroupedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of rows, weight and bias, expert by expert."""
         rows, weight = ctx.saved_tensors
@@ -168,6 +175,7 @@ class ClampedSwiglu(torch.autograd.Function):
     """gpt-oss' gate on interleaved [assignment, 2 * intermediate]; recomputed in backward to save memory traffic."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: FunctionCtx, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
         """(up + 1) * gate * sigmoid(alpha * gate) after clamping, [assignment, intermediate]."""
         ctx.save_for_backward(gate_up)
@@ -177,6 +185,7 @@ class ClampedSwiglu(torch.autograd.Function):
         return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.add_(1))
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of gate_up; zero where the clamp held."""
         (gate_up,) = ctx.saved_tensors
@@ -191,16 +200,24 @@ class ClampedSwiglu(torch.autograd.Function):
 
 
 def fast_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden_states [token, hidden], top_k_index and top_k_weights [token, k]; tokens sorted by expert first."""
+    """hidden_states [token, hidden], top_k_index and top_k_weights [token, k]; tokens sorted by expert first.
+
+    Each expert's rows are filled up to a multiple of ROW_BLOCK with rows that nothing reads: bfloat16's kernels are
+    compiled for each number of rows, and few numbers keep them in their cache.
+    """
     num_tokens, top_k = top_k_index.shape
     flat = top_k_index.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=module.num_experts).tolist()
-    rows = hidden_states.index_select(0, order // top_k)
-    gate_up = GroupedLinear.apply(rows, module.gate_up_proj, module.gate_up_proj_bias, counts)
+    counts = torch.bincount(flat, minlength=module.num_experts)
+    filled = (counts + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
+    shift = (filled - counts).cumsum(0) - (filled - counts)
+    slots = torch.arange(len(order), device=order.device) + shift[flat[order]]
+    source = order.new_zeros(int(filled.sum())).scatter_(0, slots, order // top_k)
+    rows, sizes = hidden_states.index_select(0, source), filled.tolist()
+    gate_up = GroupedLinear.apply(rows, module.gate_up_proj, module.gate_up_proj_bias, sizes)
     gated = ClampedSwiglu.apply(gate_up, module.alpha, module.limit)
-    output = GroupedLinear.apply(gated, module.down_proj, module.down_proj_bias, counts)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    output = GroupedLinear.apply(gated, module.down_proj, module.down_proj_bias, sizes)
+    place = torch.empty_like(order).scatter_(0, order, slots)
     chosen = output.index_select(0, place).view(num_tokens, top_k, -1)
     return (chosen * top_k_weights.unsqueeze(-1)).sum(1)
 

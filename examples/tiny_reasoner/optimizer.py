@@ -33,12 +33,13 @@ class StackedMuon(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         iterations: int,
+        mixed: bool = False,
         workers: Workers | None = None,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
         )
-        self.workers = workers or Workers()
+        self.mixed, self.workers = mixed, workers or Workers()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -57,8 +58,11 @@ class StackedMuon(torch.optim.Optimizer):
         directions = []
         for index, parameter in enumerate(parameters):
             smoothed = self._smoothed(parameter, group["momentum"])
-            direction = orthogonalize(smoothed, int(group["iterations"])) if index in mine else None
-            directions.append(torch.zeros_like(smoothed) if direction is None else direction)
+            if index in mine:
+                exact = smoothed.bfloat16() if self.mixed else smoothed
+                directions.append(orthogonalize(exact, int(group["iterations"])).to(smoothed.dtype))
+            else:
+                directions.append(torch.zeros_like(smoothed))
         if self.workers.count == 1:
             return directions
         total = self.workers.sum(torch.cat([direction.flatten() for direction in directions]))
@@ -80,13 +84,13 @@ def is_matrix(name: str) -> bool:
 
 
 def build_optimizers(
-    model: nn.Module, muon_lr: float, adam_lr: float, workers: Workers | None = None
+    model: nn.Module, muon_lr: float, adam_lr: float, mixed: bool = False, workers: Workers | None = None
 ) -> tuple[StackedMuon, torch.optim.AdamW]:
     """The pair; base learning rates are kept in each group as `base_lr` for the schedule."""
     named = list(model.named_parameters())
     matrices = [parameter for name, parameter in named if is_matrix(name)]
     others = [parameter for name, parameter in named if not is_matrix(name)]
-    muon = StackedMuon(matrices, muon_lr, momentum=0.95, weight_decay=0.02, iterations=5, workers=workers)
+    muon = StackedMuon(matrices, muon_lr, momentum=0.95, weight_decay=0.02, iterations=5, mixed=mixed, workers=workers)
     adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
     for optimizer, base in ((muon, muon_lr), (adam, adam_lr)):
         for group in optimizer.param_groups:

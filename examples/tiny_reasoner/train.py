@@ -43,7 +43,7 @@ from examples.tiny_reasoner.workers import Workers, connect
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights."""
+    """Everything that decides the weights; `mixed`: products in bfloat16, fast on processors that have it."""
 
     steps: int = 5400
     tokens_per_step: int = 4096
@@ -57,6 +57,7 @@ class Recipe:
     balance: float = 0.003
     echo: float = 0.08
     clip: float = 1.0
+    mixed: bool = False
     level_threshold: float = 0.25
     level_step: float = 0.1
 
@@ -98,10 +99,11 @@ def measure(rows: Rows, logits: Tensor, token_loss: Tensor, chosen: Tensor) -> l
     ]
 
 
-def learnt_loss(model: GptOssForCausalLM, rows: Rows) -> tuple[Tensor, list[Result]]:
+def learnt_loss(model: GptOssForCausalLM, rows: Rows, mixed: bool = False) -> tuple[Tensor, list[Result]]:
     """Summed cross-entropy over what is learnt; the head runs on those positions only."""
     documents = None if rows.single else rows.documents
-    output = model.model(input_ids=rows.ids, position_ids=rows.positions, use_cache=False, documents=documents)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        output = model.model(input_ids=rows.ids, position_ids=rows.positions, use_cache=False, documents=documents)
     hidden = output.last_hidden_state
     chosen = (rows.labels.flatten() != -100).nonzero().squeeze(1)
     logits = model.lm_head(hidden.flatten(0, 1).index_select(0, chosen))
@@ -133,7 +135,9 @@ class Trainer:
         self.recipe, self.suite, self.device, self.out = recipe, suite, device, out
         self.workers = workers or Workers()
         self.model = build_model(suite.config(), recipe.seed, device)
-        self.optimizers = build_optimizers(self.model, recipe.muon_lr, recipe.adam_lr, self.workers)
+        self.optimizers = build_optimizers(
+            self.model, recipe.muon_lr, recipe.adam_lr, recipe.mixed, self.workers
+        )
         self.balance = BalanceLoss(self.model)
         self.curriculum = Curriculum(suite)
         self.num_steps, self.num_tokens, self.seconds = 0, 0, 0.0
@@ -153,7 +157,7 @@ class Trainer:
         with stored_weights(self.model, enabled=progress >= recipe.quantize_from):
             for shard, drawn in shards.items():
                 for rows in drawn:
-                    loss, measured = learnt_loss(self.model, rows)
+                    loss, measured = learnt_loss(self.model, rows, recipe.mixed)
                     balance = recipe.balance * self.balance.pop() * rows.ids.numel() / num_tokens
                     (loss / num_learnt + balance).backward()
                     results[shard] += measured
@@ -331,7 +335,11 @@ def parse_arguments(suite: Suite, recipe: Recipe) -> Run:
     parser.add_argument("--stop-at", type=int, help="stop after this many steps; the same command without it continues")
     for item in fields(Recipe):
         default = getattr(recipe, item.name)
-        parser.add_argument("--" + item.name.replace("_", "-"), type=item.type, default=default)
+        name = "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            parser.add_argument(name, type=item.type, default=default)
     arguments = parser.parse_args()
     chosen = Recipe(**{item.name: getattr(arguments, item.name) for item in fields(Recipe)})
     if chosen.shards % arguments.processes:
