@@ -135,9 +135,7 @@ class Trainer:
         self.recipe, self.suite, self.device, self.out = recipe, suite, device, out
         self.workers = workers or Workers()
         self.model = build_model(suite.config(), recipe.seed, device)
-        self.optimizers = build_optimizers(
-            self.model, recipe.muon_lr, recipe.adam_lr, recipe.mixed, self.workers
-        )
+        self.optimizers = build_optimizers(self.model, recipe.muon_lr, recipe.adam_lr, recipe.mixed, self.workers)
         self.balance = BalanceLoss(self.model)
         self.curriculum = Curriculum(suite)
         self.num_steps, self.num_tokens, self.seconds = 0, 0, 0.0
