@@ -1,6 +1,7 @@
 """Families whose facts stand far back, among other facts and filler: `retrieve`, `hops`, `latest`, `count`."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from examples.tiny_reasoner.vocabulary import NAMES
 FAR_FAMILIES = ("retrieve", "hops", "latest", "count")
 LINKS = 6
 """How many facts a path of `hops` consists of."""
+MOST = 9
+"""Facts of a key or a value that is asked for: a digit counts them."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,26 @@ def hops_pairs(rng: random.Random, num_facts: int) -> list[tuple[str, str]]:
     return [(names[start], names[start + 1]) for start in starts]
 
 
+def drawn(rng: random.Random, names: Sequence[str], count: int) -> list[str]:
+    """So many names, one of them at most MOST times: of a context without such a one nothing can be asked."""
+    while True:
+        chosen = [rng.choice(names) for _ in range(count)]
+        if min(Counter(chosen).values()) <= MOST:
+            return chosen
+
+
 def latest_pairs(rng: random.Random, num_facts: int) -> list[tuple[str, str]]:
     """Keys that are given several values, all different."""
     num_keys = max(2, num_facts // 4)
     names = rng.sample(NAMES, num_keys + num_facts)
-    return [(rng.choice(names[:num_keys]), value) for value in names[num_keys:]]
+    return list(zip(drawn(rng, names[:num_keys], num_facts), names[num_keys:], strict=True))
 
 
 def count_pairs(rng: random.Random, num_facts: int) -> list[tuple[str, str]]:
     """Different keys with few different values."""
     num_values = max(2, num_facts // 4)
     names = rng.sample(NAMES, num_values + num_facts)
-    return [(key, rng.choice(names[:num_values])) for key in names[num_values:]]
+    return list(zip(names[num_values:], drawn(rng, names[:num_values], num_facts), strict=True))
 
 
 PAIRS: dict[str, Callable[[random.Random, int], list[tuple[str, str]]]] = {
@@ -131,7 +142,7 @@ def groups(facts: Sequence[Fact], before: int, part: str) -> dict[str, list[Fact
     found: dict[str, list[Fact]] = {}
     for fact in facts:
         found.setdefault(getattr(fact, part), []).append(fact)
-    return {name: group for name, group in found.items() if group[-1].offset < before and len(group) <= 9}
+    return {name: group for name, group in found.items() if group[-1].offset < before and len(group) <= MOST}
 
 
 def latest_question(rng: random.Random, context: FarContext, before: int, _practice: bool) -> Problem | None:

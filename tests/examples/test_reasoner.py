@@ -354,6 +354,15 @@ def test_far_facts_lie_far() -> None:
             assert all(len(tokens) - places[fact] > FAR_TOKENS for fact in found)
 
 
+@pytest.mark.parametrize("family", SUITE.far)
+def test_every_context_can_be_asked_about(family: str) -> None:
+    rng = random.Random(0)
+    for num_facts in (4, 8, 11):  # of 11 facts with one of two keys, one in a thousand draws gives all to one
+        for _ in range(1500):
+            context = SUITE.make_context(rng, family, 40, num_facts)
+            assert any(SUITE.make_question(rng, context, context.length, True) for _ in range(50))
+
+
 @pytest.mark.parametrize("family", SUITE.families)
 def test_splits_are_disjoint(family: str) -> None:
     rng = random.Random(5)
