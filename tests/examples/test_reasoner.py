@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch.multiprocessing import start_processes
 
 from examples.reasoner import record
 from examples.reasoner.datasets import PLAN
+from examples.reasoner.far import MOST, drawn
 from examples.reasoner.problem import MOST_WORDS
 from examples.reasoner.tasks import SUITE
 from examples.tiny_reasoner import datasets, tasks, train
@@ -354,13 +354,10 @@ def test_far_facts_lie_far() -> None:
             assert all(len(tokens) - places[fact] > FAR_TOKENS for fact in found)
 
 
-@pytest.mark.parametrize("family", SUITE.far)
-def test_every_context_can_be_asked_about(family: str) -> None:
+def test_every_context_can_be_asked_about() -> None:
     rng = random.Random(0)
-    for num_facts in (4, 8, 11):  # of 11 facts with one of two keys, one in a thousand draws gives all to one
-        for _ in range(1500):
-            context = SUITE.make_context(rng, family, 40, num_facts)
-            assert any(SUITE.make_question(rng, context, context.length, True) for _ in range(50))
+    for _ in range(20_000):  # of 11 facts with one of two keys, one draw in a thousand gives all to one
+        assert min(Counter(drawn(rng, ["marble", "linen"], 11)).values()) <= MOST
 
 
 @pytest.mark.parametrize("family", SUITE.families)
