@@ -36,7 +36,7 @@ test-cluster: $(STAMP) ## overlays, rights, pipelines as pods, jobs and faults o
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
 demo: $(STAMP) ## compress the tiny reasoner, search and recovery (FAST=1: short; ENGINE=moesaic: without vLLM); run again to go on
-	$(BIN)/moesaic run compress --recipe tiny_cpu $(if $(FAST),--fast) $(if $(ENGINE),--engine $(ENGINE)) \
+	$(BIN)/moesaic run compress --recipe tiny_cpu_demo $(if $(FAST),--fast) $(if $(ENGINE),--engine $(ENGINE)) \
 		--output runs/demo$(if $(FAST),-fast)
 
 parent: $(STAMP) ## train the tiny reasoner anew (about 80 minutes on one core; resumes) and measure it

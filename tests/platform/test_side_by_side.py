@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from moesaic.core.errors import StageError
 from moesaic.platform.runs.local import run_compiled
 from moesaic.platform.runs.run_context import RunContext
-from moesaic.platform.runs.side_by_side import Cores, tasks_side_by_side
+from moesaic.platform.runs.side_by_side import Cores, _urgencies, tasks_side_by_side
 from moesaic.stages import STAGES
 
 
@@ -112,6 +113,57 @@ def test_one_that_must_be_alone_waits_for_all_cores() -> None:
     cores.close()
     with cores.take(alone=True) as is_open:
         assert not is_open
+
+
+def test_of_those_that_wait_the_most_urgent_runs_first() -> None:
+    cores, order = Cores(1), []
+
+    def task(urgency: tuple[int, ...]) -> None:
+        with cores.take(alone=False, urgency=urgency):
+            order.append(urgency)
+
+    waiting = [threading.Thread(target=task, args=(urgency,)) for urgency in ((2,), (3,), (2, 7), (1, 9), (2,))]
+    with cores.take(alone=False):
+        for thread in waiting:
+            thread.start()
+        while len(cores._waiting) < len(waiting):
+            time.sleep(0.01)
+    for thread in waiting:
+        thread.join(5)
+    assert order == [(3,), (2, 7), (2,), (2,), (1, 9)]
+
+
+def test_one_that_is_urgent_and_alone_is_not_overtaken() -> None:
+    cores, order = Cores(2), []
+
+    def task(name: str, alone: bool, urgency: tuple[int, ...]) -> None:
+        with cores.take(alone, urgency):
+            order.append(name)
+
+    tasks = [threading.Thread(target=task, args=args) for args in (("alone", True, (2,)), ("beside", False, (1,)))]
+    with cores.take(alone=False):
+        for thread in tasks:
+            thread.start()
+        while len(cores._waiting) < len(tasks):
+            time.sleep(0.01)
+        assert order == []
+    for thread in tasks:
+        thread.join(5)
+    assert sorted(order) == ["alone", "beside"] and order[0] == "alone"
+
+
+def test_a_task_is_as_urgent_as_the_chain_behind_it_is_long() -> None:
+    needed = {
+        "rank": [],
+        "costs": [],
+        "score": ["rank"],
+        "search": ["score", "costs"],
+        "evaluate": [],
+        "report": ["evaluate", "search"],
+    }
+    assert _urgencies(needed) == {
+        "rank": (4,), "costs": (3,), "score": (3,), "search": (2,), "evaluate": (2,), "report": (1,)
+    }  # fmt: skip
 
 
 def test_kubeflow_is_as_it_was_afterwards() -> None:

@@ -145,6 +145,28 @@ def tiny_cpu_full() -> Recipe:
     )
 
 
+def tiny_cpu_demo() -> Recipe:
+    """What ``make demo`` runs: the same without the control, and with less of what only narrows an interval."""
+    whole = tiny_cpu()
+    high, mixed = whole.policies
+    return whole.but(
+        baseline=None,
+        search_architecture={"baselines": ("uniform", "greedy"), "random_seeds": ()},
+        measure_costs={"repeats": 2},
+        policies=(high.but(steps=6), mixed.but(steps=6, prompts_per_step=96)),
+        benchmark={"batch_sizes": (1, 16), "input_tokens": (2048,), "repeats": 2},
+        benchmark_serving={
+            "workloads": tuple(each.but(concurrencies=(4,)) for each in whole.benchmark_serving.workloads),
+            "more_repeats": 0,
+        },
+    )
+
+
+def tiny_cpu_demo_fast() -> Recipe:
+    """What ``make demo FAST=1`` runs."""
+    return tiny_cpu_fast().but(baseline=None)
+
+
 def tiny_cpu_fast() -> Recipe:
     """The same with less of everything, to see that it works; served by ``moesaic serve``, which is up at once."""
     demo = tiny_cpu().served_by("moesaic")
@@ -431,6 +453,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny_cpu": tiny_cpu,
     "tiny_cpu_full": tiny_cpu_full,
     "tiny_cpu_fast": tiny_cpu_fast,
+    "tiny_cpu_demo": tiny_cpu_demo,
+    "tiny_cpu_demo_fast": tiny_cpu_demo_fast,
     "tiny_cpu_two_rounds": in_two_rounds(tiny_cpu),
     "tiny_cpu_two_rounds_fast": in_two_rounds(tiny_cpu_fast),
     "gpt_oss_120b_h100x8": gpt_oss_120b_h100x8,

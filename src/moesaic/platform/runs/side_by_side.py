@@ -2,15 +2,17 @@
 
 Kubeflow's local runner goes through a graph task by task; only the iterations of a loop run two at a time. Here a graph
 is gone through by its dependencies, and as many tasks run at once as there are cores. A task that times what it runs
-waits until it can run alone.
+waits until it can run alone. Of those that wait, the one with the longest chain of tasks behind it is the first to run:
+what nobody waits for fills the gaps.
 """
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextvars import ContextVar, copy_context
+from functools import cache, partial
 from threading import Condition
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +22,9 @@ from moesaic.stages import find_stage
 _STAGE_OPTION = "--function_to_execute"
 """The argument of Kubeflow's executor before the name of the component's function, which is its stage's."""
 Start = Callable[[Sequence[str], Mapping[str, str] | None], int]
+Urgency = tuple[int, ...]
+_urgency: ContextVar[Urgency] = ContextVar("_urgency", default=())
+"""Of the task that is being run: how many tasks its graph still has from it to the end, behind that of the graph."""
 
 
 class Cores:
@@ -31,17 +36,21 @@ class Cores:
 
     def __init__(self, count: int) -> None:
         self._count = self._free = count
+        self._waiting: list[Urgency] = []
         self._changed = Condition()
         self._closed = False
 
     @contextmanager
-    def take(self, alone: bool) -> Iterator[bool]:
-        """Wait for cores and hold them; gives whether there is still a run to take part in."""
+    def take(self, alone: bool, urgency: Urgency = ()) -> Iterator[bool]:
+        """Wait for cores, and for all that is more urgent, and hold them; gives whether there is still a run."""
         number = self._count if alone else 1
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._free >= number)
+            self._waiting.append(urgency)
+            self._changed.wait_for(lambda: self._closed or (self._free >= number and urgency == max(self._waiting)))
+            self._waiting.remove(urgency)
             self._free -= number
             is_open = not self._closed
+            self._changed.notify_all()
         try:
             yield is_open
         finally:
@@ -95,7 +104,7 @@ def _run_task(
 ) -> int:
     """Run a task when its turn comes; returns its exit status."""
     stage = find_stage(full_command[full_command.index(_STAGE_OPTION) + 1])
-    with cores.take(stage.alone) as is_open:
+    with cores.take(stage.alone, _urgency.get()) as is_open:
         return start(full_command, env_vars) if is_open else 1
 
 
@@ -120,13 +129,14 @@ def _run_graph(
         store.put_parent_input(name, value)
     tasks = dict(dag_component_spec.dag.tasks)
     waiting = {name: set(task.dependent_tasks) for name, task in tasks.items()}
+    urgencies = _urgencies(waiting)
     running: dict[Future[bool], str] = {}
     with ThreadPoolExecutor(max_workers=len(tasks)) as pool, cores.ended_on_interrupt():
         while waiting or running:
             for name in [name for name, needed in waiting.items() if not needed]:
                 del waiting[name]
                 given_to_task = given | {"io_store": store, "fail_stack": fail_stack}
-                running[pool.submit(_succeeds, name, tasks[name], given_to_task)] = name
+                running[pool.submit(_succeeds, name, tasks[name], urgencies[name], given_to_task)] = name
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 name = running.pop(future)
@@ -141,15 +151,51 @@ def _run_graph(
     return Utils.get_dag_outputs(dag_component_spec.dag.outputs, store), status.Status.SUCCESS
 
 
-def _succeeds(name: str, task: Any, given: dict[str, Any]) -> bool:
+def _urgencies(needed: Mapping[str, Collection[str]]) -> dict[str, Urgency]:
+    """The urgency of every task of a graph, given the tasks that each one needs."""
+
+    @cache
+    def height(name: str) -> int:
+        return 1 + max((height(other) for other, needs in needed.items() if name in needs), default=0)
+
+    return {name: (*_urgency.get(), height(name)) for name in needed}
+
+
+def _succeeds(name: str, task: Any, urgency: Urgency, given: dict[str, Any]) -> bool:
     """Run a task, a graph of tasks or a loop, and keep its outputs in the graph's store; says whether it succeeded."""
     from kfp.local import status
     from kfp.local.orchestrator import enhanced_dag_orchestrator as kubeflow
 
+    _urgency.set(urgency)
     if task.WhichOneof("iterator"):
-        loop = kubeflow.ParallelExecutor()
-        return not kubeflow._run_parallel_for_task(task_name=name, task_spec=task, parallel_executor=loop, **given)
+        return not kubeflow._run_parallel_for_task(task_name=name, task_spec=task, parallel_executor=_Loop(), **given)
     outputs, outcome = kubeflow.execute_task(task_name=name, task_spec=task, **given)
     for key, output in outputs.items():
         given["io_store"].put_task_output(name, key, output)
     return bool(outcome == status.Status.SUCCESS)
+
+
+class _Loop:
+    """Runs the iterations of a loop, each as urgent as the loop; in place of Kubeflow's, which runs two at a time."""
+
+    def execute_parallel_tasks(
+        self, tasks: Sequence[tuple[str, Any]], parallelism_limit: int, **given: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """The outputs by iteration, and whether all succeeded, as of Kubeflow's own method."""
+        from kfp.local import status
+        from kfp.local.orchestrator import enhanced_dag_orchestrator as kubeflow
+
+        with ThreadPoolExecutor(parallelism_limit or len(tasks)) as pool:
+            running = {
+                name: pool.submit(copy_context().run, kubeflow.execute_task, task_name=name, task_spec=task, **given)
+                for name, task in tasks
+            }
+        ended = {name: future.result() for name, future in running.items()}
+        failed = [name for name, (_, outcome) in ended.items() if outcome != status.Status.SUCCESS]
+        given["fail_stack"].extend(failed)
+        if failed:
+            return {}, status.Status.FAILURE
+        for name, (outputs, _) in ended.items():
+            for key, output in outputs.items():
+                given["io_store"].put_task_output(name, key, output)
+        return {name: outputs for name, (outputs, _) in ended.items()}, status.Status.SUCCESS
