@@ -139,12 +139,10 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     from moesaic.platform.runs.local import run_compiled
     from moesaic.platform.runs.run_context import RunContext
-    from moesaic.platform.runs.task_processes import import_ahead
     from moesaic.platform.runs.tracking import pipeline_run
 
     if options.at_once is not None and options.at_once < 1:
         raise ConfigError(f"--at-once {options.at_once}: at least 1 task runs at a time")
-    import_ahead()
     manifest, recipe, name = _choose(options)
     console = Console(stderr=True)
     recipe = _served(recipe, options.engine, console)

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,26 +33,16 @@ _RUNTIME = "_KFP_RUNTIME"
 """The variable by which a component's code knows that it runs as a task."""
 
 
-_FORKS = sys.platform == "linux"
-"""Where forks are not safe (macOS), tasks are new Pythons."""
-
-
-def import_ahead() -> None:
-    """Start the process that tasks are forks of, which imports meanwhile; calling it again changes nothing."""
-    if _FORKS:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
-        forkserver.ensure_running()
-
-
 @contextmanager
 def forked_tasks() -> Iterator[None]:
-    """Let Kubeflow's local runner start its tasks as forks."""
+    """Let Kubeflow's local runner start its tasks as forks; where forks are not safe (macOS) it starts new Pythons."""
     from kfp.local import subprocess_task_handler as runner
 
-    if not _FORKS:
+    if sys.platform != "linux":
         yield
         return
-    import_ahead()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
     start, runner.run_local_subprocess = runner.run_local_subprocess, _run_task
     try:
         yield
