@@ -8,6 +8,7 @@ what nobody waits for fills the gaps.
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,8 @@ _STAGE_OPTION = "--function_to_execute"
 """The argument of Kubeflow's executor before the name of the component's function, which is its stage's."""
 Start = Callable[[Sequence[str], Mapping[str, str] | None], int]
 Urgency = tuple[int, ...]
+_TOGETHER_S = 0.1
+"""Tasks that become ready at once arrive within this time, one after the other; the most urgent may be the last."""
 _urgency: ContextVar[Urgency] = ContextVar("_urgency", default=())
 """Of the task that is being run: how many tasks its graph still has from it to the end, behind that of the graph."""
 
@@ -46,6 +49,8 @@ class Cores:
         number = self._count if alone else 1
         with self._changed:
             self._waiting.append(urgency)
+        time.sleep(_TOGETHER_S)
+        with self._changed:
             self._changed.wait_for(lambda: self._closed or (self._free >= number and urgency == max(self._waiting)))
             self._waiting.remove(urgency)
             self._free -= number
