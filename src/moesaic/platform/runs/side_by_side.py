@@ -192,7 +192,9 @@ class _Loop:
 
         with ThreadPoolExecutor(parallelism_limit or len(tasks)) as pool:
             running = {
-                name: pool.submit(copy_context().run, kubeflow.execute_task, task_name=name, task_spec=task, **given)
+                name: pool.submit(
+                    copy_context().run, partial(kubeflow.execute_task, task_name=name, task_spec=task, **given)
+                )
                 for name, task in tasks
             }
         ended = {name: future.result() for name, future in running.items()}
