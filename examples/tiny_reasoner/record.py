@@ -57,7 +57,18 @@ def score(
     """What `evaluate` says of a model at each effort."""
     tokenizer = load_tokenizer(parent)
     config = EvaluateConfig(name=name, max_new_tokens=MAX_NEW_TOKENS)
-    return {effort: summarize(answer_problems(model, tokenizer, problems, effort, config)) for effort in efforts}
+    return {
+        effort: figures(summarize(answer_problems(model, tokenizer, problems, effort, config))) for effort in efforts
+    }
+
+
+def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with each family's number of problems in place of what was solved of them."""
+    tasks = {
+        name: {key: value for key, value in task.items() if key != "solved"} | {"problems": len(task["solved"])}
+        for name, task in summary["tasks"].items()
+    }
+    return {**summary, "tasks": tasks}
 
 
 def training_facts(name: str, defaults: Recipe, run: Path) -> dict[str, object]:
