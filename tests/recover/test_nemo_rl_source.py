@@ -40,9 +40,9 @@ def found(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     scratch = tmp_path_factory.mktemp("scratch")
     launch.prepare(SHARED, tiny_parent, QUESTIONS, LENGTHS, scratch, Placement(gpus_per_node=2))
     python = nemo_rl_environment.ENVIRONMENT.find_program()
-    paths = [ROOT / "src", ROOT, *sources]
+    paths = [ROOT / "src", *sources]  # each has a package `tests`, so the program is a file to it
     done = subprocess.run(
-        [python, "-m", nemo_rl_program.__name__, scratch / launch.CONFIG, tiny_parent],
+        [python, "-P", nemo_rl_program.__file__, scratch / launch.CONFIG, tiny_parent],
         env=own_variables() | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": ""},
         cwd=scratch,
         capture_output=True,
@@ -72,7 +72,7 @@ def test_our_environment_grades_as_an_actor_of_its_ray(found: dict[str, Any]) ->
 def test_its_pinned_automodel_builds_our_class_as_transformers_does(found: dict[str, Any], tiny_parent: Path) -> None:
     assert found["class"] == "moesaic.recover.distill.automodel.cluster_model.GptOssPuzzleForCausalLM"
     assert found["options"]["force_hf"] is False
-    assert found["difference"] < 1e-5
+    assert found["difference"] < 1e-4  # of logits; sums in another order differ by 1e-5 on some processors
     assert found["worker"] == "PolicyWorker"
     checkpoint = Checkpoint.open(tiny_parent)
     names = layout.trainable_names(checkpoint.shape, checkpoint.architecture, CONFIG.trainable)
