@@ -146,6 +146,7 @@ def test_one_that_is_urgent_and_alone_is_not_overtaken() -> None:
             thread.start()
         while len(cores._waiting) < len(tasks):
             time.sleep(0.01)
+        time.sleep(0.3)  # time enough to overtake
         assert order == []
     for thread in tasks:
         thread.join(5)
