@@ -57,7 +57,8 @@ def draw_recovery_frontier(evidence: RecoveryEvidence) -> Figure:
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     _draw_models(left, points, [(model, kv_cache) for model in final for kv_cache in _LINES], colours)
     _draw_models(right, points, [(model, "bf16") for model in way], colours)
-    left.set(title="parent, recovered child and baseline", ylabel="accuracy, mean over tasks [%]")
+    shown = "parent, recovered child and baseline" if evidence.baseline else "parent and recovered child"
+    left.set(title=shown, ylabel="accuracy, mean over tasks [%]")
     right.set(title="the child after every stage, KV cache in BF16")
     for axes in (left, right):
         tidy(axes)
