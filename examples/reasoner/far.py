@@ -1,19 +1,19 @@
-"""Families whose facts stand far back, among other facts and filler: `retrieve`, `hops`, `latest`, `count`."""
+"""Families whose facts stand far back, among other facts and filler: `retrieve`, `hops`, `latest`, `total`."""
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from examples.reasoner.problem import Problem, Step, write_steps
+from examples.reasoner.problem import Problem, Step, other_digit, spell, write_steps
 from examples.tiny_reasoner.tasks import scatter
-from examples.tiny_reasoner.vocabulary import NAMES
+from examples.tiny_reasoner.vocabulary import DIGITS, NAMES
 
-FAR_FAMILIES = ("retrieve", "hops", "latest", "count")
+FAR_FAMILIES = ("retrieve", "hops", "latest", "total")
 LINKS = 6
 """How many facts a path of `hops` consists of."""
 MOST = 9
-"""Facts of a key or a value that is asked for: a digit counts them."""
+"""Facts of a key that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,16 @@ def latest_pairs(rng: random.Random, num_facts: int) -> list[tuple[str, str]]:
     return list(zip(drawn(rng, names[:num_keys], num_facts), names[num_keys:], strict=True))
 
 
-def count_pairs(rng: random.Random, num_facts: int) -> list[tuple[str, str]]:
-    """Different keys with few different values."""
-    num_values = max(2, num_facts // 4)
-    names = rng.sample(NAMES, num_values + num_facts)
-    return list(zip(names[num_values:], drawn(rng, names[:num_values], num_facts), strict=True))
+def total_pairs(rng: random.Random, num_facts: int) -> list[tuple[str, str]]:
+    """Different keys, each with a number of one digit."""
+    return [(name, rng.choice(DIGITS[1:])) for name in rng.sample(NAMES, num_facts)]
 
 
 PAIRS: dict[str, Callable[[random.Random, int], list[tuple[str, str]]]] = {
     "retrieve": retrieve_pairs,
     "hops": hops_pairs,
     "latest": latest_pairs,
-    "count": count_pairs,
+    "total": total_pairs,
 }
 
 
@@ -94,8 +92,8 @@ def far_question(rng: random.Random, context: FarContext, before: int, practice:
 
 
 def find(label: str, fact: Fact, others: Sequence[Fact]) -> Step:
-    """A step that finds a fact's value; wrong is what another key has."""
-    values = sorted({other.value for other in others if other.key != fact.key}) or [fact.key]
+    """A step that finds a fact's value; wrong is another value, one that another key has."""
+    values = sorted({other.value for other in others if other.key != fact.key} - {fact.value}) or [fact.key]
     return Step(f"{label} > {fact.key}".strip(), fact.value, str(fact), lambda rng: rng.choice(values))
 
 
@@ -137,51 +135,51 @@ def hops_question(rng: random.Random, context: FarContext, before: int, practice
     return Problem("hops", question, path[-1].value, context.text, medium, lambda rng: write_steps(rng, steps))
 
 
-def groups(facts: Sequence[Fact], before: int, part: str) -> dict[str, list[Fact]]:
-    """Facts by key or by value, of those that stand wholly before this token."""
+def groups(facts: Sequence[Fact], before: int) -> dict[str, list[Fact]]:
+    """Facts by key, of the keys whose facts stand wholly before this token."""
     found: dict[str, list[Fact]] = {}
     for fact in facts:
-        found.setdefault(getattr(fact, part), []).append(fact)
-    return {name: group for name, group in found.items() if group[-1].offset < before and len(group) <= MOST}
+        found.setdefault(fact.key, []).append(fact)
+    return {key: group for key, group in found.items() if group[-1].offset < before and len(group) <= MOST}
 
 
 def latest_question(rng: random.Random, context: FarContext, before: int, _practice: bool) -> Problem | None:
-    """The last value of a key; high effort lists all of them in order."""
-    early = groups(context.facts, before, "key")
+    """The last value of a key; its analysis writes the fact."""
+    early = groups(context.facts, before)
     if not early:
         return None
     key = rng.choice(sorted(early))
-    group = early[key]
-    steps = [find("", fact, context.facts) for fact in group]
-    answer = group[-1].value
-    return Problem("latest", f"latest {key}", answer, context.text, str(group[-1]), lambda rng: write_steps(rng, steps))
+    last = early[key][-1]
+    step = find("", last, context.facts)
+    return Problem("latest", f"latest {key}", last.value, context.text, str(last), lambda rng: write_steps(rng, [step]))
 
 
-def count_question(rng: random.Random, context: FarContext, before: int, _practice: bool) -> Problem | None:
-    """How many facts have this value; medium effort lists their keys, high effort numbers the facts."""
-    early = groups(context.facts, before, "value")
-    if not early:
+def total_question(rng: random.Random, context: FarContext, before: int, practice: bool) -> Problem | None:
+    """The sum of three or four keys' numbers; medium effort lists the numbers, high effort adds one after the other."""
+    early = [fact for fact in context.facts if fact.offset < before]
+    number = rng.choice((2, 3, 4) if practice else (3, 4))
+    if len(early) < number:
         return None
-    value = rng.choice(sorted(early))
-    group = early[value]
-    steps = [
-        Step(f"{number} > {value}", fact.key, str(fact), other_key(context.facts, fact))
-        for number, fact in enumerate(group, 1)
-    ]
-    medium = " ".join(fact.key for fact in group)
-    answer = str(len(group))
-    return Problem("count", f"count {value}", answer, context.text, medium, lambda rng: write_steps(rng, steps))
+    asked = rng.sample(early, number)
+    steps, total = [find("", asked[0], context.facts)], int(asked[0].value)
+    for fact in asked[1:]:
+        before_it, total = total, total + int(fact.value)
+        steps += [find("", fact, context.facts), addition(before_it, int(fact.value))]
+    medium = " ".join(fact.value for fact in asked)
+    question = f"total {' '.join(fact.key for fact in asked)}"
+    return Problem("total", question, spell(total), context.text, medium, lambda rng: write_steps(rng, steps))
 
 
-def other_key(facts: Sequence[Fact], right: Fact) -> Callable[[random.Random], str]:
-    """Draws a key of a fact with another value."""
-    keys = [fact.key for fact in facts if fact.value != right.value] or list(NAMES[:1])
-    return lambda rng: rng.choice(keys)
+def addition(first: int, second: int) -> Step:
+    """A step that adds a digit, checked the other way round."""
+    total = spell(first + second)
+    proof = f"{second} + {spell(first)} = {total}"
+    return Step(f"{spell(first)} + {second} =", total, proof, other_digit(total))
 
 
 QUESTIONS: dict[str, Callable[[random.Random, FarContext, int, bool], Problem | None]] = {
     "retrieve": retrieve_question,
     "hops": hops_question,
     "latest": latest_question,
-    "count": count_question,
+    "total": total_question,
 }

@@ -2,8 +2,8 @@
 
 The same command resumes from DIR/checkpoint.pt and continues with the same numbers. Every length in the schedule is a
 fraction of `--steps`: linear warm-up, a plateau, a linear decay to zero, and the last part trained through the stored
-MXFP4 weights. A step consists of shards, which `--processes` share; their gradients are summed, so the number of
-processes changes nothing but rounding.
+MXFP4 weights. `--init PARENT` begins with a stored parent's weights and every level open. A step consists of shards,
+which `--processes` share; their gradients are summed, so the number of processes changes nothing but rounding.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from examples.tiny_reasoner.rows import (
 from examples.tiny_reasoner.suite import EFFORTS, Effort, Suite
 from examples.tiny_reasoner.tasks import SUITE
 from examples.tiny_reasoner.workers import Workers, connect
+from moesaic.models.whole_model import load_model
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,11 @@ class Trainer:
                 group["lr"] = group["base_lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def begin_from(self, parent: Path) -> None:
+        """Take a stored parent's weights; what it was trained on counts as learnt, so that every level is open."""
+        self.model.load_state_dict(load_model(parent).state_dict())
+        self.curriculum.level = dict.fromkeys(self.suite.families, 1.0)
 
     def save(self) -> None:
         """Write the checkpoint so that a crash leaves the old or the new one, never half of one."""
@@ -321,6 +327,7 @@ class Run:
     cadence: Cadence
     stop_at: int | None
     processes: int
+    init: Path | None = None
 
 
 def parse_arguments(suite: Suite, recipe: Recipe) -> Run:
@@ -329,6 +336,7 @@ def parse_arguments(suite: Suite, recipe: Recipe) -> Run:
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and log.jsonl")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="on CPU; each takes an equal part of the shards")
+    parser.add_argument("--init", type=Path, help="a stored parent whose weights a new run begins with")
     parser.add_argument("--smoke", action="store_true", help="a few small steps, to see that everything runs")
     parser.add_argument("--stop-at", type=int, help="stop after this many steps; the same command without it continues")
     for item in fields(Recipe):
@@ -346,7 +354,9 @@ def parse_arguments(suite: Suite, recipe: Recipe) -> Run:
     if arguments.smoke:
         chosen = replace(chosen, steps=6, tokens_per_step=2048 * chosen.shards)
         cadence = Cadence(log=1, probe=6, probe_count=4)
-    return Run(chosen, suite, arguments.out, arguments.device, cadence, arguments.stop_at, arguments.processes)
+    return Run(
+        chosen, suite, arguments.out, arguments.device, cadence, arguments.stop_at, arguments.processes, arguments.init
+    )
 
 
 def work(rank: int, run: Run) -> None:
@@ -354,6 +364,8 @@ def work(rank: int, run: Run) -> None:
     torch.set_num_threads(1)
     workers = connect(rank, run.processes, run.out / "processes")
     trainer = Trainer(run.recipe, run.suite, run.device, run.out, workers)
+    if run.init and not (run.out / "checkpoint.pt").exists():
+        trainer.begin_from(run.init)
     trainer.resume()
     train(trainer, run.cadence, run.stop_at)
 

@@ -26,7 +26,7 @@ NAMES = (
 )  # fmt: skip
 
 LATER = (
-    "mul", "path", "subset", "solve", "latest", "count", "to", ",", "check", "ok", "no", "redo", "take", "left", "back",
+    "mul", "path", "subset", "solve", "latest", "total", "to", ",", "check", "ok", "no", "redo", "take", "left", "back",
     "dead", "compare",
 )  # fmt: skip
 """Words of `examples.reasoner`, in places that were reserved."""

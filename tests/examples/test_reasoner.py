@@ -237,19 +237,15 @@ def facts_of(problem: Problem) -> tuple[list[tuple[str, str]], str]:
 
 
 def found_facts(problem: Problem, text: str) -> list[tuple[str, str]]:
-    """The facts that the steps settle on; a count's have the value before the key."""
+    """The facts that the steps settle on."""
     facts, _ = facts_of(problem)
 
     def holds(said: str) -> bool:
         first, second = said.split("> ")[1].split()
-        return (
-            (second, first) in facts
-            if re.match(r"\d > ", said) and problem.family == "count"
-            else (first, second) in facts
-        )
+        return (first, second) in facts
 
     pairs = [settled(segment, holds).split("> ")[1].split() for segment in text.split(" ; ")]
-    return [(second, first) if problem.family == "count" else (first, second) for first, second in pairs]
+    return [(first, second) for first, second in pairs]
 
 
 def follow_retrieve(problem: Problem, text: str) -> str:
@@ -268,20 +264,25 @@ def follow_hops(problem: Problem, text: str) -> str:
 
 def follow_latest(problem: Problem, text: str) -> str:
     found, (facts, asked) = found_facts(problem, text), facts_of(problem)
-    assert found == [fact for fact in facts if fact[0] == asked.split()[1]]
+    assert found == [fact for fact in facts if fact[0] == asked.split()[1]][-1:]
     return found[-1][1]
 
 
-def follow_count(problem: Problem, text: str) -> str:
-    found, (facts, asked) = found_facts(problem, text), facts_of(problem)
-    assert found == [fact for fact in facts if fact[1] == asked.split()[1]]
-    return str(len(found))
+def follow_total(problem: Problem, text: str) -> str:
+    segments = text.split(" ; ")
+    found = found_facts(problem, " ; ".join(segment for segment in segments if ">" in segment))
+    assert [key for key, _ in found] == facts_of(problem)[1].split()[1:]
+    total = int(found[0][1])
+    for (_, value), segment in zip(found[1:], segments[2::2], strict=True):
+        total += int(value)
+        assert joined(settled(segment, equation)).endswith(f"= {total}")
+    return " ".join(str(total))
 
 
 FOLLOW: dict[str, Callable[[Problem, str], str]] = {
     "add": follow_add, "mul": follow_mul, "chain": follow_chain, "logic": follow_logic, "sort": follow_sort,
     "compare": follow_compare, "subset": follow_subset, "path": follow_path, "solve": follow_solve,
-    "retrieve": follow_retrieve, "hops": follow_hops, "latest": follow_latest, "count": follow_count,
+    "retrieve": follow_retrieve, "hops": follow_hops, "latest": follow_latest, "total": follow_total,
 }  # fmt: skip
 
 
@@ -351,7 +352,8 @@ def test_far_facts_lie_far() -> None:
             tokens = context.split()
             assert 250 <= len(tokens) <= 400
             places = {tuple(tokens[i + 1 : i + 3]): i for i, token in enumerate(tokens) if token == ">"}
-            found = found_facts(problem, problem.trace("high", random.Random(4)).text)
+            steps = problem.trace("high", random.Random(4)).text.split(" ; ")
+            found = found_facts(problem, " ; ".join(step for step in steps if ">" in step))
             assert all(len(tokens) - places[fact] > FAR_TOKENS for fact in found)
 
 

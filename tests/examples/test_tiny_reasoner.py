@@ -355,6 +355,14 @@ def test_export_loads_with_the_stored_values(tmp_path: Path, lively_model: GptOs
         assert torch.equal(loaded[name], stored_value(name, value)), name
 
 
+def test_a_run_can_begin_with_a_stored_parent(tmp_path: Path) -> None:
+    trainer = train.Trainer(train.Recipe(steps=2), SUITE, "cpu", tmp_path)
+    trainer.begin_from(PARENT)
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in load_model(PARENT).state_dict().items())
+    assert set(trainer.curriculum.level.values()) == {1.0}
+
+
 def test_parent_reasons() -> None:
     """A handful of problems at high effort, greedily: the committed weights are the trained ones."""
     chosen = first_of_each_task(read_problems(DATA / "test.jsonl"), 4)
