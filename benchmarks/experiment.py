@@ -1,0 +1,368 @@
+"""Which part of the method gives what: every arm of the experiment with the same recovery, on the reasoner.
+
+    python -m examples.reasoner.datasets --published 100 --out runs/experiment
+    python benchmarks/experiment.py --runs runs/experiment --tests runs/experiment/published.jsonl [--record FILE]
+
+Arms, all under the limits of the recipe ``reasoner_cpu`` and by costs that are measured here:
+
+    puzzle              the search's choice by experts and windows
+    refined             the same after whole assemblies are measured
+    axes                the search's choice with fewer and narrower experts per token on offer too
+    uniform_*, greedy, random-0    see ``search_architecture/baselines.py``
+    parent              nothing is pruned or distilled: it gets the reinforcement alone
+
+Every arm is pruned and distilled, once per seed; those of ``--whole`` are also reinforced and averaged, and with the
+first seed given an FP8 cache. A seed draws the order of the data and the rollouts anew; the search is the same. Replies
+are sampled at temperature 1, as gpt-oss is asked. Differences are paired problem by problem, over the mean of the seeds
+that both have; their intervals are over problems, and each seed's own points stand beside them.
+
+The reasoner's keys and values fit FP8 as they are. So that calibration has something to do, the first seed's child is
+also asked with its keys times 4096 and its queries divided by it: the same model to the last bit, in another range.
+
+Choices (steps, rates, efforts) were made on the validation problems: ``--tests examples/reasoner/data/validation.jsonl
+--split validation``. Finished stages are not repeated.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bars import conclude
+
+from moesaic.core.workbench import Workbench
+from moesaic.data.sets import DataSets
+from moesaic.measure.paired import Verdicts, accuracy, average, difference
+from moesaic.models.architecture import Block
+from moesaic.models.checkpoint import Checkpoint, rewrite_checkpoint
+from moesaic.pipelines.recipes import reasoner_cpu
+from moesaic.search.prune_model.stage import PruneModelConfig
+from moesaic.stages import STAGES
+
+EXAMPLE = Path("examples/reasoner")
+PARENT, DATA = EXAMPLE / "parent", DataSets.at(EXAMPLE / "data")
+ARMS = {
+    "puzzle": "architecture",
+    "uniform": "architecture",
+    "refined": "refined",
+    "axes": "architecture-axes",
+    "uniform_memory": "architecture",
+    "uniform_throughput": "architecture",
+    "uniform_reap": "architecture",
+    "greedy": "architecture",
+    "random-0": "architecture",
+}
+"""Where an arm's assembly stands; it is the candidate of the same name, or ``puzzle``."""
+WHOLE = ("puzzle", "uniform", "parent")
+EVALUATIONS = 16
+"""Assemblies that ``refined`` measures."""
+AXES = {"experts_per_token": (2,), "expert_widths": (32,)}
+"""What ``axes`` has on offer beside counts and windows."""
+SHARPENED = 4096.0
+"""A power of two, so that nothing is rounded."""
+
+Replies = Mapping[str, Mapping[str, Any]]
+"""By effort: which problems were solved, and how many tokens a request took."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The problems of all evaluations."""
+
+    tests: Path
+    split: str
+    problems_per_task: int
+
+    def ask(self, bench: Workbench, name: str, model: Path, kv_cache: str = "bf16") -> Replies:
+        """How a checkpoint answers them."""
+        config = reasoner_cpu().evaluate.but(split=self.split, problems_per_task=self.problems_per_task)
+        path = bench.run(
+            STAGES["evaluate"], config.but(kv_cache=kv_cache), f"evaluation-{name}", model=model, tests=self.tests
+        )
+        return {
+            effort: {
+                "solved": {task: entry["solved"] for task, entry in result["tasks"].items()},
+                "tokens": result["tokens_per_request"],
+            }
+            for effort, result in json.loads((path / "evaluation.json").read_text())["efforts"].items()
+        }
+
+
+def main() -> None:
+    """Search, recover every arm, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiment"), help="what is made (%(default)s)")
+    parser.add_argument("--tests", type=Path, required=True, help="problems of every evaluation")
+    parser.add_argument("--split", default="test", help="what they are for: test, validation (%(default)s)")
+    parser.add_argument("--problems", type=int, default=100, help="asked per family and effort (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--few", type=int, default=3, help="seeds of the arms that are only distilled (%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--whole", nargs="+", default=list(WHOLE), choices=[*ARMS, "parent"])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--record", type=Path, help="where to write what was found")
+    given = parser.parse_args()
+    asked = Asked(given.tests.absolute(), given.split, given.problems)
+    with ProcessPoolExecutor(given.processes, get_context("spawn")) as pool:
+        tables = _search(given.runs, pool, given.arms)
+        candidates = {arm: _candidate(tables, arm) for arm in given.arms}
+        left_out = {arm: _skipped(tables, arm) for arm, candidate in candidates.items() if not candidate}
+        arms = [arm for arm in given.arms if arm not in left_out]
+        everyone = list(dict.fromkeys((*given.whole, *arms)))
+        first = dict(zip(everyone, pool.map(partial(_begin, given.runs, asked, tables), everyone), strict=True))
+        recover = partial(_recover, given.runs, asked, tables, given.whole, given.seeds[0])
+        seeds = {arm: given.seeds if arm in given.whole else given.seeds[: given.few] for arm in everyone}
+        tasks = [(arm, seed) for seed in given.seeds for arm in everyone if seed in seeds[arm]]
+        replies = dict(zip(tasks, pool.map(recover, *zip(*tasks, strict=True)), strict=True))
+    found: dict[str, dict[str, list[Replies]]] = {
+        arm: {
+            stage: [told[stage] for seed in seeds[arm] if stage in (told := first[arm] | replies[arm, seed])]
+            for stage in first[arm] | replies[arm, given.seeds[0]]
+        }
+        for arm in everyone
+    }
+    if "puzzle" in given.whole:
+        found["sharpened"] = {stage: [each] for stage, each in _sharpen(given.runs, asked, given.seeds[0]).items()}
+    concluded = {
+        "seeds": given.seeds,
+        "problems": f"{given.split}, {given.problems} a family and effort",
+        "arms": {arm: _described(tables, candidate) for arm, candidate in candidates.items() if candidate},
+        "left_out": left_out,
+        "accuracy": _by_stage(found, lambda replies: 100 * accuracy(replies["solved"])),
+        "tokens_per_request": _by_stage(found, lambda replies: replies["tokens"]),
+        "differences": _differences(found, arms),
+    }
+    conclude(" ".join(["python benchmarks/experiment.py", *sys.argv[1:]]), (), concluded, given.record)
+
+
+def _search(directory: Path, pool: ProcessPoolExecutor, arms: Sequence[str]) -> dict[str, Path]:
+    """Rank, measure costs alone, score both spaces, search them; the traces meanwhile."""
+    bench, recipe = Workbench(directory), reasoner_cpu()
+    short = DATA.calibration_short
+    ranking = bench.run(STAGES["rank_experts"], recipe.rank_experts, parent=PARENT, calibration_short=short)
+    spaces = {"": recipe.score_blocks.space}
+    if "axes" in arms:
+        spaces["-axes"] = recipe.score_blocks.space.but(**AXES)
+    costs = {
+        name: bench.run(STAGES["measure_costs"], recipe.measure_costs.but(space=space), f"costs{name}", parent=PARENT)
+        for name, space in spaces.items()
+    }
+    traces = pool.submit(_traces, directory)
+    scoring = {name: pool.submit(_score, directory, name, space) for name, space in spaces.items()}
+    tables = {"ranking": ranking, "traces": traces.result()}
+    for name, scored in scoring.items():
+        tables[f"architecture{name}"] = bench.run(
+            STAGES["search_architecture"],
+            recipe.search_architecture.but(frontier_points=2, num_solutions=1),
+            f"architecture{name}",
+            parent=PARENT,
+            scores=scored.result(),
+            costs=costs[name],
+        )
+    if "refined" in arms:
+        tables["refined"] = bench.run(
+            STAGES["refine_architecture"],
+            recipe.refine_architecture.but(evaluations=EVALUATIONS),
+            "refined",
+            parent=PARENT,
+            ranking=ranking,
+            scores=scoring[""].result(),
+            costs=costs[""],
+            architecture=tables["architecture"],
+            calibration_short=short,
+            calibration_long=DATA.calibration_long,
+        )
+    return tables
+
+
+def _traces(directory: Path) -> Path:
+    """The parent's replies, which every arm is distilled on."""
+    config = reasoner_cpu().generate_traces
+    return Workbench(directory).run(STAGES["generate_traces"], config, model=PARENT, prompts=DATA.prompts)
+
+
+def _score(directory: Path, name: str, space: Any) -> Path:
+    """The scores of a space."""
+    sets = {"calibration_short": DATA.calibration_short, "calibration_long": DATA.calibration_long}
+    config = reasoner_cpu().score_blocks.but(space=space)
+    ranking = directory.absolute() / "rank_experts"
+    return Workbench(directory).run(
+        STAGES["score_blocks"], config, f"scores{name}", parent=PARENT, ranking=ranking, **sets
+    )
+
+
+def _content(tables: Mapping[str, Path], arm: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((tables[ARMS[arm]] / "architecture.json").read_text())
+    return content
+
+
+def _candidate(tables: Mapping[str, Path], arm: str) -> dict[str, Any] | None:
+    """An arm's assembly, or None where the search made none."""
+    candidates: dict[str, dict[str, Any]] = _content(tables, arm)["candidates"]
+    return candidates.get(arm if ARMS[arm] == "architecture" else "puzzle")
+
+
+def _skipped(tables: Mapping[str, Path], arm: str) -> str:
+    return str(_content(tables, arm)["skipped"].get(arm, "not made"))
+
+
+def _begin(directory: Path, asked: Asked, tables: Mapping[str, Path], arm: str) -> dict[str, Replies]:
+    """How an arm answers before anything is trained."""
+    bench = Workbench(directory)
+    if arm == "parent":
+        return {"parent": asked.ask(bench, "parent", PARENT)}
+    return {"pruned": asked.ask(bench, f"{arm}-pruned", _pruned(bench, tables, arm))}
+
+
+def _pruned(bench: Workbench, tables: Mapping[str, Path], arm: str) -> Path:
+    """An arm's checkpoint before anything is trained."""
+    config = PruneModelConfig(candidate=arm if ARMS[arm] == "architecture" else "puzzle")
+    made_of = {"parent": PARENT, "ranking": tables["ranking"], "architecture": tables[ARMS[arm]]}
+    return bench.run(STAGES["prune_model"], config, f"{arm}-pruned", **made_of)
+
+
+def _recover(
+    directory: Path,
+    asked: Asked,
+    tables: Mapping[str, Path],
+    whole: Sequence[str],
+    with_cache: int,
+    arm: str,
+    seed: int,
+) -> dict[str, Replies]:
+    """Everything that one arm gets with one seed, by stage how it answers; one of the seeds has an FP8 cache too."""
+    bench, recipe = Workbench(directory), reasoner_cpu().seeded(seed)
+    model, replies = PARENT, {}
+    if arm != "parent":
+        given = {"child": _pruned(bench, tables, arm), "parent": PARENT, "traces": tables["traces"]}
+        model = bench.run(STAGES["distill"], recipe.distill, f"{arm}-{seed}-distilled", **given)
+        replies["distilled"] = asked.ask(bench, f"{arm}-{seed}-distilled", model)
+    if arm not in whole:
+        return replies
+    policies = []
+    for policy in recipe.policies:
+        name = f"{arm}-{seed}-{policy.name}"
+        policies.append(
+            bench.run(STAGES["reinforce"], policy, name, model=model, prompts=DATA.prompts, traces=tables["traces"])
+        )
+        replies[f"policy {policy.name}"] = asked.ask(bench, name, policies[-1])
+    averaged = bench.run(
+        STAGES["average_checkpoints"], recipe.average_checkpoints, f"{arm}-{seed}-averaged", policies=policies
+    )
+    replies["averaged"] = asked.ask(bench, f"{arm}-{seed}-averaged", averaged)
+    return replies | (
+        _with_fp8(bench, asked, f"{arm}-{seed}", averaged) if arm == "puzzle" and seed == with_cache else {}
+    )
+
+
+def _with_fp8(bench: Workbench, asked: Asked, name: str, model: Path) -> dict[str, Replies]:
+    """How a model answers with its cache rounded to FP8, as it is and by calibrated scales."""
+    config = reasoner_cpu().calibrate_kv
+    calibrated = bench.run(
+        STAGES["calibrate_kv"], config, f"{name}-calibrated", model=model, calibration=DATA.calibration_short
+    )
+    return {kind: asked.ask(bench, f"{name}-{kind}", calibrated, kv_cache=kind) for kind in ("fp8_unit", "fp8")}
+
+
+def _sharpen(directory: Path, asked: Asked, seed: int) -> dict[str, Replies]:
+    """The same child with its keys in a range that FP8 does not have."""
+    bench = Workbench(directory)
+    source = Checkpoint.open(bench.directory / f"puzzle-{seed}-averaged")
+    place = bench.directory / f"puzzle-{seed}-sharpened"
+    if not place.is_dir():
+        replaced = {
+            f"model.layers.{layer}.self_attn.{part}_proj.{kind}": factor
+            for layer in range(source.num_layers)
+            for part, factor in (("k", SHARPENED), ("q", 1 / SHARPENED))
+            for kind in ("weight", "bias")
+        }
+        tensors = {name: source.tensor(name) * factor for name, factor in replaced.items()}
+        rewrite_checkpoint(source, place, tensors, {"keys": SHARPENED})
+    name = f"puzzle-{seed}-sharpened"
+    return {"averaged": asked.ask(bench, name, place)} | _with_fp8(bench, asked, name, place)
+
+
+def _described(tables: Mapping[str, Path], candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """What an assembly is, and its costs over the parent's."""
+    parent = json.loads((tables["architecture"] / "architecture.json").read_text())["parent"]
+    return {
+        "blocks": [Block.from_config(entry).label for entry in candidate["blocks"]],
+        "damage": candidate["damage"],
+        "parameters": candidate["parameters"] / parent["parameters"],
+        **{
+            cost: {workload: figure / parent[cost][workload] for workload, figure in candidate[cost].items()}
+            for cost in ("memory_mib", "throughput_tokens_per_s")
+        },
+    }
+
+
+def _by_stage(found: Mapping[str, Mapping[str, Sequence[Replies]]], figure: Any) -> dict[str, Any]:
+    """A figure of every arm after every stage: by effort the mean of the seeds."""
+    return {
+        arm: {
+            stage: {effort: fmean(figure(one[effort]) for one in seeds) for effort in seeds[0]}
+            for stage, seeds in stages.items()
+        }
+        for arm, stages in found.items()
+    }
+
+
+def _differences(found: Mapping[str, Mapping[str, Sequence[Replies]]], arms: Sequence[str]) -> dict[str, Any]:
+    """Every claim as one model minus another."""
+    told: dict[str, Any] = {}
+
+    def tell(arm: str, stage: str, other: str, other_stage: str) -> None:
+        if stage in found.get(arm, ()) and other_stage in found.get(other, ()):
+            name = f"{arm}, {stage} - {other + ', ' if other != arm else ''}{other_stage}"
+            told[name] = _compare(found[arm][stage], found[other][other_stage])
+
+    for arm in found:
+        for before, after in (
+            ("pruned", "distilled"),
+            ("distilled", "policy high"),
+            ("distilled", "policy low"),
+            ("distilled", "averaged"),
+            ("parent", "averaged"),
+            ("policy high", "averaged"),
+            ("policy low", "averaged"),
+            ("averaged", "fp8_unit"),
+            ("averaged", "fp8"),
+            ("fp8_unit", "fp8"),
+        ):
+            tell(arm, after, arm, before)
+    for arm in arms:
+        for stage in found[arm]:
+            tell(arm, stage, "parent", "parent")
+            if stage == "averaged":
+                tell(arm, stage, "parent", "averaged")
+            if arm != "puzzle":
+                tell("puzzle", stage, arm, stage)
+    return told
+
+
+def _compare(model: Sequence[Replies], other: Sequence[Replies]) -> dict[str, Any]:
+    """By effort and over all of them: points with their interval over the mean of the seeds, and each seed's own."""
+
+    def solved(replies: Replies, effort: str) -> Verdicts:
+        efforts = list(replies) if effort == "mean" else [effort]
+        return average([replies[each]["solved"] for each in efforts])
+
+    told = {}
+    both = min(len(model), len(other))
+    model, other = model[:both], other[:both]
+    for effort in (*model[0], "mean"):
+        ours, theirs = ([solved(one, effort) for one in seeds] for seeds in (model, other))
+        points = [100 * (accuracy(one) - accuracy(another)) for one, another in zip(ours, theirs, strict=True)]
+        told[effort] = asdict(difference(average(ours), average(theirs))) | {"by_seed": points}
+    return told
+
+
+if __name__ == "__main__":
+    main()
