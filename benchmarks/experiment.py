@@ -133,7 +133,11 @@ def main() -> None:
     concluded = {
         "seeds": given.seeds,
         "problems": f"{given.split}, {given.problems} a family and effort",
-        "arms": {arm: _described(tables, candidate) for arm, candidate in candidates.items() if candidate},
+        "arms": {
+            arm: _described(_content(tables, arm)["parent"], candidate)
+            for arm, candidate in candidates.items()
+            if candidate
+        },
         "left_out": left_out,
         "accuracy": _by_stage(found, lambda replies: 100 * accuracy(replies["solved"])),
         "tokens_per_request": _by_stage(found, lambda replies: replies["tokens"]),
@@ -289,9 +293,8 @@ def _sharpen(directory: Path, asked: Asked, seed: int) -> dict[str, Replies]:
     return {"averaged": asked.ask(bench, name, place)} | _with_fp8(bench, asked, name, place)
 
 
-def _described(tables: Mapping[str, Path], candidate: Mapping[str, Any]) -> dict[str, Any]:
+def _described(parent: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:
     """What an assembly is, and its costs over the parent's."""
-    parent = json.loads((tables["architecture"] / "architecture.json").read_text())["parent"]
     return {
         "blocks": [Block.from_config(entry).label for entry in candidate["blocks"]],
         "damage": candidate["damage"],
