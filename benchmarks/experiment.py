@@ -207,10 +207,15 @@ def _content(tables: Mapping[str, Path], arm: str) -> dict[str, Any]:
     return content
 
 
+def _name(arm: str) -> str:
+    """What an arm's assembly is called where it stands."""
+    return arm if ARMS[arm] == "architecture" else "puzzle"
+
+
 def _candidate(tables: Mapping[str, Path], arm: str) -> dict[str, Any] | None:
     """An arm's assembly, or None where the search made none."""
     candidates: dict[str, dict[str, Any]] = _content(tables, arm)["candidates"]
-    return candidates.get(arm if ARMS[arm] == "architecture" else "puzzle")
+    return candidates.get(_name(arm))
 
 
 def _skipped(tables: Mapping[str, Path], arm: str) -> str:
@@ -227,7 +232,7 @@ def _begin(directory: Path, asked: Asked, tables: Mapping[str, Path], arm: str) 
 
 def _pruned(bench: Workbench, tables: Mapping[str, Path], arm: str) -> Path:
     """An arm's checkpoint before anything is trained."""
-    config = PruneModelConfig(candidate=arm if ARMS[arm] == "architecture" else "puzzle")
+    config = PruneModelConfig(candidate=_name(arm))
     made_of = {"parent": PARENT, "ranking": tables["ranking"], "architecture": tables[ARMS[arm]]}
     return bench.run(STAGES["prune_model"], config, f"{arm}-pruned", **made_of)
 
