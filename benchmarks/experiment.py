@@ -11,10 +11,10 @@ Arms, all under the limits of the recipe ``reasoner_cpu`` and by costs that are 
     uniform_*, greedy, random-0    see ``search_architecture/baselines.py``
     parent              nothing is pruned or distilled: it gets the reinforcement alone
 
-Every arm is pruned and distilled, once per seed; those of ``--whole`` are also reinforced and averaged, and with the
-first seed given an FP8 cache. A seed draws the order of the data and the rollouts anew; the search is the same. Replies
-are sampled at temperature 1, as gpt-oss is asked. Differences are paired problem by problem, over the mean of the seeds
-that both have; their intervals are over problems, and each seed's own points stand beside them.
+Every arm is pruned and distilled, once per seed; those of ``--whole`` are also reinforced and averaged, and puzzle
+with the first seed is given an FP8 cache. A seed draws the order of the data and the rollouts anew; the search is the
+same. Replies are sampled at temperature 1, as gpt-oss is asked. Differences are paired problem by problem, over the
+mean of the seeds that both have; their intervals are over problems, and each seed's own points stand beside them.
 
 The reasoner's keys and values fit FP8 as they are. So that calibration has something to do, the first seed's child is
 also asked with its keys times 4096 and its queries divided by it: the same model to the last bit, in another range.
@@ -26,7 +26,7 @@ Choices (steps, rates, efforts) were made on the validation problems: ``--tests 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -311,7 +311,9 @@ def _described(parent: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[
     }
 
 
-def _by_stage(found: Mapping[str, Mapping[str, Sequence[Replies]]], figure: Any) -> dict[str, Any]:
+def _by_stage(
+    found: Mapping[str, Mapping[str, Sequence[Replies]]], figure: Callable[[Mapping[str, Any]], float]
+) -> dict[str, Any]:
     """A figure of every arm after every stage: by effort the mean of the seeds."""
     return {
         arm: {
