@@ -251,6 +251,30 @@ def test_a_server_answers_64_requests_at_once_and_again_after_a_restart(
     assert min(agreeing) >= 63
 
 
+def test_a_seeded_reply_depends_on_its_seed_and_not_on_how_its_prompt_was_cut(
+    bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Steps of 64 tokens cut every prompt, of which an engine on CPUs would die. Rounding changes some replies."""
+    whole = bundle_of("child", kv_cache="bf16")
+    prompts = torch.randint(6, 64, (24, 100), generator=torch.Generator().manual_seed(2)).tolist()
+    settings = RequestSettings(read_stop_ids(whole), 8, 300.0)
+    said: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for step_tokens in (64, 2048):
+        bundle = bundle_of("child", kv_cache="bf16", max_batch_size=8, max_num_tokens=step_tokens)
+        spec = ServerSpec("model", bundle, "bf16", "bfloat16", max_requests=8, max_cache_tokens=8 * 256)
+        with started_server("vllm", spec, tmp_path / f"{step_tokens}.log", 600.0) as server:
+            for seed in (1, 2):
+                wanted = [Completion(str(place), tuple(prompt), 12, 2.0, seed) for place, prompt in enumerate(prompts)]
+                replies = dict(complete(server, wanted, settings))
+                said[step_tokens, seed] = [replies[place].token_ids for place in range(len(wanted))]
+
+    def alike(one: tuple[int, int], other: tuple[int, int]) -> int:
+        return sum(ours == theirs for ours, theirs in zip(said[one], said[other], strict=True))
+
+    assert alike((64, 1), (2048, 1)) >= 18
+    assert alike((64, 1), (64, 2)) <= 6
+
+
 def edit_config(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((bundle / "config.json").read_text())
     change(content)

@@ -1,7 +1,7 @@
 """OpenAI-compatible servers, one way to start, await, count and stop them all.
 
-``moesaic serve`` is the default and runs anywhere; ``trtllm-serve`` and ``vllm serve`` take an export bundle and have
-not been run from here; a server that runs already is named by an environment variable.
+``moesaic serve`` is the default and runs anywhere. ``vllm serve``, which has run on CPUs, and ``trtllm-serve``, which
+has never run, take an export bundle. A server that runs already is named by an environment variable.
 """
 
 from moesaic.deploy.engines.adapters import URL_VARIABLE, ServerSpec, check_available, running_url

@@ -1,6 +1,7 @@
-"""What the plugins of all families ask of vLLM; it lies in the package of each, and imports no more than metadata."""
+"""What the plugins of all families need of vLLM; it lies in the package of each, and imports no more than metadata."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,6 +37,38 @@ def check_expert_ranks(config: Any, parallel: Any) -> None:
     counts = {block["num_local_experts"] for block in config.block_configs}
     if uneven := sorted(count for count in counts if count % num_ranks):
         raise ValueError(f"{num_ranks} expert-parallel ranks do not divide the {uneven[0]} experts of some layers")
+
+
+def begin_draws_anew_on_cpus() -> None:
+    """Let prompts of requests with a seed be read in several steps on CPUs, of which vLLM 0.29 to 0.32 dies.
+
+    What is drawn before a prompt is read to its end is thrown away. The engine then turns the request's generator back
+    by an offset, which generators on CPUs have not. Here the generator begins anew, so that a reply does not depend on
+    how its prompt was cut.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    keep_books = CPUModelRunner._bookkeeping_sync
+    if hasattr(keep_books, "__wrapped__"):
+        return
+
+    @wraps(keep_books)
+    def keep_books_of_others(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = runner.input_batch.generators
+        unread = [row for row in generators if runner.discard_request_mask.np[row]]
+        hidden = {row: generators.pop(row) for row in unread}
+        for generator in hidden.values():
+            generator.manual_seed(generator.initial_seed())
+        try:
+            return keep_books(runner, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    CPUModelRunner._bookkeeping_sync = keep_books_of_others
 
 
 def load_whole(

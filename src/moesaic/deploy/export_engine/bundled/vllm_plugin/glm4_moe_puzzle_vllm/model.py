@@ -18,7 +18,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models import glm4_moe
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .engine_checks import Shape, check_expert_ranks, load_whole
+from .engine_checks import Shape, begin_draws_anew_on_cpus, check_expert_ranks, load_whole
 
 
 class Glm4MoePuzzleMLP(glm4_moe.Glm4MoeMLP):
@@ -44,6 +44,7 @@ class Glm4MoePuzzleForCausalLM(glm4_moe.Glm4MoeForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_expert_ranks(vllm_config.model_config.hf_config, vllm_config.parallel_config)
+        begin_draws_anew_on_cpus()
         # The engine's model names its layers' classes nowhere but in its module.
         with patch.multiple(glm4_moe, Glm4MoeDecoderLayer=Glm4MoePuzzleLayer, Glm4MoeMLP=Glm4MoePuzzleMLP):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -27,7 +27,7 @@ from vllm.model_executor.models.gpt_oss import GptOssForCausalLM, GptOssModel, O
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index, maybe_prefix
 from vllm.v1.attention.backend import AttentionType
 
-from .engine_checks import check_expert_ranks
+from .engine_checks import begin_draws_anew_on_cpus, check_expert_ranks
 
 _SCALES = (".k_scale", ".v_scale")
 _NOT_STORED = (".q_scale", ".prob_scale")
@@ -176,6 +176,7 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         self.vllm_config = vllm_config
         self.config = vllm_config.model_config.hf_config
         check_expert_ranks(self.config, vllm_config.parallel_config)
+        begin_draws_anew_on_cpus()
         self.model = GptOssPuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")

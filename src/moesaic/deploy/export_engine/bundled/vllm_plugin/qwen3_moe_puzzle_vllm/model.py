@@ -18,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM, Qwen3MoeModel
 from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
 
-from .engine_checks import Shape, check_expert_ranks, load_whole
+from .engine_checks import Shape, begin_draws_anew_on_cpus, check_expert_ranks, load_whole
 
 
 class Qwen3MoePuzzleLayer(Qwen3MoeDecoderLayer):
@@ -41,6 +41,7 @@ class Qwen3MoePuzzleForCausalLM(Qwen3MoeForCausalLM):
         self.vllm_config = vllm_config
         self.config, self.quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         check_expert_ranks(self.config, vllm_config.parallel_config)
+        begin_draws_anew_on_cpus()
         self.model = Qwen3MoeModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), decoder_layer_type=Qwen3MoePuzzleLayer
         )
