@@ -1,14 +1,16 @@
 """Costs of the tiny reasoner's blocks, measured in vLLM and in process: the ratio of both, and how far each scatters.
 
 Both are timed at the same lengths and concurrency on the same machine: in vLLM by its own layers (bfloat16 weights, its
-KV cache and scheduler), in process by ``moesaic``'s (bfloat16 too). Absolute times differ, since the engines do; the
-search needs ratios between blocks, so each block's share of the dearest one is compared as well.
+KV cache and scheduler), in process by ``moesaic``'s (bfloat16 too). Absolute times differ, since the engines do, and of
+one engine between two runs where a machine is slower for minutes. The search only asks how much slower one block is
+than another, so the bars hold a block's time relative to the mean of all blocks of its run, workload and phase.
 
 Run: python benchmarks/engine_costs.py [--record FILE]; 5 minutes on two cores. vLLM's environment is made once.
 """
 
 import argparse
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,6 +32,11 @@ ASKED = MeasureCostsConfig(
 )
 
 
+PHASES = ("prefill", "decode")
+Where = tuple[str, str, str]
+"""A block, a workload and a phase."""
+
+
 def measured(config: MeasureCostsConfig) -> CostTable:
     """The tiny reasoner's cost table."""
     with TemporaryDirectory() as place:
@@ -40,30 +47,40 @@ def measured(config: MeasureCostsConfig) -> CostTable:
         return CostTable.from_json((output / "costs.json").read_text())
 
 
+def times(table: CostTable) -> dict[Where, float]:
+    """Every time of a table, in ms."""
+    return {
+        (block.label, load.name, phase): getattr(cost.workloads[load.name], f"{phase}_ms")
+        for block, cost in table.blocks.items()
+        for load in LOADS
+        for phase in PHASES
+    }
+
+
+def relative(table: CostTable) -> dict[Where, float]:
+    """Every time over the mean of all blocks in its workload and phase."""
+    found = times(table)
+    return {
+        where: time / fmean(other for its, other in found.items() if its[1:] == where[1:])
+        for where, time in found.items()
+    }
+
+
 def compare(engine: CostTable, here: CostTable) -> list[dict[str, Any]]:
     """A row per block, workload and phase."""
-    rows = []
-    for load in LOADS:
-        for phase in ("prefill_ms", "decode_ms"):
-            times = {
-                block: [getattr(table.blocks[block].workloads[load.name], phase) for table in (engine, here)]
-                for block in engine.blocks
-            }
-            dearest = [max(each[which] for each in times.values()) for which in range(2)]
-            for block, (theirs, ours) in times.items():
-                rows.append(
-                    {
-                        "block": block.label,
-                        "workload": load.name,
-                        "phase": phase.removesuffix("_ms"),
-                        "vllm_ms": theirs,
-                        "in_process_ms": ours,
-                        "vllm_over_in_process": theirs / ours,
-                        "vllm_share_of_dearest": theirs / dearest[0],
-                        "in_process_share_of_dearest": ours / dearest[1],
-                    }
-                )
-    return rows
+    theirs, ours = times(engine), times(here)
+    shares = relative(engine), relative(here)
+    return [
+        {
+            **dict(zip(("block", "workload", "phase"), where, strict=True)),
+            "vllm_ms": theirs[where],
+            "in_process_ms": ours[where],
+            "vllm_over_in_process": theirs[where] / ours[where],
+            "vllm_over_mean": shares[0][where],
+            "in_process_over_mean": shares[1][where],
+        }
+        for where in theirs
+    ]
 
 
 def main() -> None:
@@ -73,19 +90,22 @@ def main() -> None:
     options = parser.parse_args()
     engine, again = (measured(ASKED.but(engine="vllm")) for _ in range(2))
     rows = compare(engine, measured(ASKED))
-    repeated = [
-        getattr(again.blocks[block].workloads[load.name], phase) / getattr(cost.workloads[load.name], phase)
-        for block, cost in engine.blocks.items()
-        for load in LOADS
-        for phase in ("prefill_ms", "decode_ms")
-    ]
+    first, second = relative(engine), relative(again)
+    repeated = {where: second[where] / first[where] for where in first}
     spread = max(table.hardware["relative_spread"] for table in (engine, again))
     bars = [
         Bar("relative spread of a number's repeats in vLLM, median", spread, most=0.1),
-        Bar("a second run over the first, smallest", min(repeated), least=0.75),
-        Bar("a second run over the first, largest", max(repeated), most=1.33),
+        Bar("relative times, a second run over the first, smallest", min(repeated.values()), least=0.75),
+        Bar("relative times, a second run over the first, largest", max(repeated.values()), most=1.33),
     ]
-    found = {"hardware": dict(engine.hardware), "rows": rows, "second_run_over_first": repeated}
+    before, after = times(engine), times(again)
+    found = {
+        "hardware": dict(engine.hardware),
+        "rows": rows,
+        "second_run_over_first": {
+            ", ".join(where): {"time": after[where] / before[where], "relative": repeated[where]} for where in before
+        },
+    }
     conclude("python benchmarks/engine_costs.py", bars, found, options.record)
 
 

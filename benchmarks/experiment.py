@@ -11,10 +11,11 @@ Arms, all under the limits of the recipe ``reasoner_cpu`` and by costs that are 
     uniform_*, greedy, random-0    see ``search_architecture/baselines.py``
     parent              nothing is pruned or distilled: it gets the reinforcement alone
 
-Every arm is pruned and distilled, once per seed; those of ``--whole`` are also reinforced and averaged, and puzzle
-with the first seed is given an FP8 cache. A seed draws the order of the data and the rollouts anew; the search is the
-same. Replies are sampled at temperature 1, as gpt-oss is asked. Differences are paired problem by problem, over the
-mean of the seeds that both have; their intervals are over problems, and each seed's own points stand beside them.
+Every arm is pruned, distilled, reinforced by each policy and averaged, once per seed; puzzle with the first seed is
+given an FP8 cache. Single policies are asked of puzzle, uniform and parent alone. A seed draws the order of the data
+and the rollouts anew; the search is the same. Replies are sampled at temperature 1, as gpt-oss is asked. Differences
+are paired problem by problem, over the mean of the seeds; their intervals are over problems, and each seed's own points
+stand beside them.
 
 The reasoner's keys and values fit FP8 as they are. So that calibration has something to do, the first seed's child is
 also asked with its keys times 4096 and its queries divided by it: the same model to the last bit, in another range.
@@ -60,7 +61,8 @@ ARMS = {
     "random-0": "architecture",
 }
 """Where an arm's assembly stands; it is the candidate of the same name, or ``puzzle``."""
-WHOLE = ("puzzle", "uniform", "parent")
+POLICIES_OF = ("puzzle", "uniform", "parent")
+"""Whose policies are asked one by one."""
 EVALUATIONS = 16
 """Assemblies that ``refined`` measures."""
 AXES = {"experts_per_token": (2,), "expert_widths": (32,)}
@@ -103,9 +105,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="what they are for: test, validation (%(default)s)")
     parser.add_argument("--problems", type=int, default=100, help="asked per family and effort (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--few", type=int, default=3, help="seeds of the arms that are only distilled (%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--whole", nargs="+", default=list(WHOLE), choices=[*ARMS, "parent"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--record", type=Path, help="where to write what was found")
     given = parser.parse_args()
@@ -115,20 +115,19 @@ def main() -> None:
         candidates = {arm: _candidate(tables, arm) for arm in given.arms}
         left_out = {arm: _skipped(tables, arm) for arm, candidate in candidates.items() if not candidate}
         arms = [arm for arm in given.arms if arm not in left_out]
-        everyone = list(dict.fromkeys((*given.whole, *arms)))
+        everyone = [*arms, "parent"]
         first = dict(zip(everyone, pool.map(partial(_begin, given.runs, asked, tables), everyone), strict=True))
-        recover = partial(_recover, given.runs, asked, tables, given.whole, given.seeds[0])
-        seeds = {arm: given.seeds if arm in given.whole else given.seeds[: given.few] for arm in everyone}
-        tasks = [(arm, seed) for seed in given.seeds for arm in everyone if seed in seeds[arm]]
+        recover = partial(_recover, given.runs, asked, tables, given.seeds[0])
+        tasks = [(arm, seed) for seed in given.seeds for arm in everyone]
         replies = dict(zip(tasks, pool.map(recover, *zip(*tasks, strict=True)), strict=True))
     found: dict[str, dict[str, list[Replies]]] = {
         arm: {
-            stage: [told[stage] for seed in seeds[arm] if stage in (told := first[arm] | replies[arm, seed])]
+            stage: [told[stage] for seed in given.seeds if stage in (told := first[arm] | replies[arm, seed])]
             for stage in first[arm] | replies[arm, given.seeds[0]]
         }
         for arm in everyone
     }
-    if "puzzle" in given.whole:
+    if "puzzle" in arms:
         found["sharpened"] = {stage: [each] for stage, each in _sharpen(given.runs, asked, given.seeds[0]).items()}
     concluded = {
         "seeds": given.seeds,
@@ -241,7 +240,6 @@ def _recover(
     directory: Path,
     asked: Asked,
     tables: Mapping[str, Path],
-    whole: Sequence[str],
     with_cache: int,
     arm: str,
     seed: int,
@@ -253,15 +251,14 @@ def _recover(
         given = {"child": _pruned(bench, tables, arm), "parent": PARENT, "traces": tables["traces"]}
         model = bench.run(STAGES["distill"], recipe.distill, f"{arm}-{seed}-distilled", **given)
         replies["distilled"] = asked.ask(bench, f"{arm}-{seed}-distilled", model)
-    if arm not in whole:
-        return replies
     policies = []
     for policy in recipe.policies:
         name = f"{arm}-{seed}-{policy.name}"
         policies.append(
             bench.run(STAGES["reinforce"], policy, name, model=model, prompts=DATA.prompts, traces=tables["traces"])
         )
-        replies[f"policy {policy.name}"] = asked.ask(bench, name, policies[-1])
+        if arm in POLICIES_OF:
+            replies[f"policy {policy.name}"] = asked.ask(bench, name, policies[-1])
     averaged = bench.run(
         STAGES["average_checkpoints"], recipe.average_checkpoints, f"{arm}-{seed}-averaged", policies=policies
     )

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from moesaic.measure.report.drawing import CHOSEN, GRID, PARENT, new_figure, window_colours, window_name
@@ -33,6 +34,7 @@ def draw_architecture(evidence: Evidence) -> Figure:
         if old.window != new.window:
             axes.plot(layer, 0.06 * top, marker="v", color="white", markersize=8)
     axes.set(xlabel="layer", ylabel="experts", xticks=layers, ylim=(0, 1.2 * top))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     handles: list[Artist] = [Patch(facecolor=colour, label=window_name(window)) for window, colour in colours.items()]
     handles.append(Patch(fill=False, edgecolor=PARENT, linestyle=":", label="parent's experts"))
     handles.append(axes.plot([], [], "v", color="white", markeredgecolor="black", label="was full attention")[0])

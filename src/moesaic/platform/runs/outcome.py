@@ -44,9 +44,9 @@ def comparison_table(summary: Mapping[str, Any], hidden: Sequence[str] = ()) -> 
 
 
 def rivals_table(rivals: Sequence[Mapping[str, Any]]) -> Table:
-    """The search against its baselines at equal budget: predicted damage, sizes, measured accuracy."""
-    efforts = list(rivals[0]["accuracy"])
-    table = Table(title=f"Search and baselines before any training, at {', '.join(efforts)} effort")
+    """The search against its baselines at equal budget: predicted damage, sizes as sums, measured accuracy."""
+    efforts = ", ".join(rivals[0]["accuracy"])
+    table = Table(title=f"Search and baselines before any training, at {efforts} effort; sizes are sums over layers")
     table.add_column(no_wrap=True)
     for column in ("damage", "experts", "top-k", "width", "accuracy [%]"):
         table.add_column(column, justify="right", no_wrap=True)
