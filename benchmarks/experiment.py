@@ -14,8 +14,8 @@ Arms, all under the limits of the recipe ``reasoner_cpu`` and by costs that are 
 Every arm is pruned, distilled, reinforced by each policy and averaged, once per seed; puzzle with the first seed is
 given an FP8 cache. Single policies are asked of puzzle, uniform and parent alone. A seed draws the order of the data
 and the rollouts anew; the search is the same. Replies are sampled at temperature 1, as gpt-oss is asked. Differences
-are paired problem by problem, over the mean of the seeds; their intervals are over problems, and each seed's own points
-stand beside them.
+are paired problem by problem, over the mean of the seeds that both have; their intervals are over problems, and each
+seed's own points stand beside them.
 
 The reasoner's keys and values fit FP8 as they are. So that calibration has something to do, the first seed's child is
 also asked with its keys times 4096 and its queries divided by it: the same model to the last bit, in another range.

@@ -44,7 +44,7 @@ def begin_draws_anew_on_cpus() -> None:
 
     What is drawn before a prompt is read to its end is thrown away. The engine then turns the request's generator back
     by an offset, which generators on CPUs have not. Here the generator begins anew, so that a reply does not depend on
-    how its prompt was cut.
+    how its prompt was cut; so does that of a request which was pushed out of the cache and is read again.
     """
     from vllm.platforms import current_platform
 
