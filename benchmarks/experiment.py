@@ -1,4 +1,4 @@
-"""Which part of the method gives what: every arm of the experiment with the same recovery, on the reasoner.
+r"""Which part of the method gives what: every arm of the experiment with the same recovery, on the reasoner.
 
     python -m examples.reasoner.datasets --published 100 --out runs/experiment
     python benchmarks/experiment.py --runs runs/experiment --tests runs/experiment/published.jsonl [--record FILE]
@@ -20,12 +20,18 @@ seed's own points stand beside them.
 The reasoner's keys and values fit FP8 as they are. So that calibration has something to do, the first seed's child is
 also asked with its keys times 4096 and its queries divided by it: the same model to the last bit, in another range.
 
-Choices (steps, rates, efforts) were made on the validation problems: ``--tests examples/reasoner/data/validation.jsonl
---split validation``. Finished stages are not repeated.
+Choices (steps, rates, rewards, efforts) were made on the validation problems: ``--tests
+examples/reasoner/data/validation.jsonl --split validation``. Finished stages are not repeated, and a few models can be
+asked much more afterwards:
+
+    python -m examples.reasoner.datasets --published 1000 --out runs/many
+    python benchmarks/experiment.py --runs runs/experiment --tests runs/many/published.jsonl --problems 1000 \
+        --arms puzzle uniform --stages parent averaged [--record FILE]
 """
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +44,7 @@ from typing import Any
 
 from bars import conclude
 
+from moesaic.core.config import EmulatedCache
 from moesaic.core.workbench import Workbench
 from moesaic.data.sets import DataSets
 from moesaic.measure.paired import Verdicts, accuracy, average, difference
@@ -63,6 +70,8 @@ ARMS = {
 """Where an arm's assembly stands; it is the candidate of the same name, or ``puzzle``."""
 POLICIES_OF = ("puzzle", "uniform", "parent")
 """Whose policies are asked one by one."""
+ALL_STAGES = ["parent", "pruned", "distilled", "policy high", "policy low", "averaged", "fp8_unit", "fp8"]
+"""After which an arm may be asked."""
 EVALUATIONS = 16
 """Assemblies that ``refined`` measures."""
 AXES = {"experts_per_token": (2,), "expert_widths": (32,)}
@@ -75,19 +84,33 @@ Replies = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Made:
+    """A checkpoint, and the cache that it is asked with."""
+
+    name: str
+    model: Path
+    kv_cache: EmulatedCache = "bf16"
+
+
+@dataclass(frozen=True)
 class Asked:
-    """The problems of all evaluations."""
+    """The problems of all evaluations, and after which stages they are asked."""
 
     tests: Path
     split: str
     problems_per_task: int
+    stages: Sequence[str]
 
-    def ask(self, bench: Workbench, name: str, model: Path, kv_cache: str = "bf16") -> Replies:
-        """How a checkpoint answers them."""
-        config = reasoner_cpu().evaluate.but(split=self.split, problems_per_task=self.problems_per_task)
-        path = bench.run(
-            STAGES["evaluate"], config.but(kv_cache=kv_cache), f"evaluation-{name}", model=model, tests=self.tests
+    def ask(self, bench: Workbench, made: Mapping[str, Made]) -> dict[str, Replies]:
+        """How checkpoints answer, by stage."""
+        return {stage: self._ask(bench, each) for stage, each in made.items() if stage in self.stages}
+
+    def _ask(self, bench: Workbench, made: Made) -> Replies:
+        config = reasoner_cpu().evaluate.but(
+            split=self.split, problems_per_task=self.problems_per_task, kv_cache=made.kv_cache
         )
+        task = f"evaluation-{self.tests.stem}-{self.problems_per_task}-{made.name}"
+        path = bench.run(STAGES["evaluate"], config, task, model=made.model, tests=self.tests)
         return {
             effort: {
                 "solved": {task: entry["solved"] for task, entry in result["tasks"].items()},
@@ -105,29 +128,28 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="what they are for: test, validation (%(default)s)")
     parser.add_argument("--problems", type=int, default=100, help="asked per family and effort (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=[*ARMS, "parent"], choices=[*ARMS, "parent"])
+    parser.add_argument("--stages", nargs="+", default=ALL_STAGES, choices=ALL_STAGES, help="asked (default: all)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--record", type=Path, help="where to write what was found")
     given = parser.parse_args()
-    asked = Asked(given.tests.absolute(), given.split, given.problems)
+    asked = Asked(given.tests.absolute(), given.split, given.problems, given.stages)
     with ProcessPoolExecutor(given.processes, get_context("spawn")) as pool:
         tables = _search(given.runs, pool, given.arms)
-        candidates = {arm: _candidate(tables, arm) for arm in given.arms}
+        candidates = {arm: _candidate(tables, arm) for arm in given.arms if arm != "parent"}
         left_out = {arm: _skipped(tables, arm) for arm, candidate in candidates.items() if not candidate}
-        arms = [arm for arm in given.arms if arm not in left_out]
+        arms = [arm for arm, candidate in candidates.items() if candidate]
         everyone = [*arms, "parent"]
         first = dict(zip(everyone, pool.map(partial(_begin, given.runs, asked, tables), everyone), strict=True))
         recover = partial(_recover, given.runs, asked, tables, given.seeds[0])
-        tasks = [(arm, seed) for seed in given.seeds for arm in everyone]
+        tasks = [(arm, seed) for seed in given.seeds for arm in everyone if arm in given.arms]
         replies = dict(zip(tasks, pool.map(recover, *zip(*tasks, strict=True)), strict=True))
-    found: dict[str, dict[str, list[Replies]]] = {
-        arm: {
-            stage: [told[stage] for seed in given.seeds if stage in (told := first[arm] | replies[arm, seed])]
-            for stage in first[arm] | replies[arm, given.seeds[0]]
-        }
-        for arm in everyone
-    }
-    if "puzzle" in arms:
+    found: dict[str, dict[str, list[Replies]]] = {arm: {} for arm in everyone}
+    for arm, stages in found.items():
+        for seed in given.seeds:
+            for stage, told in (first[arm] | replies.get((arm, seed), {})).items():
+                stages.setdefault(stage, []).append(told)
+    if "puzzle" in arms and "fp8" in asked.stages:
         found["sharpened"] = {stage: [each] for stage, each in _sharpen(given.runs, asked, given.seeds[0]).items()}
     concluded = {
         "seeds": given.seeds,
@@ -225,8 +247,9 @@ def _begin(directory: Path, asked: Asked, tables: Mapping[str, Path], arm: str) 
     """How an arm answers before anything is trained."""
     bench = Workbench(directory)
     if arm == "parent":
-        return {"parent": asked.ask(bench, "parent", PARENT)}
-    return {"pruned": asked.ask(bench, f"{arm}-pruned", _pruned(bench, tables, arm))}
+        return asked.ask(bench, {"parent": Made("parent", PARENT)})
+    name = f"{arm}-pruned"
+    return asked.ask(bench, {"pruned": Made(name, _pruned(bench, tables, arm))})
 
 
 def _pruned(bench: Workbench, tables: Mapping[str, Path], arm: str) -> Path:
@@ -246,11 +269,12 @@ def _recover(
 ) -> dict[str, Replies]:
     """Everything that one arm gets with one seed, by stage how it answers; one of the seeds has an FP8 cache too."""
     bench, recipe = Workbench(directory), reasoner_cpu().seeded(seed)
-    model, replies = PARENT, {}
+    model, made = PARENT, {}
     if arm != "parent":
         given = {"child": _pruned(bench, tables, arm), "parent": PARENT, "traces": tables["traces"]}
-        model = bench.run(STAGES["distill"], recipe.distill, f"{arm}-{seed}-distilled", **given)
-        replies["distilled"] = asked.ask(bench, f"{arm}-{seed}-distilled", model)
+        name = f"{arm}-{seed}-distilled"
+        model = bench.run(STAGES["distill"], recipe.distill, name, **given)
+        made["distilled"] = Made(name, model)
     policies = []
     for policy in recipe.policies:
         name = f"{arm}-{seed}-{policy.name}"
@@ -258,23 +282,25 @@ def _recover(
             bench.run(STAGES["reinforce"], policy, name, model=model, prompts=DATA.prompts, traces=tables["traces"])
         )
         if arm in POLICIES_OF:
-            replies[f"policy {policy.name}"] = asked.ask(bench, name, policies[-1])
-    averaged = bench.run(
-        STAGES["average_checkpoints"], recipe.average_checkpoints, f"{arm}-{seed}-averaged", policies=policies
-    )
-    replies["averaged"] = asked.ask(bench, f"{arm}-{seed}-averaged", averaged)
-    return replies | (
-        _with_fp8(bench, asked, f"{arm}-{seed}", averaged) if arm == "puzzle" and seed == with_cache else {}
-    )
+            made[f"policy {policy.name}"] = Made(name, policies[-1])
+    name = f"{arm}-{seed}-averaged"
+    averaged = bench.run(STAGES["average_checkpoints"], recipe.average_checkpoints, name, policies=policies)
+    made["averaged"] = Made(name, averaged)
+    if arm == "puzzle" and seed == with_cache:
+        made |= _with_fp8(bench, f"{arm}-{seed}", averaged)
+    return asked.ask(bench, made)
 
 
-def _with_fp8(bench: Workbench, asked: Asked, name: str, model: Path) -> dict[str, Replies]:
-    """How a model answers with its cache rounded to FP8, as it is and by calibrated scales."""
+def _with_fp8(bench: Workbench, name: str, model: Path) -> dict[str, Made]:
+    """A model with its cache rounded to FP8, as it is and by calibrated scales."""
     config = reasoner_cpu().calibrate_kv
     calibrated = bench.run(
         STAGES["calibrate_kv"], config, f"{name}-calibrated", model=model, calibration=DATA.calibration_short
     )
-    return {kind: asked.ask(bench, f"{name}-{kind}", calibrated, kv_cache=kind) for kind in ("fp8_unit", "fp8")}
+    return {
+        "fp8_unit": Made(f"{name}-fp8_unit", calibrated, "fp8_unit"),
+        "fp8": Made(f"{name}-fp8", calibrated, "fp8"),
+    }
 
 
 def _sharpen(directory: Path, asked: Asked, seed: int) -> dict[str, Replies]:
@@ -282,7 +308,8 @@ def _sharpen(directory: Path, asked: Asked, seed: int) -> dict[str, Replies]:
     bench = Workbench(directory)
     source = Checkpoint.open(bench.directory / f"puzzle-{seed}-averaged")
     place = bench.directory / f"puzzle-{seed}-sharpened"
-    if not place.is_dir():
+    if not place.is_dir() or place.stat().st_mtime < source.directory.stat().st_mtime:
+        shutil.rmtree(place, ignore_errors=True)
         replaced = {
             f"model.layers.{layer}.self_attn.{part}_proj.{kind}": factor
             for layer in range(source.num_layers)
@@ -292,7 +319,7 @@ def _sharpen(directory: Path, asked: Asked, seed: int) -> dict[str, Replies]:
         tensors = {name: source.tensor(name) * factor for name, factor in replaced.items()}
         rewrite_checkpoint(source, place, tensors, {"keys": SHARPENED})
     name = f"puzzle-{seed}-sharpened"
-    return {"averaged": asked.ask(bench, name, place)} | _with_fp8(bench, asked, name, place)
+    return asked.ask(bench, {"averaged": Made(name, place)} | _with_fp8(bench, name, place))
 
 
 def _described(parent: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,9 @@ def test_the_rendered_config_says_what_ours_does(tmp_path: Path) -> None:
     assert rendered["logger"]["mlflow_enabled"]
     assert rendered["logger"]["mlflow"] == {}  # the run and the server come from the environment
     assert rendered["data"]["train"]["env_name"] in rendered["env"]
+    plain = render(CONFIG.but(scale_rewards=False), Placement(), make_run(tmp_path))["grpo"]
+    for each, scaled in ((rendered["grpo"], True), (plain, False)):
+        assert (each["normalize_rewards"], each["adv_estimator"]["normalize_rewards"]) == (scaled, scaled)
 
 
 def test_the_config_survives_yaml_and_is_the_same_each_time(tmp_path: Path) -> None:

@@ -336,6 +336,20 @@ def test_rows_without_advantage_add_nothing_to_the_gradient(trainer: "PolicyTrai
         assert_near(gradient, gradients[1][name], 1e-4, name)  # five times ROUNDING: forward and back
 
 
+def test_unscaled_advantages_are_not_divided_by_the_spread_of_rewards(
+    tiny_parent: Path, prompts: Path, traces: Path, tmp_path: Path
+) -> None:
+    """One prompt a step, so that one spread divides all of the gradient."""
+    first = {}
+    for scaled in (True, False):
+        config = CONFIG.but(scale_rewards=scaled, steps=1, prompts_per_step=1, generations_per_prompt=32)
+        run(config, tiny_parent, prompts, traces, tmp_path / str(scaled))
+        first[scaled] = curve_of(tmp_path / str(scaled) / "output")[0]
+    assert first[True]["reward_std"] == pytest.approx(first[False]["reward_std"]) != 0
+    undivided = first[True]["gradient_norm"] * (first[True]["reward_std"] + 1e-4)
+    assert first[False]["gradient_norm"] == pytest.approx(undivided, rel=1e-4)
+
+
 def test_the_kl_penalty_is_from_where_training_began(
     tiny_parent: Path, prompts: Path, traces: Path, tmp_path: Path
 ) -> None:

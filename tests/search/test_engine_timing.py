@@ -1,5 +1,6 @@
 """Blocks timed in the serving engine itself; the stacks of layers they are timed in need no engine."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 from moesaic.core.errors import ConfigError
 from moesaic.costs.block_costs import CostTable
 from moesaic.costs.workload import Workload
+from moesaic.deploy.engines.vllm.engine import TimedSteps
 from moesaic.deploy.engines.vllm.environment import why_unsupported
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.pipelines import example
+from moesaic.search.measure_costs import engine_timing
 from moesaic.search.measure_costs import run as measure_costs
-from moesaic.search.measure_costs.engine_timing import write_stack
+from moesaic.search.measure_costs.engine_timing import time_in_engine, write_stack
 from moesaic.search.measure_costs.stage import MeasureCostsConfig
 from moesaic.search.space import SearchSpace
 
@@ -48,6 +51,21 @@ def test_a_stack_of_narrower_experts_keeps_the_first_channels(tiny_checkpoint: C
     stack, name = Checkpoint.open(tmp_path / "stack"), "model.layers.1.mlp.experts.gate_up_proj_blocks"
     assert stack.architecture == Architecture.of([Block(4, 2, 32, 16)] * 2)
     assert stack.tensor(name).equal(tiny_checkpoint.tensor(name)[:4, :64])
+
+
+def test_a_machine_that_slows_down_steadily_slows_all_blocks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four equal blocks, an engine that takes 10 % longer at every start: 1 ms a layer, then 1.1, up to 1.7."""
+    starts = count()
+
+    def slower_each_time(*_: object) -> TimedSteps:
+        slowness = 1 + 0.1 * next(starts)
+        return TimedSteps("an engine", [[[(100 + layers) * slowness] * 3] * 2 for layers in (4, 8)])
+
+    monkeypatch.setattr(engine_timing, "_time_block", slower_each_time)
+    distinct = [Block(experts, 2, 64, None) for experts in (16, 12, 8, 4)]
+    times = time_in_engine(Checkpoint.open(example() / "parent"), distinct, config(), Path())
+    assert [each["long"].decode_ms for each in times.blocks.values()] == pytest.approx([1.35] * 4)
+    assert times.fixed["long"].decode_ms == pytest.approx(135)
 
 
 @pytest.mark.parametrize(

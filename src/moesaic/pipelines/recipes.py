@@ -233,6 +233,7 @@ def _reasoner_policies() -> tuple[ReinforceConfig, ReinforceConfig]:
             prompts_per_step=52,
             replies_per_forward=104,
             max_new_tokens=128,
+            scale_rewards=False,
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=3, final_learning_rate_ratio=0.3),
         ),
     )
@@ -465,7 +466,13 @@ def _gpt_oss_policies(gpus_of_a_model: int) -> tuple[ReinforceConfig, ReinforceC
             generation_expert_parallel=gpus_of_a_model,
         ),
     )
-    mixed = high.but(name="mixed", efforts=("low", "medium", "high"), rewards=RewardConfig(length=0.5), seed=1)
+    mixed = high.but(
+        name="mixed",
+        efforts=("low", "medium", "high"),
+        rewards=RewardConfig(length=0.5),
+        scale_rewards=False,
+        seed=1,
+    )
     return high, mixed
 
 

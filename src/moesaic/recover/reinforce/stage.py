@@ -98,6 +98,9 @@ class ReinforceConfig(Config):
     """The probability ratio is clipped below at 1 - clip_low; acts where one rollout serves several steps."""
     clip_high: Amount = 0.28
     """The probability ratio is clipped above at 1 + clip_high; acts where one rollout serves several steps."""
+    scale_rewards: bool = True
+    """Divide a prompt's advantages by the standard deviation of its rewards, as in GRPO. Better not where length has a
+    price: of replies that are all right only the price differs, and divided so it weighs as much as an answer."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
     """Of the KL divergence from the checkpoint that training began with."""
     trainable: tuple[Trainable, ...] = ("attention", "norms", "embedding", "head")

@@ -5,9 +5,9 @@ A block is timed in two models that hold nothing but it, of ``N`` and of ``2N`` 
     ms per block = (t(2N) - t(N)) / N             fixed part = 2 t(N) - t(2N)
 
 so that everything outside the layers cancels: embedding, head, sampling, scheduling, the client. Both models are loaded
-at once and take turns, so that a machine that slows down slows both alike. The median of the repeats counts, and for
-the fixed part the median over all blocks. That of prompts, which long ones hide in their noise, is not less than that
-of a decode step.
+at once and take turns, so that a machine that slows down slows both alike. Blocks are gone through there and back:
+minutes lie between the first and the last. The median of the repeats of both ways counts, and for the fixed part that
+over all blocks too. That of prompts, which long ones hide in their noise, is not less than that of a decode step.
 
 Layers have the parent's own weights, from its first layer on and again from the first where it has fewer, so that
 routing is nearly its own; a smaller block keeps the experts and channels of the lowest ids. Prompts are random tokens.
@@ -80,18 +80,17 @@ def time_in_engine(
             f"{config.num_gpus} expert-parallel GPUs do not divide the {uneven[0].num_experts} experts of "
             f"{uneven[0].label}; offer multiples of {config.num_gpus}, or set expert_parallel to false"
         )
-    found = [
-        _time_block(checkpoint, block, config, scratch)
-        for block in track(distinct, len(distinct), "timing blocks in the engine")
-    ]
-    repeated = [_split(steps, config.timed_layers) for steps in found]
-    blocks = {
-        block: _runtimes(block.label, each, config.workloads)
-        for block, (each, _) in zip(distinct, repeated, strict=True)
-    }
-    outside = _outside([fixed for _, fixed in repeated])
-    spreads = [_spread(times) for each, _ in repeated for times in each]
-    return EngineTimes(blocks, _runtimes("the fixed part", outside, config.workloads), found[0].engine, median(spreads))
+    found: dict[Block, list[TimedSteps]] = {block: [] for block in distinct}
+    for block in track(
+        [*distinct, *reversed(distinct)], 2 * len(distinct), "timing blocks in the engine, there and back"
+    ):
+        found[block].append(_time_block(checkpoint, block, config, scratch))
+    repeated = {block: _split(ways, config.timed_layers) for block, ways in found.items()}
+    blocks = {block: _runtimes(block.label, each, config.workloads) for block, (each, _) in repeated.items()}
+    outside = _outside([fixed for _, fixed in repeated.values()])
+    spreads = [_spread(times) for each, _ in repeated.values() for times in each]
+    engine = found[distinct[0]][0].engine
+    return EngineTimes(blocks, _runtimes("the fixed part", outside, config.workloads), engine, median(spreads))
 
 
 def write_stack(checkpoint: Checkpoint, block: Block, num_layers: int, directory: Path) -> None:
@@ -161,9 +160,10 @@ def _served(config: MeasureCostsConfig, jobs: Sequence[TimedJob]) -> ExportEngin
     )
 
 
-def _split(steps: TimedSteps, num_layers: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Milliseconds of one block and of everything outside the blocks, by job and repeat."""
-    pairs = [list(zip(once, twice, strict=True)) for once, twice in zip(*steps.times_ms, strict=True)]
+def _split(ways: Sequence[TimedSteps], num_layers: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Milliseconds of one block and of everything outside the blocks, by job and repeat of all ways."""
+    jobs = zip(*(zip(*way.times_ms, strict=True) for way in ways), strict=True)
+    pairs = [[pair for once, twice in job for pair in zip(once, twice, strict=True)] for job in jobs]
     return (
         [[(twice - once) / num_layers for once, twice in repeats] for repeats in pairs],
         [[2 * once - twice for once, twice in repeats] for repeats in pairs],

@@ -32,7 +32,7 @@ class MeasureCostsConfig(Config):
     kv_cache: CacheDtype = "bf16"
     """Element type of the KV cache."""
     repeats: Positive = 5
-    """Timings of each block; the median counts."""
+    """Timings of each block, in the engine twice as many; the median counts."""
     timed_layers: Positive = 4
     """Layers of the smaller of the two models in which the engine times a block; the other has twice as many, and a GPU
     must hold both."""

@@ -2,12 +2,13 @@
 
 GRPO (DeepSeekMath, arXiv 2402.03300) draws G replies to a prompt and moves the policy by the advantage of each::
 
-    A_i = (r_i - mean_G r) / (std_G r + 1e-4)
+    A_i = (r_i - mean_G r) / (std_G r + 1e-4),    or without scale_rewards A_i = r_i - mean_G r
     loss = - sum_i,t min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i) / tokens + kl_weight * KL
 
 with rho the ratio of a token's probability to that at which it was drawn; tokens counts those of all replies of the
-step (that and the two bounds: DAPO, arXiv 2503.14476). A step draws its replies and makes one update, so that rho is 1
-and clipping does not act: the bounds matter to engines whose rollouts lag behind. Truncated replies count, as 0.
+step (that and the two bounds: DAPO, arXiv 2503.14476; advantages not scaled: Dr. GRPO, arXiv 2503.20783). A step draws
+its replies and makes one update, so that rho is 1 and clipping does not act: the bounds matter to engines whose
+rollouts lag behind. Truncated replies count, as 0.
 
 Not supported: several processes or GPUs (replicas, sharded weights); a process that sees several GPUs is refused. The
 engine for that is ``nemo_rl``.
@@ -177,7 +178,7 @@ def _arguments(config: ReinforceConfig, folder: Path) -> GRPOConfig:
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,
         loss_type="dapo",
-        scale_rewards="group",
+        scale_rewards="group" if config.scale_rewards else "none",
         mask_truncated_completions=False,
         beta=0.0,
         epsilon=config.clip_low,
