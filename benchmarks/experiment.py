@@ -43,8 +43,9 @@ from statistics import fmean
 from typing import Any
 
 from bars import conclude
+from scipy.stats import ttest_1samp
 
-from moesaic.core.config import EmulatedCache
+from moesaic.core.config import Efforts, EmulatedCache
 from moesaic.core.workbench import Workbench
 from moesaic.data.sets import DataSets
 from moesaic.measure.paired import Verdicts, accuracy, average, difference
@@ -100,6 +101,7 @@ class Asked:
     split: str
     problems_per_task: int
     stages: Sequence[str]
+    efforts: Efforts = ("low", "medium", "high")
 
     def ask(self, bench: Workbench, made: Mapping[str, Made]) -> dict[str, Replies]:
         """How checkpoints answer, by stage."""
@@ -107,7 +109,10 @@ class Asked:
 
     def _ask(self, bench: Workbench, made: Made) -> Replies:
         config = reasoner_cpu().evaluate.but(
-            split=self.split, problems_per_task=self.problems_per_task, kv_cache=made.kv_cache
+            split=self.split,
+            efforts=self.efforts,
+            problems_per_task=self.problems_per_task,
+            kv_cache=made.kv_cache,
         )
         task = f"evaluation-{self.tests.stem}-{self.problems_per_task}-{made.name}"
         path = bench.run(STAGES["evaluate"], config, task, model=made.model, tests=self.tests)
@@ -162,7 +167,8 @@ def main() -> None:
         "left_out": left_out,
         "accuracy": _by_stage(found, lambda replies: 100 * accuracy(replies["solved"])),
         "tokens_per_request": _by_stage(found, lambda replies: replies["tokens"]),
-        "differences": _differences(found, arms),
+        "differences": (differences := _differences(found, arms)),
+        "averaged_over_distilled": _over_runs([differences.get(f"{arm}, averaged - distilled", {}) for arm in arms]),
     }
     conclude(" ".join(["python benchmarks/experiment.py", *sys.argv[1:]]), (), concluded, given.record)
 
@@ -378,6 +384,21 @@ def _differences(found: Mapping[str, Mapping[str, Sequence[Replies]]], arms: Seq
                 tell(arm, stage, "parent", "averaged")
             if arm != "puzzle":
                 tell("puzzle", stage, arm, stage)
+    return told
+
+
+def _over_runs(differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By effort the mean over all arms and seeds, with a t interval over those runs, which share their problems."""
+    told = {}
+    for effort in differences[0] if differences else ():
+        points = [each for of_arm in differences for each in of_arm[effort]["by_seed"]]
+        interval = ttest_1samp(points, 0).confidence_interval()
+        told[effort] = {
+            "runs": len(points),
+            "points": fmean(points),
+            "low_points": float(interval.low),
+            "high_points": float(interval.high),
+        }
     return told
 
 
