@@ -145,10 +145,13 @@ def main() -> None:
         left_out = {arm: _skipped(tables, arm) for arm, candidate in candidates.items() if not candidate}
         arms = [arm for arm, candidate in candidates.items() if candidate]
         everyone = [*arms, "parent"]
-        first = dict(zip(everyone, pool.map(partial(_begin, given.runs, asked, tables), everyone), strict=True))
+        list(pool.map(partial(_prune, given.runs, tables), arms))
+        begun = pool.map(partial(_begin, given.runs, asked, tables), everyone)
         recover = partial(_recover, given.runs, asked, tables, given.seeds[0])
         tasks = [(arm, seed) for seed in given.seeds for arm in everyone if arm in given.arms]
-        replies = dict(zip(tasks, pool.map(recover, *zip(*tasks, strict=True)), strict=True))
+        recovered = pool.map(recover, *zip(*tasks, strict=True))
+        first = dict(zip(everyone, begun, strict=True))
+        replies = dict(zip(tasks, recovered, strict=True))
     found: dict[str, dict[str, list[Replies]]] = {arm: {} for arm in everyone}
     for arm, stages in found.items():
         for seed in given.seeds:
@@ -256,6 +259,11 @@ def _begin(directory: Path, asked: Asked, tables: Mapping[str, Path], arm: str) 
         return asked.ask(bench, {"parent": Made("parent", PARENT)})
     name = f"{arm}-pruned"
     return asked.ask(bench, {"pruned": Made(name, _pruned(bench, tables, arm))})
+
+
+def _prune(directory: Path, tables: Mapping[str, Path], arm: str) -> None:
+    """Once, before several processes ask for it."""
+    _pruned(Workbench(directory), tables, arm)
 
 
 def _pruned(bench: Workbench, tables: Mapping[str, Path], arm: str) -> Path:
