@@ -14,7 +14,8 @@ learns to be wrong briefly. A truncated reply earns 0 in every part.
 A right reply always earns more than a wrong one, however long it is: p < 1, so a right reply earns more than
 ``correct * (1 - length)``, and a wrong one at most ``format``, which the config keeps at or below that. At L = L_ref
 the price per token is ``correct * length / L_ref``; it falls from there on, and all of it never exceeds
-``correct * length``.
+``correct * length``. So it is among the replies to one prompt; among prompts only where advantages are not divided by
+the spread of rewards (``scale_rewards``), which makes the price of right replies as large as an answer elsewhere.
 """
 
 import re
