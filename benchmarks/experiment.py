@@ -31,6 +31,7 @@ asked much more afterwards:
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -173,7 +174,7 @@ def main() -> None:
         "differences": (differences := _differences(found, arms)),
         "averaged_over_distilled": _over_runs([differences.get(f"{arm}, averaged - distilled", {}) for arm in arms]),
     }
-    conclude(" ".join(["python benchmarks/experiment.py", *sys.argv[1:]]), (), concluded, given.record)
+    conclude("python benchmarks/experiment.py " + shlex.join(sys.argv[1:]), (), concluded, given.record)
 
 
 def _search(directory: Path, pool: ProcessPoolExecutor, arms: Sequence[str]) -> dict[str, Path]:
