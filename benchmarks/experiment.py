@@ -12,10 +12,9 @@ Arms, all under the limits of the recipe ``reasoner_cpu`` and by costs that are 
     parent              nothing is pruned or distilled: it gets the reinforcement alone
 
 Every arm is pruned, distilled, reinforced by each policy and averaged, once per seed; puzzle with the first seed is
-given an FP8 cache. Single policies are asked of puzzle, uniform and parent alone. A seed draws the order of the data
-and the rollouts anew; the search is the same. Replies are sampled at temperature 1, as gpt-oss is asked. Differences
-are paired problem by problem, over the mean of the seeds that both have; their intervals are over problems, and each
-seed's own points stand beside them.
+given an FP8 cache. A seed draws the order of the data and the rollouts anew; the search is the same. Replies are
+sampled at temperature 1, as gpt-oss is asked. Differences are paired problem by problem, over the mean of the seeds
+that both have; their intervals are over problems, and each seed's own points stand beside them.
 
 The reasoner's keys and values fit FP8 as they are. So that calibration has something to do, the first seed's child is
 also asked with its keys times 4096 and its queries divided by it: the same model to the last bit, in another range.
@@ -70,8 +69,6 @@ ARMS = {
     "random-0": "architecture",
 }
 """Where an arm's assembly stands; it is the candidate of the same name, or ``puzzle``."""
-POLICIES_OF = ("puzzle", "uniform", "parent")
-"""Whose policies are asked one by one."""
 ALL_STAGES = ["parent", "pruned", "distilled", "policy high", "policy low", "averaged", "fp8_unit", "fp8"]
 """After which an arm may be asked."""
 EVALUATIONS = 16
@@ -172,7 +169,10 @@ def main() -> None:
         "accuracy": _by_stage(found, lambda replies: 100 * accuracy(replies["solved"])),
         "tokens_per_request": _by_stage(found, lambda replies: replies["tokens"]),
         "differences": (differences := _differences(found, arms)),
-        "averaged_over_distilled": _over_runs([differences.get(f"{arm}, averaged - distilled", {}) for arm in arms]),
+        "over_all_runs": {
+            pair: _over_runs([differences.get(f"{arm}, {pair}", {}) for arm in arms])
+            for pair in ("policy high - distilled", "policy low - distilled", "averaged - distilled")
+        },
     }
     conclude("python benchmarks/experiment.py " + shlex.join(sys.argv[1:]), (), concluded, given.record)
 
@@ -296,8 +296,7 @@ def _recover(
         policies.append(
             bench.run(STAGES["reinforce"], policy, name, model=model, prompts=DATA.prompts, traces=tables["traces"])
         )
-        if arm in POLICIES_OF:
-            made[f"policy {policy.name}"] = Made(name, policies[-1])
+        made[f"policy {policy.name}"] = Made(name, policies[-1])
     name = f"{arm}-{seed}-averaged"
     averaged = bench.run(STAGES["average_checkpoints"], recipe.average_checkpoints, name, policies=policies)
     made["averaged"] = Made(name, averaged)
