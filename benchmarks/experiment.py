@@ -396,10 +396,15 @@ def _differences(found: Mapping[str, Mapping[str, Sequence[Replies]]], arms: Seq
 
 
 def _over_runs(differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By effort the mean over all arms and seeds, with a t interval over those runs, which share their problems."""
-    told = {}
+    """By effort the mean over all arms and seeds, with a t interval over those runs, which share their problems.
+
+    Nothing of a single run, which has no interval.
+    """
+    told: dict[str, Any] = {}
     for effort in differences[0] if differences else ():
         points = [each for of_arm in differences for each in of_arm[effort]["by_seed"]]
+        if len(points) < 2:
+            continue
         interval = ttest_1samp(points, 0).confidence_interval()
         told[effort] = {
             "runs": len(points),
