@@ -19,6 +19,9 @@ import os
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bars import Bar, conclude, resident_bytes, return_freed_memory
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moesaic.costs.facts import Facts
 from moesaic.costs.hardware import Target
@@ -33,6 +37,7 @@ from moesaic.costs.hardware_tables import read_table
 from moesaic.models.architecture import Architecture, Block
 from moesaic.models.families.family import ModelShape
 from moesaic.models.families.gpt_oss import GPT_OSS, GPT_OSS_120B, GPT_OSS_120B_BLOCKS, GPT_OSS_PUZZLE_88B_BLOCKS
+from moesaic.models.loading import choose_device
 from moesaic.recover.distill.automodel import simulation
 from moesaic.recover.distill.automodel.settings import Job
 from moesaic.recover.distill.needs import GPUS_PER_NODE, gpu_bytes, simulated_peak
@@ -60,6 +65,8 @@ CHILD = Architecture.of([Block(8, 2, 2880, 128), Block(4, 2, 2880, None)])
 SMALL = DistillConfig(
     sequence_tokens=1024, rows_per_step=2, expert_chunk_tokens=512, logits_chunk_tokens=256, hidden_tokens=512
 )
+_NOWHERE = Path(os.devnull)
+_TWO_RANKS = Job(_NOWHERE, _NOWHERE, _NOWHERE, _NOWHERE, 2, True, None)
 
 
 def simulate_full_size() -> list[dict[str, Any]]:
@@ -93,8 +100,7 @@ def simulate_point(child: str, nodes: int, tokens: int, worst_routing: bool = Fa
 
 def two_layers() -> dict[str, float]:
     """Simulated and measured peaks of the small real run, in MiB."""
-    nowhere = Path(os.devnull)
-    job = Job(nowhere, nowhere, nowhere, nowhere, 2, True, None, expert_parallel_size=2)
+    job = replace(_TWO_RANKS, expert_parallel_size=2)
     with TemporaryDirectory() as scratch:
         if (other := os.fork()) == 0:
             os._exit(_succeeds(lambda: _measure(1, Path(scratch), job)))
@@ -119,20 +125,52 @@ def _measure(rank: int, scratch: Path, job: Job) -> None:
     dist.init_process_group("gloo", init_method=f"file://{scratch / 'group'}", rank=rank, world_size=2)
     torch.manual_seed(0)
     step = simulation.Step(SMALL, TRUE_WIDTH, PARENT, CHILD, job)
-    before = resident_bytes("VmRSS")
+    peak = _run(step, SMALL, TRUE_WIDTH)
+    if rank == 0:
+        (scratch / "peak").write_text(str(peak))
+    dist.destroy_process_group()
+    torch.compiler.set_stance("default")
+
+
+def _run(step: simulation.Step, config: DistillConfig, shape: ModelShape) -> int:
+    """Give a step weights and a full batch, run it, and say how many bytes it took at most."""
+    on_gpu = step.device.type == "cuda"
+    before = 0 if on_gpu else resident_bytes("VmRSS")
     step.materialize()
     for model in (step.teacher_model, *step.model_parts):
         for parameter in model.parameters():
             shard: Any = parameter.detach()
             torch.nn.init.normal_(shard.to_local(), std=0.02)
-    batch = simulation.full_batch(SMALL)
-    batch["input_ids"] = torch.randint(0, TRUE_WIDTH.vocab_size, batch["input_ids"].shape)
-    batch["position_ids"] = torch.arange(SMALL.sequence_tokens).unsqueeze(0)
-    step._run_train_optim_step([batch], 1.0)
-    if rank == 0:
-        (scratch / "peak").write_text(str(resident_bytes("VmHWM") - before))
-    dist.destroy_process_group()
-    torch.compiler.set_stance("default")
+    batch = simulation.full_batch(config)
+    batch["input_ids"] = torch.randint(0, shape.vocab_size, batch["input_ids"].shape)
+    batch["position_ids"] = torch.arange(config.sequence_tokens).expand_as(batch["input_ids"])
+    step._run_train_optim_step([{name: each.to(step.device) for name, each in batch.items()}], 1.0)
+    return torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM") - before
+
+
+def rank_0_of_two(
+    config: DistillConfig, shape: ModelShape, parent: Architecture, child: Architecture
+) -> dict[str, float]:
+    """Measured and simulated peak, in MiB, of one of two ranks, on the GPU if there is one; in a process of its own.
+
+    Its group passes no messages: what it would have got of the other rank's shards has memory and no meaning. On a CPU
+    freed memory must go back to the system (``return_freed_memory``).
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        measured = alone.submit(_measure_alone, config, shape, parent, child).result()
+    peak = simulation.simulate(
+        config, shape, parent, child, _TWO_RANKS, fused=torch.cuda.is_available(), all_chunks=True
+    )
+    return {"measured_mib": measured / 2**20, "simulated_mib": peak.total / 2**20}
+
+
+def _measure_alone(config: DistillConfig, shape: ModelShape, parent: Architecture, child: Architecture) -> int:
+    device = choose_device()
+    if device.type == "cpu":
+        torch.compiler.set_stance("force_eager")
+    dist.init_process_group("fake", rank=0, world_size=_TWO_RANKS.num_processes, store=FakeStore())
+    torch.manual_seed(0)
+    return _run(simulation.Step(config, shape, parent, child, _TWO_RANKS, device), config, shape)
 
 
 def main() -> None:

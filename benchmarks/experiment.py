@@ -11,10 +11,10 @@ Arms, all under the limits of the recipe ``reasoner_cpu`` and by costs that are 
     uniform_*, greedy, random-0    see ``search_architecture/baselines.py``
     parent              nothing is pruned or distilled: it gets the reinforcement alone
 
-Every arm is pruned, distilled, reinforced by each policy and averaged, once per seed; puzzle with the first seed is
-given an FP8 cache. A seed draws the order of the data and the rollouts anew; the search is the same. Replies are
-sampled at temperature 1, as gpt-oss is asked. Differences are paired problem by problem, over the mean of the seeds
-that both have; their intervals are over problems, and each seed's own points stand beside them.
+Every arm is pruned, distilled, reinforced by each policy, averaged and given an FP8 cache, once per seed. A seed draws
+the order of the data and the rollouts anew; the search is the same. Replies are sampled at temperature 1, as gpt-oss is
+asked. Differences are paired problem by problem, over the mean of the seeds that both have; their intervals are over
+problems, and each seed's own points stand beside them.
 
 The reasoner's keys and values fit FP8 as they are. So that calibration has something to do, the first seed's child is
 also asked with its keys times 4096 and its queries divided by it: the same model to the last bit, in another range.
@@ -145,7 +145,7 @@ def main() -> None:
         everyone = [*arms, "parent"]
         list(pool.map(partial(_prune, given.runs, tables), arms))
         begun = pool.map(partial(_begin, given.runs, asked, tables), everyone)
-        recover = partial(_recover, given.runs, asked, tables, given.seeds[0])
+        recover = partial(_recover, given.runs, asked, tables)
         tasks = [(arm, seed) for seed in given.seeds for arm in everyone if arm in given.arms]
         recovered = pool.map(recover, *zip(*tasks, strict=True))
         first = dict(zip(everyone, begun, strict=True))
@@ -171,7 +171,13 @@ def main() -> None:
         "differences": (differences := _differences(found, arms)),
         "over_all_runs": {
             pair: _over_runs([differences.get(f"{arm}, {pair}", {}) for arm in arms])
-            for pair in ("policy high - distilled", "policy low - distilled", "averaged - distilled")
+            for pair in (
+                "policy high - distilled",
+                "policy low - distilled",
+                "averaged - distilled",
+                "fp8_unit - averaged",
+                "fp8 - averaged",
+            )
         },
     }
     conclude("python benchmarks/experiment.py " + shlex.join(sys.argv[1:]), (), concluded, given.record)
@@ -274,15 +280,8 @@ def _pruned(bench: Workbench, tables: Mapping[str, Path], arm: str) -> Path:
     return bench.run(STAGES["prune_model"], config, f"{arm}-pruned", **made_of)
 
 
-def _recover(
-    directory: Path,
-    asked: Asked,
-    tables: Mapping[str, Path],
-    with_cache: int,
-    arm: str,
-    seed: int,
-) -> dict[str, Replies]:
-    """Everything that one arm gets with one seed, by stage how it answers; one of the seeds has an FP8 cache too."""
+def _recover(directory: Path, asked: Asked, tables: Mapping[str, Path], arm: str, seed: int) -> dict[str, Replies]:
+    """Everything that one arm gets with one seed, by stage how it answers."""
     bench, recipe = Workbench(directory), reasoner_cpu().seeded(seed)
     model, made = PARENT, {}
     if arm != "parent":
@@ -300,9 +299,7 @@ def _recover(
     name = f"{arm}-{seed}-averaged"
     averaged = bench.run(STAGES["average_checkpoints"], recipe.average_checkpoints, name, policies=policies)
     made["averaged"] = Made(name, averaged)
-    if arm == "puzzle" and seed == with_cache:
-        made |= _with_fp8(bench, f"{arm}-{seed}", averaged)
-    return asked.ask(bench, made)
+    return asked.ask(bench, made | _with_fp8(bench, f"{arm}-{seed}", averaged))
 
 
 def _with_fp8(bench: Workbench, name: str, model: Path) -> dict[str, Made]:

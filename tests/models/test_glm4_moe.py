@@ -264,7 +264,7 @@ def test_a_layer_computes_in_bfloat16_and_without_values(tiny_glm4: Path) -> Non
 
 @pytest.mark.parametrize("block", [Block(0, 0, 0, 16), Block(4, 2, 16)])
 def test_stacks_of_one_block_are_written_to_be_timed(tiny_glm4: Path, tmp_path: Path, block: Block) -> None:
-    write_stack(Checkpoint.open(tiny_glm4), block, 2, tmp_path / "stack")
+    write_stack(Checkpoint.open(tiny_glm4), [block] * 2, tmp_path / "stack")
     assert Checkpoint.open(tmp_path / "stack").architecture == Architecture.of([block] * 2)
     assert load_model(tmp_path / "stack")(tokens(1, 8)).logits.isfinite().all()
 

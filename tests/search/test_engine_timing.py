@@ -36,7 +36,7 @@ def measured(asked: MeasureCostsConfig, parent: Path, scratch: Path) -> CostTabl
 
 
 def test_a_stack_has_the_parents_layers_again_and_again(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    write_stack(tiny_checkpoint, Block(4, 2, 64, 16), 6, tmp_path / "stack")
+    write_stack(tiny_checkpoint, [Block(4, 2, 64, 16)] * 6, tmp_path / "stack")
     stack = Checkpoint.open(tmp_path / "stack")
     assert stack.architecture == Architecture.of([Block(4, 2, 64, 16)] * 6)
     for name in ("mlp.router.weight", "self_attn.q_proj.weight"):
@@ -47,7 +47,7 @@ def test_a_stack_has_the_parents_layers_again_and_again(tiny_checkpoint: Checkpo
 
 
 def test_a_stack_of_narrower_experts_keeps_the_first_channels(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    write_stack(tiny_checkpoint, Block(4, 2, 32, 16), 2, tmp_path / "stack")
+    write_stack(tiny_checkpoint, [Block(4, 2, 32, 16)] * 2, tmp_path / "stack")
     stack, name = Checkpoint.open(tmp_path / "stack"), "model.layers.1.mlp.experts.gate_up_proj_blocks"
     assert stack.architecture == Architecture.of([Block(4, 2, 32, 16)] * 2)
     assert stack.tensor(name).equal(tiny_checkpoint.tensor(name)[:4, :64])
@@ -61,7 +61,7 @@ def test_a_machine_that_slows_down_steadily_slows_all_blocks_alike(monkeypatch: 
         slowness = 1 + 0.1 * next(starts)
         return TimedSteps("an engine", [[[(100 + layers) * slowness] * 3] * 2 for layers in (4, 8)])
 
-    monkeypatch.setattr(engine_timing, "_time_block", slower_each_time)
+    monkeypatch.setattr(engine_timing, "time_stacks", slower_each_time)
     distinct = [Block(experts, 2, 64, None) for experts in (16, 12, 8, 4)]
     times = time_in_engine(Checkpoint.open(example() / "parent"), distinct, config(), Path())
     assert [each["long"].decode_ms for each in times.blocks.values()] == pytest.approx([1.35] * 4)

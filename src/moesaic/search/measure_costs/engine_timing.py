@@ -43,8 +43,8 @@ from moesaic.search.prune_model.pruning import prune_stored
 
 STEP_TOKENS = 8192
 """Tokens of one engine step, at most; as ``export_engine`` sets it."""
-_MEMORY_SHARE = 0.45
-"""Of a GPU's memory, for each of the two models."""
+_MEMORY_SHARE = 0.9
+"""Of a GPU's memory, for all models together; each gets as much of it as it has of their layers."""
 _MOST_STEPS = 16
 _TIMEOUT_S = 3600.0
 """For the timings of one block."""
@@ -84,7 +84,8 @@ def time_in_engine(
     for block in track(
         [*distinct, *reversed(distinct)], 2 * len(distinct), "timing blocks in the engine, there and back"
     ):
-        found[block].append(_time_block(checkpoint, block, config, scratch))
+        stacks = [[block] * (times * config.timed_layers) for times in (1, 2)]
+        found[block].append(time_stacks(checkpoint, stacks, config, scratch))
     repeated = {block: _split(ways, config.timed_layers) for block, ways in found.items()}
     blocks = {block: _runtimes(block.label, each, config.workloads) for block, (each, _) in repeated.items()}
     outside = _outside([fixed for _, fixed in repeated.values()])
@@ -93,22 +94,14 @@ def time_in_engine(
     return EngineTimes(blocks, _runtimes("the fixed part", outside, config.workloads), engine, median(spreads))
 
 
-def write_stack(checkpoint: Checkpoint, block: Block, num_layers: int, directory: Path) -> None:
-    """Write a model of equal layers, with the parent's weights."""
+def write_stack(checkpoint: Checkpoint, stack: Sequence[Block], directory: Path) -> None:
+    """Write a model of these layers, with the parent's weights."""
     blocks = checkpoint.architecture.blocks
-    whole = [
-        layer
-        for layer, own in enumerate(blocks)
-        if own.is_dense == block.is_dense
-        and own.num_experts >= block.num_experts
-        and own.expert_width >= block.expert_width
-    ]
-    if not whole:
-        raise ArtifactError(f"no layer of {checkpoint.directory} has the experts of {block.label}")
+    sources = [_layers_with_experts_of(block, checkpoint) for block in stack]
 
     def shards() -> Iterator[tuple[str, Mapping[str, Tensor | StoredTensor]]]:
         yield "model-outer", {name: checkpoint.stored(name) for name in layout.outer_specs(checkpoint.shape)}
-        for layer in range(num_layers):
+        for layer, (block, whole) in enumerate(zip(stack, sources, strict=True)):
             source = whole[layer % len(whole)]
             tensors = {name: checkpoint.stored(name) for name in checkpoint.layer_names(source)}
             own, new = layout.layer_prefix(source), layout.layer_prefix(layer)
@@ -117,35 +110,63 @@ def write_stack(checkpoint: Checkpoint, block: Block, num_layers: int, directory
             kept, _ = prune_stored(tensors, range(block.num_experts), first)
             yield from layer_shards(layer, {new + name.removeprefix(own): tensor for name, tensor in kept.items()})
 
-    write_checkpoint(directory, layout.child_config(checkpoint.config, Architecture.of([block] * num_layers)), shards())
+    write_checkpoint(directory, layout.child_config(checkpoint.config, Architecture.of(stack)), shards())
 
 
-def _time_block(checkpoint: Checkpoint, block: Block, config: MeasureCostsConfig, scratch: Path) -> TimedSteps:
-    """Both models of one block, which are deleted once they are timed."""
+def _layers_with_experts_of(block: Block, checkpoint: Checkpoint) -> list[int]:
+    """The parent's layers that a block can be cut out of."""
+    whole = [
+        layer
+        for layer, own in enumerate(checkpoint.architecture.blocks)
+        if own.is_dense == block.is_dense
+        and own.num_experts >= block.num_experts
+        and own.expert_width >= block.expert_width
+    ]
+    if not whole:
+        raise ArtifactError(f"no layer of {checkpoint.directory} has the experts of {block.label}")
+    return whole
+
+
+def time_stacks(
+    checkpoint: Checkpoint, stacks: Sequence[Sequence[Block]], config: MeasureCostsConfig, scratch: Path
+) -> TimedSteps:
+    """Time models of these layers side by side: of every workload reading prompts, then a decode step.
+
+    The models, written for it into scratch, are deleted once they are timed.
+
+    Raises:
+        ConfigError: if there is no vLLM for this machine.
+        ArtifactError: if the engine refuses a block, or its KV cache holds too few requests.
+    """
     jobs, place = [job for load in config.workloads for job in _jobs(load)], scratch / "stacks"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     bundles = []
-    for num_layers in (config.timed_layers, 2 * config.timed_layers):
-        model, bundle = place / f"{num_layers}-layers", place / f"{num_layers}-layers-bundle"
-        write_stack(checkpoint, block, num_layers, model)
-        write_bundle(Checkpoint.open(model), bundle, _served(config, jobs))
+    for number, stack in enumerate(stacks):
+        model, bundle = place / f"{number}", place / f"{number}-bundle"
+        write_stack(checkpoint, stack, model)
+        share = _MEMORY_SHARE * len(stack) / sum(map(len, stacks))
+        write_bundle(Checkpoint.open(model), bundle, _served(config, jobs, share))
         bundles.append(bundle)
     times = time_steps(bundles, jobs, config.repeats, scratch, _TIMEOUT_S)
     shutil.rmtree(place)
     return times
 
 
+def prompts_per_step(load: Workload) -> int:
+    """How many of a workload's prompts the engine reads in one step; of longer ones it reads one in several."""
+    return max(1, min(load.concurrency, STEP_TOKENS // load.input_tokens))
+
+
 def _jobs(load: Workload) -> list[TimedJob]:
-    rows = max(1, min(load.concurrency, STEP_TOKENS // load.input_tokens))
     steps = max(2, min(_MOST_STEPS, load.output_tokens // 2))
     return [
-        TimedJob("prefill", rows, load.input_tokens),
+        TimedJob("prefill", prompts_per_step(load), load.input_tokens),
         TimedJob("decode", load.concurrency, mean_context(load), steps),
     ]
 
 
-def _served(config: MeasureCostsConfig, jobs: Sequence[TimedJob]) -> ExportEngineConfig:
+def _served(config: MeasureCostsConfig, jobs: Sequence[TimedJob], memory_share: float) -> ExportEngineConfig:
     requests = max(job.num_requests for job in jobs)
     return ExportEngineConfig(
         target="vllm",
@@ -155,7 +176,7 @@ def _served(config: MeasureCostsConfig, jobs: Sequence[TimedJob]) -> ExportEngin
         max_num_tokens=max(STEP_TOKENS, requests),
         tensor_parallel_size=config.num_gpus,
         expert_parallel_size=config.num_gpus if config.expert_parallel else 1,
-        memory_fraction=_MEMORY_SHARE,
+        memory_fraction=memory_share,
         compare_outputs=False,
     )
 
@@ -178,7 +199,7 @@ def _runtimes(what: str, times: Sequence[Sequence[float]], workloads: Sequence[W
         for phase, ms in (("prefill", prefill), ("decode", decode)):
             if ms <= 0:
                 raise StageError(f"{phase} of {what} under {load.name} took {ms:.3g} ms: too noisy; raise repeats")
-        runtimes[load.name] = Runtime(prefill * load.concurrency / _jobs(load)[0].num_requests, decode)
+        runtimes[load.name] = Runtime(prefill * load.concurrency / prompts_per_step(load), decode)
     return runtimes
 
 

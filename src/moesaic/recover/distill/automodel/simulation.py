@@ -99,10 +99,16 @@ class Step(DistillationRecipe):
     """The recipe's step with models of given sizes, without files; to be materialized on fake tensors or real ones."""
 
     def __init__(
-        self, config: DistillConfig, shape: ModelShape, parent: Architecture, child: Architecture, job: Job
+        self,
+        config: DistillConfig,
+        shape: ModelShape,
+        parent: Architecture,
+        child: Architecture,
+        job: Job,
+        device: torch.device = CPU,
     ) -> None:
-        """Build both models on no device, sharded as the job's settings have it."""
-        self.settings, self.job, self.device = config, job, CPU
+        """Build both models without memory, sharded as the job's settings have it; the device is where it will be."""
+        self.settings, self.job, self.device = config, job, device
         self.step_scheduler = SimpleNamespace(step=0)
         self._rendered = render(config, job)
         section = parse_distributed_section(self._rendered["distributed"])
