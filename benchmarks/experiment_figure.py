@@ -1,6 +1,7 @@
-"""Draw what ``experiment.py`` found: every arm against the parent, stage by stage, with intervals.
+"""Draw what ``experiment.py`` found, with intervals: every arm against the parent, stage by stage, and the retention of
+accuracy at every effort against the tokens that a request takes.
 
-python benchmarks/experiment_figure.py RECORD.json FIGURE.png
+python benchmarks/experiment_figure.py RECORD.json ARMS.png RETENTION.png
 """
 
 import argparse
@@ -10,20 +11,41 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from moesaic.measure.report.drawing import STAGES, new_figure, tidy, to_png
+from moesaic.measure.report.drawing import STAGES, new_figure, rival_colour, stage_colours, tidy, to_png
 
 SHOWN = ("pruned", "distilled", "averaged")
 """The stages that are drawn, a line each."""
+WAY = {"pruned": "o", "distilled": "s", "policy high": "^", "policy low": "v", "averaged": "D"}
+"""The child's stages and their markers."""
+STEPS = (
+    ("pruned", "distilled"),
+    ("distilled", "policy high"),
+    ("distilled", "policy low"),
+    ("policy high", "averaged"),
+    ("policy low", "averaged"),
+)
+"""Which stage comes out of which."""
+OWN_COLOURS = {"refined": "#a6761d", "parent": STAGES["parent"]}
+FAR_BEHIND = ("random-0", "greedy", "axes", "uniform_throughput")
+"""Arms that would leave the others no room."""
 
 
 def main() -> None:
-    """Read the record, write the picture."""
+    """Read the record, write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path)
-    parser.add_argument("figure", type=Path)
+    parser.add_argument("arms", type=Path)
+    parser.add_argument("retention", type=Path)
     given = parser.parse_args()
     record = json.loads(given.record.read_text())
+    given.arms.write_bytes(to_png(draw_arms(record)))
+    given.retention.write_bytes(to_png(draw_retention(record)))
+
+
+def draw_arms(record: Mapping[str, Any]) -> Figure:
+    """Every arm's points against the parent after every stage, a panel for each effort and one for their mean."""
     arms = [*record["arms"], *(["parent"] if "averaged" in record["accuracy"].get("parent", {}) else [])]
     efforts = [*record["accuracy"]["parent"]["parent"], "mean"]
     figure = new_figure(3.1 * len(efforts), 1.2 + 0.55 * len(arms))
@@ -40,7 +62,46 @@ def main() -> None:
     panels[0].invert_yaxis()
     handles = [panels[0].plot([], [], "o", color=STAGES[stage], label=stage)[0] for stage in SHOWN]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(SHOWN))
-    given.figure.write_bytes(to_png(figure))
+    return figure
+
+
+def draw_retention(record: Mapping[str, Any]) -> Figure:
+    """Accuracy and tokens over the parent's, a panel for each effort: the child's way, and where other arms end."""
+    accuracy, tokens = record["accuracy"], record["tokens_per_request"]
+    efforts = list(accuracy["parent"]["parent"])
+    rivals = {arm: rival_colour(arm) for arm in record["arms"] if arm not in ("puzzle", *FAR_BEHIND)} | OWN_COLOURS
+    colours = stage_colours(["policy high", "policy low"], None)
+    figure = new_figure(4.4 * len(efforts), 4.4)
+    for axes, effort in zip(figure.subplots(1, len(efforts)), efforts, strict=True):
+        whole, usual = accuracy["parent"]["parent"][effort], tokens["parent"]["parent"][effort]
+
+        def place(
+            arm: str, stage: str, effort: str = effort, whole: float = whole, usual: float = usual
+        ) -> tuple[float, float, list[float]]:
+            told = record["differences"][f"{arm}, {stage} - {'' if arm == 'parent' else 'parent, '}parent"][effort]
+            ends = [100 + 100 * told[end] / whole for end in ("low_points", "high_points")]
+            return tokens[arm][stage][effort] / usual, 100 * accuracy[arm][stage][effort] / whole, ends
+
+        way = {stage: place("puzzle", stage) for stage in WAY}
+        for before, after in STEPS:
+            (x, y, _), (then_x, then_y, _) = way[before], way[after]
+            axes.plot([x, then_x], [y, then_y], color=STAGES["parent"], linewidth=0.8, zorder=1)
+        points = [(stage, colours[stage], marker, way[stage]) for stage, marker in WAY.items()]
+        points += [
+            (f"{name_of(arm)}, the end".replace("\n", " "), colour, "X", place(arm, "averaged"))
+            for arm, colour in rivals.items()
+        ]
+        for label, colour, marker, (x, y, ends) in points:
+            axes.plot([x, x], ends, color=colour, linewidth=1.2, alpha=0.6)
+            axes.plot(x, y, marker, color=colour, markersize=7, label=label)
+        axes.plot(1, 100, "*", color=STAGES["parent"], markersize=13, label="parent")
+        axes.axhline(100, color=STAGES["parent"], linewidth=0.8)
+        axes.set(title=f"{effort} effort", xlabel="generated tokens per request over the parent's")
+        tidy(axes)
+    panels = figure.axes
+    panels[0].set_ylabel("accuracy over the parent's [%]")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
 
 
 def against_parent(record: Mapping[str, Any], arm: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from moesaic.core.errors import ArtifactError
 from moesaic.measure.report.evidence import read_evidence
 from moesaic.measure.report.findings import summarize
 from moesaic.measure.report.page import add_outside, draw_pictures, render_page
+from moesaic.measure.report.summary import summarize_all
 from tests.measure.report_inputs import CHILD, evaluation, inputs, page_text, solution
 
 OTHER_PROBLEMS = {"split": "validation", "count": 40, "digest": "0f"}
@@ -19,7 +20,7 @@ def summary(**changed: Any) -> dict[str, Any]:
 
 def text(**changed: Any) -> str:
     evidence = read_evidence(**(inputs() | changed))
-    return page_text(evidence, summarize(evidence))
+    return page_text(evidence, summarize_all(evidence))
 
 
 def test_sizes() -> None:
@@ -129,6 +130,30 @@ def test_the_headline_is_computed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("child", "words"),
+    [
+        (
+            (0.9, 0.9),
+            "higher at low effort (+40.0 [+22.5, +55.0] points) and not told apart at high effort (+0.0 [-7.5",
+        ),
+        ((0.5, 0.4), "lower at high effort (-50.0 [-65.0, -30.0] points) and not told apart at low effort (+0.0 ["),
+        ((0.5, 0.9), "not told apart at low and high effort (+0.0 [-7.5, +7.5], +0.0 [-7.5, +7.5] points)."),
+        ((0.9, 0.4), "higher at low effort (+40.0 [+22.5, +55.0] points) and lower at high effort (-50.0 [-65.0"),
+    ],
+)
+def test_the_page_leads_with_who_is_ahead_by_the_interval(child: tuple[float, float], words: str) -> None:
+    """Parent: 50 and 90 %. Requests: 1.5 times the tokens per second, over 0.8 of the tokens each at high effort."""
+    shown = text(evaluation_child=evaluation("puzzle", *child, tokens_high=80))
+    assert f"Against its parent the child's accuracy is {words}" in shown
+    assert shown.index(words) < shown.index("The child keeps 75 % of the experts")
+    assert "In requests per second it is 1.50x at low and 1.88x at high effort." in shown
+    assert (
+        "timed in process. In output tokens per second, each at its best load, it is 1.00x (10/50 tokens), 1.50x"
+        in shown
+    )
+
+
+@pytest.mark.parametrize(
     ("greedy", "words"),
     [
         ((0.2, 0.4), "puzzle wins: 63.0 % against 30.0 %"),
@@ -175,7 +200,7 @@ def test_inputs_that_do_not_fit_together(changed: dict[str, Any], message: str) 
 def test_the_page_needs_nothing_beside_it() -> None:
     evidence = read_evidence(**inputs())
     pictures = draw_pictures(evidence)
-    page = render_page("A <title>", evidence, summarize(evidence), pictures)
+    page = render_page("A <title>", evidence, summarize_all(evidence), pictures)
     assert page.count('src="data:image/png;base64,') == len(pictures) == 9
     assert "://" not in page
     assert "<script" not in page

@@ -6,9 +6,9 @@ import pytest
 
 from moesaic.core.errors import ArtifactError
 from moesaic.measure.report.evidence import read_evaluation, read_evidence
-from moesaic.measure.report.findings import summarize
 from moesaic.measure.report.page import draw_pictures, render_page
 from moesaic.measure.report.recovery import RecoveryEvidence, read_recovery, summarize_recovery
+from moesaic.measure.report.summary import summarize_all
 from tests.measure.recovery_inputs import ACCURACIES, recovery, recovery_inputs
 from tests.measure.report_inputs import evaluation, inputs, page_text, point
 
@@ -23,7 +23,7 @@ def summarized(search: dict[str, Any] | None = None, **changed: Any) -> dict[str
 
 def text(search: dict[str, Any] | None = None, **changed: Any) -> str:
     evidence = read_evidence(**(inputs() | (search or {})))
-    return page_text(evidence, summarize(evidence) | {"recovery": summarized(search, **changed)})
+    return page_text(evidence, summarize_all(evidence, read(search, **changed)))
 
 
 def test_retention_tokens_and_what_distillation_recovered() -> None:
@@ -217,7 +217,7 @@ def test_the_page_shows_recovery_first_and_the_search_after_it() -> None:
     evidence, recovered = read_evidence(**inputs()), read()
     pictures = draw_pictures(evidence, recovered)
     assert "efforts" not in pictures and len(pictures) == 12
-    summary = summarize(evidence) | {"recovery": summarize_recovery(recovered)}
+    summary = summarize_all(evidence, recovered)
     page = render_page("A title", evidence, summary, pictures)
     assert page.count('src="data:image/png;base64,') == 12
     places = [page.index(f'<h2 id="{name}">') for name in ("frontier", "contributions", "distillation", "architecture")]
@@ -236,5 +236,5 @@ def test_the_page_shows_recovery_first_and_the_search_after_it() -> None:
 def test_an_undistilled_child_has_no_curve_and_a_page_all_the_same() -> None:
     evidence, recovered = read_evidence(**inputs()), read(recovery=recovery() | {"curve": []}, recovery_baseline=None)
     assert recovered.child.series() == {}
-    summary = summarize(evidence) | {"recovery": summarize_recovery(recovered)}
+    summary = summarize_all(evidence, recovered)
     assert "The distillation" in render_page("A title", evidence, summary, draw_pictures(evidence, recovered))

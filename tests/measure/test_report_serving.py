@@ -6,10 +6,10 @@ import pytest
 
 from moesaic.core.errors import ArtifactError
 from moesaic.measure.report.evidence import read_evidence
-from moesaic.measure.report.findings import summarize
 from moesaic.measure.report.page import draw_pictures, render_page
 from moesaic.measure.report.recovery import read_recovery
 from moesaic.measure.report.serving import read_serving, served_frontier, summarize_serving
+from moesaic.measure.report.summary import summarize_all
 from tests.measure.recovery_inputs import recovery
 from tests.measure.report_inputs import inputs
 from tests.measure.serving_inputs import serving
@@ -77,9 +77,24 @@ def test_page_and_pictures() -> None:
     pictures = draw_pictures(EVIDENCE, None, served)
     assert {"served_frontier", "served_throughput", "served_latency"} < pictures.keys()
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())
-    page = render_page("A test", EVIDENCE, summarize(EVIDENCE) | {"serving": summarize_serving(served)}, pictures)
+    page = render_page("A test", EVIDENCE, summarize_all(EVIDENCE, None, served), pictures)
+    assert page.index('id="served_frontier"') < page.index("The child keeps"), "what clients see comes first"
     assert "1.20x" in page
     assert "agree within the spread at 3 of\n3 points" in page
+
+
+def test_the_verdict_is_of_the_models_as_they_are_served() -> None:
+    """The recovered child with its FP8 cache: 50 and 89 % of the parent's 50 and 90 %; speeds are the server's."""
+    given = dict.fromkeys(("recovery_baseline", "evaluation_parent_fp8", "measurements_baseline"))
+    recovered = read_recovery(EVIDENCE, recovery=recovery(), **given)
+    found = summarize_all(EVIDENCE, recovered, read_serving(serving("fp8"), EVIDENCE, recovered))["verdict"]
+    child = recovered.child.stages["fp8"].efforts
+    assert {effort: each["points"] for effort, each in found["differences"].items()} == pytest.approx(
+        {effort: 100 * (child[effort].accuracy - recovered.parent.efforts[effort].accuracy) for effort in child}
+    )
+    assert found["tokens_per_s"] == pytest.approx({"long": 1.55, "short": 1.0})
+    assert found["requests_per_s"]["low"] == pytest.approx(1.55 * 10 / child["low"].tokens_per_request)
+    assert found["engine"] == "moesaic"
 
 
 def test_a_broken_input_is_named() -> None:

@@ -35,7 +35,7 @@ class Prediction:
 
 
 def summarize(evidence: Evidence) -> dict[str, Any]:
-    """The content of ``summary.json``; the tables and sentences of the page are made of it."""
+    """What ``summary.json`` says of the search; tables and sentences of the page are made of it."""
     parent, child = evidence.parent, evidence.child
     methods = _selection_methods(evidence)
     return {

@@ -178,7 +178,8 @@ def _draw_frontier(points: Sequence[FrontierPoint], top_effort: str) -> Figure:
         for point in line:
             place, effort = (point.relative_rate, 100 * point.accuracy), point.deployment.effort
             axes.plot(*place, MARKERS[effort], color=colour, markersize=10)
-            axes.annotate(effort, place, (8, 6), textcoords="offset points", fontsize=9, color=colour)
+            beside, side = ((8, 6), "left") if model == "child" else ((-8, -14), "right")
+            axes.annotate(effort, place, beside, textcoords="offset points", fontsize=9, color=colour, ha=side)
     axes.legend(handles=[axes.plot([], [], "-", color=colour, label=model)[0] for model, colour in COLOURS.items()])
     tidy(axes)
     axes.margins(x=0.12, y=0.15)

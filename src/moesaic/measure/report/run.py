@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.measure.report.evidence import Evidence, read_evidence
-from moesaic.measure.report.findings import summarize
 from moesaic.measure.report.page import draw_pictures, render_page
-from moesaic.measure.report.recovery import RecoveryEvidence, read_recovery, summarize_recovery
-from moesaic.measure.report.serving import read_serving, summarize_serving
+from moesaic.measure.report.recovery import RecoveryEvidence, read_recovery
+from moesaic.measure.report.serving import read_serving
 from moesaic.measure.report.stage import ReportConfig
+from moesaic.measure.report.summary import summarize_all
 from moesaic.models.stage_outputs import read_json, read_text
 
 
@@ -44,16 +44,13 @@ def run(
         baselines=[read_json(directory / "evaluation.json") for directory in baselines],
         measurements=read_json(measurements / "measurements.json"),
     )
-    summary = summarize(evidence)
-    recovered = None
+    recovered = served = None
     if recovery is not None:
         others = recovery_baseline, evaluation_parent_fp8, measurements_baseline
         recovered = _read_recovery(evidence, recovery, *others)
-        summary["recovery"] = summarize_recovery(recovered)
-    served = None
     if serving is not None:
         served = read_serving(read_json(serving / "measurements.json"), evidence, recovered)
-        summary["serving"] = summarize_serving(served)
+    summary = summarize_all(evidence, recovered, served)
     pictures = draw_pictures(evidence, recovered, served)
     page = render_page(config.title, evidence, summary, pictures)
     for name, png in pictures.items():
