@@ -177,6 +177,7 @@ def main() -> None:
                 "averaged - distilled",
                 "fp8_unit - averaged",
                 "fp8 - averaged",
+                "fp8 - fp8_unit",
             )
         },
     }
