@@ -31,7 +31,7 @@ Row = tuple[str, Any, Any, bool]
 
 
 def main() -> None:
-    """Run, compare and print; exit code 1 if something no longer holds."""
+    """Run, compare and print; exit code 1 if something no longer holds, or runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"records, of {', '.join(SMALL)} (all)")
     names = parser.parse_args().names or SMALL
@@ -43,7 +43,13 @@ def main() -> None:
         record = newest(name, RESULTS)
         published = json.loads(record.read_text())
         print(f"{record.name}: {published['command']}", file=sys.stderr)
-        for what, then, now, holds in compare(published, run_again(published["command"])):
+        try:
+            now_found = run_again(published["command"])
+        except subprocess.CalledProcessError as failed:
+            table.add_row(name, "all", "", f"its command ends with status {failed.returncode}", "NO LONGER RUNS")
+            fallen += 1
+            continue
+        for what, then, now, holds in compare(published, now_found):
             table.add_row(name, what, _text(then), _text(now), "holds" if holds else "NO LONGER HOLDS")
             fallen += not holds
     Console(width=160).print(table)

@@ -158,7 +158,7 @@ def write_wide(directory: Path) -> Checkpoint:
 def compare_with_straightforward(directory: Path) -> dict[str, Any]:
     """The first case."""
     checkpoint = write_wide(directory)
-    variants = offers(12, Block(16, 2, 128), (16, 14, 12, 10, 8, 4), (None, 128, 64, 32))
+    variants = offers(12, checkpoint.architecture.blocks[0], (16, 14, 12, 10, 8, 4), (None, 128, 64, 32))
     probes = make_probes(LENGTHS, BATCH_TOKENS // GROUP, checkpoint.shape.vocab_size)
     whole = Straightforward(checkpoint, make_probes(LENGTHS, BATCH_TOKENS, checkpoint.shape.vocab_size))
     picks = [(layer, 1 + (7 * layer) % 23) for layer in range(0, 12, 12 // SAMPLED)]

@@ -1,7 +1,12 @@
 """A published number that no longer holds is named (``benchmarks/again.py``)."""
 
+import json
+import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import again
 from benchmarks.again import RESULTS, SMALL, compare, newest
 
 BAR = {"what": "ours over theirs", "value": 2.0, "least": 1.5, "most": None, "met": True}
@@ -35,3 +40,23 @@ def test_the_newest_record_counts(tmp_path: Path) -> None:
         (tmp_path / f"speed_2-core-x86_{day}.json").touch()
     assert newest("speed", tmp_path).name == "speed_2-core-x86_2026-12-01.json"
     assert all(newest(name, RESULTS).is_file() for name in SMALL)
+
+
+def test_a_benchmark_that_does_not_run_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works = tmp_path / "works.py"
+    works.write_text("import pathlib, sys; pathlib.Path(sys.argv[-1]).write_text('{\"ratio\": 2}')")
+    for name, script in (("broken", "nowhere.py"), ("working", works)):
+        (tmp_path / f"{name}_2-core-x86_2026-12-01.json").write_text(
+            json.dumps({"command": f"python {script}", "ratio": 2})
+        )
+    monkeypatch.setattr(again, "RESULTS", tmp_path)
+    monkeypatch.setattr(again, "SMALL", ("broken", "working"))
+    monkeypatch.setattr(sys, "argv", ["again.py"])
+    with pytest.raises(SystemExit) as ended:
+        again.main()
+    assert ended.value.code
+    said = capsys.readouterr().out
+    assert "NO LONGER RUNS" in said
+    assert "the same" in said
