@@ -24,6 +24,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from bars import conclude, return_freed_memory
 from distill_memory import rank_0_of_two
 
@@ -114,10 +115,13 @@ def main() -> None:
     given = parser.parse_args()
     if why := why_unsupported():
         sys.exit(f"vLLM cannot time anything here: {why}")
+    if not given.small and not torch.cuda.is_available():
+        sys.exit("no GPU is here, and on a CPU the true sizes take hours; --small is for CPUs")
     return_freed_memory()
     sizes = SMALL if given.small else FULL
     first, last = sizes.base, sizes.windows[-1]
     child = Architecture.of([replace(first, num_experts=first.num_experts // 2), last])
+    print("a step of distillation, measured and simulated", file=sys.stderr)
     memory = rank_0_of_two(sizes.distill, sizes.shape, Architecture.of([first, last]), child)
     found = {"bf16": timed(sizes, "bf16", [sizes.base, *sizes.experts, *sizes.windows])}
     if why := why_unsupported(fp8_cache=True):
@@ -140,6 +144,7 @@ def timed(sizes: Sizes, kv_cache: CacheDtype, blocks: Sequence[Block]) -> dict[s
         scratch, parent = Path(place), Path(place) / "parent"
         write_synthetic(Model(sizes.shape, Architecture.of([sizes.base]), 1), parent)
         stacks = [[sizes.base], *([sizes.base, block] for block in blocks), list(blocks)]
+        print(f"{len(stacks)} models with a cache in {kv_cache}, {len(config.workloads)} workloads", file=sys.stderr)
         steps = time_stacks(Checkpoint.open(parent), stacks, config, scratch)
     target = Target(read_table(config.hardware), sizes.shape, 1, kv_cache)
     one, *pairs, whole = ([median(repeats) for repeats in model] for model in steps.times_ms)
