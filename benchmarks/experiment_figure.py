@@ -52,7 +52,11 @@ def draw_arms(record: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(1, len(efforts), sharey=True)
     for axes, effort in zip(panels, efforts, strict=True):
         for row, arm in enumerate(arms):
-            draw_arm(axes, row, {stage: told[effort] for stage, told in against_parent(record, arm).items()})
+            draw_arm(
+                axes,
+                row,
+                {stage: told[effort] for stage, told in against_parent(record, arm).items() if stage in SHOWN},
+            )
         axes.axvline(0, color=STAGES["parent"], linewidth=1.2)
         axes.set(
             title=f"{effort} effort" if effort != "mean" else "mean of efforts", xlabel="points against the parent"
@@ -67,28 +71,18 @@ def draw_arms(record: Mapping[str, Any]) -> Figure:
 
 def draw_retention(record: Mapping[str, Any]) -> Figure:
     """Accuracy and tokens over the parent's, a panel for each effort: the child's way, and where other arms end."""
-    accuracy, tokens = record["accuracy"], record["tokens_per_request"]
-    efforts = list(accuracy["parent"]["parent"])
+    efforts = list(record["accuracy"]["parent"]["parent"])
     rivals = {arm: rival_colour(arm) for arm in record["arms"] if arm not in ("puzzle", *FAR_BEHIND)} | OWN_COLOURS
     colours = stage_colours(["policy high", "policy low"], None)
     figure = new_figure(4.4 * len(efforts), 4.4)
     for axes, effort in zip(figure.subplots(1, len(efforts)), efforts, strict=True):
-        whole, usual = accuracy["parent"]["parent"][effort], tokens["parent"]["parent"][effort]
-
-        def place(
-            arm: str, stage: str, effort: str = effort, whole: float = whole, usual: float = usual
-        ) -> tuple[float, float, list[float]]:
-            told = record["differences"][f"{arm}, {stage} - {'' if arm == 'parent' else 'parent, '}parent"][effort]
-            ends = [100 + 100 * told[end] / whole for end in ("low_points", "high_points")]
-            return tokens[arm][stage][effort] / usual, 100 * accuracy[arm][stage][effort] / whole, ends
-
-        way = {stage: place("puzzle", stage) for stage in WAY}
+        way = {stage: over_parent(record, "puzzle", stage, effort) for stage in WAY}
         for before, after in STEPS:
             (x, y, _), (then_x, then_y, _) = way[before], way[after]
             axes.plot([x, then_x], [y, then_y], color=STAGES["parent"], linewidth=0.8, zorder=1)
         points = [(stage, colours[stage], marker, way[stage]) for stage, marker in WAY.items()]
         points += [
-            (f"{name_of(arm)}, the end".replace("\n", " "), colour, "X", place(arm, "averaged"))
+            (f"{name_of(arm)}, the end".replace("\n", " "), colour, "X", over_parent(record, arm, "averaged", effort))
             for arm, colour in rivals.items()
         ]
         for label, colour, marker, (x, y, ends) in points:
@@ -104,11 +98,19 @@ def draw_retention(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def over_parent(record: Mapping[str, Any], arm: str, stage: str, effort: str) -> tuple[float, float, list[float]]:
+    """Tokens per request over the parent's; accuracy in percent of the parent's, and the ends of its interval."""
+    accuracy, tokens = record["accuracy"], record["tokens_per_request"]
+    whole, usual = accuracy["parent"]["parent"][effort], tokens["parent"]["parent"][effort]
+    told = against_parent(record, arm)[stage][effort]
+    ends = [100 + 100 * told[end] / whole for end in ("low_points", "high_points")]
+    return tokens[arm][stage][effort] / usual, 100 * accuracy[arm][stage][effort] / whole, ends
+
+
 def against_parent(record: Mapping[str, Any], arm: str) -> dict[str, Any]:
     """By stage the arm's differences from the parent as it is."""
-    found = {stage: record["differences"].get(f"{arm}, {stage} - parent, parent") for stage in SHOWN}
-    if arm == "parent":
-        found["averaged"] = record["differences"]["parent, averaged - parent"]
+    other = "parent" if arm == "parent" else "parent, parent"
+    found = {stage: record["differences"].get(f"{arm}, {stage} - {other}") for stage in WAY}
     return {stage: told for stage, told in found.items() if told}
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bars import conclude, return_freed_memory
+from distill_memory import SMALL as SMALL_STEP
 from distill_memory import rank_0_of_two
 
 from moesaic.core.config import CacheDtype
@@ -100,9 +101,7 @@ SMALL = Sizes(
     batches=(2, 8),
     short_tokens=64,
     long=Workload(name="long", input_tokens=2048, output_tokens=16, concurrency=2),
-    distill=DistillConfig(
-        sequence_tokens=1024, rows_per_step=2, expert_chunk_tokens=512, logits_chunk_tokens=256, hidden_tokens=512
-    ),
+    distill=SMALL_STEP,
     repeats=3,
 )
 
